@@ -1,0 +1,15 @@
+"""Tensorized attention: fold the sequence into a tensor, attend along each axis."""
+
+from .api import hop, tensor_attention
+from .fold import Axis, Rotary, apply_rotary, document_reach, fold_axes, validate_fold
+
+__all__ = [
+    "Axis",
+    "Rotary",
+    "apply_rotary",
+    "document_reach",
+    "fold_axes",
+    "hop",
+    "tensor_attention",
+    "validate_fold",
+]

@@ -1,0 +1,133 @@
+"""Tensorized attention: the public operator, a loop of hops over the folded axes."""
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from . import blocked, dense
+from .fold import Axis, Rotary, document_ahead, document_reach, fold_axes, line_digit
+
+Mode = Literal["distance", "fold"]
+Backend = Literal["auto", "dense", "blocked"]
+State = tuple[Tensor, Tensor]
+
+_HOPS: dict[str, Callable[..., State]] = {"dense": dense.hop, "blocked": blocked.hop}
+
+
+def hop(
+    q: Tensor,
+    k: Tensor,
+    values: Tensor,
+    *,
+    stride: int,
+    length: int,
+    reach: Tensor,
+    bias: Tensor | None = None,
+    state: State | None = None,
+    rotary: Rotary | None = None,
+    scale: float | None = None,
+    ahead: Tensor | None = None,
+    backend: Backend = "auto",
+) -> State:
+    """One hop by the chosen backend; arguments and results as in `dense.hop`."""
+    if backend == "auto":
+        backend = "blocked"
+    return _HOPS[backend](
+        q, k, values, stride=stride, length=length, reach=reach, bias=bias, state=state,
+        rotary=rotary, scale=scale, ahead=ahead,
+    )  # fmt: skip
+
+
+def tensor_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    fold: Sequence[int],
+    *,
+    doc_start: Tensor | None = None,
+    hop_bias: Tensor | None = None,
+    rotary: Rotary | None = None,
+    scale: float | None = None,
+    mode: Mode = "distance",
+    causal: bool = True,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Attend along each axis of the folded sequence in turn (after Feng et al., EMNLP 2024).
+
+    Args:
+        q: [B, T, H, D], not rotated when `rotary` is given.
+        k: [B, T, K, D] with H a multiple of K; query head h reads key head h // (H / K).
+        v: [B, T, K, E].
+        fold: lengths of the inner axes, innermost first; [] is full attention.
+        doc_start: [B, T] integer, index in the row of the first token of each token's document;
+            None: one document per row.
+        hop_bias: [len(fold), H], added to the scores of hops 2, 3, ... (distance mode only).
+        rotary: table of at least T positions; axis i uses position floor(t / stride_i).
+        scale: factor on the scores, 1 / sqrt(D) by default.
+        mode: "distance" folds the distance t - u and ends in one joint softmax (kernels/README.md);
+            "fold" attends inside the lines of the folded tensor, one softmax per hop, as the paper.
+        causal: False lets tokens look ahead too (fold mode only: the encoder case).
+        backend: "auto" chooses by device; "dense" is the T x T definition.
+
+    Returns:
+        [B, T, H, E] in the dtype of v.
+
+    Raises:
+        ValueError: on a combination of arguments that has no meaning.
+    """
+    _check(q, k, v, fold, hop_bias, rotary, mode, causal)
+    if doc_start is None:
+        doc_start = torch.zeros(q.shape[:2], dtype=torch.int32, device=q.device)
+    z, state = v, None
+    for i, axis in enumerate(fold_axes(fold, q.shape[1])):
+        reach, ahead = _bounds(doc_start, axis, mode, causal)
+        z, lse = hop(
+            q, k, z, stride=axis.stride, length=axis.length, reach=reach, ahead=ahead,
+            bias=hop_bias[i - 1] if hop_bias is not None and i > 0 else None,
+            state=state, rotary=rotary, scale=scale, backend=backend,
+        )  # fmt: skip
+        state = (z, lse) if mode == "distance" else None
+    return z
+
+
+def _bounds(
+    doc_start: Tensor, axis: Axis, mode: Mode, causal: bool
+) -> tuple[Tensor, Tensor | None]:
+    """How many strides back, and forward (None if causal), each token may look along `axis`."""
+    reach = document_reach(doc_start, axis.stride)
+    if mode == "distance":
+        return reach, None
+    digit = line_digit(doc_start.shape[1], axis, doc_start.device)
+    reach = torch.minimum(reach, digit)
+    if causal:
+        return reach, None
+    ahead = torch.minimum(document_ahead(doc_start, axis.stride), axis.length - 1 - digit)
+    return reach, ahead
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    fold: Sequence[int],
+    hop_bias: Tensor | None,
+    rotary: Rotary | None,
+    mode: Mode,
+    causal: bool,
+) -> None:
+    batch, num_tokens, num_heads, head_dim = q.shape
+    if k.shape[:2] != (batch, num_tokens) or k.shape[3] != head_dim or num_heads % k.shape[2]:
+        raise ValueError(f"k {list(k.shape)} does not match q {list(q.shape)} (H % K must be 0)")
+    if v.shape[:3] != k.shape[:3]:
+        raise ValueError(f"v {list(v.shape)} does not match k {list(k.shape)}")
+    if mode == "distance" and not causal:
+        raise ValueError('causal = False needs mode = "fold": distances only reach back')
+    if hop_bias is not None:
+        if mode == "fold":
+            raise ValueError('hop_bias has no effect in mode = "fold": each hop is its own softmax')
+        if hop_bias.shape != (len(fold), num_heads):
+            raise ValueError(f"hop_bias {list(hop_bias.shape)} must be {[len(fold), num_heads]}")
+    if rotary is not None and rotary.cos.shape[0] < num_tokens:
+        raise ValueError(f"rotary table has {rotary.cos.shape[0]} positions, need {num_tokens}")

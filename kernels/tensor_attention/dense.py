@@ -1,0 +1,79 @@
+"""The definition of one hop, T x T, in any dtype: the oracle that every other implementation meets.
+
+Shape letters: B batch, T tokens, H query heads, K key/value heads, D head size, E value size.
+"""
+
+import torch
+from torch import Tensor
+
+from .fold import Rotary, rotate_along
+
+State = tuple[Tensor, Tensor]
+
+
+def hop(
+    q: Tensor,
+    k: Tensor,
+    values: Tensor,
+    *,
+    stride: int,
+    length: int,
+    reach: Tensor,
+    bias: Tensor | None = None,
+    state: State | None = None,
+    rotary: Rotary | None = None,
+    scale: float | None = None,
+    ahead: Tensor | None = None,
+) -> State:
+    """Strided causal attention that starts from a state and returns a state (kernels/README.md).
+
+    Token t attends to u = t - j * stride for 0 <= j < length (1 <= j < length with a `state`, which
+    stands for the token itself and everything nearer), as far back as `reach` allows.
+
+    Args:
+        q: [B, T, H, D].
+        k: [B, T, K, D]; query head h reads key head h // (H / K).
+        values: [B, T, K or H, E].
+        stride: stride of the axis, in tokens.
+        length: number of steps of the axis.
+        reach: [B, T] int32, how many strides back each token may look.
+        bias: [H] or None, added to every score of this hop.
+        state: (z [B, T, H, E], lse [B, T, H]) of the hop before, or None for the first hop.
+        rotary: table that rotates q and k to floor(t / stride); None if they are rotated already.
+        scale: factor on the scores, 1 / sqrt(D) by default.
+        ahead: [B, T] int32, how many strides forward each token may look; None is causal.
+
+    Returns:
+        (z [B, T, H, E] in the dtype of `values`, lse [B, T, H] in float32 or wider).
+    """
+    num_tokens, num_heads, head_dim = q.shape[1:]
+    if rotary is not None:
+        q, k = rotate_along(q, rotary, stride), rotate_along(k, rotary, stride)
+    work = torch.promote_types(q.dtype, torch.float32)
+    k = k.repeat_interleave(num_heads // k.shape[2], dim=2)
+    v = values.repeat_interleave(num_heads // values.shape[2], dim=2).to(work)
+    scale = head_dim**-0.5 if scale is None else scale
+
+    scores = torch.einsum("bthd,buhd->bhtu", q.to(work), k.to(work)) * scale
+    if bias is not None:
+        scores = scores + bias.to(work)[:, None, None]
+    position = torch.arange(num_tokens, device=q.device)
+    distance = position[:, None] - position[None, :]
+    steps = torch.div(distance, stride, rounding_mode="floor")
+    nearest = 0 if state is None else 1
+    allowed = (distance % stride == 0) & (steps < length) & (steps <= reach[:, :, None])
+    if ahead is None:
+        allowed = allowed & (steps >= nearest)
+    else:
+        allowed = allowed & (steps > -length) & (steps >= -ahead[:, :, None])
+    scores = scores.masked_fill(~allowed[:, None], float("-inf"))
+
+    # The state is one more key: its score is its log-sum-exp and its value is its z.
+    if state is not None:
+        z_before, lse_before = state
+        scores = torch.cat((scores, lse_before.to(work).transpose(1, 2)[..., None]), dim=-1)
+    weights = torch.softmax(scores, dim=-1)
+    z = torch.einsum("bhtu,buhe->bthe", weights[..., :num_tokens], v)
+    if state is not None:
+        z = z + weights[..., num_tokens].transpose(1, 2)[..., None] * z_before.to(work)
+    return z.to(values.dtype), torch.logsumexp(scores, dim=-1).transpose(1, 2)
