@@ -36,7 +36,7 @@ def hop(
     ahead: Tensor | None = None,
 ) -> State:
     """Same contract as `dense.hop`; peak memory grows with T * length instead of T * T."""
-    batch, num_tokens, num_heads, head_dim = q.shape
+    num_tokens, head_dim = q.shape[1], q.shape[3]
     if rotary is not None:
         q, k = rotate_along(q, rotary, stride), rotate_along(k, rotary, stride)
     work = torch.promote_types(q.dtype, torch.float32)
@@ -87,7 +87,7 @@ def _window(x: Tensor, with_next: bool) -> Tensor:
 
 
 def _grouped_matmul(x: Tensor, y: Tensor) -> Tensor:
-    """[..., H, L, A] @ [..., K or H, A, C] -> [..., H, L, C], without a copy of y per query head."""
+    """[..., H, L, A] @ [..., K or H, A, C] -> [..., H, L, C], y not copied per query head."""
     num_heads, rows = x.shape[-3], x.shape[-2]
     group = num_heads // y.shape[-3]
     folded = x.unflatten(-3, (-1, group)).flatten(-3, -2)
