@@ -306,12 +306,12 @@ def test_a_bad_argument_is_a_value_error_that_names_it(
 
 
 def test_keys_of_another_length_are_a_value_error() -> None:
+    q, k = torch.zeros(1, 6, 2, 2), torch.zeros(1, 5, 2, 2)
     with pytest.raises(ValueError, match="does not match q"):
-        q, k = torch.zeros(1, 6, 2, 2), torch.zeros(1, 5, 2, 2)
         tensor_attention(q, k, k, [3])
 
 
 def test_an_axis_of_one_step_is_a_value_error() -> None:
+    q, k, v = torch.zeros(3, 1, 6, 2, 2)
     with pytest.raises(ValueError, match="length of at least 2"):
-        q, k, v = torch.zeros(3, 1, 6, 2, 2)
         tensor_attention(q, k, v, [1])
