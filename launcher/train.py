@@ -1,0 +1,30 @@
+"""Train a model: `deepspeed launcher/train.py --config configs/demo.toml [key.sub=value ...]`.
+
+Works the same under deepspeed, torchrun, srun, mpirun and plain python.
+"""
+
+import argparse
+
+from tensorlm.config import load_config
+from tensorlm.errors import run_launcher
+from tensorlm.launch_env import read_launch_env
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--config", required=True, help="TOML file of the run")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="replace a setting")
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it
+    args = parser.parse_args()
+    config = load_config(args.config, args.overrides)
+    launch = read_launch_env()
+
+    from tensorlm.train import (
+        train,
+    )  # after the configuration is known to be good: it imports torch
+
+    return train(config, launch)
+
+
+if __name__ == "__main__":
+    run_launcher(main)

@@ -1,0 +1,3 @@
+"""tensorlm: long-context pretraining with tensorized attention."""
+
+__version__ = "0.1.0"

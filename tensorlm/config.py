@@ -1,0 +1,275 @@
+"""The configuration of one run: a TOML file plus `key.sub=value` overrides, checked as a whole.
+
+Nothing here changes after loading: sections are frozen, unknown keys are errors, and every problem
+is reported at once, each on its own line with the nearest valid key.
+"""
+
+import difflib
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from fold_parallel.grid import check_sizes
+from tensor_attention import validate_fold
+
+from .errors import UserError
+
+ModelT = TypeVar("ModelT", bound=BaseModel)
+
+
+class Section(BaseModel):
+    """Base of all sections: strict types, finite numbers, no unknown keys, frozen."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class RopeScaling(Section):
+    """Rotary frequencies of a model whose context was extended ("llama3" as in Llama 3.1)."""
+
+    rope_type: Literal["linear", "llama3"]
+    factor: float = Field(ge=1)
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+
+
+class ModelConfig(Section):
+    """Shape of the Llama decoder and of its folded attention."""
+
+    vocab_size: int = Field(gt=0)
+    hidden_size: int = Field(gt=0)
+    intermediate_size: int = Field(gt=0)
+    num_layers: int = Field(gt=0)
+    num_heads: int = Field(gt=0)
+    num_kv_heads: int = Field(gt=0)
+    head_dim: int = Field(0, ge=0, description="0: hidden_size / num_heads")
+    rope_theta: float = Field(500000.0, gt=0)
+    rope_scaling: RopeScaling | None = None
+    rms_norm_eps: float = Field(1e-5, gt=0)
+    tie_embeddings: bool = False
+    init_std: float = Field(0.02, gt=0)
+    fold: tuple[int, ...] = Field((), strict=False, description="inner axes; () is full attention")
+    hop_bias_init: float = -4.0
+    full_every: int = Field(0, ge=0, description="every k-th layer is full attention; 0: none")
+
+    @model_validator(mode="after")
+    def _shapes_agree(self) -> "ModelConfig":
+        problems = []
+        if self.head_dim == 0 and self.hidden_size % self.num_heads:
+            problems.append(
+                f"hidden_size = {self.hidden_size} is not a multiple of num_heads = "
+                f"{self.num_heads} (or set head_dim)"
+            )
+        elif self.head_size % 2:
+            problems.append(f"head size {self.head_size} is odd: rotary embedding needs it even")
+        if self.num_heads % self.num_kv_heads:
+            problems.append(
+                f"num_heads = {self.num_heads} is not a multiple of num_kv_heads = "
+                f"{self.num_kv_heads}"
+            )
+        try:
+            validate_fold(self.fold)
+        except ValueError as error:
+            problems.append(str(error))
+        return _raise_all(self, problems)
+
+    @property
+    def head_size(self) -> int:
+        """Size of one attention head."""
+        return self.head_dim or self.hidden_size // self.num_heads
+
+    def layer_fold(self, layer: int) -> tuple[int, ...]:
+        """The fold of layer `layer` (from 0): () where it is a full-attention layer."""
+        is_full = self.full_every > 0 and (layer + 1) % self.full_every == 0
+        return () if is_full else self.fold
+
+
+class DataConfig(Section):
+    """Which prepared data set, and how its documents become rows."""
+
+    path: str
+    seq_len: int = Field(gt=1, description="tokens in a packed row")
+    packing: Literal["best_fit", "concat"] = "best_fit"
+
+
+class OptimConfig(Section):
+    """AdamW and its learning-rate schedule."""
+
+    lr: float = Field(gt=0)
+    min_lr: float = Field(0.0, ge=0)
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    warmup_steps: int = Field(0, ge=0)
+    decay_steps: int = Field(0, ge=0, description="last steps of schedule wsd")
+    betas: tuple[float, float] = Field((0.9, 0.95), strict=False)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.1, ge=0)
+    grad_clip: float = Field(1.0, ge=0, description="largest gradient norm; 0: no clipping")
+
+
+class TrainConfig(Section):
+    """Length and batch of the run, precision, memory."""
+
+    steps: int = Field(gt=0, description="optimizer steps of the whole run; the schedule ends here")
+    stop_at: int = Field(0, ge=0, description="save and leave after this step; 0: at `steps`")
+    rows_per_step: int = Field(gt=0, description="packed rows in one optimizer step, all ranks")
+    micro_batch: int = Field(1, gt=0, description="rows in one forward pass of one rank")
+    dtype: Literal["bf16", "fp32"] = "bf16"
+    activation_checkpointing: bool = False
+    loss_chunk: int = Field(2048, gt=0, description="tokens whose logits exist at one time")
+    max_skips: int = Field(10, gt=0, description="non-finite steps in a row before the run stops")
+
+
+class ParallelConfig(Section):
+    """How the ranks divide the work; dp = world size / sp."""
+
+    sp: int = Field(1, gt=0, description="sequence-parallel degree")
+
+
+class ZeroConfig(Section):
+    """DeepSpeed ZeRO over all ranks."""
+
+    stage: Literal[0, 1, 2, 3] = 2
+    offload_optimizer: bool = False
+
+
+class CheckpointConfig(Section):
+    """When to save and how many to keep."""
+
+    every: int = Field(100, gt=0, description="steps between checkpoints")
+    keep_last: int = Field(2, gt=0)
+
+
+class RunConfig(Section):
+    """Where the run lives and its one seed."""
+
+    dir: str
+    seed: int = Field(0, ge=0)
+
+
+class Config(Section):
+    """One run, as in one TOML file."""
+
+    run: RunConfig
+    model: ModelConfig
+    data: DataConfig
+    optim: OptimConfig
+    train: TrainConfig
+    parallel: ParallelConfig = ParallelConfig()
+    zero: ZeroConfig = ZeroConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> "Config":
+        problems = []
+        if self.zero.stage == 0 and self.train.dtype == "bf16":
+            problems.append("zero.stage: 0 keeps no fp32 weights for bf16 (use stage 1, 2 or 3)")
+        if self.zero.stage == 0 and self.zero.offload_optimizer:
+            problems.append("zero.offload_optimizer: needs zero.stage 1, 2 or 3")
+        if self.optim.warmup_steps + self.optim.decay_steps > self.train.steps:
+            problems.append("optim: warmup_steps + decay_steps exceed train.steps")
+        if self.optim.min_lr > self.optim.lr:
+            problems.append("optim.min_lr: larger than optim.lr")
+        if self.train.stop_at > self.train.steps:
+            problems.append("train.stop_at: larger than train.steps")
+        try:
+            check_sizes(self.data.seq_len, self.parallel.sp, self.model.fold)
+        except ValueError as error:
+            problems.append(f"parallel.sp: {error}")
+        return _raise_all(self, problems)
+
+    def check_world(self, world_size: int) -> None:
+        """Raise UserError unless `world_size` ranks can share the work of this configuration."""
+        sp, rows, micro = self.parallel.sp, self.train.rows_per_step, self.train.micro_batch
+        if world_size % sp:
+            raise UserError(f"parallel.sp: {sp} does not divide the {world_size} ranks")
+        dp = world_size // sp
+        if rows % (dp * micro):
+            raise UserError(
+                f"train.rows_per_step: {rows} is not a multiple of dp {dp} x micro_batch {micro} "
+                f"(nearest: {max(1, round(rows / (dp * micro))) * dp * micro})"
+            )
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a TOML file, apply `key.sub=value` overrides, check everything.
+
+    Raises:
+        UserError: one line per problem (unreadable file, unknown key, wrong value, contradiction).
+    """
+    try:
+        tree = tomllib.loads(Path(path).read_text())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid TOML ({error})") from None
+    for override in overrides:
+        _apply_override(tree, override)
+    return parse_config(tree, str(path))
+
+
+def parse_config(tree: dict[str, Any], where: str) -> Config:
+    """Check a tree of plain values (from TOML or a checkpoint's manifest); `where` names it."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(*_problem_lines(error, where)) from None
+
+
+def config_toml(config: Config) -> str:
+    """The whole resolved configuration as TOML, defaults included; `load_config` reads it back."""
+    return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    """Set one `key.sub=value` in `tree`; the value is TOML, or a plain string where it is not."""
+    key, equals, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        raise UserError(f"{override}: not an override (write key.sub=value)")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    for part in parts[:-1]:
+        tree = tree.setdefault(part, {})
+        if not isinstance(tree, dict):
+            raise UserError(f"{override}: {part} is a value, not a section")
+    tree[parts[-1]] = value
+
+
+def _raise_all(model: ModelT, problems: list[str]) -> ModelT:
+    if problems:
+        raise ValueError("\n".join(problems))
+    return model
+
+
+def _problem_lines(error: ValidationError, where: str) -> list[str]:
+    lines = []
+    for item in error.errors():
+        path = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "extra_forbidden":
+            lines.append(f"{where}: {path}: unknown key{_suggestion(item['loc'])}")
+        elif item["type"] == "missing":
+            lines.append(f"{where}: {path}: missing")
+        elif item["type"] == "value_error":
+            prefix = f"{where}: {path}: " if path else f"{where}: "
+            lines += [prefix + line for line in str(item["ctx"]["error"]).splitlines()]
+        else:
+            message = item["msg"][0].lower() + item["msg"][1:]
+            lines.append(f"{where}: {path}: {message} (got {item['input']!r})")
+    return lines
+
+
+def _suggestion(location: tuple[int | str, ...]) -> str:
+    """` (did you mean ...?)`, the key of the same section that looks most alike."""
+    section: type[BaseModel] = Config
+    for part in location[:-1]:
+        annotation = section.model_fields[str(part)].annotation
+        options = [annotation, *get_args(annotation)]
+        section = next(o for o in options if isinstance(o, type) and issubclass(o, BaseModel))
+    near = difflib.get_close_matches(str(location[-1]), list(section.model_fields), n=1, cutoff=0.5)
+    return f" (did you mean {near[0]}?)" if near else f" (valid: {', '.join(section.model_fields)})"

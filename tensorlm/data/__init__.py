@@ -1,0 +1,1 @@
+"""Data: prepare documents into shards, pack them into rows, serve batches."""

@@ -1,0 +1,104 @@
+"""Serving packed rows: which row comes when is a pure function of (seed, global row index).
+
+The whole state of the loader is how many rows the run has consumed. Neither the number of ranks nor
+the micro-batch is part of the order: they only decide who reads which row.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tensorlm.config import Config
+from tensorlm.errors import UserError
+from tensorlm.loss import IGNORED
+
+from .packing import RowPlan, plan_rows
+from .shards import Corpus
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows for one forward pass: tokens, labels [B, T] int64 and doc_start [B, T] int32."""
+
+    tokens: Tensor
+    labels: Tensor
+    doc_start: Tensor
+
+    @property
+    def num_labels(self) -> int:
+        """Tokens that have something to predict."""
+        return int((self.labels != IGNORED).sum())
+
+    def to(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """(tokens, doc_start, labels) on `device`: the arguments of `Llama.forward`."""
+        return self.tokens.to(device), self.doc_start.to(device), self.labels.to(device)
+
+
+class PackedRows:
+    """The rows of one split, in the run's order."""
+
+    def __init__(self, folder: str | Path, seq_len: int, packing: str, seed: int) -> None:
+        self.corpus = Corpus(folder)
+        self.plan: RowPlan = plan_rows(self.corpus.lengths, seq_len, packing, seed)
+        self.seed = seed
+        identity = f"{self.corpus.fingerprint} {seq_len} {packing} {seed}"
+        self.fingerprint = hashlib.sha256(identity.encode()).hexdigest()
+        self._order: tuple[int, NDArray[np.int64]] = (-1, np.empty(0, np.int64))
+
+    def row(self, index: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int32]]:
+        """Tokens, labels and document starts of global row `index` (rows repeat every epoch)."""
+        epoch, position = divmod(index, self.plan.num_rows)
+        return self._fill(int(self._epoch_order(epoch)[position]))
+
+    def batch(self, indices: range) -> Batch:
+        """The rows `indices` as one batch."""
+        columns = zip(*(self.row(i) for i in indices), strict=True)
+        return Batch(*(torch.from_numpy(np.stack(column)) for column in columns))
+
+    def micro_batches(self, first_row: int, num_rows: int, micro_batch: int) -> list[Batch]:
+        """Global rows first_row ... first_row + num_rows, `micro_batch` rows at a time."""
+        firsts = range(first_row, first_row + num_rows, micro_batch)
+        return [self.batch(range(at, at + micro_batch)) for at in firsts]
+
+    def _epoch_order(self, epoch: int) -> NDArray[np.int64]:
+        if self._order[0] != epoch:
+            rng = np.random.Generator(np.random.Philox(key=[self.seed, epoch]))
+            self._order = (epoch, rng.permutation(self.plan.num_rows))
+        return self._order[1]
+
+    def _fill(self, row: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int32]]:
+        seq_len, at = self.plan.seq_len, 0
+        tokens = np.zeros(seq_len, np.int64)
+        labels = np.full(seq_len, IGNORED, np.int64)
+        doc_start = np.arange(seq_len, dtype=np.int32)  # a padding token is alone in its document
+        for piece in range(self.plan.row_first[row], self.plan.row_first[row + 1]):
+            document, start = int(self.plan.document[piece]), int(self.plan.start[piece])
+            stop = at + int(self.plan.length[piece])
+            # One token more than the piece, where the document goes on: its last label.
+            text = self.corpus.tokens(document, start, start + stop - at + 1)
+            tokens[at:stop] = text[: stop - at]
+            labels[at : at + len(text) - 1] = text[1:]
+            doc_start[at:stop] = at
+            at = stop
+        return tokens, labels, doc_start
+
+
+def open_rows(config: Config, split: str) -> PackedRows:
+    """Open a split of the configured data set.
+
+    Raises:
+        UserError: damaged or missing shards, or token ids that the model's vocabulary lacks.
+    """
+    data, vocab_size = config.data, config.model.vocab_size
+    rows = PackedRows(Path(data.path) / split, data.seq_len, data.packing, config.run.seed)
+    if rows.corpus.vocab_size > vocab_size:
+        raise UserError(
+            f"model.vocab_size: {vocab_size} is smaller than that of {data.path} "
+            f"({rows.corpus.vocab_size})"
+        )
+    return rows

@@ -1,0 +1,226 @@
+"""DeepSpeed, and nothing else: the one module that imports it.
+
+All ranks form one ZeRO group. DeepSpeed computes, reduces and steps; the learning rate, counters,
+loss scaling and checkpoints are ours. `parameter_slices` is the door through which checkpoints read
+and write this rank's share of the fp32 weights and Adam state, for every ZeRO stage.
+"""
+
+import logging
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed
+import deepspeed.ops
+import torch
+import torch.distributed as dist
+from deepspeed.utils import logger as deepspeed_logger
+from torch import Tensor, nn
+
+from .config import Config
+from .launch_env import LaunchEnv
+from .optim import parameter_groups
+
+ADAM_STATE = ("exp_avg", "exp_avg_sq")
+STATE = ("master", *ADAM_STATE)
+
+
+@dataclass(frozen=True)
+class ParameterSlice:
+    """This rank's share [start, stop) of one flattened parameter, as live fp32 views."""
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+    state: dict[str, Tensor]  # by the names in STATE, each [stop - start]
+    is_owned: bool = True  # False where another rank holds, and saves, the same values
+
+
+def init_distributed(launch: LaunchEnv) -> torch.device:
+    """Join the job's process group (NCCL on GPUs, gloo on CPUs); returns this rank's device."""
+    launch.export()
+    deepspeed_logger.setLevel(logging.WARNING)
+    if torch.cuda.is_available():
+        device = torch.device("cuda", launch.local_rank)
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+        # Used for inference only, and compiled from source at start where this is not said.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        torch.set_num_threads(max(1, torch.get_num_threads() // launch.local_world_size))
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    deepspeed.init_distributed(dist_backend=backend, verbose=False)
+    return device
+
+
+def leave_distributed() -> None:
+    """Part from the other ranks; the barrier first, or the process may abort at exit."""
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def deepspeed_config(config: Config) -> dict[str, Any]:
+    """DeepSpeed's JSON, generated from ours; every value that matters is stated."""
+    zero: dict[str, Any] = {
+        "stage": config.zero.stage,
+        "overlap_comm": False,
+        "contiguous_gradients": True,
+        "reduce_scatter": True,
+        "memory_efficient_linear": False,  # it would replace F.linear for the whole process
+    }
+    if config.zero.offload_optimizer:
+        pin_memory = torch.cuda.is_available()
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": pin_memory}
+    return {
+        "train_micro_batch_size_per_gpu": config.train.micro_batch,
+        "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": False,
+        "gradient_clipping": config.optim.grad_clip if config.zero.stage else 0.0,
+        "steps_per_print": 10**9,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "bf16": {"enabled": config.train.dtype == "bf16"},
+        "communication_data_type": "fp32",
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "zero_optimization": zero,
+    }
+
+
+class Engine:
+    """A model, its AdamW and DeepSpeed, driven one optimizer step at a time."""
+
+    def __init__(self, model: nn.Module, config: Config) -> None:
+        self._names = {p: name for name, p in model.named_parameters()}
+        self._stage = config.zero.stage
+        self._grad_clip = config.optim.grad_clip
+        self._unsharded_norm = float("nan")
+        adamw = torch.optim.AdamW(
+            parameter_groups(model, config.optim),
+            lr=config.optim.lr,
+            betas=config.optim.betas,
+            eps=config.optim.eps,
+            fused=torch.cuda.is_available() and not config.zero.offload_optimizer,
+        )
+        if self._stage == 0:
+            adamw.register_step_pre_hook(self._clip_unsharded)
+        self._engine, self._optimizer, _, _ = deepspeed.initialize(
+            model=model,
+            optimizer=adamw,
+            config=deepspeed_config(config),
+            dist_init_required=False,
+        )
+        self._adamw = adamw if self._stage == 0 else self._optimizer.optimizer
+
+    @property
+    def module(self) -> nn.Module:
+        """The model, for evaluation."""
+        return self._engine.module
+
+    @property
+    def adam_step(self) -> int:
+        """Updates that Adam has made (skipped steps are none)."""
+        return max((int(state["step"]) for state in self._adamw.state.values()), default=0)
+
+    def forward_backward(self, *inputs: Tensor, loss_scale: float) -> Tensor:
+        """One micro-batch: returns the model's summed loss, whose scaled gradient is accumulated.
+
+        Gradients are averaged over ranks, so `loss_scale` = world size / labels of the whole step
+        makes them those of the mean loss over the step's labels.
+        """
+        loss_sum: Tensor = self._engine(*inputs)
+        self._engine.backward(loss_sum * loss_scale, scale_wrt_gas=False)
+        return loss_sum.detach()
+
+    def step(self, lr: float) -> float:
+        """Clip and apply the accumulated gradients; returns their norm before clipping.
+
+        A norm that is not finite means that no rank applied the step.
+        """
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        self._engine.step()
+        if self._stage == 0:
+            return self._unsharded_norm
+        norm = self._engine.get_global_grad_norm()
+        return float(norm) if self._engine.was_step_applied() else float("nan")
+
+    def _clip_unsharded(self, *_: Any) -> None:
+        """Just before AdamW steps at stage 0, where DeepSpeed neither tells nor checks the norm."""
+        gradients = [p.grad for p in self._names if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        self._unsharded_norm = float(norm)
+        if not math.isfinite(self._unsharded_norm):
+            for parameter in self._names:
+                parameter.grad = None  # AdamW passes over parameters without a gradient
+        elif self._grad_clip:
+            torch.nn.utils.clip_grads_with_norm_(list(self._names), self._grad_clip, norm)
+
+    def parameter_slices(self) -> Iterator[ParameterSlice]:
+        """This rank's slices; what is written into them takes effect with `refresh_weights`."""
+        self._ensure_adam_state()
+        for index, (parameter, name) in enumerate(self._names.items()):
+            if self._stage == 0:
+                yield self._unsharded_slice(parameter, name, index)
+            elif self._stage == 3:
+                yield self._stage3_slice(parameter, name)
+            elif parameter._hp_mapping is not None:
+                yield self._flat_slice(parameter, name)
+
+    def refresh_weights(self, adam_step: int) -> None:
+        """After slices were written: rebuild the working weights and set Adam's step count."""
+        for state in self._adamw.state.values():
+            state["step"].fill_(adam_step)
+        if self._stage in (1, 2):
+            self._optimizer.update_lp_params()
+        elif self._stage == 3:
+            for group in range(len(self._optimizer.fp16_groups)):
+                self._optimizer._reassign_or_swap_out_partitioned_parameters(group)
+            persistent = self._optimizer.persistent_parameters
+            if persistent:
+                persistent[0].partition(persistent)
+                persistent[0].all_gather(persistent)
+
+    def _ensure_adam_state(self) -> None:
+        """torch creates Adam's state at the first step; a checkpoint may need it before."""
+        if self._stage == 3:
+            held = self._optimizer.fp32_partitioned_groups_flat
+        else:
+            held = [p for group in self._adamw.param_groups for p in group["params"]]
+        for p in held:
+            if not self._adamw.state[p]:
+                step_device = p.device if self._adamw.defaults["fused"] else "cpu"
+                self._adamw.state[p]["step"] = torch.zeros((), device=step_device)
+                for key in ADAM_STATE:
+                    self._adamw.state[p][key] = torch.zeros_like(p, requires_grad=False)
+
+    def _unsharded_slice(self, parameter: nn.Parameter, name: str, index: int) -> ParameterSlice:
+        """Stage 0: every rank holds all of it, and the ranks take turns in owning parameters."""
+        state = {"master": parameter.data, **self._adamw.state[parameter]}
+        views = {key: state[key].view(-1) for key in STATE}
+        is_owned = index % dist.get_world_size() == dist.get_rank()
+        return ParameterSlice(name, parameter.shape, 0, parameter.numel(), views, is_owned)
+
+    def _flat_slice(self, parameter: Any, name: str) -> ParameterSlice:
+        """Stages 1 and 2: a window of this rank's partition of one flat buffer per group."""
+        mapping = parameter._hp_mapping
+        held, window = mapping.lp_fragment_address, mapping.hp_fragment_address
+        (flat,) = self._adamw.param_groups[mapping.param_group_index]["params"]
+        state = {"master": flat.detach(), **self._adamw.state[flat]}
+        views = {key: state[key].narrow(0, window.start, window.numel) for key in STATE}
+        return ParameterSlice(name, parameter.shape, held.start, held.start + held.numel, views)
+
+    def _stage3_slice(self, parameter: Any, name: str) -> ParameterSlice:
+        """Stage 3: each parameter is cut into equal parts, the last ones padded."""
+        size = parameter.ds_tensor.ds_numel
+        start = min(dist.get_rank() * size, parameter.ds_numel)
+        stop = min(start + size, parameter.ds_numel)
+        views = {}
+        for key in STATE:
+            which = None if key == "master" else key
+            view, _ = self._optimizer._get_fp32_opt_state_partition(
+                parameter, release_swap_buffers=False, optim_state_key=which
+            )
+            views[key] = view.detach()[: stop - start]
+        return ParameterSlice(name, parameter.ds_shape, start, stop, views)

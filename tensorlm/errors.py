@@ -1,0 +1,35 @@
+"""What a user did wrong, in one line each; how a launcher reports it and leaves."""
+
+import os
+import sys
+import time
+from collections.abc import Callable
+
+EXIT_DONE = 0
+EXIT_USER_ERROR = 2
+EXIT_INTERNAL = 70
+EXIT_PREEMPTED = 75
+
+
+class UserError(Exception):
+    """A mistake that its reader can correct: `where: what (fix)`, one line per problem."""
+
+    def __init__(self, *problems: str) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+def run_launcher(main: Callable[[], int | None]) -> None:
+    """Run `main` and exit with its code; a UserError becomes one `error:` line per problem."""
+    try:
+        code = main()
+    except UserError as error:
+        if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0:
+            for problem in error.problems:
+                print(f"error: {problem}", file=sys.stderr, flush=True)
+        else:
+            # Every rank meets the same error and rank 0 tells it. Launchers end all ranks when one
+            # has left, so the silent ones give it time to speak.
+            time.sleep(2)
+        code = EXIT_USER_ERROR
+    sys.exit(code or EXIT_DONE)

@@ -1,0 +1,75 @@
+"""Floating-point operations of the model, counted from its real folds and documents."""
+
+import time
+
+import torch
+from torch import Tensor
+
+from tensor_attention import document_reach, fold_axes
+
+from .config import ModelConfig
+
+# Dense bf16 peak in FLOP/s by a fragment of the device name; vendors' data sheets, no sparsity.
+_GPU_PEAKS = {
+    "B200": 2250e12, "GH200": 989e12, "H200": 989e12, "H100": 989e12, "A100": 312e12,
+    "L40S": 362e12, "RTX 4090": 165e12, "MI300X": 1307e12,
+}  # fmt: skip
+
+
+def linear_flops_per_token(config: ModelConfig) -> int:
+    """Forward FLOPs of all matrix products with weights, for one token (2 per weight)."""
+    c, d = config.hidden_size, config.head_size
+    attention = c * d * (2 * config.num_heads + 2 * config.num_kv_heads)
+    mlp = 3 * c * config.intermediate_size
+    return 2 * (config.num_layers * (attention + mlp) + c * config.vocab_size)
+
+
+def attention_flops(config: ModelConfig, doc_start: Tensor) -> int:
+    """Forward FLOPs of all attention layers on rows with documents `doc_start` [B, T].
+
+    Each visited (query, key) pair costs 2 D for the score and 2 D for the value, per query head.
+    """
+    pairs = {fold: attention_pairs(fold, doc_start) for fold in {(), config.fold}}
+    folds = [config.layer_fold(layer) for layer in range(config.num_layers)]
+    return sum(4 * config.num_heads * config.head_size * pairs[fold] for fold in folds)
+
+
+def attention_pairs(fold: tuple[int, ...], doc_start: Tensor) -> int:
+    """(query, key) pairs that one layer visits: each hop's window cut off by the document."""
+    total = 0
+    for i, axis in enumerate(fold_axes(fold, doc_start.shape[1])):
+        steps = document_reach(doc_start, axis.stride).clamp(max=axis.length - 1)
+        total += int(steps.sum()) + (steps.numel() if i == 0 else 0)
+    return total
+
+
+def train_flops(config: ModelConfig, doc_start: Tensor) -> int:
+    """Model FLOPs of forward and backward (recomputation not counted) on rows [B, T]."""
+    forward = linear_flops_per_token(config) * doc_start.numel()
+    return 3 * (forward + attention_flops(config, doc_start))
+
+
+def num_parameters(model: torch.nn.Module) -> int:
+    """Number of distinct parameters (tied ones count once)."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def peak_flops(device: torch.device) -> float:
+    """Peak FLOP/s of one device: the data sheet for known GPUs, else a measured matrix product."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        for fragment, peak in _GPU_PEAKS.items():
+            if fragment in name:
+                return peak
+    return _measured_flops(device)
+
+
+def _measured_flops(device: torch.device, size: int = 1024, repeats: int = 5) -> float:
+    """Best of a few float32 matrix products: a fair ceiling where no data sheet applies."""
+    a = torch.randn(size, size, device=device)
+    best = float("inf")
+    for _ in range(repeats):
+        start = time.perf_counter()
+        (a @ a).sum().item()
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best

@@ -1,0 +1,40 @@
+"""The output head and its token-summed cross-entropy, without all logits at one time."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+IGNORED = -100
+
+
+class OutputHead(nn.Linear):
+    """Linear map to the vocabulary; with labels, straight to the summed loss.
+
+    The module that owns the weight calls it, so that ZeRO-3 has it gathered here.
+    """
+
+    def __init__(self, hidden_size: int, vocab_size: int) -> None:
+        super().__init__(hidden_size, vocab_size, bias=False)
+
+    def forward(self, hidden: Tensor, labels: Tensor | None = None, chunk: int = 0) -> Tensor:
+        """Logits [..., V], or the sum of the losses at labels that are not IGNORED, float32.
+
+        Args:
+            hidden: [..., C].
+            labels: [...] int64, IGNORED where there is nothing to predict.
+            chunk: tokens whose logits exist at one time, in forward and backward; 0: all.
+        """
+        if labels is None:
+            return super().forward(hidden)
+        hidden, labels = hidden.flatten(0, -2), labels.flatten()
+        chunk = chunk or labels.numel()
+        total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
+        for h, y in zip(hidden.split(chunk), labels.split(chunk), strict=True):
+            total = total + checkpoint(self._summed_loss, h, y, use_reentrant=False)
+        return total
+
+    def _summed_loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        logits = F.linear(hidden, self.weight)
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        return F.cross_entropy(logits.to(wide), labels, ignore_index=IGNORED, reduction="sum")

@@ -1,0 +1,97 @@
+"""The Llama decoder with tensorized attention.
+
+Module names are those of Hugging Face's Llama, so that weights move both ways by name alone; the
+only parameters of our own are `self_attn.hop_bias`. Shape letters: B batch, T tokens, C hidden
+size, V vocabulary.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from tensor_attention import Rotary
+
+from .attention import Attention
+from .config import ModelConfig
+from .layers import RMSNorm, SwiGLU, rotary_table
+from .loss import OutputHead
+
+
+class Block(nn.Module):
+    """One decoder layer: attention and SwiGLU, each behind a norm and a residual."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = SwiGLU(config)
+
+    def forward(self, x: Tensor, doc_start: Tensor, rotary: Rotary) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), doc_start, rotary)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Llama(nn.Module):
+    """Token ids in, logits or summed loss out."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        activation_checkpointing: bool = False,
+        loss_chunk: int = 2048,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.activation_checkpointing = activation_checkpointing
+        self.loss_chunk = loss_chunk
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = OutputHead(config.hidden_size, config.vocab_size)
+        if config.tie_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
+
+    def forward(
+        self, tokens: Tensor, doc_start: Tensor | None = None, labels: Tensor | None = None
+    ) -> Tensor:
+        """Run the decoder on packed rows.
+
+        Args:
+            tokens: [B, T] int64.
+            doc_start: [B, T] int32, first token of each token's document; None: one document.
+            labels: [B, T] int64, the token to predict at each position, IGNORED where none is.
+
+        Returns:
+            Logits [B, T, V]; with labels, their summed cross-entropy, a float32 scalar.
+        """
+        if doc_start is None:
+            doc_start = torch.zeros_like(tokens, dtype=torch.int32)
+        rotary = rotary_table(self.config, tokens.shape[1], tokens.device)
+        x = self.embed_tokens(tokens)
+        for block in self.layers:
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, doc_start, rotary, use_reentrant=False)
+            else:
+                x = block(x, doc_start, rotary)
+        x = self.norm(x)
+        return self.lm_head(x) if labels is None else self.lm_head(x, labels, self.loss_chunk)
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> None:
+        """Normal weights of `init_std`, output projections smaller by sqrt(2 x layers).
+
+        Depends on `seed` and the order of the parameters only, not on ranks or ZeRO stage.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        residual_std = self.config.init_std / (2 * self.config.num_layers) ** 0.5
+        for name, parameter in self.named_parameters():
+            if name.endswith("hop_bias"):
+                parameter.fill_(self.config.hop_bias_init)
+            elif parameter.dim() == 1:
+                parameter.fill_(1.0)
+            else:
+                is_output = name.endswith(("o_proj.weight", "down_proj.weight"))
+                values = torch.empty(parameter.shape).normal_(generator=generator)
+                parameter.copy_(values * (residual_std if is_output else self.config.init_std))

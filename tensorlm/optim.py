@@ -1,0 +1,43 @@
+"""AdamW parameter groups and the learning-rate schedule, a pure function of the step."""
+
+import math
+from typing import Any
+
+from torch import nn
+
+from .config import OptimConfig
+
+
+def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
+    """Matrices decay; norms and hop biases do not."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    decayed = [p for p in parameters if not _is_undecayed(model, p)]
+    undecayed = [p for p in parameters if _is_undecayed(model, p)]
+    return [
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": undecayed, "weight_decay": 0.0},
+    ]
+
+
+def _is_undecayed(model: nn.Module, parameter: nn.Parameter) -> bool:
+    return parameter.dim() < 2 or any(
+        p is parameter for name, p in model.named_parameters() if name.endswith("hop_bias")
+    )
+
+
+def learning_rate(step: int, num_steps: int, config: OptimConfig) -> float:
+    """Learning rate of optimizer step `step` (from 0) in a run of `num_steps`.
+
+    All schedules warm up linearly. `cosine` then falls to min_lr at the last step; `wsd`
+    (warm-up-stable-decay, Hu et al. 2024, MiniCPM) stays and falls linearly over the last
+    decay_steps; `constant` stays.
+    """
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    if config.schedule == "cosine":
+        progress = (step - config.warmup_steps) / max(1, num_steps - config.warmup_steps)
+        return config.min_lr + (config.lr - config.min_lr) * (1 + math.cos(math.pi * progress)) / 2
+    if config.schedule == "wsd":
+        decay = min(1.0, (num_steps - step) / max(1, config.decay_steps))
+        return config.min_lr + (config.lr - config.min_lr) * decay
+    return config.lr
