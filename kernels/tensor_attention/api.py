@@ -1,5 +1,10 @@
-"""Tensorized attention: the public operator, a loop of hops over the folded axes."""
+"""Tensorized attention: the public operator, a loop of hops over the folded axes.
 
+Which implementation runs is decided here and only by the arguments: `triton_op` and `triton_chain`
+are imported on first use, so that a machine without triton has the other backends.
+"""
+
+import importlib.util
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -10,7 +15,7 @@ from . import blocked, dense
 from .fold import Axis, Rotary, document_ahead, document_reach, fold_axes, line_digit
 
 Mode = Literal["distance", "fold"]
-Backend = Literal["auto", "dense", "blocked"]
+Backend = Literal["auto", "dense", "blocked", "triton"]
 State = tuple[Tensor, Tensor]
 
 _HOPS: dict[str, Callable[..., State]] = {"dense": dense.hop, "blocked": blocked.hop}
@@ -32,9 +37,9 @@ def hop(
     backend: Backend = "auto",
 ) -> State:
     """One hop by the chosen backend; arguments and results as in `dense.hop`."""
-    if backend == "auto":
-        backend = "blocked"
-    return _HOPS[backend](
+    backend = _chosen(backend, q, k, values, ahead is not None)
+    run = _HOPS[backend] if backend in _HOPS else _triton_hop()
+    return run(
         q, k, values, stride=stride, length=length, reach=reach, bias=bias, state=state,
         rotary=rotary, scale=scale, ahead=ahead,
     )  # fmt: skip
@@ -69,7 +74,8 @@ def tensor_attention(
         mode: "distance" folds the distance t - u and ends in one joint softmax (kernels/README.md);
             "fold" attends inside the lines of the folded tensor, one softmax per hop, as the paper.
         causal: False lets tokens look ahead too (fold mode only: the encoder case).
-        backend: "auto" chooses by device; "dense" is the T x T definition.
+        backend: "dense" is the T x T definition, "blocked" plain PyTorch, "triton" the GPU kernels
+            (causal only); "auto" is "triton" for CUDA tensors that it covers, else "blocked".
 
     Returns:
         [B, T, H, E] in the dtype of v.
@@ -80,9 +86,17 @@ def tensor_attention(
     _check(q, k, v, fold, hop_bias, rotary, mode, causal)
     if doc_start is None:
         doc_start = torch.zeros(q.shape[:2], dtype=torch.int32, device=q.device)
+    axes = fold_axes(fold, q.shape[1])
+    bounds = [_bounds(doc_start, axis, mode, causal) for axis in axes]
+    if _chosen(backend, q, k, v, not causal) == "triton":
+        from .triton_chain import chain
+
+        return chain(
+            q, k, v, axes, [_causal_reach(*pair) for pair in bounds], hop_bias=hop_bias,
+            rotary=rotary, scale=scale, joint=mode == "distance",
+        )  # fmt: skip
     z, state = v, None
-    for i, axis in enumerate(fold_axes(fold, q.shape[1])):
-        reach, ahead = _bounds(doc_start, axis, mode, causal)
+    for i, (axis, (reach, ahead)) in enumerate(zip(axes, bounds, strict=True)):
         z, lse = hop(
             q, k, z, stride=axis.stride, length=axis.length, reach=reach, ahead=ahead,
             bias=hop_bias[i - 1] if hop_bias is not None and i > 0 else None,
@@ -90,6 +104,29 @@ def tensor_attention(
         )  # fmt: skip
         state = (z, lse) if mode == "distance" else None
     return z
+
+
+def _chosen(backend: Backend, q: Tensor, k: Tensor, values: Tensor, ahead: bool) -> Backend:
+    """The backend that "auto" stands for."""
+    if backend != "auto":
+        return backend
+    if not q.is_cuda or importlib.util.find_spec("triton") is None:
+        return "blocked"
+    from .triton_op import why_not
+
+    return "blocked" if why_not(q, k, values, ahead) else "triton"
+
+
+def _triton_hop() -> Callable[..., State]:
+    from . import triton_op
+
+    return triton_op.hop
+
+
+def _causal_reach(reach: Tensor, ahead: Tensor | None) -> Tensor:
+    if ahead is not None:
+        raise ValueError('backend = "triton" is causal only: use "blocked" with causal = False')
+    return reach
 
 
 def _bounds(

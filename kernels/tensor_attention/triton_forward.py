@@ -1,0 +1,184 @@
+# ruff: noqa: N803 - compile-time constants of Triton kernels are capitals
+"""One hop forward on the GPU: banded causal attention over rows, starting from a state.
+
+Each program owns one tile of queries (block_m / pack tokens of `pack` query heads that share a key
+head) and walks the keys it can see, from the first row that any of its queries reaches to the
+diagonal, with a running maximum and sum as in FlashAttention-2 (Dao, 2023). The state of the hop
+before is one more key: it only changes where the running maximum, sum and values begin.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .triton_common import (
+    FLOOR,
+    LN2,
+    LOG2E,
+    MASKED,
+    Tiles,
+    add_product,
+    first_visible,
+    lines_of,
+    load_rotated,
+    load_tile,
+    locate,
+    padded,
+    precision_of,
+    product,
+    rotate,
+    store_tile,
+)
+from .triton_tiles import forward_tiles
+
+
+@triton.jit
+def attend(
+    acc, top, total, q, first, last, offset, begin, end,
+    k, values, key_head, value_head, cos, sin, num_tokens, num_rows, steps, stride, scale,
+    K: tl.constexpr, V: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
+    MASK: tl.constexpr, STRIDED: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Fold the keys of rows [begin, end) into the running (values, maximum, sum), base 2."""
+    for start in range(begin, end, BLOCK_N):
+        key = start + tl.arange(0, BLOCK_N)
+        token, step, exists = locate(key, num_tokens, num_rows, steps, stride, STRIDED)
+        token = token.to(tl.int64)
+        b_k = load_rotated(k, (token * K + key_head) * D, exists, step, cos, sin, D, BLOCK_D)
+        score = product(q, tl.trans(b_k), PRECISION)
+        if MASK:
+            seen = (key[None, :] >= first[:, None]) & (key[None, :] <= last[:, None])
+            score = tl.where(seen, score, MASKED)
+        top_next = tl.maximum(top, tl.max(score, 1) * scale + offset)
+        weight = tl.exp2(score * scale + (offset - top_next)[:, None])
+        keep = tl.exp2(top - top_next)
+        total = total * keep + tl.sum(weight, 1)
+        acc = acc * keep[:, None]
+        b_v = load_tile(values, (token * V + value_head) * E, exists, E, BLOCK_E)
+        acc = add_product(acc, weight.to(b_v.dtype), b_v, PRECISION)
+        top = top_next
+    return acc, top, total
+
+
+@triton.jit
+def hop_forward_kernel(
+    q, k, values, reach, bias, z_before, lse_before, q_cos, q_sin, k_cos, k_sin, z, lse,
+    num_tokens, num_rows, steps, stride, length, num_blocks, scale,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
+    STRIDED: tl.constexpr, PACK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """q [B,T,H,D], k [B,T,K,D], values [B,T,V,E], reach [B,T], state and results z [B,T,H,E], lse
+    [B,H,T]. Program: (batch, block of rows from the last, group of PACK heads), heads fastest.
+    """
+    BLOCK_T: tl.constexpr = BLOCK_M // PACK
+    NEAREST: tl.constexpr = 0 if lse_before is None else 1
+    program = tl.program_id(0)
+    head_block = program % (H // PACK)
+    block = num_blocks - 1 - program // (H // PACK) % num_blocks
+    batch = (program // (H // PACK) // num_blocks).to(tl.int64)
+    key_head = head_block * PACK // (H // K)
+    value_head = head_block * PACK // (H // V)
+    q += batch * num_tokens * H * D
+    k += batch * num_tokens * K * D
+    values += batch * num_tokens * V * E
+    reach += batch * num_tokens
+    z += batch * num_tokens * H * E
+    lse += batch * num_tokens * H
+
+    # The queries: PACK heads of BLOCK_T tokens, heads fastest.
+    lane = tl.arange(0, BLOCK_M)
+    head = head_block * PACK + lane % PACK
+    row = block * BLOCK_T + lane // PACK
+    token, step, exists = locate(row, num_tokens, num_rows, steps, stride, STRIDED)
+    first = first_visible(reach, row, token, step, exists, length)
+    token = token.to(tl.int64)
+    b_q = load_rotated(q, (token * H + head) * D, exists, step, q_cos, q_sin, D, BLOCK_D)
+    state_row = head.to(tl.int64) * num_tokens + token
+    if bias is not None:
+        offset = tl.load(bias + head).to(tl.float32) * LOG2E
+    else:
+        offset = tl.zeros([BLOCK_M], tl.float32)
+
+    if lse_before is not None:
+        lse_before += batch * num_tokens * H
+        z_before += batch * num_tokens * H * E
+        lse_zero = tl.load(lse_before + state_row, mask=exists, other=0.0) * LOG2E
+        top = tl.maximum(lse_zero, FLOOR)
+        total = tl.exp2(lse_zero - top)
+        acc = load_tile(z_before, (token * H + head) * E, exists, E, BLOCK_E).to(tl.float32)
+        acc = acc * total[:, None]
+    else:
+        top = tl.full([BLOCK_M], FLOOR, tl.float32)
+        total = tl.zeros([BLOCK_M], tl.float32)
+        acc = tl.zeros([BLOCK_M, BLOCK_E], tl.float32)
+
+    # Keys in three runs: cut by the window or a document, seen by every query, cut by causality.
+    end = tl.minimum((block + 1) * BLOCK_T, num_rows)
+    begin = tl.min(tl.where(first <= row - NEAREST, first, end)) // BLOCK_N * BLOCK_N
+    inner_end = (block * BLOCK_T + 1 - NEAREST) // BLOCK_N * BLOCK_N
+    inner = tl.cdiv(tl.max(tl.where(exists, first, 0)), BLOCK_N) * BLOCK_N
+    inner = tl.maximum(tl.minimum(inner, inner_end), begin)
+    inner_end = tl.maximum(inner, inner_end)
+    for part in tl.static_range(3):
+        if part == 0:
+            part_begin, part_end = begin, inner
+        elif part == 1:
+            part_begin, part_end = inner, inner_end
+        else:
+            part_begin, part_end = inner_end, end
+        acc, top, total = attend(
+            acc, top, total, b_q, first, row - NEAREST, offset, part_begin, part_end,
+            k, values, key_head, value_head, k_cos, k_sin, num_tokens, num_rows, steps, stride,
+            scale, K, V, D, E, part != 1, STRIDED, BLOCK_N, BLOCK_D, BLOCK_E, PRECISION,
+        )  # fmt: skip
+
+    acc = acc / tl.where(total == 0, 1.0, total)[:, None]
+    store_tile(acc, z, (token * H + head) * E, exists, E, BLOCK_E)
+    tl.store(lse + state_row, (top + tl.log2(total)) * LN2, mask=exists)
+
+
+def hop_forward(
+    q: Tensor,
+    k: Tensor,
+    values: Tensor,
+    reach: Tensor,
+    bias: Tensor | None,
+    state: tuple[Tensor, Tensor] | None,
+    rotary: tuple[Tensor, Tensor] | None,
+    *,
+    stride: int,
+    length: int,
+    scale: float,
+    z: Tensor,
+    lse: Tensor,
+    tiles: Tiles | None = None,
+) -> None:
+    """Write one hop into `z` [B, T, H, E] and `lse` [B, H, T] float32; all tensors contiguous.
+
+    Args as in `dense.hop`, but for the state (z, lse), whose lse is [B, H, T] float32.
+    """
+    batch, num_tokens, heads, size = q.shape
+    key_heads, value_heads, value_size = k.shape[2], values.shape[2], values.shape[3]
+    lines = lines_of(num_tokens, stride)
+    if tiles is None:
+        tiles = forward_tiles(q.dtype, size, value_size, lines.steps, length, heads // value_heads)
+    rotary_k = rotary
+    if rotary is not None and tiles.rotate_first:
+        k, rotary_k = rotate(k, *rotary, stride), None
+    num_blocks = triton.cdiv(lines.rows, tiles.block_m // tiles.pack)
+    z_before, lse_before = state or (None, None)
+    cos, sin = rotary or (None, None)
+    k_cos, k_sin = rotary_k or (None, None)
+    with torch.cuda.device_of(q):
+        hop_forward_kernel[(batch * num_blocks * (heads // tiles.pack),)](
+            q, k, values, reach, bias, z_before, lse_before, cos, sin, k_cos, k_sin, z, lse,
+            num_tokens, lines.rows, lines.steps, stride, length, num_blocks,
+            scale * 1.4426950408889634,
+            H=heads, K=key_heads, V=value_heads, D=size, E=value_size, STRIDED=stride > 1,
+            PACK=tiles.pack, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n,
+            BLOCK_D=padded(size), BLOCK_E=padded(value_size), PRECISION=precision_of(q.dtype),
+            num_warps=tiles.warps, num_stages=tiles.stages,
+        )  # fmt: skip
