@@ -1,0 +1,241 @@
+"""Tensorized and full attention over a row whose tokens are shared by the ranks of one group.
+
+Every softmax is whole on one rank, so nothing is merged across ranks. The steps are in `swap`; what
+travels, per token and layer, is in `forward_bytes_per_token`.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from tensor_attention import Rotary, fold_axes, hop, tensor_attention
+from tensor_attention.api import Backend
+from torch import Tensor
+
+from .collectives import InFlight, start_halo
+from .grid import Grid, check_sizes
+from .swap import (
+    columns_to_rows,
+    finish_rows_to_columns,
+    heads_to_tokens,
+    rows_to_columns,
+    start_rows_to_columns,
+    tokens_to_heads,
+)
+
+# Full attention over whole rows with some of the heads: (q [B,T,h,D], k [B,T,g,D], v [B,T,g,E],
+# doc_start [B,T]) -> [B,T,h,E].
+LocalAttention = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def sharded_tensor_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    fold: Sequence[int],
+    *,
+    grid: Grid,
+    doc_start: Tensor | None = None,
+    hop_bias: Tensor | None = None,
+    rotary: Rotary | None = None,
+    scale: float | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """`tensor_attention` of the whole row (distance mode), this rank's T/P tokens of it.
+
+    All ranks of the sequence group call it together, each with its contiguous slice. With sp = 1 it
+    is `tensor_attention` and nothing is communicated. `hop_bias` is the same on all ranks; its
+    gradient is this rank's part of the sum.
+
+    Args:
+        q: [B, T/P, H, D], not rotated when `rotary` is given.
+        k: [B, T/P, K, D] with H a multiple of K; neither needs to be a multiple of P.
+        v: [B, T/P, K, E].
+        fold: lengths of the inner axes, innermost first; [] is full attention, shared by heads.
+        grid: the rank grid; P is `grid.sp`.
+        doc_start: [B, T/P] integer, index *in the whole row* of the first token of each token's
+            document; None: one document per row.
+        hop_bias: [len(fold), H], added to the scores of hops 2, 3, ...
+        rotary: table of at least T positions.
+        scale: factor on the scores, 1 / sqrt(D) by default.
+        backend: passed on to `tensor_attention.hop`.
+
+    Returns:
+        [B, T/P, H, E] in the dtype of v.
+
+    Raises:
+        ValueError: if ranks cannot share such rows (`check_sizes`).
+    """
+    if grid.sp == 1:
+        return tensor_attention(
+            q, k, v, fold, doc_start=doc_start, hop_bias=hop_bias, rotary=rotary, scale=scale,
+            backend=backend,
+        )  # fmt: skip
+    if not fold:
+
+        def attend(q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor) -> Tensor:
+            return tensor_attention(
+                q, k, v, [], doc_start=doc_start, rotary=rotary, scale=scale, backend=backend
+            )
+
+        return sharded_full_attention(q, k, v, attend, grid=grid, doc_start=doc_start)
+
+    seq_len = q.shape[1] * grid.sp
+    _check(q, k, v, fold, grid, hop_bias, rotary)
+    assert grid.sp_group is not None
+    assert grid.swap_group is not None
+    if doc_start is None:
+        doc_start = torch.zeros(q.shape[:2], dtype=torch.int32, device=q.device)
+    depth = _depth_in_document(doc_start, grid)
+
+    # Both exchanges are under way before hop 1 starts; only the halo is waited for.
+    halo = start_halo((k, v), fold[0] - 1, grid.sp_group)
+    swap = start_rows_to_columns((q, k, depth), fold[0], grid.swap_group)
+    z, lse = _first_hop(q, k, v, depth, halo, fold[0], grid, rotary, scale, backend)
+    # In this order, backward sends the gradients of z first: those of q, k travel during hop 1.
+    q, k, depth = finish_rows_to_columns(swap)
+    z, lse = rows_to_columns((z, lse), fold[0], grid.swap_group)
+    for i, axis in enumerate(fold_axes(fold, seq_len)[1:]):
+        z, lse = hop(
+            q, k, z, stride=axis.stride // grid.sp, length=axis.length,
+            reach=depth // axis.stride, state=(z, lse),
+            bias=None if hop_bias is None else hop_bias[i],
+            rotary=rotary, scale=scale, backend=backend,
+        )  # fmt: skip
+    (z,) = columns_to_rows((z,), fold[0], grid.swap_group)
+    return z
+
+
+def sharded_full_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attend: LocalAttention,
+    *,
+    grid: Grid,
+    doc_start: Tensor | None = None,
+) -> Tensor:
+    """Full attention of a shared row: each rank attends over all tokens with H / P of the heads.
+
+    Key heads are repeated until P divides them, so that P may exceed them.
+
+    Args:
+        q, k, v, doc_start: this rank's slices, as in `sharded_tensor_attention`.
+        attend: attention over whole rows; rotates q and k itself where that is wanted.
+        grid: the rank grid.
+
+    Returns:
+        [B, T/P, H, E].
+
+    Raises:
+        ValueError: if P does not divide the query heads.
+    """
+    if doc_start is None:
+        doc_start = torch.zeros(q.shape[:2], dtype=torch.int32, device=q.device)
+    if grid.sp == 1:
+        return attend(q, k, v, doc_start)
+    check_sizes(q.shape[1] * grid.sp, grid.sp, [], full_attention_heads=q.shape[2])
+    assert grid.swap_group is not None
+    repeats = math.lcm(k.shape[2], grid.sp) // k.shape[2]
+    k, v = (x.repeat_interleave(repeats, dim=2) if repeats > 1 else x for x in (k, v))
+    everywhere = doc_start.to(torch.int32)[..., None].expand(-1, -1, grid.sp)
+    q, k, v, doc_start = tokens_to_heads((q, k, v, everywhere), grid.swap_group)
+    (out,) = heads_to_tokens((attend(q, k, v, doc_start[..., 0]),), grid.swap_group)
+    return out
+
+
+def forward_bytes_per_token(
+    seq_len: int,
+    sp: int,
+    fold: Sequence[int],
+    *,
+    heads: int,
+    key_heads: int,
+    head_dim: int,
+    itemsize: int,
+) -> float:
+    """Bytes that ranks send in one layer's forward, per token of the row (E = D; no padding).
+
+    A swap sends (P-1)/P of what a rank holds: q and k with a 4-byte position, z with a log-sum-exp
+    (4 bytes, or the itemsize if that is wider), z again. The halo is n_1 - 1 keys and values at
+    each of P - 1 borders. Backward sends the same less the positions.
+    """
+    if sp == 1:
+        return 0.0
+    per_head = head_dim * itemsize
+    if not fold:
+        key_heads = math.lcm(key_heads, sp)
+        return (sp - 1) / sp * ((2 * heads + 2 * key_heads) * per_head + 4 * sp)
+    swaps = (heads + key_heads) * per_head + 4
+    swaps += heads * (per_head + max(4, itemsize)) + heads * per_head
+    halo = (sp - 1) * (fold[0] - 1) * 2 * key_heads * per_head / seq_len
+    return (sp - 1) / sp * swaps + halo
+
+
+def _depth_in_document(doc_start: Tensor, grid: Grid) -> Tensor:
+    """[B, T/P] int32: t - d(t), how many tokens of its document precede each token."""
+    shard = doc_start.shape[1]
+    positions = torch.arange(shard, device=doc_start.device) + grid.sp_rank * shard
+    return (positions - doc_start).to(torch.int32)
+
+
+def _first_hop(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    depth: Tensor,
+    halo: InFlight,
+    length: int,
+    grid: Grid,
+    rotary: Rotary | None,
+    scale: float | None,
+    backend: Backend,
+) -> tuple[Tensor, Tensor]:
+    """Hop 1 of this rank's tokens, with the tokens before them from the neighbour.
+
+    One whole inner row is put in front: a token that is never reached, then the halo. So blocks of
+    `length` tokens are those of the whole row. Its own outputs are dropped.
+    """
+    halo_k, halo_v = (x[0] for x in halo.wait())
+    k = torch.cat((torch.zeros_like(k[:, :1]), halo_k, k), dim=1)
+    v = torch.cat((torch.zeros_like(v[:, :1]), halo_v, v), dim=1)
+    q = F.pad(q, (0, 0, 0, 0, length, 0))
+    reach = F.pad(depth, (length, 0))
+    if rotary is not None:
+        rotary = _table_from(rotary, grid.sp_rank * depth.shape[1] - length, q.shape[1])
+    z, lse = hop(
+        q, k, v, stride=1, length=length, reach=reach, rotary=rotary, scale=scale, backend=backend
+    )
+    return z[:, length:], lse[:, length:]
+
+
+def _table_from(rotary: Rotary, first: int, count: int) -> Rotary:
+    """The table for positions first ... first + count - 1, so that angles are those of the row.
+
+    Positions before the row (the padding in front of rank 0's tokens) take position 0: their
+    keys are zero and out of reach.
+    """
+    if first >= 0:
+        return Rotary(*(x[first : first + count] for x in rotary))
+    return Rotary(*(torch.cat((x[:1].expand(-first, -1), x[: first + count])) for x in rotary))
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    fold: Sequence[int],
+    grid: Grid,
+    hop_bias: Tensor | None,
+    rotary: Rotary | None,
+) -> None:
+    seq_len, num_heads = q.shape[1] * grid.sp, q.shape[2]
+    check_sizes(seq_len, grid.sp, fold)
+    if k.shape[:2] != q.shape[:2] or v.shape[:3] != k.shape[:3] or num_heads % k.shape[2]:
+        shapes = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
+        raise ValueError(f"{shapes} do not match (H % K must be 0)")
+    if hop_bias is not None and hop_bias.shape != (len(fold), num_heads):
+        raise ValueError(f"hop_bias {list(hop_bias.shape)} must be {[len(fold), num_heads]}")
+    if rotary is not None and rotary.cos.shape[0] < seq_len:
+        raise ValueError(f"rotary table has {rotary.cos.shape[0]} positions, need {seq_len}")

@@ -1,0 +1,159 @@
+"""Exchanges between ranks, as autograd pairs that can be under way while others compute.
+
+`start_all_to_all` and `start_halo` launch an exchange and return an `InFlight`; its `wait` gives
+the received tensors. What was forward a send is backward a receive, and the backward exchange too
+is launched where the gradient appears and waited for where it is needed.
+
+All tensors of one exchange travel as bytes in one message, whatever their dtypes, so that small
+ones (log-sum-exps, positions) cost no message of their own.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+# Sections of a message start at multiples of this, so that every dtype can view them in place.
+ALIGNMENT = 16
+
+
+@dataclass(frozen=True)
+class _Route:
+    """Who sends to whom: each to each (`shift` 0), or each to the rank `shift` places on."""
+
+    group: dist.ProcessGroup
+    shift: int = 0
+
+    def reversed(self) -> "_Route":
+        return _Route(self.group, -self.shift)
+
+    def launch(self, message: Tensor) -> tuple[Tensor, dist.Work]:
+        """Send the rows of `message` [N, bytes]; the answer is valid after the work's wait."""
+        if self.shift == 0:
+            received = torch.empty_like(message)
+            return received, dist.all_to_all_single(
+                received, message, group=self.group, async_op=True
+            )
+        received = torch.zeros_like(message)
+        sent_to = self._split(message, self.shift)
+        got_from = self._split(message, -self.shift)
+        work = dist.all_to_all_single(
+            received[0, : sum(got_from)], message[0, : sum(sent_to)],
+            output_split_sizes=got_from, input_split_sizes=sent_to,
+            group=self.group, async_op=True,
+        )  # fmt: skip
+        return received, work
+
+    def _split(self, message: Tensor, shift: int) -> list[int]:
+        """Bytes per rank: the message for the rank `shift` places on, if there is one."""
+        other = dist.get_rank(self.group) + shift
+        return [message.numel() * (r == other) for r in range(dist.get_world_size(self.group))]
+
+
+class _Flight:
+    """The work under way, forward or backward, shared by the two ends of one exchange."""
+
+    def __init__(self, route: _Route) -> None:
+        self.route = route
+        self.work: dist.Work | None = None
+
+    def launch(self, route: _Route, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        received, self.work = route.launch(_pack(tensors))
+        return tuple(_sections(received, tensors))
+
+    def land(self) -> None:
+        assert self.work is not None, "waited for an exchange that was not launched"
+        self.work.wait()
+        self.work = None
+
+
+class _Start(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, flight: _Flight, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.flight = flight
+        received = flight.launch(flight.route, tensors)
+        ctx.mark_non_differentiable(*(x for x in received if not x.is_floating_point()))
+        return received
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.flight.land()
+        return (None, *gradients)
+
+
+class _Wait(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, flight: _Flight, *received: Tensor) -> tuple[Tensor, ...]:
+        ctx.flight = flight
+        ctx.floating = [x.is_floating_point() for x in received]
+        flight.land()
+        outputs = tuple(x.view_as(x) for x in received)
+        ctx.mark_non_differentiable(*(x for x in outputs if not x.is_floating_point()))
+        return outputs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        flight = ctx.flight
+        floating = [g for g, keep in zip(gradients, ctx.floating, strict=True) if keep]
+        returned = iter(flight.launch(flight.route.reversed(), floating))
+        return (None, *(next(returned) if keep else None for keep in ctx.floating))
+
+
+class InFlight:
+    """An exchange under way. Every rank waits for it, once, before using what it received."""
+
+    def __init__(self, route: _Route, tensors: Sequence[Tensor]) -> None:
+        self._flight = _Flight(route)
+        self._received = _Start.apply(self._flight, *tensors)
+
+    def wait(self) -> tuple[Tensor, ...]:
+        """The received tensors, shaped as those that were sent."""
+        outputs: tuple[Tensor, ...] = _Wait.apply(self._flight, *self._received)
+        return outputs
+
+
+def start_all_to_all(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> InFlight:
+    """Send chunk r of each tensor [P, ...] to rank r; chunk s of what arrives is from rank s."""
+    return InFlight(_Route(group), tensors)
+
+
+def start_halo(tensors: Sequence[Tensor], halo: int, group: dist.ProcessGroup) -> InFlight:
+    """Send the last `halo` tokens of each tensor [B, T/P, ...] to the next rank.
+
+    `wait` gives tensors [1, B, halo, ...], the tokens just before this rank's: zeros on rank 0.
+    Backward, their gradients travel to the rank that sent them and are added to its own.
+    """
+    return InFlight(_Route(group, shift=1), [x[None, :, x.shape[1] - halo :] for x in tensors])
+
+
+def _padded_bytes(x: Tensor) -> int:
+    """Bytes of one chunk of `x` [N, ...] in a message, rounded up to the alignment."""
+    size = math.prod(x.shape[1:]) * x.element_size()
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+def _sections(message: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """The parts of `message` [N, bytes], in place, with the shapes and dtypes of `like`."""
+    sections, offset = [], 0
+    for x in like:
+        size = math.prod(x.shape[1:]) * x.element_size()
+        section = message[:, offset : offset + size].view(x.dtype)
+        sections.append(section.unflatten(1, x.shape[1:]))
+        offset += _padded_bytes(x)
+    return sections
+
+
+def _pack(tensors: Sequence[Tensor]) -> Tensor:
+    """One message [N, bytes] from tensors [N, ...] of any strides, each copied once."""
+    rows, size = tensors[0].shape[0], sum(_padded_bytes(x) for x in tensors)
+    message = torch.empty(rows, size, dtype=torch.uint8, device=tensors[0].device)
+    for section, x in zip(_sections(message, tensors), tensors, strict=True):
+        section.copy_(x)
+    return message

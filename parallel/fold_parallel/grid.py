@@ -1,0 +1,124 @@
+"""The rank grid: which ranks share one row of tokens, and which sizes can be shared.
+
+World ranks are laid out as dp x sp: `sp` consecutive ranks form one sequence group and hold the
+same row, one contiguous slice each. Groups are made here once and passed on; nothing is global.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch.distributed as dist
+from tensor_attention import validate_fold
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Where this rank stands in the dp x sp grid, and the process groups of its row.
+
+    `sp_group` and `swap_group` hold the same ranks. They are two communicators, so that a swap can
+    be under way while halos travel. Both are None when sp is 1: nothing is communicated then.
+    """
+
+    world_size: int = 1
+    rank: int = 0
+    sp: int = 1
+    sp_group: dist.ProcessGroup | None = None
+    swap_group: dist.ProcessGroup | None = None
+
+    @property
+    def dp(self) -> int:
+        """Number of rows that are processed at once."""
+        return self.world_size // self.sp
+
+    @property
+    def dp_rank(self) -> int:
+        """Index of this rank's row among them."""
+        return self.rank // self.sp
+
+    @property
+    def sp_rank(self) -> int:
+        """Index of this rank's slice within its row."""
+        return self.rank % self.sp
+
+    def tokens(self, seq_len: int) -> slice:
+        """The slice of a row of `seq_len` tokens that this rank holds."""
+        shard = seq_len // self.sp
+        return slice(self.sp_rank * shard, (self.sp_rank + 1) * shard)
+
+
+def create_grid(sp: int) -> Grid:
+    """The grid over the default process group (over this process alone if there is none).
+
+    Every rank calls it, once, with the same `sp`: making groups is collective.
+
+    Raises:
+        ValueError: if `sp` does not divide the number of ranks.
+    """
+    initialized = dist.is_available() and dist.is_initialized()
+    world_size = dist.get_world_size() if initialized else 1
+    rank = dist.get_rank() if initialized else 0
+    check_world(world_size, sp)
+    if sp == 1:
+        return Grid(world_size, rank)
+    own: dict[str, dist.ProcessGroup] = {}
+    for first in range(0, world_size, sp):
+        members = list(range(first, first + sp))
+        for name in ("sp", "swap"):
+            group = dist.new_group(members, group_desc=name)
+            if rank in members:
+                own[name] = group
+    return Grid(world_size, rank, sp, own["sp"], own["swap"])
+
+
+def check_world(world_size: int, sp: int) -> None:
+    """Raise ValueError, listing the legal degrees, unless `sp` divides `world_size`."""
+    if sp < 1 or world_size % sp:
+        legal = ", ".join(str(p) for p in _divisors(world_size))
+        raise ValueError(f"sp = {sp} does not divide {world_size} ranks (legal sp: {legal})")
+
+
+def legal_degrees(seq_len: int, fold: Sequence[int]) -> list[int]:
+    """Every sp that can share rows of `seq_len` tokens under `fold`; 1 is always among them."""
+    if not fold:
+        return _divisors(seq_len)
+    return [p for p in _divisors(fold[0]) if p == 1 or seq_len % (p * fold[0]) == 0]
+
+
+def check_sizes(
+    seq_len: int, sp: int, fold: Sequence[int], full_attention_heads: int | None = None
+) -> None:
+    """Raise ValueError, in one line that lists legal sizes, if ranks cannot share such rows.
+
+    Each of the `sp` ranks holds whole inner rows, seq_len / sp % n_1 == 0, and owns whole columns
+    after the swap, n_1 % sp == 0. Needs no process group.
+
+    Args:
+        seq_len: tokens per row.
+        sp: ranks that share a row.
+        fold: lengths of the inner axes, innermost first; [] if every layer is full attention.
+        full_attention_heads: number of query heads, where some layers are full attention: those
+            are shared by heads.
+    """
+    validate_fold(fold)
+    degrees = legal_degrees(seq_len, fold)
+    if full_attention_heads is not None:
+        degrees = [p for p in degrees if full_attention_heads % p == 0]
+    if sp in degrees:
+        return
+    legal = [f"sp in {degrees}"]
+    inner = fold[0] if fold else 1
+    if sp > 1 and inner % sp == 0 and seq_len % (sp * inner):
+        below = seq_len // (sp * inner) * sp * inner
+        nearest = f"{below} or {below + sp * inner}" if below else f"{sp * inner}"
+        legal.append(f"seq_len a multiple of {sp * inner}, such as {nearest}")
+    if sp > 1 and inner % sp and fold:
+        legal.append(f"fold[0] a multiple of {sp}")
+    heads = "" if full_attention_heads is None else f", heads = {full_attention_heads}"
+    raise ValueError(
+        f"sp = {sp} cannot share rows with seq_len = {seq_len}, fold = {list(fold)}{heads}"
+        f" (legal: {'; or '.join(legal)})"
+    )
+
+
+def _divisors(number: int) -> list[int]:
+    return [p for p in range(1, number + 1) if number % p == 0]
