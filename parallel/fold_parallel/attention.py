@@ -9,9 +9,10 @@ from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
 from tensor_attention import Rotary, fold_axes, hop, tensor_attention
 from tensor_attention.api import Backend
-from torch import Tensor
 
 from .collectives import InFlight, start_halo
 from .grid import Grid, check_sizes

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch.distributed as dist
+
 from tensor_attention import validate_fold
 
 
@@ -106,13 +107,13 @@ def check_sizes(
     if sp in degrees:
         return
     legal = [f"sp in {degrees}"]
-    inner = fold[0] if fold else 1
-    if sp > 1 and inner % sp == 0 and seq_len % (sp * inner):
-        below = seq_len // (sp * inner) * sp * inner
-        nearest = f"{below} or {below + sp * inner}" if below else f"{sp * inner}"
-        legal.append(f"seq_len a multiple of {sp * inner}, such as {nearest}")
-    if sp > 1 and inner % sp and fold:
+    unit = sp * fold[0] if fold else sp
+    if sp > 1 and fold and fold[0] % sp:
         legal.append(f"fold[0] a multiple of {sp}")
+    elif sp > 1 and seq_len % unit:
+        below = seq_len // unit * unit
+        nearest = f"{below} or {below + unit}" if below else f"{unit}"
+        legal.append(f"seq_len a multiple of {unit}, such as {nearest}")
     heads = "" if full_attention_heads is None else f", heads = {full_attention_heads}"
     raise ValueError(
         f"sp = {sp} cannot share rows with seq_len = {seq_len}, fold = {list(fold)}{heads}"
