@@ -14,7 +14,8 @@ from torch import Tensor
 from .fold import Axis, Rotary
 from .triton_backward import hop_backward
 from .triton_forward import hop_forward
-from .triton_op import bias_gradient, pair, require, rotary_tables, score_scale
+from .triton_launch import Hop
+from .triton_op import require, rotary_tables, score_scale
 
 
 def chain(
@@ -71,14 +72,15 @@ def _chain(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """out, the inner z, every lse."""
     out, inner, lse = _new_states(q, v, len(strides))
-    values, state = v, None
+    values = v
     for i, (stride, length, reach) in enumerate(zip(strides, lengths, reaches, strict=True)):
         z = out if i == len(strides) - 1 else inner[i]
-        hop_forward(
-            q, k, values, reach, _bias_of(hop_bias, i), state, pair(cos, sin),
-            stride=stride, length=length, scale=scale, z=z, lse=lse[i],
+        hop = Hop(
+            q, k, values, reach, _bias_of(hop_bias, i), values, lse[i - 1] if joint and i else None,
+            cos, sin, stride, length, scale,
         )  # fmt: skip
-        values, state = z, (z, lse[i]) if joint else None
+        hop_forward(hop, z, lse[i])
+        values = z
     return out, inner, lse
 
 
@@ -98,22 +100,24 @@ def _chain_backward(
     joint: bool, scale: float, out: Tensor, inner: Tensor, lse: Tensor, dz: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk, dv, dhop_bias (empty without one)."""
-    dq, dk, dbias = torch.empty_like(q), torch.empty_like(k), []
-    last, z_or_delta, dlse = len(strides) - 1, out, None
+    dq, dk = torch.empty_like(q), torch.empty_like(k)
+    dbias = None if hop_bias is None else torch.empty_like(hop_bias)
+    last, delta, dlse = len(strides) - 1, None, None
     for i in range(last, -1, -1):
         values = inner[i - 1] if i else v
-        dvalues, bias = torch.empty_like(values), _bias_of(hop_bias, i)
-        rest = hop_backward(
-            q, k, values, reaches[i], bias, (values, lse[i - 1]) if joint and i else None,
-            pair(cos, sin), stride=strides[i], length=lengths[i], scale=scale, lse=lse[i],
-            dz=dz, dlse=dlse, z_or_delta=z_or_delta, dq=dq, dk=dk, accumulate=i < last,
-            dvalues=dvalues,
+        hop = Hop(
+            q, k, values, reaches[i], _bias_of(hop_bias, i), values,
+            lse[i - 1] if joint and i else None, cos, sin, strides[i], lengths[i], scale,
         )  # fmt: skip
-        if bias is not None:
-            dbias.append(bias_gradient(rest, bias, bias))
-        dz, dlse = dvalues, rest.dlse_before
-        z_or_delta = values if rest.delta_before is None else rest.delta_before
-    return dq, dk, dz, torch.stack(dbias[::-1]) if dbias else q.new_empty(0)
+        dvalues = torch.empty_like(values)
+        rest = hop_backward(
+            hop, out if i == last else inner[i], lse[i], dz, dlse, delta=delta,
+            dq=dq, dk=dk, accumulate=i < last, dvalues=dvalues, dz_before=None,
+        )  # fmt: skip
+        if dbias is not None and rest.dbias is not None:
+            dbias[i - 1] = rest.dbias
+        dz, dlse, delta = dvalues, rest.dlse_before, rest.delta_before
+    return dq, dk, dz, q.new_empty(0) if dbias is None else dbias
 
 
 @_chain_backward.register_fake
@@ -122,8 +126,7 @@ def _(
     cos: Tensor | None, sin: Tensor | None, strides: list[int], lengths: list[int],
     joint: bool, scale: float, out: Tensor, inner: Tensor, lse: Tensor, dz: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    has_bias = hop_bias is not None and hop_bias.numel() > 0
-    dbias = torch.empty_like(hop_bias) if has_bias else q.new_empty(0)
+    dbias = q.new_empty(0) if hop_bias is None else torch.empty_like(hop_bias)
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), dbias
 
 
@@ -135,14 +138,12 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 
 def _gradient(
     ctx: Any, dz: Tensor | None, *_of_saved_states: Tensor | None
-) -> tuple[Tensor | None | list[None], ...]:
+) -> tuple[Tensor | list[None] | None, ...]:
     q, k, v, hop_bias, cos, sin, out, inner, lse, *reaches = ctx.saved_tensors
     dq, dk, dv, dbias = _chain_backward(
         q, k, v, reaches, hop_bias, cos, sin, ctx.strides, ctx.lengths, ctx.joint, ctx.scale,
         out, inner, lse, torch.zeros_like(out) if dz is None else dz.contiguous(),
     )  # fmt: skip
-    if hop_bias is not None:
-        dbias = dbias.reshape(hop_bias.shape)
     none = [None] * len(reaches)
     return (
         dq, dk, dv, none, dbias if hop_bias is not None else None,

@@ -1,5 +1,6 @@
 # ruff: noqa: N803 - compile-time constants of Triton kernels are capitals
-"""What the Triton kernels share: where rows live, how tiles are loaded and rotated, tile shapes.
+# mypy: allow-untyped-defs, allow-incomplete-defs
+"""What the Triton kernels share: where rows live, how tiles are loaded, rotated and stored.
 
 Rows. A hop of stride s splits the tokens into s lines of R = ceil(T / s) steps each. The kernels
 walk the rows r = line * R + step, so that a line is contiguous: token(r) = step * s + line. In this
@@ -10,12 +11,8 @@ Columns. The columns of a tile are padded per half of the head, [first half, pad
 padding], so that rotary pairs stay BLOCK_D / 2 apart whatever the head size.
 """
 
-from typing import NamedTuple
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
@@ -80,6 +77,20 @@ def load_tile(base, offset, exists, SIZE: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def score_gradient(
+    score, inner, offset, correction, seen, scale, MASK: tl.constexpr
+):  # fmt: skip
+    """Weights P = exp2(score * scale + offset) and their scores' gradient P (inner + correction).
+
+    `offset` is (bias - lse) in base 2 and `correction` is dlse - delta, broadcast to the tile.
+    """
+    weight = tl.exp2(score * scale + offset)
+    if MASK:
+        weight = tl.where(seen, weight, 0.0)
+    return weight, weight * (inner + correction)
+
+
+@triton.jit
 def load_angles(cos, sin, position, exists, SIZE: tl.constexpr, BLOCK: tl.constexpr):
     """[rows, BLOCK / 2] cosines and sines of the rows' positions."""
     column = tl.arange(0, BLOCK // 2)
@@ -138,7 +149,7 @@ def store_tile(x, base, offset, exists, SIZE: tl.constexpr, BLOCK: tl.constexpr)
     tl.store(base + offset[:, None] + column[None, :], x.to(base.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_tokens", "stride"])
 def rotate_kernel(
     x, out, cos, sin, num_rows, num_tokens, stride,
     HEADS: tl.constexpr, SIZE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -149,65 +160,3 @@ def rotate_kernel(
     position = (row // HEADS) % num_tokens // stride
     tile = load_rotated(x, row * SIZE, exists, position, cos, sin, SIZE, BLOCK)
     store_tile(tile, out, row * SIZE, exists, SIZE, BLOCK)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, stride: int) -> Tensor:
-    """A copy of `x` [B, T, H, D] rotated to the positions floor(t / stride)."""
-    out = torch.empty_like(x)
-    batch, num_tokens, heads, size = x.shape
-    num_rows, block_rows = batch * num_tokens * heads, 32
-    rotate_kernel[(triton.cdiv(num_rows, block_rows),)](
-        x, out, cos, sin, num_rows, num_tokens, stride,
-        HEADS=heads, SIZE=size, BLOCK_ROWS=block_rows, BLOCK=padded(size),
-    )  # fmt: skip
-    return out
-
-
-class Lines(NamedTuple):
-    """How a hop of one stride walks the tokens: `count` lines of `steps` steps each."""
-
-    count: int
-    steps: int
-
-    @property
-    def rows(self) -> int:
-        """Number of rows, the missing tokens at the ends of lines included."""
-        return self.count * self.steps
-
-
-def lines_of(num_tokens: int, stride: int) -> Lines:
-    """The lines of a hop; a stride longer than the sequence leaves one step per line."""
-    return Lines(min(stride, num_tokens), triton.cdiv(num_tokens, stride))
-
-
-class Tiles(NamedTuple):
-    """Shape of one kernel's tiles and how it is launched.
-
-    `pack` query heads of one key head share a query tile, so block_m rows are block_m / pack
-    tokens. `rotate_first` rotates keys (and, in the backward, queries) into a copy before the
-    kernel instead of on every load: worth it where each tile is loaded many times.
-    """
-
-    block_m: int
-    block_n: int
-    warps: int
-    stages: int
-    pack: int = 1
-    rotate_first: bool = False
-
-
-def padded(size: int) -> int:
-    """Columns of a tile that holds heads of this size."""
-    return max(16, triton.next_power_of_2(size))
-
-
-def precision_of(dtype: torch.dtype) -> str:
-    """PRECISION of `product`: float32 inputs get float32 products."""
-    if dtype == torch.bfloat16 and is_interpreted():
-        return "upcast"
-    return "ieee" if dtype == torch.float32 else "tf32"
-
-
-def is_interpreted() -> bool:
-    """Whether kernels run in Triton's interpreter, on CPU tensors (TRITON_INTERPRET at import)."""
-    return not isinstance(rotate_kernel, triton.JITFunction)

@@ -1,4 +1,5 @@
 # ruff: noqa: N803 - compile-time constants of Triton kernels are capitals
+# mypy: allow-untyped-defs, allow-incomplete-defs
 """One hop forward on the GPU: banded causal attention over rows, starting from a state.
 
 Each program owns one tile of queries (block_m / pack tokens of `pack` query heads that share a key
@@ -17,19 +18,15 @@ from .triton_common import (
     LN2,
     LOG2E,
     MASKED,
-    Tiles,
     add_product,
     first_visible,
-    lines_of,
     load_rotated,
     load_tile,
     locate,
-    padded,
-    precision_of,
     product,
-    rotate,
     store_tile,
 )
+from .triton_launch import SIZES, Hop, Tiles
 from .triton_tiles import forward_tiles
 
 
@@ -62,7 +59,7 @@ def attend(
     return acc, top, total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def hop_forward_kernel(
     q, k, values, reach, bias, z_before, lse_before, q_cos, q_sin, k_cos, k_sin, z, lse,
     num_tokens, num_rows, steps, stride, length, num_blocks, scale,
@@ -140,45 +137,16 @@ def hop_forward_kernel(
     tl.store(lse + state_row, (top + tl.log2(total)) * LN2, mask=exists)
 
 
-def hop_forward(
-    q: Tensor,
-    k: Tensor,
-    values: Tensor,
-    reach: Tensor,
-    bias: Tensor | None,
-    state: tuple[Tensor, Tensor] | None,
-    rotary: tuple[Tensor, Tensor] | None,
-    *,
-    stride: int,
-    length: int,
-    scale: float,
-    z: Tensor,
-    lse: Tensor,
-    tiles: Tiles | None = None,
-) -> None:
-    """Write one hop into `z` [B, T, H, E] and `lse` [B, H, T] float32; all tensors contiguous.
-
-    Args as in `dense.hop`, but for the state (z, lse), whose lse is [B, H, T] float32.
-    """
-    batch, num_tokens, heads, size = q.shape
-    key_heads, value_heads, value_size = k.shape[2], values.shape[2], values.shape[3]
-    lines = lines_of(num_tokens, stride)
-    if tiles is None:
-        tiles = forward_tiles(q.dtype, size, value_size, lines.steps, length, heads // value_heads)
-    rotary_k = rotary
-    if rotary is not None and tiles.rotate_first:
-        k, rotary_k = rotate(k, *rotary, stride), None
-    num_blocks = triton.cdiv(lines.rows, tiles.block_m // tiles.pack)
-    z_before, lse_before = state or (None, None)
-    cos, sin = rotary or (None, None)
-    k_cos, k_sin = rotary_k or (None, None)
-    with torch.cuda.device_of(q):
+def hop_forward(hop: Hop, z: Tensor, lse: Tensor, tiles: Tiles | None = None) -> None:
+    """Write one hop into `z` [B, T, H, E] and `lse` [B, H, T] float32, both contiguous."""
+    tiles = tiles or forward_tiles(hop)
+    k, k_cos, k_sin = hop.rotated(hop.k, tiles.rotate_first)
+    num_blocks = triton.cdiv(hop.rows, tiles.block_m // tiles.pack)
+    batch, heads = hop.q.shape[0], hop.q.shape[2]
+    with torch.cuda.device_of(hop.q):
         hop_forward_kernel[(batch * num_blocks * (heads // tiles.pack),)](
-            q, k, values, reach, bias, z_before, lse_before, cos, sin, k_cos, k_sin, z, lse,
-            num_tokens, lines.rows, lines.steps, stride, length, num_blocks,
-            scale * 1.4426950408889634,
-            H=heads, K=key_heads, V=value_heads, D=size, E=value_size, STRIDED=stride > 1,
+            hop.q, k, hop.values, hop.reach, hop.bias, hop.z_before, hop.lse_before,
+            hop.cos, hop.sin, k_cos, k_sin, z, lse, *hop.walk(num_blocks),
             PACK=tiles.pack, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n,
-            BLOCK_D=padded(size), BLOCK_E=padded(value_size), PRECISION=precision_of(q.dtype),
-            num_warps=tiles.warps, num_stages=tiles.stages,
+            num_warps=tiles.warps, num_stages=tiles.stages, **hop.constants(),
         )  # fmt: skip

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from .fold import Rotary
-from .triton_backward import HopGradients, hop_backward
+from .triton_backward import hop_backward
 from .triton_forward import hop_forward
+from .triton_launch import Hop
 
 State = tuple[Tensor, Tensor]
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -87,11 +88,6 @@ def rotary_tables(rotary: Rotary | None) -> tuple[Tensor | None, Tensor | None]:
     return rotary.cos.float().contiguous(), rotary.sin.float().contiguous()
 
 
-def pair(x: Tensor | None, y: Tensor | None) -> State | None:
-    """(x, y), or None unless both are there."""
-    return None if x is None or y is None else (x, y)
-
-
 def new_state(q: Tensor, values: Tensor) -> State:
     """Uninitialised z [B, T, H, E] and lse [B, H, T]."""
     batch, num_tokens, heads, _ = q.shape
@@ -107,11 +103,9 @@ def _hop(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """z, lse; `lse_before` without `z_before` means that the values are the state's z."""
     z, lse = new_state(q, values)
-    state = pair(values if z_before is None else z_before, lse_before)
-    hop_forward(
-        q, k, values, reach, bias, state, pair(cos, sin),
-        stride=stride, length=length, scale=scale, z=z, lse=lse,
-    )  # fmt: skip
+    before = values if z_before is None else z_before
+    inputs = Hop(q, k, values, reach, bias, before, lse_before, cos, sin, stride, length, scale)
+    hop_forward(inputs, z, lse)
     return z, lse
 
 
@@ -134,13 +128,15 @@ def _hop_backward(
     """dq, dk, dvalues, dbias, dz_before, dlse_before; empty where there is no such input."""
     dq, dk, dvalues = torch.empty_like(q), torch.empty_like(k), torch.empty_like(values)
     dz_before = None if z_before is None else torch.empty_like(z_before)
+    before = values if z_before is None else z_before
+    inputs = Hop(q, k, values, reach, bias, before, lse_before, cos, sin, stride, length, scale)
     rest = hop_backward(
-        q, k, values, reach, bias, pair(values if z_before is None else z_before, lse_before),
-        pair(cos, sin), stride=stride, length=length, scale=scale, lse=lse, dz=dz, dlse=dlse,
-        z_or_delta=z, dq=dq, dk=dk, accumulate=False, dvalues=dvalues, dz_before=dz_before,
+        inputs, z, lse, dz, dlse, delta=None, dq=dq, dk=dk, accumulate=False,
+        dvalues=dvalues, dz_before=dz_before,
     )  # fmt: skip
     return (
-        dq, dk, dvalues, bias_gradient(rest, bias, q.new_empty(0)),
+        dq, dk, dvalues,
+        q.new_empty(0) if bias is None or rest.dbias is None else rest.dbias.to(bias.dtype),
         q.new_empty(0) if dz_before is None else dz_before,
         q.new_empty(0) if rest.dlse_before is None else rest.dlse_before,
     )  # fmt: skip
@@ -160,13 +156,6 @@ def _(
         torch.empty_like(q), torch.empty_like(k), torch.empty_like(values),
         dbias, dz_before, dlse_before,
     )  # fmt: skip
-
-
-def bias_gradient(rest: HopGradients, bias: Tensor | None, none: Tensor) -> Tensor:
-    """[H] gradient of the bias, summed over tokens in float32; `none` where there is no bias."""
-    if rest.dbias is None or bias is None:
-        return none
-    return rest.dbias.sum((0, 2)).to(bias.dtype)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: State) -> None:

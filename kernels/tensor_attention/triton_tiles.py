@@ -8,72 +8,56 @@ import math
 
 import torch
 
-from .triton_common import Tiles, is_interpreted, padded
+from .triton_launch import Hop, Tiles, is_interpreted, padded
 
 # Windows of this many keys make rotating into a copy cheaper than rotating on every load.
 _REUSE = 256
 
 
-def forward_tiles(
-    dtype: torch.dtype, size: int, value_size: int, steps: int, length: int, shared: int
-) -> Tiles:
-    """Tiles of the forward kernel.
-
-    Args:
-        dtype: of q, k, values.
-        size: head size D; value_size: value size E.
-        steps: tokens per line; length: steps of the axis.
-        shared: query heads that read the same values.
-    """
-    window = min(length, steps)
-    pack = _pack(shared)
+def forward_tiles(hop: Hop) -> Tiles:
+    """Tiles of the forward kernel."""
+    pack = _pack(hop)
     if is_interpreted():
-        return Tiles(16 * pack, 16, 4, 1, pack, window > 64)
-    wide = padded(max(size, value_size))
-    reuse = window > _REUSE
-    if dtype == torch.float32:
+        return Tiles(16 * pack, 16, 4, 1, pack, hop.window > 64)
+    wide = padded(max(hop.q.shape[3], hop.values.shape[3]))
+    reuse = hop.window > _REUSE
+    if hop.q.dtype == torch.float32:
         return Tiles(64 if wide <= 128 else 32, 32 if wide <= 128 else 16, 4, 2, pack, reuse)
     if wide > 128:
         return Tiles(64, 32, 4, 2, pack, reuse)
     return Tiles(128, 64, 8, 3, pack, reuse)
 
 
-def backward_query_tiles(
-    dtype: torch.dtype, size: int, value_size: int, steps: int, length: int, shared: int
-) -> Tiles:
-    """Tiles of the kernel that owns queries; arguments as in `forward_tiles`."""
-    window = min(length, steps)
-    pack = _pack(shared)
+def backward_query_tiles(hop: Hop) -> Tiles:
+    """Tiles of the kernel that owns queries."""
+    pack = _pack(hop)
     if is_interpreted():
-        return Tiles(16 * pack, 16, 4, 1, pack, window > 64)
-    wide = padded(max(size, value_size))
-    reuse = window > _REUSE
-    if dtype == torch.float32:
+        return Tiles(16 * pack, 16, 4, 1, pack, hop.window > 64)
+    wide = padded(max(hop.q.shape[3], hop.values.shape[3]))
+    reuse = hop.window > _REUSE
+    if hop.q.dtype == torch.float32:
         return Tiles(32, 32 if wide <= 128 else 16, 4, 1, pack, reuse)
     if wide > 128:
         return Tiles(64, 32, 4, 1, pack, reuse)
     return Tiles(128, 64, 8, 2, pack, reuse)
 
 
-def backward_key_tiles(
-    dtype: torch.dtype, size: int, value_size: int, steps: int, length: int, shared: int
-) -> Tiles:
+def backward_key_tiles(hop: Hop) -> Tiles:
     """Tiles of the kernel that owns keys and values; block_n must be a multiple of the tokens
-    (block_m / pack) of a query tile. Arguments as in `forward_tiles`.
+    (block_m / pack) of a query tile.
     """
-    window = min(length, steps)
-    pack = _pack(shared)
+    pack = _pack(hop)
     if is_interpreted():
-        return Tiles(16, 32, 4, 1, pack, window > 64)
-    wide = padded(max(size, value_size))
-    reuse = window > _REUSE
-    if dtype == torch.float32:
+        return Tiles(16, 32, 4, 1, pack, hop.window > 64)
+    wide = padded(max(hop.q.shape[3], hop.values.shape[3]))
+    reuse = hop.window > _REUSE
+    if hop.q.dtype == torch.float32:
         return Tiles(32, 32, 4, 1, pack, reuse)
     if wide > 128:
         return Tiles(32, 64, 4, 1, pack, reuse)
     return Tiles(64, 128, 8, 2, pack, reuse)
 
 
-def _pack(shared: int) -> int:
+def _pack(hop: Hop) -> int:
     """Query heads per tile: the largest power of two up to 16 that divides the group."""
-    return math.gcd(shared, 16)
+    return math.gcd(hop.shared, 16)

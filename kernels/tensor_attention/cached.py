@@ -1,0 +1,103 @@
+"""One hop for the newest tokens of a sequence whose keys and values are cached: decoding.
+
+Each query reads only the entries that it visits: `length` along the first axis, T / stride along
+the outermost. Shape letters: B batch, Q new tokens, T all tokens, N steps of the axis, H query
+heads, K key heads, G = H / K, D head size, E value size. This file has no imports from the project
+but `fold`: it also travels inside exported Hugging Face folders.
+"""
+
+import torch
+from torch import Tensor
+
+from .fold import Rotary, apply_rotary
+
+State = tuple[Tensor, Tensor]
+
+# Queries whose entries are gathered at one time: bounds memory when a long prompt comes in chunks.
+_QUERY_CHUNK = 64
+
+
+def hop_cached(
+    q: Tensor,
+    k: Tensor,
+    values: Tensor,
+    *,
+    stride: int,
+    length: int,
+    reach: Tensor,
+    bias: Tensor | None = None,
+    state: State | None = None,
+    rotary: Rotary | None = None,
+    scale: float | None = None,
+) -> State:
+    """The rows of `dense.hop` that belong to the last Q of T tokens.
+
+    Args:
+        q: [B, Q, H, D], not rotated when `rotary` is given.
+        k: [B, T, K, D] of all tokens, rotated exactly if q is.
+        values: [B, V, K or H, E] of the last V <= T tokens: as many as the hop reaches back.
+        stride, length, bias, rotary, scale: as in `dense.hop`.
+        reach: [B, Q] int32, how many strides back each query may look.
+        state: (z [B, Q, H, E], lse [B, Q, H]) of the hop before, or None for the first hop.
+
+    Returns:
+        (z [B, Q, H, E], lse [B, Q, H] in float32 or wider).
+    """
+    parts = []
+    for at in range(0, q.shape[1], _QUERY_CHUNK):
+        rows = slice(at, at + _QUERY_CHUNK)
+        state_rows = None if state is None else (state[0][:, rows], state[1][:, rows])
+        first = k.shape[1] - q.shape[1] + at
+        positions = torch.arange(first, first + q[:, rows].shape[1], device=q.device)
+        parts.append(
+            _hop_rows(
+                q[:, rows], k, values, positions, reach[:, rows], stride=stride, length=length,
+                bias=bias, state=state_rows, rotary=rotary, scale=scale,
+            )
+        )  # fmt: skip
+    return torch.cat([z for z, _ in parts], dim=1), torch.cat([lse for _, lse in parts], dim=1)
+
+
+def _hop_rows(
+    q: Tensor,
+    k: Tensor,
+    values: Tensor,
+    positions: Tensor,
+    reach: Tensor,
+    *,
+    stride: int,
+    length: int,
+    bias: Tensor | None,
+    state: State | None,
+    rotary: Rotary | None,
+    scale: float | None,
+) -> State:
+    num_tokens, num_heads, head_dim = k.shape[1], q.shape[2], q.shape[3]
+    work = torch.promote_types(q.dtype, torch.float32)
+    scale = head_dim**-0.5 if scale is None else scale
+    nearest = 0 if state is None else 1
+    steps = torch.arange(nearest, min(length, (num_tokens - 1) // stride + 1), device=q.device)
+    visited = positions[:, None] - steps * stride  # [Q, N]
+    allowed = steps <= reach[:, :, None]  # [B, Q, N]
+    visited = visited.clamp(min=0)
+
+    keys = k[:, visited]  # [B, Q, N, K, D]
+    if rotary is not None:
+        q = apply_rotary(q, rotary, positions // stride)
+        keys = apply_rotary(keys, rotary, visited // stride)
+    visited_values = values[:, (visited - (num_tokens - values.shape[1])).clamp(min=0)]
+
+    q_groups = q.unflatten(2, (k.shape[2], -1))
+    scores = torch.einsum("bqkgd,bqnkd->bqkgn", q_groups, keys).flatten(2, 3).to(work) * scale
+    if bias is not None:
+        scores = scores + bias.to(work)[:, None]
+    scores = scores.masked_fill(~allowed[:, :, None], float("-inf"))
+    if state is not None:
+        scores = torch.cat((scores, state[1].to(work)[..., None]), dim=-1)
+    weights = torch.softmax(scores, dim=-1).to(values.dtype)
+    value_heads = values.shape[2]
+    grouped = weights[..., : len(steps)].unflatten(2, (value_heads, num_heads // value_heads))
+    z = torch.einsum("bqkgn,bqnke->bqkge", grouped, visited_values).flatten(2, 3)
+    if state is not None:
+        z = z + weights[..., -1:] * state[0]
+    return z, torch.logsumexp(scores, dim=-1)
