@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from fold_parallel import Grid, create_grid, sharded_tensor_attention
@@ -113,7 +112,3 @@ def joined(parts: list[Results]) -> Results:
         else torch.cat([p[name] for p in parts], dim=1)
         for name in parts[0]
     }
-
-
-def world() -> int:
-    return dist.get_world_size()
