@@ -1,11 +1,11 @@
-"""Checkpoints: each rank writes its slices once, a manifest names and seals them, a rename publishes.
+"""Checkpoints: each rank writes its slices, a manifest seals them, a rename publishes.
 
     RUN/step-00001200/
-        rank-00000.safetensors ...   flat fp32 slices `NAME/master`, `NAME/exp_avg`, `NAME/exp_avg_sq`
-        manifest.json                which rank holds what, sizes and sha256 of all files and of itself
+        rank-00000.safetensors ...   flat fp32 slices, `NAME/master`, `/exp_avg`, `/exp_avg_sq`
+        manifest.json                who holds what; size and sha256 of each file and of itself
 
-There is no pointer to the newest checkpoint: it is the highest step whose manifest and files verify.
-Any number of ranks reads what any number wrote, since slices are addressed by parameter and range.
+There is no pointer to the newest checkpoint: it is the highest step that verifies. Any number of
+ranks reads what any number wrote, since slices are addressed by parameter name and range.
 """
 
 import hashlib
@@ -21,13 +21,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from .engine import STATE, ParameterSlice
 from .errors import UserError
 
 FORMAT = "tensorlm-checkpoint"
 VERSION = 1
+_WEIGHT_FILE_BYTES = 1 << 30  # of imported weights, so that one file at a time is in memory
 _STEP_NAME = re.compile(r"step-(\d{8})")
 _RANK_NAME = re.compile(r"rank-\d{5}\.safetensors")
 
@@ -89,6 +90,55 @@ def save(
     return target
 
 
+def write_weights(
+    run_dir: Path, parameters: Iterable[tuple[str, Tensor]], info: dict[str, Any]
+) -> Path:
+    """Publish whole parameters without Adam state as the checkpoint of step 0 (one process).
+
+    Raises:
+        UserError: the run has checkpoints already, or the disk refused.
+    """
+    if list_steps(run_dir):
+        raise UserError(f"{run_dir}: has checkpoints already (choose a new run.dir)")
+    temporary = run_dir / ".tmp-step-00000000"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    entries = []
+    for index, group in enumerate(_groups(parameters, _WEIGHT_FILE_BYTES)):
+        path = temporary / f"rank-{index:05d}.safetensors"
+        tensors = {f"{name}/master": tensor.flatten() for name, tensor in group}
+        num_bytes, sha256 = write_safetensors(path, tensors)
+        entries.append(
+            {
+                "name": path.name,
+                "bytes": num_bytes,
+                "sha256": sha256,
+                "slices": {name: [0, tensor.numel()] for name, tensor in group},
+                "shapes": {name: list(tensor.shape) for name, tensor in group},
+            }
+        )
+    _write_manifest(temporary, {"step": 0, **info, "files": entries})
+    target = step_folder(run_dir, 0)
+    _publish(temporary, target)
+    return target
+
+
+def _groups(
+    parameters: Iterable[tuple[str, Tensor]], num_bytes: int
+) -> Iterator[list[tuple[str, Tensor]]]:
+    """Consecutive parameters of together about `num_bytes`."""
+    group: list[tuple[str, Tensor]] = []
+    size = 0
+    for name, tensor in parameters:
+        group.append((name, tensor))
+        size += tensor.numel() * 4
+        if size >= num_bytes:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
+
+
 def _write_slices(path: Path, slices: list[ParameterSlice]) -> dict[str, Any]:
     tensors = {f"{s.name}/{key}": value for s in slices for key, value in s.state.items()}
     num_bytes, sha256 = write_safetensors(path, tensors)
@@ -126,7 +176,7 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> tuple[int, str]
 def _safetensors_parts(header: bytes, tensors: dict[str, Tensor]) -> Iterator[bytes | memoryview]:
     yield len(header).to_bytes(8, "little") + header
     for tensor in tensors.values():
-        yield memoryview(tensor.detach().float().cpu().contiguous().numpy()).cast("B")
+        yield tensor.detach().float().cpu().contiguous().view(torch.uint8).numpy().data
 
 
 def _write_manifest(folder: Path, content: dict[str, Any]) -> None:
@@ -276,6 +326,24 @@ def newest_checkpoint(run_dir: Path, rank: int = 0, world_size: int = 1) -> Chec
     return None
 
 
+def select_checkpoint(run_dir: Path, step: int | None) -> Checkpoint:
+    """The verified checkpoint of `step`, or the newest one (one process).
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
+    if step is None:
+        newest = newest_checkpoint(run_dir)
+        if newest is None:
+            raise UserError(f"{run_dir}: no checkpoint (train first, or set run.dir)")
+        return newest
+    checkpoint = open_checkpoint(step_folder(run_dir, step))
+    bad = checkpoint.bad_files()
+    if bad:
+        raise UserError(*(f"{checkpoint.folder}: {problem}" for problem in bad))
+    return checkpoint
+
+
 def load(checkpoint: Checkpoint, slices: Iterable[ParameterSlice]) -> None:
     """Fill this rank's slices from a checkpoint; `Engine.refresh_weights` must follow.
 
@@ -293,6 +361,20 @@ def load(checkpoint: Checkpoint, slices: Iterable[ParameterSlice]) -> None:
             )
         for key in keys:
             piece.state[key].copy_(checkpoint.read(piece.name, key, piece.start, piece.stop))
+
+
+def load_weights(checkpoint: Checkpoint, model: nn.Module) -> None:
+    """Copy the fp32 weights of a checkpoint into a plain model (no engine, one process).
+
+    Raises:
+        UserError: names or shapes are not those of this model.
+    """
+    shapes = checkpoint.shapes
+    for name, parameter in model.named_parameters():
+        if shapes.get(name) != tuple(parameter.shape):
+            raise UserError(f"{checkpoint.folder}: {name} is {shapes.get(name) or 'absent'}")
+        with torch.no_grad():
+            parameter.copy_(checkpoint.read_parameter(name))
 
 
 def _manifest_sha256(manifest: dict[str, Any]) -> str:

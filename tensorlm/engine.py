@@ -165,7 +165,7 @@ class Engine:
                 yield self._unsharded_slice(parameter, name, index)
             elif self._stage == 3:
                 yield self._stage3_slice(parameter, name)
-            elif parameter._hp_mapping is not None:
+            elif getattr(parameter, "_hp_mapping", None) is not None:
                 yield self._flat_slice(parameter, name)
 
     def refresh_weights(self, adam_step: int) -> None:

@@ -1,8 +1,8 @@
 """One hop in plain PyTorch with O(T * length) memory: the CPU path, differentiable by autograd.
 
 A hop of stride s splits the row into s independent lines (t mod s) of T / s tokens each. Along a
-line the hop is a sliding window, so each block of `length` queries needs its own block of keys and
-the one before it (and the one after it when it may look ahead).
+line the hop is a sliding window: a block of L queries needs its own block of keys and as many
+before it as `length` reaches (and after it when it may look ahead).
 
 Shape letters: B batch, S lines, N blocks, L block length, W window, H query heads, K key heads,
 G = H / K query heads per key head, D head size, E value size. This file has no imports from the
@@ -41,27 +41,45 @@ def hop(
         q, k = rotate_along(q, rotary, stride), rotate_along(k, rotary, stride)
     work = torch.promote_types(q.dtype, torch.float32)
     scale = head_dim**-0.5 if scale is None else scale
-    block = min(length, -(-num_tokens // stride))
+    block, before = _block_size(length, -(-num_tokens // stride))
+    after = before if ahead is not None else 0
 
-    allowed = _allowed(reach, ahead, stride, length, block, nearest=0 if state is None else 1)
     q_blocks = _to_blocks(q, stride, block)
-    k_window = _window(_to_blocks(k, stride, block), ahead is not None)
-    v_window = _window(_to_blocks(values, stride, block), ahead is not None)
-    scores = (_grouped_matmul(q_blocks, k_window.transpose(-1, -2)) * scale).to(work)
+    k_window = _window(_to_blocks(k, stride, block), before, after)
+    v_window = _window(_to_blocks(values, stride, block), before, after)
+    nearest = 0 if state is None else 1
+    allowed = _allowed(reach, ahead, stride, length, block, before, after, nearest)
+    scores = _grouped_matmul(q_blocks * scale, k_window.transpose(-1, -2)).to(work)
     if bias is not None:
         scores = scores + bias.to(work)[:, None, None]
     scores = scores.masked_fill(~allowed, MASKED)
 
-    lse = torch.logsumexp(scores, dim=-1)  # [B, S, N, H, L]
+    # One exponential per score: relative to the largest one, which cancels out of z and lse and so
+    # needs no gradient.
+    largest = scores.detach().amax(dim=-1)  # [B, S, N, H, L]
+    weights = torch.exp(scores - largest[..., None])
+    lse = largest + weights.sum(dim=-1).log()
     if state is not None:
         lse_before = _to_blocks(state[1][..., None].to(work), stride, block)[..., 0]
         lse = torch.logaddexp(lse_before, lse)
-    weights = torch.exp(scores - lse[..., None])
     z = _grouped_matmul(weights.to(values.dtype), v_window)
+    z = z * torch.exp(largest - lse)[..., None].to(z.dtype)
     if state is not None:
         z_before = _to_blocks(state[0], stride, block)
         z = z + torch.exp(lse_before - lse)[..., None].to(z.dtype) * z_before
     return _from_blocks(z, num_tokens), _from_blocks(lse[..., None], num_tokens)[..., 0]
+
+
+def _block_size(length: int, line: int) -> tuple[int, int]:
+    """Block length, and how many earlier blocks a window of `length` tokens reaches into.
+
+    A line that fits into the window is one block. Otherwise a quarter of the window: the slots that
+    a block computes in vain are as many as its own length.
+    """
+    if length >= line:
+        return line, 0
+    block = -(-length // 4)
+    return block, -(-(length - 1) // block)
 
 
 def _to_blocks(x: Tensor, stride: int, block: int) -> Tensor:
@@ -75,15 +93,11 @@ def _from_blocks(x: Tensor, num_tokens: int) -> Tensor:
     return x.permute(0, 2, 4, 1, 3, 5).flatten(1, 3)[:, :num_tokens]
 
 
-def _window(x: Tensor, with_next: bool) -> Tensor:
-    """Join each block with the one before it (and after it): [B,S,N,H,L,D] -> [B,S,N,H,W,D]."""
-    if x.shape[2] == 1:
-        return x
-    zeros = torch.zeros_like(x[:, :, :1])
-    parts = [torch.cat((zeros, x[:, :, :-1]), dim=2), x]
-    if with_next:
-        parts.append(torch.cat((x[:, :, 1:], zeros), dim=2))
-    return torch.cat(parts, dim=4)
+def _window(x: Tensor, before: int, after: int) -> Tensor:
+    """Join each block with its neighbours: [B,S,N,H,L,D] -> [B,S,N,H,W,D]."""
+    num_blocks = x.shape[2]
+    x = F.pad(x, (0, 0, 0, 0, 0, 0, before, after))
+    return torch.cat([x[:, :, i : i + num_blocks] for i in range(before + 1 + after)], dim=4)
 
 
 def _grouped_matmul(x: Tensor, y: Tensor) -> Tensor:
@@ -95,18 +109,22 @@ def _grouped_matmul(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _allowed(
-    reach: Tensor, ahead: Tensor | None, stride: int, length: int, block: int, nearest: int
+    reach: Tensor,
+    ahead: Tensor | None,
+    stride: int,
+    length: int,
+    block: int,
+    before: int,
+    after: int,
+    nearest: int,
 ) -> Tensor:
     """[B, S, N, 1, L, W] bool: which slots of its window each query attends to."""
-    num_blocks = -(-reach.shape[1] // (stride * block))
-    parts = 1 if num_blocks == 1 else 2 if ahead is None else 3
-    slots = torch.arange(parts * block, device=reach.device)
-    queries = torch.arange(block, device=reach.device) + (block if parts > 1 else 0)
+    slots = torch.arange((before + 1 + after) * block, device=reach.device)
+    queries = torch.arange(block, device=reach.device) + before * block
     steps = queries[:, None] - slots[None, :]  # [L, W]
     reach_blocks = _to_blocks(reach[..., None, None], stride, block)
     allowed = (steps < length) & (steps <= reach_blocks)
     if ahead is None:
         return allowed & (steps >= nearest)
-    return (
-        allowed & (steps > -length) & (steps >= -_to_blocks(ahead[..., None, None], stride, block))
-    )
+    ahead_blocks = _to_blocks(ahead[..., None, None], stride, block)
+    return allowed & (steps > -length) & (steps >= -ahead_blocks)

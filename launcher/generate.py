@@ -1,0 +1,45 @@
+"""Write text with an exported folder: `launcher/generate.py --model DIR --prompt "def main"`.
+
+Needs plain `transformers` only; the text appears as it is generated.
+"""
+
+import argparse
+from pathlib import Path
+
+from tensorlm.errors import UserError, run_launcher
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", type=Path, required=True, help="exported folder")
+    parser.add_argument("--prompt", required=True, help="text to continue; - reads standard input")
+    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy")
+    parser.add_argument("--top-p", type=float, default=0.95)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    if not (args.model / "config.json").exists():
+        raise UserError(f"{args.model}: no config.json (make it with launcher/convert.py export)")
+
+    import sys
+
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
+
+    torch.manual_seed(args.seed)
+    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    # The code in the folder is run: only folders that are named on the command line get here.
+    model = AutoModelForCausalLM.from_pretrained(args.model, trust_remote_code=True).to(device)
+    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(device)
+    sampling = {"do_sample": args.temperature > 0}
+    if args.temperature > 0:
+        sampling |= {"temperature": args.temperature, "top_p": args.top_p}
+    streamer = TextStreamer(tokenizer, skip_special_tokens=True)
+    model.generate(**inputs, max_new_tokens=args.max_new_tokens, streamer=streamer, **sampling)
+    return 0
+
+
+if __name__ == "__main__":
+    run_launcher(main)

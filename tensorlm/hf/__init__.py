@@ -1,0 +1,1 @@
+"""Hugging Face: export checkpoints, import weights, and the code that exported folders carry."""
