@@ -1,0 +1,193 @@
+"""What a shared layer sends, when it sends it, and what a rank computes and keeps."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from fold_parallel import Grid, create_grid, forward_bytes_per_token, sharded_tensor_attention
+from tests.distributed import run_distributed
+from tests.fold_parallel.backends import device, ranks_and_backends
+from tests.fold_parallel.cases import Case, Row, make_row
+
+HEAD_DIM = 4
+
+
+class Log(TorchDispatchMode):
+    """The collectives and matrix products of this thread, in order, and the bytes sent."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.events: list[str] = []
+        self.bytes_sent = 0
+
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        name = str(func)
+        if name.startswith("c10d."):
+            message, splits = args[1], args[4]
+            self.events.append("neighbour" if splits else name.split(".")[1])
+            # In an all-to-all, what a rank sends to itself is not sent; to a neighbour, all is.
+            own = 0 if splits else message.numel() // dist.get_world_size()
+            self.bytes_sent += (message.numel() - own) * message.element_size()
+        elif name.startswith("aten.bmm"):
+            self.events.append("multiply")
+        return func(*args, **(kwargs or {}))
+
+
+def layer(case: Case, row: Row, grid: Grid) -> tuple[Tensor, Tensor]:
+    """The output of this rank and the cotangent for it."""
+    tokens, on = grid.tokens(case.seq_len), device() if grid.sp > 1 else torch.device("cpu")
+    q, k, v = (x[:, tokens].to(on).requires_grad_() for x in (row.q, row.k, row.v))
+    doc_start = row.doc_start[:, tokens].to(on)
+    out = sharded_tensor_attention(q, k, v, case.fold, grid=grid, doc_start=doc_start)
+    return out, row.cotangent[:, tokens].to(on)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one layer, on one rank."""
+
+    forward_events: list[str]
+    backward_events: list[str]
+    forward_bytes: int
+    backward_bytes: int
+    flops: int
+    kept_bytes: int
+
+
+def measure(case: Case, sp: int) -> Cost:
+    row, grid = make_row(case, HEAD_DIM), create_grid(sp)
+    kept: dict[int, int] = {}
+
+    def keep(x: Tensor) -> Tensor:
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with Log() as forward, saved_tensors_hooks(keep, lambda x: x):
+        out, cotangent = layer(case, row, grid)
+    with Log() as backward:
+        out.backward(cotangent)
+    with FlopCounterMode(display=False) as flops:
+        out, cotangent = layer(case, row, grid)
+        out.backward(cotangent)
+    return Cost(
+        forward.events, backward.events, forward.bytes_sent, backward.bytes_sent,
+        flops.get_total_flops(), sum(kept.values()),
+    )  # fmt: skip
+
+
+COST_CASES = [
+    Case((8, 2), (256,), heads=4, key_heads=2),
+    Case((16,), (100, 156), heads=4, key_heads=1, batch=2, dtype=torch.float32),
+    Case((8,), (256,), heads=2, key_heads=2, dtype=torch.bfloat16),
+    Case((), (256,), heads=4, key_heads=2),
+]
+
+
+def measure_all(cases: list[Case], sp: int) -> list[Cost]:
+    return [measure(case, sp) for case in cases]
+
+
+@cache
+def costs(world_size: int, backend: str) -> dict[Case, list[Cost]]:
+    """For each case, the cost on each rank."""
+    ranks = run_distributed(measure_all, world_size, COST_CASES, world_size, backend=backend)
+    return {case: [rank[i] for rank in ranks] for i, case in enumerate(COST_CASES)}
+
+
+every_cost = pytest.mark.parametrize("case", COST_CASES, ids=str)
+
+
+@ranks_and_backends(2, 4)
+@every_cost
+def test_bytes_sent_are_those_of_the_formula(world_size: int, backend: str, case: Case) -> None:
+    ranks = costs(world_size, backend)[case]
+    expected = forward_bytes_per_token(
+        case.seq_len, world_size, case.fold, heads=case.heads, key_heads=case.key_heads,
+        head_dim=HEAD_DIM, itemsize=case.dtype.itemsize,
+    )  # fmt: skip
+    tokens = case.batch * case.seq_len
+    assert sum(rank.forward_bytes for rank in ranks) == expected * tokens
+    # Backward, the positions have no gradient: 4 bytes a token, to every other rank if full.
+    positions = 4 * (world_size - 1) / (world_size if case.fold else 1)
+    assert sum(rank.backward_bytes for rank in ranks) == (expected - positions) * tokens
+
+
+def test_the_formula_for_one_layer_of_eight_billion_parameters() -> None:
+    # 32 query and 8 key heads of 128 in bfloat16; 32,768 tokens on 8 ranks; fold [512].
+    sent = forward_bytes_per_token(32768, 8, [512], heads=32, key_heads=8, head_dim=128, itemsize=2)
+    swaps = 7 / 8 * (2 * (32 + 8) * 128 + 4 + (2 * 32 * 128 + 4 * 32) + 2 * 32 * 128)
+    halo = 7 * 511 * (8 * 128 * 2) * 2 / 32768
+    assert sent == swaps + halo
+    assert forward_bytes_per_token(
+        32768, 1, [512], heads=32, key_heads=8, head_dim=128, itemsize=2
+    ) == 0  # fmt: skip
+
+
+@ranks_and_backends(2, 4)
+@every_cost
+def test_only_neighbour_exchanges_and_all_to_alls_are_used(
+    world_size: int, backend: str, case: Case
+) -> None:
+    for rank in costs(world_size, backend)[case]:
+        for events in (rank.forward_events, rank.backward_events):
+            sent = [event for event in events if event != "multiply"]
+            assert sent.count("neighbour") == (1 if case.fold else 0)
+            assert sent.count("alltoall_base_") == (3 if case.fold else 2)
+            assert len(sent) == (4 if case.fold else 2)
+
+
+@ranks_and_backends(2)
+@pytest.mark.parametrize("case", [case for case in COST_CASES if case.fold], ids=str)
+def test_the_swap_of_q_and_k_is_under_way_during_hop_1_forward_and_backward(
+    world_size: int, backend: str, case: Case
+) -> None:
+    hops = len(case.fold) + 1
+    forward_hop, backward_hop = ["multiply"] * 2, ["multiply"] * 4
+    for rank in costs(world_size, backend)[case]:
+        assert rank.forward_events == [
+            "neighbour", "alltoall_base_", *forward_hop,  # halo; q, k; hop 1
+            "alltoall_base_", *forward_hop * (hops - 1), "alltoall_base_",
+        ]  # fmt: skip
+        assert rank.backward_events == [
+            "alltoall_base_", *backward_hop * (hops - 1),
+            "alltoall_base_", "alltoall_base_", *backward_hop, "neighbour",  # z; q, k; hop 1; halo
+        ]  # fmt: skip
+
+
+def rows_in_front(case: Case, sp: int) -> float:
+    """One inner row per shard, as a share of the row."""
+    return sp * case.fold[0] / case.seq_len if case.fold else 0.0
+
+
+@ranks_and_backends(2, 4)
+@every_cost
+def test_every_rank_computes_the_same_share(world_size: int, backend: str, case: Case) -> None:
+    share = measure(case, 1).flops / world_size
+    (flops,) = {rank.flops for rank in costs(world_size, backend)[case]}
+    # Hop 1 also computes the inner row in front of each shard, and drops it.
+    assert share <= flops <= share * (1 + rows_in_front(case, world_size))
+
+
+@ranks_and_backends(2, 4)
+@pytest.mark.parametrize("case", [case for case in COST_CASES if case.fold], ids=str)
+def test_kept_activations_fall_with_the_number_of_ranks(
+    world_size: int, backend: str, case: Case
+) -> None:
+    share = measure(case, 1).kept_bytes / world_size
+    for rank in costs(world_size, backend)[case]:
+        assert rank.kept_bytes <= share * (1 + rows_in_front(case, world_size))
