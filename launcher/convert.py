@@ -1,7 +1,7 @@
 """Convert weights between checkpoints and Hugging Face folders.
 
-    launcher/convert.py export --config C --output DIR [--checkpoint STEP] [--dtype bf16]
-    launcher/convert.py import --config C --hf DIR
+launcher/convert.py export --config C --output DIR [--checkpoint STEP] [--dtype bf16]
+launcher/convert.py import --config C --hf DIR
 """
 
 import argparse

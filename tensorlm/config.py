@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeVar, get_args
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from fold_parallel.grid import check_sizes
+from fold_parallel.grid import check_sizes, check_world
 from tensor_attention import validate_fold
 
 from .errors import UserError
@@ -175,8 +175,10 @@ class Config(Section):
             problems.append("optim.min_lr: larger than optim.lr")
         if self.train.stop_at > self.train.steps:
             problems.append("train.stop_at: larger than train.steps")
+        has_full_layers = not self.model.fold or self.model.full_every > 0
+        heads = self.model.num_heads if has_full_layers else None
         try:
-            check_sizes(self.data.seq_len, self.parallel.sp, self.model.fold)
+            check_sizes(self.data.seq_len, self.parallel.sp, self.model.fold, heads)
         except ValueError as error:
             problems.append(f"parallel.sp: {error}")
         return _raise_all(self, problems)
@@ -184,8 +186,10 @@ class Config(Section):
     def check_world(self, world_size: int) -> None:
         """Raise UserError unless `world_size` ranks can share the work of this configuration."""
         sp, rows, micro = self.parallel.sp, self.train.rows_per_step, self.train.micro_batch
-        if world_size % sp:
-            raise UserError(f"parallel.sp: {sp} does not divide the {world_size} ranks")
+        try:
+            check_world(world_size, sp)
+        except ValueError as error:
+            raise UserError(f"parallel.sp: {error}") from None
         dp = world_size // sp
         if rows % (dp * micro):
             raise UserError(

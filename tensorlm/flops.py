@@ -5,7 +5,7 @@ import time
 import torch
 from torch import Tensor
 
-from tensor_attention import document_reach, fold_axes
+from tensor_attention import fold_axes
 
 from .config import ModelConfig
 
@@ -24,29 +24,33 @@ def linear_flops_per_token(config: ModelConfig) -> int:
     return 2 * (config.num_layers * (attention + mlp) + c * config.vocab_size)
 
 
-def attention_flops(config: ModelConfig, doc_start: Tensor) -> int:
-    """Forward FLOPs of all attention layers on rows with documents `doc_start` [B, T].
+def attention_flops(config: ModelConfig, depth: Tensor) -> int:
+    """Forward FLOPs of all attention layers for tokens that `depth` [B, T] others precede.
 
     Each visited (query, key) pair costs 2 D for the score and 2 D for the value, per query head.
     """
-    pairs = {fold: attention_pairs(fold, doc_start) for fold in {(), config.fold}}
+    pairs = {fold: attention_pairs(fold, depth) for fold in {(), config.fold}}
     folds = [config.layer_fold(layer) for layer in range(config.num_layers)]
     return sum(4 * config.num_heads * config.head_size * pairs[fold] for fold in folds)
 
 
-def attention_pairs(fold: tuple[int, ...], doc_start: Tensor) -> int:
-    """(query, key) pairs that one layer visits: each hop's window cut off by the document."""
-    total = 0
-    for i, axis in enumerate(fold_axes(fold, doc_start.shape[1])):
-        steps = document_reach(doc_start, axis.stride).clamp(max=axis.length - 1)
-        total += int(steps.sum()) + (steps.numel() if i == 0 else 0)
+def attention_pairs(fold: tuple[int, ...], depth: Tensor) -> int:
+    """(query, key) pairs that one layer visits: each hop's window, cut off by the document."""
+    total = depth.numel()  # every token visits itself, once
+    for axis in fold_axes(fold, int(depth.max()) + 1):
+        total += int((depth // axis.stride).clamp(max=axis.length - 1).sum())
     return total
 
 
-def train_flops(config: ModelConfig, doc_start: Tensor) -> int:
-    """Model FLOPs of forward and backward (recomputation not counted) on rows [B, T]."""
-    forward = linear_flops_per_token(config) * doc_start.numel()
-    return 3 * (forward + attention_flops(config, doc_start))
+def train_flops(config: ModelConfig, depth: Tensor) -> int:
+    """Model FLOPs of forward and backward (recomputation not counted).
+
+    Args:
+        config: shape of the model.
+        depth: [B, T] integer, how many tokens of its document precede each token.
+    """
+    forward = linear_flops_per_token(config) * depth.numel()
+    return 3 * (forward + attention_flops(config, depth))
 
 
 def num_parameters(model: torch.nn.Module) -> int:

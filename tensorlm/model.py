@@ -1,14 +1,15 @@
 """The Llama decoder with tensorized attention.
 
 Module names are those of Hugging Face's Llama, so that weights move both ways by name alone; the
-only parameters of our own are `self_attn.hop_bias`. Shape letters: B batch, T tokens, C hidden
-size, V vocabulary.
+only parameters of our own are `self_attn.hop_bias`. Shape letters: B batch, T tokens of this rank,
+C hidden size, V vocabulary.
 """
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from fold_parallel import Grid
 from tensor_attention import Rotary
 
 from .attention import Attention
@@ -20,10 +21,10 @@ from .loss import OutputHead
 class Block(nn.Module):
     """One decoder layer: attention and SwiGLU, each behind a norm and a residual."""
 
-    def __init__(self, config: ModelConfig, layer: int) -> None:
+    def __init__(self, config: ModelConfig, layer: int, grid: Grid) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config, layer)
+        self.self_attn = Attention(config, layer, grid)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = SwiGLU(config)
 
@@ -38,16 +39,18 @@ class Llama(nn.Module):
     def __init__(
         self,
         config: ModelConfig,
+        grid: Grid = Grid(),  # noqa: B008 (frozen)
         *,
         activation_checkpointing: bool = False,
         loss_chunk: int = 2048,
     ) -> None:
         super().__init__()
         self.config = config
+        self.grid = grid
         self.activation_checkpointing = activation_checkpointing
         self.loss_chunk = loss_chunk
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_layers))
+        self.layers = nn.ModuleList(Block(config, i, grid) for i in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = OutputHead(config.hidden_size, config.vocab_size)
         if config.tie_embeddings:
@@ -56,11 +59,12 @@ class Llama(nn.Module):
     def forward(
         self, tokens: Tensor, doc_start: Tensor | None = None, labels: Tensor | None = None
     ) -> Tensor:
-        """Run the decoder on packed rows.
+        """Run the decoder on packed rows, or on this rank's slice of them (`grid.sp` > 1).
 
         Args:
             tokens: [B, T] int64.
-            doc_start: [B, T] int32, first token of each token's document; None: one document.
+            doc_start: [B, T] int32, index in the row of the first token of each token's document;
+                None: one document.
             labels: [B, T] int64, the token to predict at each position, IGNORED where none is.
 
         Returns:
@@ -68,7 +72,7 @@ class Llama(nn.Module):
         """
         if doc_start is None:
             doc_start = torch.zeros_like(tokens, dtype=torch.int32)
-        rotary = rotary_table(self.config, tokens.shape[1], tokens.device)
+        rotary = rotary_table(self.config, tokens.shape[1] * self.grid.sp, tokens.device)
         x = self.embed_tokens(tokens)
         for block in self.layers:
             if self.activation_checkpointing and torch.is_grad_enabled():

@@ -11,6 +11,8 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
+from fold_parallel import Grid, create_grid
+
 from . import checkpoint
 from .config import Config
 from .data.loader import PackedRows, open_rows
@@ -44,11 +46,12 @@ def train(config: Config, launch: LaunchEnv) -> int:
     config.check_world(launch.world_size)
     rows = open_rows(config, "train")
     device = init_distributed(launch)
-    engine = Engine(build_model(config, device), config)
+    grid = create_grid(config.parallel.sp)
+    engine = Engine(build_model(config, grid, device), config)
     state = resume(config, engine, rows)
     metrics = Metrics(config, state.step, git_commit()) if launch.rank == 0 else None
     if metrics:
-        metrics.announce(describe_run(config, engine, rows, device, state))
+        metrics.announce(describe_run(config, grid, engine, rows, device, state))
     peak = peak_flops(device) * launch.world_size
     is_signalled = catch_signals()
 
@@ -56,7 +59,7 @@ def train(config: Config, launch: LaunchEnv) -> int:
     skipped, stopping = 0, False
     while state.step < last_step and not stopping:
         started = time.perf_counter()
-        record, stopping = train_step(config, engine, rows, state, device, is_signalled())
+        record, stopping = train_step(config, grid, engine, rows, state, device, is_signalled())
         skipped = 0 if math.isfinite(record["train/grad_norm"]) else skipped + 1
         if skipped >= config.train.max_skips:
             raise UserError(f"step {state.step}: {skipped} steps in a row were not finite")
@@ -77,6 +80,7 @@ def train(config: Config, launch: LaunchEnv) -> int:
 
 def train_step(
     config: Config,
+    grid: Grid,
     engine: Engine,
     rows: PackedRows,
     state: TrainState,
@@ -84,18 +88,22 @@ def train_step(
     is_signalled: bool,
 ) -> tuple[dict[str, float], bool]:
     """One optimizer step: advances `state`, returns what to log and whether any rank must stop."""
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    share = config.train.rows_per_step // world_size
-    batches = rows.micro_batches(state.rows + rank * share, share, config.train.micro_batch)
+    share = config.train.rows_per_step // grid.dp
+    batches = rows.micro_batches(
+        state.rows + grid.dp_rank * share,
+        share,
+        config.train.micro_batch,
+        grid.tokens(config.data.seq_len),
+    )
     num_labels, num_flops, num_signalled = sum_over_ranks(
         device,
         sum(batch.num_labels for batch in batches),
-        sum(train_flops(config.model, batch.doc_start) for batch in batches),
+        sum(train_flops(config.model, batch.depth) for batch in batches),
         is_signalled,
     )
 
     # DeepSpeed averages gradients over ranks; this makes them those of the mean over all labels.
-    loss_scale = world_size / num_labels
+    loss_scale = grid.world_size / num_labels
     loss_sum = torch.zeros((), device=device)
     for batch in batches:
         loss_sum += engine.forward_backward(*batch.to(device), loss_scale=loss_scale)
@@ -118,11 +126,12 @@ def train_step(
     return record, num_signalled > 0
 
 
-def build_model(config: Config, device: torch.device) -> Llama:
+def build_model(config: Config, grid: Grid, device: torch.device) -> Llama:
     """The model of `config` with its initial weights, fp32, on `device`."""
     with device:
         model = Llama(
             config.model,
+            grid,
             activation_checkpointing=config.train.activation_checkpointing,
             loss_chunk=config.train.loss_chunk,
         )
@@ -182,11 +191,15 @@ def catch_signals() -> Callable[[], bool]:
 
 
 def describe_run(
-    config: Config, engine: Engine, rows: PackedRows, device: torch.device, state: TrainState
+    config: Config,
+    grid: Grid,
+    engine: Engine,
+    rows: PackedRows,
+    device: torch.device,
+    state: TrainState,
 ) -> list[str]:
     """What runs where, for the first lines of the log."""
     fold = list(config.model.fold) or "none (full attention)"
-    ranks = dist.get_world_size()
     start = f"resumed after step {state.step}" if state.step else "from scratch"
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     return [
@@ -194,5 +207,6 @@ def describe_run(
         f"model: {num_parameters(engine.module):,} parameters, fold {fold}, {config.train.dtype}",
         f"data: {rows.plan.num_rows:,} rows of {config.data.seq_len:,} tokens, "
         f"{rows.plan.fill:.2%} full; {config.train.rows_per_step} rows a step",
-        f"ranks: {ranks} x {name}, ZeRO stage {config.zero.stage}",
+        f"ranks: {grid.world_size} x {name} (dp {grid.dp} x sp {grid.sp}), "
+        f"ZeRO stage {config.zero.stage}",
     ]

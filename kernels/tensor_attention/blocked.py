@@ -73,13 +73,13 @@ def hop(
 def _block_size(length: int, line: int) -> tuple[int, int]:
     """Block length, and how many earlier blocks a window of `length` tokens reaches into.
 
-    A line that fits into the window is one block. Otherwise a quarter of the window: the slots that
-    a block computes in vain are as many as its own length.
+    A line that fits into the window is one block. Otherwise a quarter of the window, since the
+    slots that a block computes in vain are as many as its own length; always a divisor of it, so
+    that a line cut at a multiple of the window has the same blocks, and bits, as the whole line.
     """
     if length >= line:
         return line, 0
-    block = -(-length // 4)
-    return block, -(-(length - 1) // block)
+    return (length // 4, 4) if length % 4 == 0 else (length, 1)
 
 
 def _to_blocks(x: Tensor, stride: int, block: int) -> Tensor:

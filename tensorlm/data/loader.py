@@ -23,16 +23,26 @@ from .shards import Corpus
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows for one forward pass: tokens, labels [B, T] int64 and doc_start [B, T] int32."""
+    """Rows, or one slice of them, for one forward pass.
+
+    tokens, labels: [B, T] int64; doc_start: [B, T] int32, an index in the row; first_token: where
+    in the row the slice begins.
+    """
 
     tokens: Tensor
     labels: Tensor
     doc_start: Tensor
+    first_token: int = 0
 
     @property
     def num_labels(self) -> int:
         """Tokens that have something to predict."""
         return int((self.labels != IGNORED).sum())
+
+    @property
+    def depth(self) -> Tensor:
+        """[B, T] int64: how many tokens of its document precede each token."""
+        return torch.arange(self.tokens.shape[1]) + self.first_token - self.doc_start
 
     def to(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """(tokens, doc_start, labels) on `device`: the arguments of `Llama.forward`."""
@@ -55,15 +65,18 @@ class PackedRows:
         epoch, position = divmod(index, self.plan.num_rows)
         return self._fill(int(self._epoch_order(epoch)[position]))
 
-    def batch(self, indices: range) -> Batch:
-        """The rows `indices` as one batch."""
+    def batch(self, indices: range, tokens: slice = slice(None)) -> Batch:
+        """The slice `tokens` of the rows `indices` as one batch."""
         columns = zip(*(self.row(i) for i in indices), strict=True)
-        return Batch(*(torch.from_numpy(np.stack(column)) for column in columns))
+        ids, labels, doc_start = (torch.from_numpy(np.stack(c)[:, tokens]) for c in columns)
+        return Batch(ids, labels, doc_start, first_token=tokens.start or 0)
 
-    def micro_batches(self, first_row: int, num_rows: int, micro_batch: int) -> list[Batch]:
-        """Global rows first_row ... first_row + num_rows, `micro_batch` rows at a time."""
+    def micro_batches(
+        self, first_row: int, num_rows: int, micro_batch: int, tokens: slice = slice(None)
+    ) -> list[Batch]:
+        """Rows first_row ... first_row + num_rows, `micro_batch` rows at a time."""
         firsts = range(first_row, first_row + num_rows, micro_batch)
-        return [self.batch(range(at, at + micro_batch)) for at in firsts]
+        return [self.batch(range(at, at + micro_batch), tokens) for at in firsts]
 
     def _epoch_order(self, epoch: int) -> NDArray[np.int64]:
         if self._order[0] != epoch:

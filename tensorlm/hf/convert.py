@@ -9,12 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import tensor_attention
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+import tensor_attention
 from tensorlm.checkpoint import Checkpoint, write_weights
 from tensorlm.config import Config, ModelConfig
 from tensorlm.data.tokenizers import copy_tokenizer, load_tokenizer
@@ -54,14 +54,12 @@ def export_checkpoint(
         raise UserError(f"{output}: is not empty (choose another --output)")
     output.mkdir(parents=True, exist_ok=True)
     _write_shards(checkpoint, output, _DTYPES[dtype])
-    _write_json(output / "config.json", hf_config(config.model, config.data.seq_len, dtype))
-    ids = {"bos_token_id": 1, "eos_token_id": 2}
+    ids = {}
     if tokenizer is not None:
         copy_tokenizer(tokenizer, output)
-        loaded = load_tokenizer(output)
+        loaded = load_tokenizer(output)  # before config.json, whose auto_map asks for trust
         ids = {"bos_token_id": loaded.bos_token_id, "eos_token_id": loaded.eos_token_id}
-        merged = {**json.loads((output / "config.json").read_text()), **ids}
-        _write_json(output / "config.json", merged)
+    _write_json(output / "config.json", hf_config(config.model, config.data.seq_len, dtype) | ids)
     _write_json(output / "generation_config.json", ids)
     if config.model.fold:
         operator = Path(tensor_attention.__file__).parent
@@ -87,7 +85,6 @@ def hf_config(model: ModelConfig, seq_len: int, dtype: str) -> dict[str, Any]:
         "hidden_act": "silu",
         "rms_norm_eps": model.rms_norm_eps,
         "rope_theta": model.rope_theta,
-        "rope_scaling": model.rope_scaling.model_dump() if model.rope_scaling else None,
         "max_position_embeddings": seq_len,
         "tie_word_embeddings": model.tie_embeddings,
         "initializer_range": model.init_std,
@@ -95,6 +92,8 @@ def hf_config(model: ModelConfig, seq_len: int, dtype: str) -> dict[str, Any]:
         "mlp_bias": False,
         "torch_dtype": {"bf16": "bfloat16", "fp32": "float32"}[dtype],
     }
+    if model.rope_scaling is not None:
+        config["rope_scaling"] = model.rope_scaling.model_dump()
     if model.fold:
         config |= {
             "architectures": ["TensorLMForCausalLM"],
@@ -179,7 +178,9 @@ def import_weights(folder: Path, config: Config) -> Path:
         expected = {n: tuple(p.shape) for n, p in Llama(config.model).named_parameters()}
     missing = [n for n in expected if hf_name(n) not in files and not n.endswith("hop_bias")]
     if missing:
-        raise UserError(f"{folder}: {len(missing)} weights are missing, first {hf_name(missing[0])}")
+        raise UserError(
+            f"{folder}: {len(missing)} weights are missing, first {hf_name(missing[0])}"
+        )
 
     def parameters() -> Iterator[tuple[str, Tensor]]:
         for name, shape in expected.items():
@@ -236,8 +237,8 @@ def _check_shape(folder: Path, model: ModelConfig) -> None:
         if found.get(theirs, defaults.get(theirs)) != wanted[theirs]
     ]
     scaling = found.get("rope_scaling") or (rope if rope.get("rope_type") != "default" else {})
-    for key, value in (wanted["rope_scaling"] or {"rope_type": None}).items():
-        if scaling.get(key) != value and wanted["rope_scaling"] or value is None and scaling:
+    for key, value in wanted.get("rope_scaling", {"rope_type": None}).items():
+        if scaling.get(key) != value:
             problems.append(
                 f"model.rope_scaling.{key}: is {value}, {folder} has {scaling.get(key)}"
             )

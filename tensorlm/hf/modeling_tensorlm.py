@@ -21,9 +21,9 @@ try:
     from tensor_attention import Rotary, fold_axes, hop
     from tensor_attention.cached import hop_cached
 except ImportError:
-    from .blocked import hop
-    from .cached import hop_cached
-    from .fold import Rotary, fold_axes
+    from .blocked import hop  # type: ignore[import-not-found, no-redef]
+    from .cached import hop_cached  # type: ignore[import-not-found, no-redef]
+    from .fold import Rotary, fold_axes  # type: ignore[import-not-found, no-redef]
 
 
 class FoldLayer(CacheLayerMixin):
@@ -35,6 +35,9 @@ class FoldLayer(CacheLayerMixin):
 
     is_sliding = False
     is_croppable = False
+
+    keys: Tensor | None
+    values: Tensor | None
 
     def __init__(self, fold: list[int]) -> None:
         super().__init__()
@@ -48,14 +51,15 @@ class FoldLayer(CacheLayerMixin):
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
         """Append new keys and values; returns all keys, and the values that queries can reach."""
-        if not self.is_initialized:
+        if self.keys is None or self.values is None:
             self.lazy_initialization(key_states, value_states)
-            self.keys, values = key_states, value_states
+            keys, values = key_states, value_states
         else:
-            self.keys = torch.cat((self.keys, key_states), dim=1)
+            keys = torch.cat((self.keys, key_states), dim=1)
             values = torch.cat((self.values, value_states), dim=1)
+        self.keys = keys
         self.values = values if self.num_values is None else values[:, -self.num_values :]
-        return self.keys, values
+        return keys, values
 
     def update_state(self, index: int, z: Tensor) -> Tensor:
         """Append the new tokens' z after hop `index` + 1; returns that of all tokens."""
@@ -65,7 +69,7 @@ class FoldLayer(CacheLayerMixin):
 
     def get_seq_length(self) -> int:
         """Number of tokens seen."""
-        return self.keys.shape[1] if self.is_initialized else 0
+        return 0 if self.keys is None else self.keys.shape[1]
 
     def get_max_length(self) -> int:
         """No limit."""
