@@ -6,9 +6,10 @@ Shape letters: B batch, T tokens, H query heads, K key heads, D head size, E val
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from tensor_attention import Rotary, tensor_attention
 from tensor_attention.api import Backend
-from torch import Tensor
 
 BACKENDS: list[Backend] = ["dense", "blocked"]
 

@@ -6,9 +6,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
+
 from tensor_attention import Axis, Rotary, apply_rotary, document_reach, fold_axes, validate_fold
 from tensor_attention.fold import document_ahead, line_digit, rotate_along
-from torch import Tensor
 
 folds = st.lists(st.integers(2, 7), max_size=4)
 document_lengths = st.lists(st.integers(1, 12), min_size=1, max_size=6)

@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 import torch
-from tensor_attention import document_reach, fold_axes, hop, tensor_attention
-from tensor_attention.api import Backend
 from torch import Tensor
 
+from tensor_attention import document_reach, fold_axes, hop, tensor_attention
+from tensor_attention.api import Backend
 from tests.tensor_attention.cases import (
     BACKENDS,
     cotangent_like,

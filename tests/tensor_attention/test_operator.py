@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tensor_attention import fold_axes, tensor_attention
-from tensor_attention.api import Backend
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from tensor_attention import fold_axes, tensor_attention
+from tensor_attention.api import Backend
 from tests.tensor_attention.cases import (
     BACKENDS,
     doc_start_of,
