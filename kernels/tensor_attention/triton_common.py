@@ -25,16 +25,20 @@ FLOOR: tl.constexpr = tl.constexpr(-1.0e20)
 def product(x, y, PRECISION: tl.constexpr):
     """`tl.dot` in float32 accumulation; "upcast" is for the interpreter, which has no bf16 dot."""
     if PRECISION == "upcast":
-        return tl.dot(x.to(tl.float32), y.to(tl.float32), input_precision="ieee")
-    return tl.dot(x, y, input_precision=PRECISION)
+        result = tl.dot(x.to(tl.float32), y.to(tl.float32), input_precision="ieee")
+    else:
+        result = tl.dot(x, y, input_precision=PRECISION)
+    return result
 
 
 @triton.jit
 def add_product(acc, x, y, PRECISION: tl.constexpr):
     """acc + x @ y."""
     if PRECISION == "upcast":
-        return tl.dot(x.to(tl.float32), y.to(tl.float32), acc, input_precision="ieee")
-    return tl.dot(x, y, acc, input_precision=PRECISION)
+        acc = tl.dot(x.to(tl.float32), y.to(tl.float32), acc, input_precision="ieee")
+    else:
+        acc = tl.dot(x, y, acc, input_precision=PRECISION)
+    return acc
 
 
 @triton.jit
@@ -60,10 +64,10 @@ def first_visible(reach, row, token, step, exists, length):
 def tile_columns(SIZE: tl.constexpr, BLOCK: tl.constexpr):
     """Index in the head of each column of a tile, and which columns exist."""
     column = tl.arange(0, BLOCK)
-    if SIZE == BLOCK:
-        return column, column < BLOCK
     within = column % (BLOCK // 2)
-    return (column // (BLOCK // 2)) * (SIZE // 2) + within, within < SIZE // 2
+    if SIZE != BLOCK:
+        column = (column // (BLOCK // 2)) * (SIZE // 2) + within
+    return column, within < SIZE // 2
 
 
 @triton.jit
@@ -105,15 +109,17 @@ def load_rotated(
 ):  # fmt: skip
     """`load_tile`, rotated to `position` in float32 and rounded once (cos None: as it is)."""
     if cos is None:
-        return load_tile(base, offset, exists, SIZE, BLOCK)
-    column = tl.arange(0, BLOCK // 2)
-    mask = exists[:, None] & (column < SIZE // 2)[None, :]
-    source = base + offset[:, None] + column[None, :]
-    real = tl.load(source, mask=mask, other=0.0).to(tl.float32)
-    imag = tl.load(source + SIZE // 2, mask=mask, other=0.0).to(tl.float32)
-    c, s = load_angles(cos, sin, position, exists, SIZE, BLOCK)
-    turned = tl.join(real * c - imag * s, imag * c + real * s).to(base.dtype.element_ty)
-    return tl.reshape(tl.permute(turned, (0, 2, 1)), (offset.shape[0], BLOCK))
+        tile = load_tile(base, offset, exists, SIZE, BLOCK)
+    else:
+        column = tl.arange(0, BLOCK // 2)
+        mask = exists[:, None] & (column < SIZE // 2)[None, :]
+        source = base + offset[:, None] + column[None, :]
+        real = tl.load(source, mask=mask, other=0.0).to(tl.float32)
+        imag = tl.load(source + SIZE // 2, mask=mask, other=0.0).to(tl.float32)
+        c, s = load_angles(cos, sin, position, exists, SIZE, BLOCK)
+        halves = tl.join(real * c - imag * s, imag * c + real * s).to(base.dtype.element_ty)
+        tile = tl.reshape(tl.permute(halves, (0, 2, 1)), (offset.shape[0], BLOCK))
+    return tile
 
 
 @triton.jit
