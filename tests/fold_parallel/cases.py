@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fold_parallel import Grid, create_grid, sharded_tensor_attention
+from fold_parallel import Grid, sharded_tensor_attention
 from tensor_attention import Rotary, tensor_attention
-from tests.fold_parallel.backends import device, result
+from tests.fold_parallel.backends import result
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,7 @@ class Case:
     batch: int = 1
     rotary: bool = True
     bias: bool = True
+    scale: float | None = None
     dtype: torch.dtype = torch.float64
 
     @property
@@ -78,11 +79,6 @@ def whole(case: Case, row: Row) -> Results:
     return run(case, row, Grid(), torch.device("cpu"))
 
 
-def shards(case: Case, sp: int) -> Results:
-    """This rank's part of the same; a body for `run_distributed`."""
-    return run(case, make_row(case), create_grid(sp), device())
-
-
 def run(case: Case, row: Row, grid: Grid, on: torch.device) -> Results:
     """Output and gradients of this rank's tokens of `row`."""
     tokens = grid.tokens(case.seq_len)
@@ -92,12 +88,14 @@ def run(case: Case, row: Row, grid: Grid, on: torch.device) -> Results:
     doc_start = row.doc_start[:, tokens].to(on)
     if grid.sp > 1:
         out = sharded_tensor_attention(
-            q, k, v, case.fold, grid=grid, doc_start=doc_start, hop_bias=hop_bias, rotary=rotary
-        )
+            q, k, v, case.fold, grid=grid, doc_start=doc_start, hop_bias=hop_bias, rotary=rotary,
+            scale=case.scale,
+        )  # fmt: skip
     else:
         out = tensor_attention(
-            q, k, v, case.fold, doc_start=doc_start, hop_bias=hop_bias, rotary=rotary
-        )
+            q, k, v, case.fold, doc_start=doc_start, hop_bias=hop_bias, rotary=rotary,
+            scale=case.scale,
+        )  # fmt: skip
     leaves = {"q": q, "k": k, "v": v} | ({} if hop_bias is None else {"hop_bias": hop_bias})
     gradients = torch.autograd.grad(out, tuple(leaves.values()), row.cotangent[:, tokens].to(on))
     named = zip(leaves, gradients, strict=True)

@@ -191,3 +191,26 @@ def test_kept_activations_fall_with_the_number_of_ranks(
     share = measure(case, 1).kept_bytes / world_size
     for rank in costs(world_size, backend)[case]:
         assert rank.kept_bytes <= share * (1 + rows_in_front(case, world_size))
+
+
+def dense_flops(case: Case, sp: int) -> int:
+    grid, row = create_grid(sp), make_row(case, HEAD_DIM)
+    q, k, v = (x[:, grid.tokens(case.seq_len)].to(device()) for x in (row.q, row.k, row.v))
+    with FlopCounterMode(display=False) as counter:
+        sharded_tensor_attention(q, k, v, case.fold, grid=grid, backend="dense")
+    return counter.get_total_flops()
+
+
+@ranks_and_backends(2)
+@pytest.mark.parametrize("fold", [(8, 2), ()], ids=str)
+def test_every_hop_uses_the_chosen_backend(
+    world_size: int, backend: str, fold: tuple[int, ...]
+) -> None:
+    case = Case(fold, (64,), heads=2)
+    per_product = 4 * case.heads * HEAD_DIM
+    if fold:
+        expected = per_product * ((32 + 8) ** 2 + 2 * 32**2)
+    else:
+        expected = per_product * 64**2 // world_size
+    ranks = run_distributed(dense_flops, world_size, case, world_size, backend=backend)
+    assert ranks == [expected] * world_size
