@@ -22,12 +22,12 @@ HEAD_DIM = 4
 
 
 class Log(TorchDispatchMode):
-    """The collectives and matrix products of this thread, in order, and the bytes sent."""
+    """Collectives and matrix products of this thread in order, and the bytes of each message."""
 
     def __init__(self) -> None:
         super().__init__()
         self.events: list[str] = []
-        self.bytes_sent = 0
+        self.messages: list[int] = []
 
     def __torch_dispatch__(
         self,
@@ -42,7 +42,7 @@ class Log(TorchDispatchMode):
             self.events.append("neighbour" if splits else name.split(".")[1])
             # In an all-to-all, what a rank sends to itself is not sent; to a neighbour, all is.
             own = 0 if splits else message.numel() // dist.get_world_size()
-            self.bytes_sent += (message.numel() - own) * message.element_size()
+            self.messages.append((message.numel() - own) * message.element_size())
         elif name.startswith("aten.bmm"):
             self.events.append("multiply")
         return func(*args, **(kwargs or {}))
@@ -63,8 +63,8 @@ class Cost:
 
     forward_events: list[str]
     backward_events: list[str]
-    forward_bytes: int
-    backward_bytes: int
+    forward_messages: list[int]
+    backward_messages: list[int]
     flops: int
     kept_bytes: int
 
@@ -85,7 +85,7 @@ def measure(case: Case, sp: int) -> Cost:
         out, cotangent = layer(case, row, grid)
         out.backward(cotangent)
     return Cost(
-        forward.events, backward.events, forward.bytes_sent, backward.bytes_sent,
+        forward.events, backward.events, forward.messages, backward.messages,
         flops.get_total_flops(), sum(kept.values()),
     )  # fmt: skip
 
@@ -121,10 +121,10 @@ def test_bytes_sent_are_those_of_the_formula(world_size: int, backend: str, case
         head_dim=HEAD_DIM, itemsize=case.dtype.itemsize,
     )  # fmt: skip
     tokens = case.batch * case.seq_len
-    assert sum(rank.forward_bytes for rank in ranks) == expected * tokens
+    assert sum(sum(rank.forward_messages) for rank in ranks) == expected * tokens
     # Backward, the positions have no gradient: 4 bytes a token, to every other rank if full.
     positions = 4 * (world_size - 1) / (world_size if case.fold else 1)
-    assert sum(rank.backward_bytes for rank in ranks) == (expected - positions) * tokens
+    assert sum(sum(rank.backward_messages) for rank in ranks) == (expected - positions) * tokens
 
 
 def test_the_formula_for_one_layer_of_eight_billion_parameters() -> None:
@@ -167,6 +167,12 @@ def test_the_swap_of_q_and_k_is_under_way_during_hop_1_forward_and_backward(
             "alltoall_base_", *backward_hop * (hops - 1),
             "alltoall_base_", "alltoall_base_", *backward_hop, "neighbour",  # z; q, k; hop 1; halo
         ]  # fmt: skip
+        # Of the two before hop 1, which starts with z, that of z goes first.
+        sent_tokens = case.batch * case.seq_len * (world_size - 1) // world_size**2
+        size = case.dtype.itemsize
+        z_and_lse = sent_tokens * case.heads * (HEAD_DIM * size + max(4, size))
+        q_and_k = sent_tokens * (case.heads + case.key_heads) * HEAD_DIM * size
+        assert rank.backward_messages[1:3] == [z_and_lse, q_and_k]
 
 
 def rows_in_front(case: Case, sp: int) -> float:
