@@ -1,4 +1,6 @@
-"""One hop backward on the GPU: two kernels, each program owns what it writes (no atomics).
+"""One hop backward on the GPU: each program owns what it writes (no atomics).
+
+Long lines take two kernels, short ones (`triton_backward_line`) do all of the following in one.
 
 The first owns queries: dq, the gradient of the bias per token, of the state's log-sum-exp, and
 delta = <dz, z>. The second owns keys: dk and the gradient of the values. Where the values are the
@@ -12,8 +14,10 @@ import torch
 from torch import Tensor
 
 from .triton_backward_key import backward_keys
+from .triton_backward_line import backward_lines
 from .triton_backward_query import QueryGradients, backward_queries
 from .triton_launch import Hop
+from .triton_tiles import backward_line_tiles
 
 
 class HopGradients(NamedTuple):
@@ -60,13 +64,20 @@ def hop_backward(
     )
     values_are_state = hop.lse_before is not None and dz_before is None
     delta_before = torch.empty_like(lse) if values_are_state else None
-    backward_queries(
-        hop, z if delta is None else None, lse, dz, dlse, dq, grads,
-        accumulate=accumulate, dz_before=dz_before,
-    )  # fmt: skip
-    backward_keys(
-        hop, lse, dz, dlse, grads.delta, dk, dvalues,
-        accumulate=accumulate, delta_before=delta_before,
-    )  # fmt: skip
+    line_tiles = backward_line_tiles(hop) if dz_before is None else None
+    if line_tiles is not None:
+        backward_lines(
+            hop, z if delta is None else None, lse, dz, dlse, dq, dk, dvalues, grads,
+            accumulate=accumulate, delta_before=delta_before, tiles=line_tiles,
+        )  # fmt: skip
+    else:
+        backward_queries(
+            hop, z if delta is None else None, lse, dz, dlse, dq, grads,
+            accumulate=accumulate, dz_before=dz_before,
+        )  # fmt: skip
+        backward_keys(
+            hop, lse, dz, dlse, grads.delta, dk, dvalues,
+            accumulate=accumulate, delta_before=delta_before,
+        )  # fmt: skip
     dbias = None if grads.dbias is None else grads.dbias.sum((0, 2))
     return HopGradients(dbias, grads.dlse_before, delta_before)

@@ -91,7 +91,7 @@ def query_range(
 
 @triton.jit(do_not_specialize=SIZES)
 def hop_backward_key_kernel(
-    q, k, values, reach, bias, lse, lse_before, q_cos, q_sin, k_cos, k_sin,
+    q, k, values, reach, bias, lse, lse_before, q_cos, q_sin, k_cos, k_sin, dk_cos, dk_sin,
     dz, dlse, delta, dk, dvalues, delta_before,
     num_tokens, num_rows, steps, stride, length, num_blocks, scale, softmax_scale,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
@@ -165,7 +165,16 @@ def hop_backward_key_kernel(
     if V != H:
         store_tile(acc_v, dvalues, vector_v * E, exists, E, BLOCK_E)
     store_gradient(
-        acc_k * softmax_scale, dk, vector_k * D, exists, step, k_cos, k_sin, D, BLOCK_D, ACCUMULATE
+        acc_k * softmax_scale,
+        dk,
+        vector_k * D,
+        exists,
+        step,
+        dk_cos,
+        dk_sin,
+        D,
+        BLOCK_D,
+        ACCUMULATE,
     )
 
 
@@ -192,11 +201,12 @@ def backward_keys(
     tiles = tiles or backward_key_tiles(hop)
     assert tiles.block_n % (tiles.block_m // tiles.pack) == 0
     q, q_cos, q_sin = hop.rotated(hop.q, tiles.rotate_first)
+    k, k_cos, k_sin = hop.rotated(hop.k, tiles.rotate_first)
     num_blocks = triton.cdiv(hop.rows, tiles.block_n)
     with torch.cuda.device_of(hop.q):
         hop_backward_key_kernel[(hop.q.shape[0] * num_blocks * hop.k.shape[2],)](
-            q, hop.k, hop.values, hop.reach, hop.bias, lse, hop.lse_before, q_cos, q_sin,
-            hop.cos, hop.sin, dz, dlse, delta, dk, dvalues, delta_before,
+            q, k, hop.values, hop.reach, hop.bias, lse, hop.lse_before, q_cos, q_sin,
+            k_cos, k_sin, hop.cos, hop.sin, dz, dlse, delta, dk, dvalues, delta_before,
             *hop.walk(num_blocks), hop.scale, ACCUMULATE=accumulate,
             PACK=tiles.pack, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, SCAN=_SCAN,
             num_warps=tiles.warps, num_stages=tiles.stages, **hop.constants(),

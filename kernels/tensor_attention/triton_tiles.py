@@ -5,6 +5,7 @@ and two runs of one program compute bit for bit the same.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 
@@ -12,6 +13,14 @@ from .triton_launch import Hop, Tiles, is_interpreted, padded
 
 # Windows of this many keys make rotating into a copy cheaper than rotating on every load.
 _REUSE = 256
+
+
+class LineTiles(NamedTuple):
+    """Rows of a tile that holds whole lines, and how its kernel is launched."""
+
+    block: int
+    warps: int
+    stages: int
 
 
 def forward_tiles(hop: Hop) -> Tiles:
@@ -25,7 +34,9 @@ def forward_tiles(hop: Hop) -> Tiles:
         return Tiles(64 if wide <= 128 else 32, 32 if wide <= 128 else 16, 4, 2, pack, reuse)
     if wide > 128:
         return Tiles(64, 32, 4, 2, pack, reuse)
-    return Tiles(128, 64, 8, 3, pack, reuse)
+    if reuse:
+        return Tiles(64, 64, 4, 3, min(pack, 2), reuse)
+    return Tiles(64, 64, 4, 1, min(pack, 2), reuse)
 
 
 def backward_query_tiles(hop: Hop) -> Tiles:
@@ -39,7 +50,9 @@ def backward_query_tiles(hop: Hop) -> Tiles:
         return Tiles(32, 32 if wide <= 128 else 16, 4, 1, pack, reuse)
     if wide > 128:
         return Tiles(64, 32, 4, 1, pack, reuse)
-    return Tiles(128, 64, 8, 2, pack, reuse)
+    if reuse:
+        return Tiles(64, 64, 4, 2, 1, reuse)
+    return Tiles(64, 32, 4, 1, 1, reuse)
 
 
 def backward_key_tiles(hop: Hop) -> Tiles:
@@ -55,7 +68,19 @@ def backward_key_tiles(hop: Hop) -> Tiles:
         return Tiles(32, 32, 4, 1, pack, reuse)
     if wide > 128:
         return Tiles(32, 64, 4, 1, pack, reuse)
-    return Tiles(64, 128, 8, 2, pack, reuse)
+    return Tiles(32, 64, 4, 2 if reuse else 1, pack, reuse)
+
+
+def backward_line_tiles(hop: Hop) -> LineTiles | None:
+    """Tiles of the kernel for short lines; None where the two general kernels serve better."""
+    if hop.values.shape[2] != hop.q.shape[2]:
+        return None
+    if is_interpreted():
+        return LineTiles(16, 4, 1) if hop.steps <= 16 else None
+    narrow = padded(max(hop.q.shape[3], hop.values.shape[3])) <= 128
+    if hop.q.dtype == torch.float32 or not narrow or hop.steps > 64:
+        return None
+    return LineTiles(64, 4, 1)
 
 
 def _pack(hop: Hop) -> int:

@@ -1,0 +1,247 @@
+"""Time of tensorized attention against full attention and a window, on one GPU.
+
+Every method gets the same q, k, v (Llama-8B: 32 query heads, 8 key heads, size 128, batch 1, bf16,
+causal, one document). Tensorized attention rotates and adds its hop bias inside; the others get
+inputs that are rotated already, so the ratios favour them.
+"""
+
+import math
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from tensor_attention import Rotary, fold_axes, tensor_attention
+
+HEADS, KEY_HEADS, HEAD_DIM = 32, 8, 128
+WINDOW = 1024
+
+
+class Measurement(NamedTuple):
+    """Medians in milliseconds; FLOPs count each visited (query, key) pair, bytes each tensor once
+    per hop (inputs read once, outputs written once). NaN: not measured or not available.
+    """
+
+    method: str
+    length: int
+    forward_ms: float
+    both_ms: float
+    peak_gib: float
+    forward_flops: float
+    forward_bytes: float
+
+
+class Ceilings(NamedTuple):
+    """What this GPU reaches: FLOP/s of a large bf16 product, bytes/s of a large copy."""
+
+    flops: float
+    bandwidth: float
+
+
+def median_ms(function: Callable[[], object], repeats: int) -> float:
+    """Median time of `function` on the device, by events, after two calls that do not count."""
+    for _ in range(2):
+        function()
+    times = []
+    for _ in range(repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        function()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return statistics.median(times)
+
+
+def measure_ceilings() -> Ceilings:
+    """An 8192^3 bf16 product and a copy of 1 GiB (read and written)."""
+    x, y = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    product = median_ms(lambda: x @ y, 10)
+    source = torch.randn(1 << 28, device="cuda")
+    target = torch.empty_like(source)
+    copy = median_ms(lambda: target.copy_(source), 10)
+    return Ceilings(2 * 8192**3 / product * 1e3, 2 * source.nbytes / copy * 1e3)
+
+
+def tensorized_cost(fold: Sequence[int], length: int) -> tuple[float, float]:
+    """Forward FLOPs (4 D per visited pair and head) and least bytes of all hops."""
+    flops = moved = 0.0
+    token = 2 * HEAD_DIM * length
+    for i, axis in enumerate(fold_axes(fold, length)):
+        steps = -(-length // axis.stride)
+        window = min(axis.length, steps)
+        pairs = steps * window - window * (window - 1) / 2 - (steps if i else 0)
+        pairs *= length / steps
+        flops += 4 * HEAD_DIM * HEADS * pairs
+        values = KEY_HEADS if i == 0 else HEADS
+        moved += token * (HEADS + KEY_HEADS + values + HEADS)
+    return flops, moved
+
+
+def rotary_table(length: int) -> Rotary:
+    """cos and sin of the positions 0 ... length - 1, base 500000 as in Llama 3."""
+    exponent = torch.arange(0, HEAD_DIM, 2, device="cuda") / HEAD_DIM
+    angles = torch.arange(length, device="cuda")[:, None] * 500000.0**-exponent
+    return Rotary(angles.cos(), angles.sin())
+
+
+def methods(
+    length: int, folds: Sequence[list[int]], doc_start: Tensor | None
+) -> Iterator[tuple[str, Callable[[Tensor, Tensor, Tensor], Tensor], tuple[float, float]]]:
+    """(name, function of q, k, v [1, T, H, D], (FLOPs, bytes)) of everything that can run here."""
+    rotary = rotary_table(length)
+    for fold in folds:
+        bias = torch.full((len(fold), HEADS), -4.0, device="cuda") if fold else None
+
+        def run(
+            q: Tensor, k: Tensor, v: Tensor, fold: list[int] = fold, bias: Tensor | None = bias
+        ) -> Tensor:
+            return tensor_attention(
+                q, k, v, fold, doc_start=doc_start, hop_bias=bias, rotary=rotary, backend="triton"
+            )
+
+        yield f"tensor {fold}", run, tensorized_cost(fold, length)
+    full = tensorized_cost([], length)
+    for name, backend in (
+        ("SDPA flash", SDPBackend.FLASH_ATTENTION),
+        ("SDPA cuDNN", SDPBackend.CUDNN_ATTENTION),
+    ):
+        yield name, _sdpa(backend), full
+    window = WINDOW * (length - (WINDOW - 1) / 2) if length > WINDOW else length * (length + 1) / 2
+    yield f"Flex window {WINDOW}", _flex_window(length), (4 * HEAD_DIM * HEADS * window, full[1])
+    try:
+        from flash_attn import flash_attn_func
+    except ImportError:
+        return
+    yield "flash-attn", lambda q, k, v: flash_attn_func(q, k, v, causal=True), full
+
+
+def _sdpa(backend: SDPBackend) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with sdpa_kernel(backend):
+            out = F.scaled_dot_product_attention(
+                q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
+                is_causal=True, enable_gqa=True,
+            )  # fmt: skip
+        return out.transpose(1, 2)
+
+    return run
+
+
+def _flex_window(length: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    def allowed(_b: Tensor, _h: Tensor, t: Tensor, u: Tensor) -> Tensor:
+        return (t >= u) & (t - u < WINDOW)
+
+    mask = create_block_mask(allowed, None, None, length, length, device="cuda", _compile=True)
+    compiled: Any = torch.compile(flex_attention, dynamic=False)
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return compiled(q, k, v, block_mask=mask, enable_gqa=True).transpose(1, 2)
+
+    return run
+
+
+@contextmanager
+def _peak_memory() -> Iterator[list[float]]:
+    """Appends the GiB that the block allocates at its peak, beyond what was there before."""
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    result: list[float] = []
+    yield result
+    torch.cuda.synchronize()
+    result.append((torch.cuda.max_memory_allocated() - before) / 2**30)
+
+
+def measure(
+    length: int, folds: Sequence[list[int]], doc_start: Tensor | None = None, full_limit: int = 0
+) -> list[Measurement]:
+    """Every method at one length. Full attention longer than `full_limit` tokens (0: none) is NaN.
+
+    Args:
+        doc_start: [1, T] documents for the tensorized methods (None: one document).
+    """
+    q, k, v = (
+        torch.randn(1, length, h, HEAD_DIM, device="cuda", dtype=torch.bfloat16).requires_grad_()
+        for h in (HEADS, KEY_HEADS, KEY_HEADS)
+    )
+    cotangent = torch.randn_like(q)
+    rows = []
+    for name, run, (flops, moved) in methods(length, folds, doc_start):
+        forward_ms = both_ms = peak = math.nan
+        is_full = name in ("SDPA flash", "SDPA cuDNN", "flash-attn", "tensor []")
+        if not (is_full and full_limit and length > full_limit):
+            repeats = 3 if is_full and length > 65536 else 10
+
+            def both(run: Callable[..., Tensor] = run) -> None:
+                torch.autograd.grad(run(q, k, v), (q, k, v), cotangent)
+
+            try:
+                with torch.no_grad():
+                    forward_ms = median_ms(lambda run=run: run(q, k, v), repeats)  # type: ignore[misc]
+                with _peak_memory() as peaks:
+                    both()
+                peak = peaks[0]
+                both_ms = median_ms(both, repeats)
+            except (RuntimeError, torch.OutOfMemoryError) as reason:
+                print(f"{name} at {length}: {str(reason).splitlines()[0]}", flush=True)
+        rows.append(Measurement(name, length, forward_ms, both_ms, peak, flops, moved))
+        torch.cuda.empty_cache()
+    return rows
+
+
+def random_documents(length: int, mean: int, seed: int = 0) -> Tensor:
+    """[1, length] int32 starts of documents of exponential lengths of that mean."""
+    generator = torch.Generator().manual_seed(seed)
+    starts, position = torch.zeros(1, length, dtype=torch.int32), 0
+    while position < length:
+        starts[:, position:] = position
+        draw = torch.empty(1).exponential_(1 / mean, generator=generator)
+        position += max(1, int(draw))
+    return starts.cuda()
+
+
+def format_table(rows: Sequence[Measurement], ceilings: Ceilings) -> str:
+    """A Markdown table with rates, the share of the roofline, and ratios to full attention."""
+    lines = [
+        "| tokens | method | fwd ms | fwd+bwd ms | fwd TFLOP/s | fwd GB/s | fwd roofline | "
+        "fwd vs flash | fwd vs cuDNN | fwd+bwd vs flash | fwd+bwd vs cuDNN | extra GiB |",
+        "|---" * 12 + "|",
+    ]
+    reference = {(r.method, r.length): r for r in rows}
+    nothing = Measurement("", 0, math.nan, math.nan, math.nan, math.nan, math.nan)
+    for r in rows:
+        flash = reference.get(("SDPA flash", r.length), nothing)
+        cudnn = reference.get(("SDPA cuDNN", r.length), nothing)
+        seconds = r.forward_ms / 1e3
+        floor = max(r.forward_flops / ceilings.flops, r.forward_bytes / ceilings.bandwidth)
+        lines.append(
+            f"| {r.length} | {r.method} | {r.forward_ms:.2f} | {r.both_ms:.2f} "
+            f"| {r.forward_flops / seconds / 1e12:.0f} | {r.forward_bytes / seconds / 1e9:.0f} "
+            f"| {floor / seconds:.0%} | {flash.forward_ms / r.forward_ms:.1f} "
+            f"| {cudnn.forward_ms / r.forward_ms:.1f} | {flash.both_ms / r.both_ms:.1f} "
+            f"| {cudnn.both_ms / r.both_ms:.1f} | {r.peak_gib:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def plot(rows: Sequence[Measurement], path: str) -> None:
+    """Forward time against length, one line per method, both axes logarithmic (PNG)."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 5))
+    for name in dict.fromkeys(r.method for r in rows):
+        points = [(r.length, r.forward_ms) for r in rows if r.method == name]
+        axes.plot(*zip(*points, strict=True), marker="o", label=name)
+    axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="forward time in ms")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120, bbox_inches="tight")
