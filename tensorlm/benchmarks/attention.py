@@ -9,6 +9,7 @@ import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -139,12 +140,15 @@ def _flex_window(length: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     def allowed(_b: Tensor, _h: Tensor, t: Tensor, u: Tensor) -> Tensor:
         return (t >= u) & (t - u < WINDOW)
 
-    mask = create_block_mask(allowed, None, None, length, length, device="cuda", _compile=True)
     compiled: Any = torch.compile(flex_attention, dynamic=False)
+
+    @cache
+    def mask() -> Any:
+        return create_block_mask(allowed, None, None, length, length, device="cuda", _compile=True)
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        return compiled(q, k, v, block_mask=mask, enable_gqa=True).transpose(1, 2)
+        return compiled(q, k, v, block_mask=mask(), enable_gqa=True).transpose(1, 2)
 
     return run
 
