@@ -140,6 +140,7 @@ def _flex_window(length: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     def allowed(_b: Tensor, _h: Tensor, t: Tensor, u: Tensor) -> Tensor:
         return (t >= u) & (t - u < WINDOW)
 
+    torch.compiler.reset()  # each length compiles its own kernel and would exhaust the cache
     compiled: Any = torch.compile(flex_attention, dynamic=False)
 
     @cache
