@@ -1,6 +1,6 @@
 """Write text with an exported folder: `launcher/generate.py --model DIR --prompt "def main"`.
 
-Needs plain `transformers` only; the text appears as it is generated.
+The text appears as it is generated. A folder's own code is never run: this installation's is.
 """
 
 import argparse
@@ -24,14 +24,19 @@ def main() -> int:
     import sys
 
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
+    from transformers import AutoConfig, AutoModelForCausalLM, TextStreamer
+
+    from tensorlm.data.tokenizers import load_tokenizer
+    from tensorlm.hf.configuration_tensorlm import TensorLMConfig
+    from tensorlm.hf.modeling_tensorlm import TensorLMForCausalLM
 
     torch.manual_seed(args.seed)
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    # The code in the folder is run: only folders that are named on the command line get here.
-    model = AutoModelForCausalLM.from_pretrained(args.model, trust_remote_code=True).to(device)
+    AutoConfig.register("tensorlm", TensorLMConfig)
+    AutoModelForCausalLM.register(TensorLMConfig, TensorLMForCausalLM)
+    tokenizer = load_tokenizer(args.model)
+    model = AutoModelForCausalLM.from_pretrained(args.model, trust_remote_code=False).to(device)
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(device)
     sampling = {"do_sample": args.temperature > 0}
     if args.temperature > 0:

@@ -82,7 +82,9 @@ def load_tokenizer(folder: str | Path) -> Any:
     folder = Path(folder)
     if not any((folder / name).exists() for name in ("tokenizer.model", "tokenizer.json")):
         raise UserError(f"{folder}: no tokenizer.json or tokenizer.model")
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(
+        folder, local_files_only=True, trust_remote_code=False
+    )
     if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
         raise UserError(f"{folder}: needs bos_token and eos_token in tokenizer_config.json")
     return tokenizer

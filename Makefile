@@ -1,0 +1,52 @@
+# make demo   the main job, end to end, on this machine
+# make test   lint, types and the whole suite (CPU)
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+BIN := .venv/bin
+SOURCES := tensorlm kernels parallel launcher tests
+
+.PHONY: help
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+.venv/.created:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: $(PYTHON): needs Python 3.11 or newer (make PYTHON=python3.12 ...)" >&2; exit 2; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+	  { echo "error: $(PYTHON): has no venv (apt-get install python3-venv)" >&2; exit 2; }
+	$(PYTHON) -m venv .venv
+	@touch $@
+
+.venv/.installed: .venv/.created pyproject.toml constraints.txt
+	$(BIN)/pip install --quiet --constraint constraints.txt torch==2.13.0
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
+	@touch $@
+
+.venv/.installed-dev: .venv/.installed
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+.PHONY: demo
+demo: .venv/.installed ## prepare, train, resume, evaluate, export, generate on this machine
+	@PATH="$(CURDIR)/$(BIN):$$PATH" bash launcher/demo.sh
+
+.PHONY: install
+install: .venv/.installed-dev ## the project, editable, with all that development needs
+
+.PHONY: check
+check: .venv/.installed-dev ## lint, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy tensorlm kernels parallel launcher tests
+
+.PHONY: test
+test: check ## the whole suite, on the CPU
+	$(BIN)/python -m pytest -m 'not gpu'
+
+.PHONY: test-gpu
+test-gpu: .venv/.installed-dev ## the tests that need a GPU
+	$(BIN)/python -m pytest -m gpu
+
+.PHONY: clean
+clean: ## remove what make demo made
+	rm -rf runs/demo

@@ -1,0 +1,70 @@
+#!/usr/bin/env bash
+# The main job from end to end, on the source text of this machine's own Python standard library:
+# tokenizer, shards, training, resumption, evaluation, export, generation. Run it with `make demo`.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+out=runs/demo
+config=configs/demo.toml
+stdlib=$(python -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')
+gpus=$(python -c 'import torch; print(min(2, torch.cuda.device_count()))')
+port=$(python -c 'from tensorlm.launch_env import free_port; print(free_port())')
+if [ "$gpus" -gt 0 ]; then
+  ranks=(--num_gpus "$gpus")
+else
+  export DS_ACCELERATOR=cpu
+  ranks=(--num_accelerators 2)
+fi
+export TOKENIZERS_PARALLELISM=true PYTHONUNBUFFERED=1
+
+run() {
+  printf '\n\033[1m$ %s\033[0m\n' "$*"
+  "$@"
+}
+train() { run deepspeed --quiet "${ranks[@]}" --master_port "$port" launcher/train.py "$@"; }
+
+started=$SECONDS
+rm -rf "$out"
+mkdir -p "$out"
+corpus=(--input "$stdlib/**/*.py" --exclude '*/site-packages/*' '*/test/*' '*/tests/*'
+  --max-bytes 8000000)
+run python launcher/prepare_data.py tokenizer "${corpus[@]}" --vocab-size 2048 \
+  --output $out/tokenizer
+run python launcher/prepare_data.py encode "${corpus[@]}" --tokenizer $out/tokenizer \
+  --output $out/data --holdout 0.06
+
+train --config $config train.stop_at=75
+train --config $config # goes on from its checkpoint
+
+run python launcher/evaluate.py --config $config --lengths 4096,8192,16384 | tee $out/eval.txt
+run python launcher/convert.py export --config $config --output $out/hf --dtype fp32
+
+prompt='def read_file(path):
+    """'
+printf '\n\033[1mgenerate with plain transformers\033[0m\n'
+(cd $out && python -I - "$prompt" <<'PYTHON'
+import sys
+
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("./hf", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained("./hf", trust_remote_code=True)
+inputs = tokenizer(sys.argv[1], return_tensors="pt", return_token_type_ids=False)
+tokens = model.generate(**inputs, max_new_tokens=80)
+print(tokenizer.decode(tokens[0], skip_special_tokens=True))
+PYTHON
+) | tee $out/sample.txt
+
+checkpoint=$(ls -d $out/train/step-* | tail -n 1)
+evaluation=$out/train/eval/$(basename "$checkpoint")
+printf '\n\033[1m%-17s %s\033[0m\n' "made in $((SECONDS - started)) s" where
+row() { printf '%-17s %s\n' "$1" "$2"; }
+row tokenizer $out/tokenizer
+row shards $out/data
+row checkpoint "$checkpoint"
+row 'metrics' $out/train/metrics.jsonl
+row TensorBoard "tensorboard --logdir $out/train/tensorboard"
+row perplexity "$evaluation/report.json"
+row 'perplexity plot' "$evaluation/perplexity.png"
+row 'Hugging Face' $out/hf
+row 'more text' "python launcher/generate.py --model $out/hf --prompt 'class Stack:'"
