@@ -1,0 +1,93 @@
+"""Configurations: every shipped one is good, and every mistake is one helpful line."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tensorlm.config import Config, config_toml, load_config
+from tensorlm.errors import UserError
+from tensorlm.model import Llama
+
+ROOT = Path(__file__).parents[2]
+SHIPPED = sorted((ROOT / "configs").glob("*.toml"))
+NUM_PARAMETERS = {
+    "demo.toml": 1_311_888,
+    # Llama-3-8B has 8,030,261,248; 32 layers x 32 heads x 1 hop bias come on top.
+    "llama8b_32k.toml": 8_030_261_248 + 32 * 32,
+}
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
+def test_shipped_configuration_builds_on_the_meta_device(path: Path) -> None:
+    config = load_config(path)
+    with torch.device("meta"):
+        model = Llama(config.model)
+    assert sum(p.numel() for p in model.parameters()) == NUM_PARAMETERS[path.name]
+
+
+def test_resolved_configuration_reads_back_equal(tmp_path: Path) -> None:
+    config = load_config(SHIPPED[0], ["run.seed=7"])
+    (tmp_path / "config.toml").write_text(config_toml(config))
+    assert load_config(tmp_path / "config.toml") == config
+    assert config.run.seed == 7
+
+
+def problems(*overrides: str) -> list[str]:
+    with pytest.raises(UserError) as caught:
+        load_config(ROOT / "configs/demo.toml", overrides)
+    return list(caught.value.problems)
+
+
+def test_unknown_key_names_the_nearest_valid_one() -> None:
+    (line,) = problems("optim.learnin_rate=1e-3", "model.hiden_size=3")[:1]
+    lines = problems("optim.weigt_decay=0.1", "model.hiden_size=3")
+    assert any("optim.weigt_decay" in x and "did you mean weight_decay?" in x for x in lines)
+    assert any("model.hiden_size" in x and "did you mean hidden_size?" in x for x in lines)
+    assert "unknown key" in line
+
+
+@pytest.mark.parametrize(
+    ("override", "word"),
+    [
+        ("optim.lr='1e-4'", "optim.lr"),
+        ("optim.lr=nan", "optim.lr"),
+        ("model.num_heads=3", "num_heads"),
+        ("model.fold=[1]", "fold"),
+        ("zero.stage=4", "zero.stage"),
+        ("train.steps=0", "train.steps"),
+        ("parallel.sp=3", "parallel.sp"),
+        ("optim.warmup_steps=1000", "warmup_steps"),
+        ("nonsense", "nonsense"),
+        ("model=3", "model"),
+    ],
+)
+def test_wrong_value_is_named_in_one_line(override: str, word: str) -> None:
+    lines = problems(override)
+    assert any(word in line for line in lines)
+    assert all("\n" not in line for line in lines)
+
+
+def test_contradictions_are_reported_together() -> None:
+    lines = problems("zero.stage=0", "train.dtype=bf16", "optim.min_lr=1.0")
+    assert len(lines) == 2
+
+
+def test_rows_that_ranks_cannot_share_are_refused() -> None:
+    config: Config = load_config(ROOT / "configs/demo.toml")
+    config.check_world(2)
+    with pytest.raises(UserError, match="rows_per_step"):
+        config.check_world(3)
+
+
+def test_launcher_prints_error_lines_and_exits_2() -> None:
+    command = [sys.executable, "launcher/train.py", "--config", "configs/demo.toml"]
+    result = subprocess.run(
+        [*command, "model.hiden_size=3", "optim.lr=-1"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert result.returncode == 2
+    lines = result.stderr.splitlines()
+    assert len(lines) == 2
+    assert all(line.startswith("error: configs/demo.toml: ") for line in lines)
