@@ -31,12 +31,12 @@ corpus=(--input "$stdlib/**/*.py" --exclude '*/site-packages/*' '*/test/*' '*/te
 run python launcher/prepare_data.py tokenizer "${corpus[@]}" --vocab-size 2048 \
   --output $out/tokenizer
 run python launcher/prepare_data.py encode "${corpus[@]}" --tokenizer $out/tokenizer \
-  --output $out/data --holdout 0.06
+  --output $out/data --holdout 0.1
 
-train --config $config train.stop_at=75
+train --config $config train.stop_at=110
 train --config $config # goes on from its checkpoint
 
-run python launcher/evaluate.py --config $config --lengths 4096,8192,16384 | tee $out/eval.txt
+run python launcher/evaluate.py --config $config --lengths 4096,8192,16384 
 run python launcher/convert.py export --config $config --output $out/hf --dtype fp32
 
 prompt='def read_file(path):
@@ -45,12 +45,13 @@ printf '\n\033[1mgenerate with plain transformers\033[0m\n'
 (cd $out && python -I - "$prompt" <<'PYTHON'
 import sys
 
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 model = AutoModelForCausalLM.from_pretrained("./hf", trust_remote_code=True)
 tokenizer = AutoTokenizer.from_pretrained("./hf", trust_remote_code=True)
+set_seed(0)
 inputs = tokenizer(sys.argv[1], return_tensors="pt", return_token_type_ids=False)
-tokens = model.generate(**inputs, max_new_tokens=80)
+tokens = model.generate(**inputs, max_new_tokens=60, do_sample=True, temperature=0.7)
 print(tokenizer.decode(tokens[0], skip_special_tokens=True))
 PYTHON
 ) | tee $out/sample.txt

@@ -7,6 +7,7 @@ and write this rank's share of the fp32 weights and Adam state, for every ZeRO s
 
 import logging
 import math
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -41,6 +42,8 @@ class ParameterSlice:
 def init_distributed(launch: LaunchEnv) -> torch.device:
     """Join the job's process group (NCCL on GPUs, gloo on CPUs); returns this rank's device."""
     launch.export()
+    # DeepSpeed calls these by the names that older versions of torch know too.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\..*` is deprecated", FutureWarning)
     deepspeed_logger.setLevel(logging.WARNING)
     if torch.cuda.is_available():
         device = torch.device("cuda", launch.local_rank)

@@ -1,0 +1,130 @@
+"""Training through the real launchers: resumed = uninterrupted, few ranks = many ranks."""
+
+import json
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, RunTraining, launch_command, launch_environment, losses
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from tensorlm.checkpoint import newest_checkpoint
+from tensorlm.config import load_config
+
+
+def final_hashes(run_dir: Path) -> list[str]:
+    """sha256 of each rank's weights and Adam state at the newest checkpoint."""
+    found = newest_checkpoint(run_dir)
+    assert found is not None
+    return [entry["sha256"] for entry in found.manifest["files"]]
+
+
+def test_run_killed_after_a_checkpoint_continues_bit_for_bit(
+    tmp_path: Path, config: Path, run_training: RunTraining
+) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    run_training(f"run.dir={whole}", launcher="deepspeed")
+
+    command = [*launch_command("deepspeed", 2), "--config", str(config), f"run.dir={broken}"]
+    with subprocess.Popen(
+        [*command, "train.steps=8"], cwd=ROOT, env=launch_environment(), start_new_session=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    ) as process:  # fmt: skip
+        deadline = time.monotonic() + 60
+        while not (broken / "step-00000003/manifest.json").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        subprocess.run(["pkill", "-KILL", "-f", f"run.dir={broken}"], check=True)
+        process.wait(timeout=30)
+    killed_at = newest_checkpoint(broken)
+    assert killed_at is not None
+    assert killed_at.step < 8  # it had not ended by itself
+
+    result = run_training(f"run.dir={broken}", launcher="deepspeed")
+    assert "resumed after step" in result.stdout
+    assert losses(broken) == losses(whole)
+    assert final_hashes(broken) == final_hashes(whole)
+
+    # What people watch holds every step once, too.
+    events = EventAccumulator(str(broken / "tensorboard"), size_guidance={"scalars": 0})
+    scalars = events.Reload().Scalars("train/loss")
+    assert [event.step for event in scalars] == list(range(1, 9))
+    assert [event.value for event in scalars] == pytest.approx(losses(whole), rel=1e-6)
+    assert load_config(broken / "config.toml").train.steps == 8
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_every_zero_stage_trains_like_stage_2_and_resumes_exactly(
+    tmp_path: Path, run_training: RunTraining, stage: int
+) -> None:
+    run_training("train.steps=5", "checkpoint.every=5", f"run.dir={tmp_path / 'two'}")
+    own = tmp_path / "own"
+    for stop in (2, 5):
+        run_training(
+            "train.steps=5", f"train.stop_at={stop}", f"zero.stage={stage}", f"run.dir={own}"
+        )
+    straight = tmp_path / "straight"
+    run_training("train.steps=5", f"zero.stage={stage}", f"run.dir={straight}")
+    assert losses(own) == losses(straight)
+    assert final_hashes(own) == final_hashes(straight)
+    assert losses(own) == pytest.approx(losses(tmp_path / "two"), rel=1e-5)
+
+
+def test_ranks_micro_batches_and_sequence_shards_give_the_same_losses(
+    tmp_path: Path, run_training: RunTraining
+) -> None:
+    run_training(f"run.dir={tmp_path / 'one'}", ranks=1, launcher="python")
+    expected = losses(tmp_path / "one")
+    assert expected[-1] < expected[0] - 0.5  # it learns
+    for name, ranks, *overrides in (
+        ("dp2", 2),
+        ("accumulated", 1, "train.micro_batch=2"),
+        ("sp2", 2, "parallel.sp=2", "train.activation_checkpointing=true"),
+    ):
+        run_training(f"run.dir={tmp_path / name}", *overrides, ranks=ranks)
+        assert losses(tmp_path / name) == pytest.approx(expected, rel=1e-5), name
+
+
+def test_bf16_follows_fp32_and_resumes_exactly(tmp_path: Path, run_training: RunTraining) -> None:
+    for name, *overrides in (("fp32", "train.dtype=fp32"), ("bf16", "train.dtype=bf16")):
+        run_training(f"run.dir={tmp_path / name}", *overrides)
+    for stop in (4, 8):
+        run_training(f"run.dir={tmp_path / 'cut'}", "train.dtype=bf16", f"train.stop_at={stop}")
+    assert losses(tmp_path / "cut") == losses(tmp_path / "bf16")
+    assert losses(tmp_path / "bf16") == pytest.approx(losses(tmp_path / "fp32"), rel=5e-3)
+
+
+def test_signal_saves_and_asks_to_be_requeued(tmp_path: Path, config: Path) -> None:
+    run = tmp_path / "run"
+    command = [*launch_command("python", 1), "--config", str(config), "train.steps=100000"]
+    with subprocess.Popen(
+        command, cwd=ROOT, env=launch_environment(), stdout=subprocess.DEVNULL
+    ) as process:
+        while not (run / "metrics.jsonl").exists() or not losses(run):
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(signal.SIGUSR1)
+        assert process.wait(timeout=30) == 75
+    found = newest_checkpoint(run)
+    assert found is not None
+    assert found.step == len(losses(run))
+
+
+def test_other_data_or_a_damaged_checkpoint_is_one_error_line(
+    tmp_path: Path, run_training: RunTraining
+) -> None:
+    run_training("train.stop_at=3", ranks=1, launcher="python")
+    other = run_training("run.seed=5", ranks=1, launcher="python", code=2)
+    assert "error: " in other.stderr
+    assert "other data" in other.stderr
+    file = tmp_path / "run/step-00000003/rank-00000.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 4
+    file.write_bytes(content)
+    damaged = run_training(ranks=1, launcher="python", code=2)
+    assert "no checkpoint is whole" in damaged.stderr
+    assert "Traceback" not in damaged.stderr
+    manifest = json.loads((tmp_path / "run/step-00000003/manifest.json").read_text())
+    assert manifest["step"] == 3
