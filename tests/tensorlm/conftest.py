@@ -1,5 +1,6 @@
 """A tiny prepared data set and a way to run the real launchers on it."""
 
+import email
 import json
 import os
 import subprocess
@@ -49,9 +50,9 @@ RunTraining = Callable[..., "subprocess.CompletedProcess[str]"]
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Shards and tokenizer made of the standard library's json package."""
+    """Shards and tokenizer made of the standard library's email package."""
     folder = tmp_path_factory.mktemp("data")
-    files = find_files([str(Path(json.__file__).parent / "*.py")])
+    files = find_files([str(Path(email.__file__).parent / "*.py")])
     train_tokenizer(read_documents(files, "text"), 512, folder / "tokenizer")
     encode(files, folder / "tokenizer", folder / "set", holdout=0.3)
     return folder / "set"

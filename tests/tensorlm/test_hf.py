@@ -118,7 +118,7 @@ def test_training_starts_from_imported_weights(
     torch.testing.assert_close(after.read_parameter(name), wanted, rtol=0, atol=1e-6)
 
 
-def test_evaluation_and_wrong_shapes(
+def test_evaluation_writes_a_report_and_refuses_lengths_without_text(
     tmp_path: Path, config: Path, run_training: RunTraining
 ) -> None:
     run_training("train.stop_at=2", ranks=1, launcher="python")

@@ -1,0 +1,71 @@
+"""The shape of the repository: what must stay true of folders, imports and README."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+# A package may import those that stand after it.
+ORDER = ["tensorlm", "fold_parallel", "tensor_attention"]
+FOLDERS = {
+    "tensorlm": ROOT / "tensorlm",
+    "fold_parallel": ROOT / "parallel/fold_parallel",
+    "tensor_attention": ROOT / "kernels/tensor_attention",
+}
+
+
+@pytest.mark.parametrize("folder", ["kernels", "parallel", "launcher", "configs", "slurm", "tests"])
+def test_root_folders_are_not_packages(folder: str) -> None:
+    # A top-level package `kernels` would stand in for Hugging Face's own.
+    assert not (ROOT / folder / "__init__.py").exists()
+
+
+@pytest.mark.parametrize("package", ORDER)
+def test_imports_run_one_way(package: str) -> None:
+    forbidden = set(ORDER[: ORDER.index(package)])
+    for path in FOLDERS[package].rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                names = [node.module or ""]
+            assert not forbidden & {name.split(".")[0] for name in names}, path
+
+
+def test_only_the_engine_imports_deepspeed() -> None:
+    users = [
+        path.relative_to(ROOT).as_posix()
+        for folder in ("tensorlm", "kernels", "parallel", "launcher")
+        for path in (ROOT / folder).rglob("*.py")
+        if re.search(r"^\s*(import|from) deepspeed", path.read_text(), re.MULTILINE)
+    ]
+    assert users == ["tensorlm/engine.py"]
+
+
+def test_transformers_llama_imports_from_the_repository_root() -> None:
+    code = "from transformers import LlamaForCausalLM"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_files_that_the_readme_names_exist() -> None:
+    text = (ROOT / "README.md").read_text()
+    named = set(re.findall(r"\b(?:launcher|configs|kernels|tests|tensorlm)/[\w/]+\.\w+", text))
+    assert len(named) > 5
+    assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+def test_wheel_holds_the_three_packages_and_nothing_generic(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--quiet", "-w", str(tmp_path)]
+    subprocess.run([*command, str(ROOT)], check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    listing = subprocess.run(
+        [sys.executable, "-m", "zipfile", "-l", str(wheel)], capture_output=True, text=True
+    ).stdout
+    tops = {line.split("/")[0] for line in listing.splitlines()[1:]}
+    tops = {top for top in tops if not top.endswith(".dist-info")}
+    assert tops == set(ORDER)
