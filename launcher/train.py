@@ -27,4 +27,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    run_launcher(main)
+    run_launcher(main, leave_at_once=True)

@@ -59,9 +59,11 @@ def init_distributed(launch: LaunchEnv) -> torch.device:
 
 
 def leave_distributed() -> None:
-    """Part from the other ranks; the barrier first, or the process may abort at exit."""
+    """Wait until every rank is done: one that left earlier could abort another's last exchange.
+
+    The process group is not taken down; the process is to end next (`run_launcher`).
+    """
     dist.barrier()
-    dist.destroy_process_group()
 
 
 def deepspeed_config(config: Config) -> dict[str, Any]:

@@ -19,8 +19,12 @@ class UserError(Exception):
         self.problems = problems
 
 
-def run_launcher(main: Callable[[], int | None]) -> None:
-    """Run `main` and exit with its code; a UserError becomes one `error:` line per problem."""
+def run_launcher(main: Callable[[], int | None], *, leave_at_once: bool = False) -> None:
+    """Run `main` and exit with its code; a UserError becomes one `error:` line per problem.
+
+    `leave_at_once` is for ranks of a process group that are done with one another: gloo's threads
+    may abort a process that is taken down piece by piece after its work is done.
+    """
     try:
         code = main()
     except UserError as error:
@@ -32,4 +36,10 @@ def run_launcher(main: Callable[[], int | None]) -> None:
             # has left, so the silent ones give it time to speak.
             time.sleep(2)
         code = EXIT_USER_ERROR
+    if leave_at_once:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        if "mpi4py.MPI" in sys.modules:
+            sys.modules["mpi4py.MPI"].Finalize()
+        os._exit(code or EXIT_DONE)
     sys.exit(code or EXIT_DONE)

@@ -77,7 +77,7 @@ def test_ranks_micro_batches_and_sequence_shards_give_the_same_losses(
 ) -> None:
     run_training(f"run.dir={tmp_path / 'one'}", ranks=1, launcher="python")
     expected = losses(tmp_path / "one")
-    assert expected[-1] < expected[0] - 0.5  # it learns
+    assert expected[-1] < expected[0] - 0.1  # it learns
     for name, ranks, *overrides in (
         ("dp2", 2),
         ("accumulated", 1, "train.micro_batch=2"),
