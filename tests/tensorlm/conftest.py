@@ -1,21 +1,14 @@
 """A tiny prepared data set and a way to run the real launchers on it."""
 
 import email
-import json
-import os
 import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tensorlm.data.prepare import encode, find_files, read_documents
 from tensorlm.data.tokenizers import train_tokenizer
-from tensorlm.launch_env import free_port
-
-ROOT = Path(__file__).parents[2]
+from tests.tensorlm.launching import ROOT, RunTraining, launch_command, launch_environment
 
 TINY = """
 [run]
@@ -45,8 +38,6 @@ every = 3
 keep_last = 3
 """
 
-RunTraining = Callable[..., "subprocess.CompletedProcess[str]"]
-
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -66,24 +57,6 @@ def config(tmp_path: Path, data: Path) -> Path:
     return path
 
 
-def launch_command(launcher: str, ranks: int) -> list[str]:
-    """The command that starts `launcher/train.py` on `ranks` ranks of this machine."""
-    port, binaries = str(free_port()), Path(sys.executable).parent
-    if launcher == "deepspeed":
-        command = [str(binaries / "deepspeed"), "--quiet", "--num_accelerators", str(ranks)]
-        return [*command, "--master_port", port, "launcher/train.py"]
-    if launcher == "torchrun":
-        command = [str(binaries / "torchrun"), f"--nproc_per_node={ranks}"]
-        return [*command, f"--master_port={port}", "launcher/train.py"]
-    return [sys.executable, "launcher/train.py"]
-
-
-def launch_environment() -> dict[str, str]:
-    """CPU only, one thread a rank, this interpreter first."""
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    return {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PATH": path}
-
-
 @pytest.fixture
 def run_training(config: Path) -> RunTraining:
     """Run the training launcher to its end: `run_training(*overrides, ranks=2, ...)`."""
@@ -99,9 +72,3 @@ def run_training(config: Path) -> RunTraining:
         return result
 
     return run
-
-
-def losses(run_dir: Path) -> list[Any]:
-    """The losses of metrics.jsonl, exactly as they were written."""
-    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line)["train/loss"] for line in lines]

@@ -5,13 +5,13 @@ import sys
 from pathlib import Path
 
 import torch
-from conftest import ROOT, RunTraining
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tensorlm.checkpoint import load_weights, select_checkpoint
 from tensorlm.config import load_config
 from tensorlm.hf.convert import export_checkpoint, import_weights
 from tensorlm.model import Llama
+from tests.tensorlm.launching import ROOT, RunTraining
 
 # Run by an interpreter that cannot import this project: -I and a finder that refuses its packages.
 GENERATE = """

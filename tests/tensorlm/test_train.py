@@ -7,11 +7,11 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, RunTraining, launch_command, launch_environment, losses
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tensorlm.checkpoint import newest_checkpoint
 from tensorlm.config import load_config
+from tests.tensorlm.launching import ROOT, RunTraining, launch_command, launch_environment, losses
 
 
 def final_hashes(run_dir: Path) -> list[str]:

@@ -1,0 +1,39 @@
+"""Start the real launchers on this machine, and read what they leave."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tensorlm.launch_env import free_port
+
+ROOT = Path(__file__).parents[2]
+
+RunTraining = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+def launch_command(launcher: str, ranks: int) -> list[str]:
+    """The command that starts `launcher/train.py` on `ranks` ranks of this machine."""
+    port, binaries = str(free_port()), Path(sys.executable).parent
+    if launcher == "deepspeed":
+        command = [str(binaries / "deepspeed"), "--quiet", "--num_accelerators", str(ranks)]
+        return [*command, "--master_port", port, "launcher/train.py"]
+    if launcher == "torchrun":
+        command = [str(binaries / "torchrun"), f"--nproc_per_node={ranks}"]
+        return [*command, f"--master_port={port}", "launcher/train.py"]
+    return [sys.executable, "launcher/train.py"]
+
+
+def launch_environment() -> dict[str, str]:
+    """CPU only, one thread a rank, this interpreter first."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    return {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PATH": path}
+
+
+def losses(run_dir: Path) -> list[Any]:
+    """The losses of metrics.jsonl, exactly as they were written."""
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["train/loss"] for line in lines]
