@@ -25,11 +25,11 @@ def test_run_killed_after_a_checkpoint_continues_bit_for_bit(
     tmp_path: Path, config: Path, run_training: RunTraining
 ) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    run_training(f"run.dir={whole}", launcher="deepspeed")
+    run_training(f"run.dir={whole}", "train.steps=40", launcher="deepspeed")
 
     command = [*launch_command("deepspeed", 2), "--config", str(config), f"run.dir={broken}"]
     with subprocess.Popen(
-        [*command, "train.steps=8"], cwd=ROOT, env=launch_environment(), start_new_session=True,
+        [*command, "train.steps=40"], cwd=ROOT, env=launch_environment(), start_new_session=True,
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     ) as process:  # fmt: skip
         deadline = time.monotonic() + 60
@@ -40,9 +40,9 @@ def test_run_killed_after_a_checkpoint_continues_bit_for_bit(
         process.wait(timeout=30)
     killed_at = newest_checkpoint(broken)
     assert killed_at is not None
-    assert killed_at.step < 8  # it had not ended by itself
+    assert killed_at.step < 40  # it had not ended by itself
 
-    result = run_training(f"run.dir={broken}", launcher="deepspeed")
+    result = run_training(f"run.dir={broken}", "train.steps=40", launcher="deepspeed")
     assert "resumed after step" in result.stdout
     assert losses(broken) == losses(whole)
     assert final_hashes(broken) == final_hashes(whole)
@@ -50,9 +50,9 @@ def test_run_killed_after_a_checkpoint_continues_bit_for_bit(
     # What people watch holds every step once, too.
     events = EventAccumulator(str(broken / "tensorboard"), size_guidance={"scalars": 0})
     scalars = events.Reload().Scalars("train/loss")
-    assert [event.step for event in scalars] == list(range(1, 9))
+    assert [event.step for event in scalars] == list(range(1, 41))
     assert [event.value for event in scalars] == pytest.approx(losses(whole), rel=1e-6)
-    assert load_config(broken / "config.toml").train.steps == 8
+    assert load_config(broken / "config.toml").train.steps == 40
 
 
 @pytest.mark.parametrize("stage", [0, 1, 3])
