@@ -71,8 +71,9 @@ def test_exported_folder_gives_our_logits_and_cached_tokens_without_this_project
     )  # left padding changes nothing
 
 
-def test_imported_llama_weights_give_its_logits(tmp_path: Path, config: Path) -> None:
-    reference = LlamaForCausalLM(
+def tiny_llama() -> LlamaForCausalLM:
+    """Random weights in the shape of the tiny configuration."""
+    return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=512,
             hidden_size=32,
@@ -84,6 +85,10 @@ def test_imported_llama_weights_give_its_logits(tmp_path: Path, config: Path) ->
             rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
         )
     )
+
+
+def test_imported_llama_weights_give_its_logits(tmp_path: Path, config: Path) -> None:
+    reference = tiny_llama()
     reference.save_pretrained(tmp_path / "llama")
     settings = load_config(config, ["model.fold=[]"])
     import_weights(tmp_path / "llama", settings)
@@ -96,18 +101,7 @@ def test_imported_llama_weights_give_its_logits(tmp_path: Path, config: Path) ->
 def test_training_starts_from_imported_weights(
     tmp_path: Path, config: Path, run_training: RunTraining
 ) -> None:
-    reference = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=512,
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            rms_norm_eps=1e-5,
-            rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-        )
-    )
+    reference = tiny_llama()
     reference.save_pretrained(tmp_path / "llama")
     command = [sys.executable, "launcher/convert.py", "import", "--config", str(config)]
     subprocess.run([*command, "--hf", str(tmp_path / "llama")], cwd=ROOT, check=True)
