@@ -60,15 +60,21 @@ class PackedRows:
         self.fingerprint = hashlib.sha256(identity.encode()).hexdigest()
         self._order: tuple[int, NDArray[np.int64]] = (-1, np.empty(0, np.int64))
 
-    def row(self, index: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int32]]:
-        """Tokens, labels and document starts of global row `index` (rows repeat every epoch)."""
+    def row(
+        self, index: int, tokens: slice = slice(None)
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int32]]:
+        """Tokens, labels and document starts of global row `index` (rows repeat every epoch).
+
+        Of the row, only the slice `tokens` is read.
+        """
         epoch, position = divmod(index, self.plan.num_rows)
-        return self._fill(int(self._epoch_order(epoch)[position]))
+        first, stop, _ = tokens.indices(self.plan.seq_len)
+        return self._fill(int(self._epoch_order(epoch)[position]), first, stop)
 
     def batch(self, indices: range, tokens: slice = slice(None)) -> Batch:
         """The slice `tokens` of the rows `indices` as one batch."""
-        columns = zip(*(self.row(i) for i in indices), strict=True)
-        ids, labels, doc_start = (torch.from_numpy(np.stack(c)[:, tokens]) for c in columns)
+        columns = zip(*(self.row(i, tokens) for i in indices), strict=True)
+        ids, labels, doc_start = (torch.from_numpy(np.stack(c)) for c in columns)
         return Batch(ids, labels, doc_start, first_token=tokens.start or 0)
 
     def micro_batches(
@@ -84,20 +90,25 @@ class PackedRows:
             self._order = (epoch, rng.permutation(self.plan.num_rows))
         return self._order[1]
 
-    def _fill(self, row: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int32]]:
-        seq_len, at = self.plan.seq_len, 0
-        tokens = np.zeros(seq_len, np.int64)
-        labels = np.full(seq_len, IGNORED, np.int64)
-        doc_start = np.arange(seq_len, dtype=np.int32)  # a padding token is alone in its document
+    def _fill(
+        self, row: int, first: int, stop: int
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int32]]:
+        tokens = np.zeros(stop - first, np.int64)
+        labels = np.full(stop - first, IGNORED, np.int64)
+        doc_start = np.arange(first, stop, dtype=np.int32)  # padding: each token is a document
+        end = 0
         for piece in range(self.plan.row_first[row], self.plan.row_first[row + 1]):
             document, start = int(self.plan.document[piece]), int(self.plan.start[piece])
-            stop = at + int(self.plan.length[piece])
-            # One token more than the piece, where the document goes on: its last label.
-            text = self.corpus.tokens(document, start, start + stop - at + 1)
-            tokens[at:stop] = text[: stop - at]
-            labels[at : at + len(text) - 1] = text[1:]
-            doc_start[at:stop] = at
-            at = stop
+            begin, end = end, end + int(self.plan.length[piece])
+            low, high = max(begin, first), min(end, stop)
+            if low >= high:
+                continue
+            # One token more than is here, where the document goes on: the last label.
+            text = self.corpus.tokens(document, start + low - begin, start + high - begin + 1)
+            here = slice(low - first, high - first)
+            tokens[here] = text[: high - low]
+            labels[here.start : here.start + len(text) - 1] = text[1:]
+            doc_start[here] = begin
         return tokens, labels, doc_start
 
 
