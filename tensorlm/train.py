@@ -24,6 +24,10 @@ from .metrics import Metrics, git_commit, peak_memory_gib
 from .model import Llama
 from .optim import learning_rate
 
+# In the run's directory: asks rank 0, at the end of a step, for a checkpoint and an end. It is
+# removed once it is obeyed. Launchers do not pass every signal on; a file needs none of them.
+STOP_FILE = "STOP"
+
 
 @dataclass
 class TrainState:
@@ -38,7 +42,8 @@ def train(config: Config, launch: LaunchEnv) -> int:
     """Train from the newest checkpoint in `config.run.dir`, or from scratch where there is none.
 
     Returns:
-        The exit code: EXIT_DONE, or EXIT_PREEMPTED after a signal (saved, to be continued).
+        The exit code: EXIT_DONE, or EXIT_PREEMPTED after a signal or a stop file (saved, to be
+        continued).
 
     Raises:
         UserError: what the user can mend.
@@ -54,12 +59,14 @@ def train(config: Config, launch: LaunchEnv) -> int:
         metrics.announce(describe_run(config, grid, engine, rows, device, state))
     peak = peak_flops(device) * launch.world_size
     is_signalled = catch_signals()
+    stop_file = Path(config.run.dir) / STOP_FILE
 
     last_step = config.train.stop_at or config.train.steps
     skipped, stopping = 0, False
     while state.step < last_step and not stopping:
         started = time.perf_counter()
-        record, stopping = train_step(config, grid, engine, rows, state, device, is_signalled())
+        must_stop = is_signalled() or (launch.rank == 0 and stop_file.exists())
+        record, stopping = train_step(config, grid, engine, rows, state, device, must_stop)
         skipped = 0 if math.isfinite(record["train/grad_norm"]) else skipped + 1
         if skipped >= config.train.max_skips:
             raise UserError(f"step {state.step}: {skipped} steps in a row were not finite")
@@ -74,6 +81,7 @@ def train(config: Config, launch: LaunchEnv) -> int:
 
     if metrics:
         metrics.close()
+        stop_file.unlink(missing_ok=True)
     leave_distributed()
     return EXIT_PREEMPTED if stopping and state.step < last_step else EXIT_DONE
 
@@ -85,7 +93,7 @@ def train_step(
     rows: PackedRows,
     state: TrainState,
     device: torch.device,
-    is_signalled: bool,
+    must_stop: bool,
 ) -> tuple[dict[str, float], bool]:
     """One optimizer step: advances `state`, returns what to log and whether any rank must stop."""
     share = config.train.rows_per_step // grid.dp
@@ -95,11 +103,11 @@ def train_step(
         config.train.micro_batch,
         grid.tokens(config.data.seq_len),
     )
-    num_labels, num_flops, num_signalled = sum_over_ranks(
+    num_labels, num_flops, num_stopping = sum_over_ranks(
         device,
         sum(batch.num_labels for batch in batches),
         sum(train_flops(config.model, batch.depth) for batch in batches),
-        is_signalled,
+        must_stop,
     )
 
     # DeepSpeed averages gradients over ranks; this makes them those of the mean over all labels.
@@ -123,7 +131,7 @@ def train_step(
         "step_tokens": config.train.rows_per_step * config.data.seq_len,
         "step_flops": num_flops,
     }
-    return record, num_signalled > 0
+    return record, num_stopping > 0
 
 
 def build_model(config: Config, grid: Grid, device: torch.device) -> Llama:

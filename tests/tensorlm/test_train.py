@@ -96,7 +96,10 @@ def test_bf16_follows_fp32_and_resumes_exactly(tmp_path: Path, run_training: Run
     assert losses(tmp_path / "bf16") == pytest.approx(losses(tmp_path / "fp32"), rel=5e-3)
 
 
-def test_signal_saves_and_asks_to_be_requeued(tmp_path: Path, config: Path) -> None:
+@pytest.mark.parametrize("request_stop", ["signal", "stop file"])
+def test_request_to_stop_saves_and_asks_to_be_requeued(
+    tmp_path: Path, config: Path, request_stop: str
+) -> None:
     run = tmp_path / "run"
     command = [*launch_command("python", 1), "--config", str(config), "train.steps=100000"]
     with subprocess.Popen(
@@ -105,8 +108,12 @@ def test_signal_saves_and_asks_to_be_requeued(tmp_path: Path, config: Path) -> N
         while not (run / "metrics.jsonl").exists() or not losses(run):
             assert process.poll() is None
             time.sleep(0.05)
-        process.send_signal(signal.SIGUSR1)
+        if request_stop == "signal":
+            process.send_signal(signal.SIGUSR1)
+        else:
+            (run / "STOP").touch()
         assert process.wait(timeout=30) == 75
+    assert not (run / "STOP").exists()
     found = newest_checkpoint(run)
     assert found is not None
     assert found.step == len(losses(run))
