@@ -31,12 +31,12 @@ corpus=(--input "$stdlib/**/*.py" --exclude '*/site-packages/*' '*/test/*' '*/te
 run python launcher/prepare_data.py tokenizer "${corpus[@]}" --vocab-size 2048 \
   --output $out/tokenizer
 run python launcher/prepare_data.py encode "${corpus[@]}" --tokenizer $out/tokenizer \
-  --output $out/data --holdout 0.06
+  --output $out/data --holdout 0.12
 
-train --config $config train.stop_at=75
+train --config $config train.stop_at=110
 train --config $config # goes on from its checkpoint
 
-run python launcher/evaluate.py --config $config --lengths 4096,8192,16384 
+run python launcher/evaluate.py --config $config --lengths 4096,8192,16384
 run python launcher/convert.py export --config $config --output $out/hf --dtype fp32
 
 prompt='def read_file(path):
