@@ -19,7 +19,7 @@ from .triton_common import (
     store_gradient,
     store_tile,
 )
-from .triton_launch import SIZES, Hop, Tiles
+from .triton_launch import SIZES, Hop, Tiles, bulk_heads, bulk_rows
 from .triton_tiles import backward_key_tiles
 
 # Rows whose reach one program looks at together when it finds the queries that see its keys.
@@ -29,10 +29,10 @@ _SCAN = 1024
 @triton.jit
 def gather_dk(
     acc_k, acc_v, b_k, b_v, key, begin, end,
-    q, dz, reach, bias, lse, delta, dlse, cos, sin, head_first, per_query,
+    q, dz, reach, bias, lse, delta, dlse, cos, sin, head_first, per_query, row_zero,
     num_tokens, num_rows, steps, stride, length, scale,
     H: tl.constexpr, D: tl.constexpr, E: tl.constexpr, NEAREST: tl.constexpr,
-    MASK: tl.constexpr, STRIDED: tl.constexpr, PACK: tl.constexpr, BLOCK_M: tl.constexpr,
+    MASK: tl.constexpr, BULK: tl.constexpr, STRIDED: tl.constexpr, PACK: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add to dk and dvalues what the queries of rows [begin, end) contribute (tiles transposed)."""
@@ -43,14 +43,18 @@ def gather_dk(
         token, step, exists = locate(row, num_tokens, num_rows, steps, stride, STRIDED)
         vector = per_query + token.to(tl.int64) * H + head
         scalar = per_query + head * num_tokens + token
-        b_q = load_rotated(q, vector * D, exists, step, cos, sin, D, BLOCK_D)
-        b_dz = load_tile(dz, vector * E, exists, E, BLOCK_E)
+        if BULK:
+            b_q = q.load([row_zero + start, head_first, 0]).reshape(BLOCK_M, D)
+            b_dz = dz.load([row_zero + start, head_first, 0]).reshape(BLOCK_M, E)
+        else:
+            b_q = load_rotated(q, vector * D, exists, step, cos, sin, D, BLOCK_D)
+            b_dz = load_tile(dz, vector * E, exists, E, BLOCK_E)
         offset = tl.load(lse + scalar, mask=exists, other=float("inf")) * -LOG2E
         if bias is not None:
             offset += tl.load(bias + head).to(tl.float32) * LOG2E
-        correction = -tl.load(delta + scalar, mask=exists, other=0.0)
+        b_delta = tl.load(delta + scalar, mask=exists, other=0.0)
         if dlse is not None:
-            correction += tl.load(dlse + scalar, mask=exists, other=0.0)
+            b_delta -= tl.load(dlse + scalar, mask=exists, other=0.0)
         score = product(b_k, tl.trans(b_q), PRECISION)
         inner = product(b_v, tl.trans(b_dz), PRECISION)
         seen = key[:, None] <= row[None, :] - NEAREST
@@ -58,7 +62,7 @@ def gather_dk(
             first = first_visible(reach, row, token, step, exists, length)
             seen = seen & (key[:, None] >= first[None, :])
         weight, dscore = score_gradient(
-            score, inner, offset[None, :], correction[None, :], seen, scale, MASK
+            score, inner, offset[None, :], b_delta[None, :], seen, scale, MASK
         )
         acc_v = add_product(acc_v, weight.to(b_dz.dtype), b_dz, PRECISION)
         acc_k = add_product(acc_k, dscore.to(b_q.dtype), b_q, PRECISION)
@@ -95,7 +99,7 @@ def hop_backward_key_kernel(
     dz, dlse, delta, dk, dvalues, delta_before,
     num_tokens, num_rows, steps, stride, length, num_blocks, scale, softmax_scale,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
-    ACCUMULATE: tl.constexpr, STRIDED: tl.constexpr, PACK: tl.constexpr,
+    ACCUMULATE: tl.constexpr, BULK: tl.constexpr, STRIDED: tl.constexpr, PACK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, SCAN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -110,6 +114,7 @@ def hop_backward_key_kernel(
     key_head = program % K
     block = program // K % num_blocks
     batch = (program // K // num_blocks).to(tl.int64)
+    row_zero = program // K // num_blocks * num_tokens
     per_query = batch * num_tokens * H
     per_value = batch * num_tokens * V
     reach += batch * num_tokens
@@ -126,11 +131,17 @@ def hop_backward_key_kernel(
     inner_end = tl.maximum(tl.minimum(inner_end, end), diagonal_end)
 
     vector_k = (batch * num_tokens + token) * K + key_head
-    b_k = load_rotated(k, vector_k * D, exists, step, k_cos, k_sin, D, BLOCK_D)
+    if BULK:
+        b_k = k.load([row_zero + begin, key_head * D])
+    else:
+        b_k = load_rotated(k, vector_k * D, exists, step, k_cos, k_sin, D, BLOCK_D)
     acc_k = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     if V != H:
         vector_v = per_value + token * V + key_head
-        b_v = load_tile(values, vector_v * E, exists, E, BLOCK_E)
+        if BULK:
+            b_v = values.load([row_zero + begin, key_head * E])
+        else:
+            b_v = load_tile(values, vector_v * E, exists, E, BLOCK_E)
         acc_v = tl.zeros([BLOCK_N, BLOCK_E], tl.float32)
     for group in range(0, G, PACK):
         head = key_head * G + group
@@ -147,9 +158,9 @@ def hop_backward_key_kernel(
                 part_begin, part_end = inner_end, end
             acc_k, acc_v = gather_dk(
                 acc_k, acc_v, b_k, b_v, key, part_begin, part_end,
-                q, dz, reach, bias, lse, delta, dlse, q_cos, q_sin, head, per_query,
+                q, dz, reach, bias, lse, delta, dlse, q_cos, q_sin, head, per_query, row_zero,
                 num_tokens, num_rows, steps, stride, length, scale, H, D, E, NEAREST,
-                part != 1, STRIDED, PACK, BLOCK_M, BLOCK_D, BLOCK_E, PRECISION,
+                part != 1, BULK, STRIDED, PACK, BLOCK_M, BLOCK_D, BLOCK_E, PRECISION,
             )  # fmt: skip
         if V == H:
             if delta_before is not None:
@@ -202,12 +213,17 @@ def backward_keys(
     assert tiles.block_n % (tiles.block_m // tiles.pack) == 0
     q, q_cos, q_sin = hop.rotated(hop.q, tiles.rotate_first)
     k, k_cos, k_sin = hop.rotated(hop.k, tiles.rotate_first)
+    values, dz_tiles = hop.values, dz
+    if tiles.bulk:
+        tokens = tiles.block_m // tiles.pack
+        q, dz_tiles = bulk_heads(q, tokens, tiles.pack), bulk_heads(dz, tokens, tiles.pack)
+        k, values = bulk_rows(k, tiles.block_n), bulk_rows(values, tiles.block_n)
     num_blocks = triton.cdiv(hop.rows, tiles.block_n)
     with torch.cuda.device_of(hop.q):
         hop_backward_key_kernel[(hop.q.shape[0] * num_blocks * hop.k.shape[2],)](
-            q, k, hop.values, hop.reach, hop.bias, lse, hop.lse_before, q_cos, q_sin,
-            k_cos, k_sin, hop.cos, hop.sin, dz, dlse, delta, dk, dvalues, delta_before,
-            *hop.walk(num_blocks), hop.scale, ACCUMULATE=accumulate,
+            q, k, values, hop.reach, hop.bias, lse, hop.lse_before, q_cos, q_sin,
+            k_cos, k_sin, hop.cos, hop.sin, dz_tiles, dlse, delta, dk, dvalues, delta_before,
+            *hop.walk(num_blocks), hop.scale, ACCUMULATE=accumulate, BULK=tiles.bulk,
             PACK=tiles.pack, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, SCAN=_SCAN,
             num_warps=tiles.warps, num_stages=tiles.stages, **hop.constants(),
         )  # fmt: skip

@@ -75,16 +75,16 @@ def hop_backward_line_kernel(
             offset += tl.load(bias + head).to(tl.float32) * LOG2E
         if z is not None:
             b_z = load_tile(z, vector * E, exists, E, BLOCK_E)
-            correction = -tl.sum(b_dz.to(tl.float32) * b_z.to(tl.float32), 1)
+            b_delta = tl.sum(b_dz.to(tl.float32) * b_z.to(tl.float32), 1)
         else:
-            correction = -tl.load(delta + scalar, mask=exists, other=0.0)
+            b_delta = tl.load(delta + scalar, mask=exists, other=0.0)
         if dlse is not None:
-            correction += tl.load(dlse + scalar, mask=exists, other=0.0)
+            b_delta -= tl.load(dlse + scalar, mask=exists, other=0.0)
 
         score = product(b_q, tl.trans(b_k), PRECISION)
         inner = product(b_dz, tl.trans(b_v), PRECISION)
         weight, dscore = score_gradient(
-            score, inner, offset[:, None], correction[:, None], seen, scale, True
+            score, inner, offset[:, None], b_delta[:, None], seen, scale, True
         )
         if dbias is not None:
             tl.store(dbias + scalar, tl.sum(dscore, 1), mask=exists)
@@ -94,12 +94,13 @@ def hop_backward_line_kernel(
             b_before = tl.load(lse_before + scalar, mask=exists, other=float("-inf"))
             keep = tl.where(b_before > float("-inf"), tl.exp(b_before - b_lse), 0.0)
             own = tl.sum(tl.where(row[None, :] == row[:, None], inner, 0.0), 1)  # <dz, z_before>
-            tl.store(dlse_before + scalar, keep * (own + correction), mask=exists)
+            tl.store(dlse_before + scalar, keep * (own - b_delta), mask=exists)
             # Loaded again (from cache): holding them for the products' length costs registers.
             dvalue += keep[:, None] * load_tile(dz, vector * E, exists, E, BLOCK_E).to(tl.float32)
             b_v = load_tile(values, vector * E, exists, E, BLOCK_E)
-            b_delta = tl.sum(dvalue * b_v.to(tl.float32), 1)
-            tl.store(delta_before + scalar, b_delta, mask=exists)
+            tl.store(
+                delta_before + scalar, tl.sum(dvalue * b_v.to(tl.float32), 1), mask=exists
+            )
         store_tile(dvalue, dvalues, vector * E, exists, E, BLOCK_E)
         dq_tile = product(dscore, b_k, PRECISION) * softmax_scale
         store_gradient(dq_tile, dq, vector * D, exists, step, cos, sin, D, BLOCK_D, ACCUMULATE)

@@ -21,16 +21,17 @@ from .triton_common import (
     store_gradient,
     store_tile,
 )
-from .triton_launch import SIZES, Hop, Tiles
+from .triton_launch import SIZES, Hop, Tiles, bulk_rows
 from .triton_tiles import backward_query_tiles
 
 
 @triton.jit
 def gather_dq(
-    acc, bias_sum, b_q, b_dz, first, last, offset, correction, begin, end,
-    k, values, key_head, value_head, cos, sin, num_tokens, num_rows, steps, stride, scale,
+    acc, bias_sum, b_q, b_dz, first, last, offset, delta, begin, end,
+    row_zero, k, values, key_head, value_head, cos, sin, num_tokens, num_rows, steps, stride, scale,
     K: tl.constexpr, V: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
-    MASK: tl.constexpr, SUM: tl.constexpr, STRIDED: tl.constexpr, BLOCK_N: tl.constexpr,
+    MASK: tl.constexpr, SUM: tl.constexpr, BULK: tl.constexpr, STRIDED: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add to dq (and to the sum of dscore) what the keys of rows [begin, end) contribute."""
@@ -38,13 +39,17 @@ def gather_dq(
         key = start + tl.arange(0, BLOCK_N)
         token, step, exists = locate(key, num_tokens, num_rows, steps, stride, STRIDED)
         token = token.to(tl.int64)
-        b_k = load_rotated(k, (token * K + key_head) * D, exists, step, cos, sin, D, BLOCK_D)
-        b_v = load_tile(values, (token * V + value_head) * E, exists, E, BLOCK_E)
+        if BULK:
+            b_k = k.load([row_zero + start, key_head * D])
+            b_v = values.load([row_zero + start, value_head * E])
+        else:
+            b_k = load_rotated(k, (token * K + key_head) * D, exists, step, cos, sin, D, BLOCK_D)
+            b_v = load_tile(values, (token * V + value_head) * E, exists, E, BLOCK_E)
         score = product(b_q, tl.trans(b_k), PRECISION)
         inner = product(b_dz, tl.trans(b_v), PRECISION)
         seen = (key[None, :] >= first[:, None]) & (key[None, :] <= last[:, None])
         _, dscore = score_gradient(
-            score, inner, offset[:, None], correction[:, None], seen, scale, MASK
+            score, inner, offset[:, None], delta[:, None], seen, scale, MASK
         )
         if SUM:
             bias_sum += tl.sum(dscore, 1)
@@ -58,7 +63,7 @@ def hop_backward_query_kernel(
     dz, dlse, dq, delta, dbias, dz_before, dlse_before,
     num_tokens, num_rows, steps, stride, length, num_blocks, scale, softmax_scale,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
-    ACCUMULATE: tl.constexpr, STRIDED: tl.constexpr, PACK: tl.constexpr,
+    ACCUMULATE: tl.constexpr, BULK: tl.constexpr, STRIDED: tl.constexpr, PACK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -74,8 +79,10 @@ def hop_backward_query_kernel(
     key_head = head_block * PACK // (H // K)
     value_head = head_block * PACK // (H // V)
     per_query = batch * num_tokens * H
-    k += batch * num_tokens * K * D
-    values += batch * num_tokens * V * E
+    row_zero = program // (H // PACK) // num_blocks * num_tokens
+    if not BULK:
+        k += batch * num_tokens * K * D
+        values += batch * num_tokens * V * E
     reach += batch * num_tokens
 
     lane = tl.arange(0, BLOCK_M)
@@ -98,16 +105,15 @@ def hop_backward_query_kernel(
         tl.store(delta + scalar, b_delta, mask=exists)
     else:
         b_delta = tl.load(delta + scalar, mask=exists, other=0.0)
-    correction = -b_delta
     if dlse is not None:
-        correction += tl.load(dlse + scalar, mask=exists, other=0.0)
+        b_delta -= tl.load(dlse + scalar, mask=exists, other=0.0)
 
     if lse_before is not None:
         b_lse_before = tl.load(lse_before + scalar, mask=exists, other=float("-inf"))
         keep = tl.where(b_lse_before > float("-inf"), tl.exp(b_lse_before - b_lse), 0.0)
         b_z_before = load_tile(z_before, vector * E, exists, E, BLOCK_E).to(tl.float32)
         inner = tl.sum(b_dz.to(tl.float32) * b_z_before, 1)
-        tl.store(dlse_before + scalar, keep * (inner + correction), mask=exists)
+        tl.store(dlse_before + scalar, keep * (inner - b_delta), mask=exists)
         if dz_before is not None:
             kept = keep[:, None] * b_dz.to(tl.float32)
             store_tile(kept, dz_before, vector * E, exists, E, BLOCK_E)
@@ -128,10 +134,10 @@ def hop_backward_query_kernel(
         else:
             part_begin, part_end = inside_end, end
         acc, bias_sum = gather_dq(
-            acc, bias_sum, b_q, b_dz, first, row - NEAREST, offset, correction,
-            part_begin, part_end, k, values, key_head, value_head, k_cos, k_sin,
+            acc, bias_sum, b_q, b_dz, first, row - NEAREST, offset, b_delta,
+            part_begin, part_end, row_zero, k, values, key_head, value_head, k_cos, k_sin,
             num_tokens, num_rows, steps, stride, scale, K, V, D, E, part != 1,
-            dbias is not None, STRIDED, BLOCK_N, BLOCK_D, BLOCK_E, PRECISION,
+            dbias is not None, BULK, STRIDED, BLOCK_N, BLOCK_D, BLOCK_E, PRECISION,
         )  # fmt: skip
     if dbias is not None:
         tl.store(dbias + scalar, bias_sum, mask=exists)
@@ -174,13 +180,16 @@ def backward_queries(
     """
     tiles = tiles or backward_query_tiles(hop)
     k, k_cos, k_sin = hop.rotated(hop.k, tiles.rotate_first)
+    values = hop.values
+    if tiles.bulk:
+        k, values = bulk_rows(k, tiles.block_n), bulk_rows(values, tiles.block_n)
     num_blocks = triton.cdiv(hop.rows, tiles.block_m // tiles.pack)
     batch, heads = hop.q.shape[0], hop.q.shape[2]
     with torch.cuda.device_of(hop.q):
         hop_backward_query_kernel[(batch * num_blocks * (heads // tiles.pack),)](
-            hop.q, k, hop.values, hop.reach, hop.bias, z, lse, hop.z_before, hop.lse_before,
+            hop.q, k, values, hop.reach, hop.bias, z, lse, hop.z_before, hop.lse_before,
             hop.cos, hop.sin, k_cos, k_sin, dz, dlse, dq, grads.delta, grads.dbias, dz_before,
-            grads.dlse_before, *hop.walk(num_blocks), hop.scale, ACCUMULATE=accumulate,
+            grads.dlse_before, *hop.walk(num_blocks), hop.scale, ACCUMULATE=accumulate, BULK=tiles.bulk,
             PACK=tiles.pack, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n,
             num_warps=tiles.warps, num_stages=tiles.stages, **hop.constants(),
         )  # fmt: skip

@@ -82,16 +82,17 @@ def load_tile(base, offset, exists, SIZE: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def score_gradient(
-    score, inner, offset, correction, seen, scale, MASK: tl.constexpr
+    score, inner, offset, delta, seen, scale, MASK: tl.constexpr
 ):  # fmt: skip
-    """Weights P = exp2(score * scale + offset) and their scores' gradient P (inner + correction).
+    """Weights P = exp2(score * scale + offset) and their scores' gradient P (inner - delta).
 
-    `offset` is (bias - lse) in base 2 and `correction` is dlse - delta, broadcast to the tile.
+    `offset` is (bias - lse) in base 2; `delta`, less dlse, is subtracted (an addition would become
+    the start of the product `inner`, which would then wait until `delta` is loaded).
     """
     weight = tl.exp2(score * scale + offset)
     if MASK:
         weight = tl.where(seen, weight, 0.0)
-    return weight, weight * (inner + correction)
+    return weight, weight * (inner - delta)
 
 
 @triton.jit

@@ -26,16 +26,16 @@ from .triton_common import (
     product,
     store_tile,
 )
-from .triton_launch import SIZES, Hop, Tiles
+from .triton_launch import SIZES, Hop, Tiles, bulk_rows
 from .triton_tiles import forward_tiles
 
 
 @triton.jit
 def attend(
-    acc, top, total, q, first, last, offset, begin, end,
+    acc, top, total, q, first, last, offset, begin, end, row_zero,
     k, values, key_head, value_head, cos, sin, num_tokens, num_rows, steps, stride, scale,
     K: tl.constexpr, V: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
-    MASK: tl.constexpr, STRIDED: tl.constexpr, BLOCK_N: tl.constexpr,
+    MASK: tl.constexpr, BULK: tl.constexpr, STRIDED: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Fold the keys of rows [begin, end) into the running (values, maximum, sum), base 2."""
@@ -43,7 +43,10 @@ def attend(
         key = start + tl.arange(0, BLOCK_N)
         token, step, exists = locate(key, num_tokens, num_rows, steps, stride, STRIDED)
         token = token.to(tl.int64)
-        b_k = load_rotated(k, (token * K + key_head) * D, exists, step, cos, sin, D, BLOCK_D)
+        if BULK:
+            b_k = k.load([row_zero + start, key_head * D])
+        else:
+            b_k = load_rotated(k, (token * K + key_head) * D, exists, step, cos, sin, D, BLOCK_D)
         score = product(q, tl.trans(b_k), PRECISION)
         if MASK:
             seen = (key[None, :] >= first[:, None]) & (key[None, :] <= last[:, None])
@@ -53,7 +56,10 @@ def attend(
         keep = tl.exp2(top - top_next)
         total = total * keep + tl.sum(weight, 1)
         acc = acc * keep[:, None]
-        b_v = load_tile(values, (token * V + value_head) * E, exists, E, BLOCK_E)
+        if BULK:
+            b_v = values.load([row_zero + start, value_head * E])
+        else:
+            b_v = load_tile(values, (token * V + value_head) * E, exists, E, BLOCK_E)
         acc = add_product(acc, weight.to(b_v.dtype), b_v, PRECISION)
         top = top_next
     return acc, top, total
@@ -64,7 +70,8 @@ def hop_forward_kernel(
     q, k, values, reach, bias, z_before, lse_before, q_cos, q_sin, k_cos, k_sin, z, lse,
     num_tokens, num_rows, steps, stride, length, num_blocks, scale,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
-    STRIDED: tl.constexpr, PACK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BULK: tl.constexpr, STRIDED: tl.constexpr, PACK: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """q [B,T,H,D], k [B,T,K,D], values [B,T,V,E], reach [B,T], state and results z [B,T,H,E], lse
@@ -79,8 +86,10 @@ def hop_forward_kernel(
     key_head = head_block * PACK // (H // K)
     value_head = head_block * PACK // (H // V)
     q += batch * num_tokens * H * D
-    k += batch * num_tokens * K * D
-    values += batch * num_tokens * V * E
+    row_zero = program // (H // PACK) // num_blocks * num_tokens
+    if not BULK:
+        k += batch * num_tokens * K * D
+        values += batch * num_tokens * V * E
     reach += batch * num_tokens
     z += batch * num_tokens * H * E
     lse += batch * num_tokens * H
@@ -128,8 +137,8 @@ def hop_forward_kernel(
             part_begin, part_end = inner_end, end
         acc, top, total = attend(
             acc, top, total, b_q, first, row - NEAREST, offset, part_begin, part_end,
-            k, values, key_head, value_head, k_cos, k_sin, num_tokens, num_rows, steps, stride,
-            scale, K, V, D, E, part != 1, STRIDED, BLOCK_N, BLOCK_D, BLOCK_E, PRECISION,
+            row_zero, k, values, key_head, value_head, k_cos, k_sin, num_tokens, num_rows, steps, stride,
+            scale, K, V, D, E, part != 1, BULK, STRIDED, BLOCK_N, BLOCK_D, BLOCK_E, PRECISION,
         )  # fmt: skip
 
     acc = acc / tl.where(total == 0, 1.0, total)[:, None]
@@ -141,12 +150,15 @@ def hop_forward(hop: Hop, z: Tensor, lse: Tensor, tiles: Tiles | None = None) ->
     """Write one hop into `z` [B, T, H, E] and `lse` [B, H, T] float32, both contiguous."""
     tiles = tiles or forward_tiles(hop)
     k, k_cos, k_sin = hop.rotated(hop.k, tiles.rotate_first)
+    values = hop.values
+    if tiles.bulk:
+        k, values = bulk_rows(k, tiles.block_n), bulk_rows(values, tiles.block_n)
     num_blocks = triton.cdiv(hop.rows, tiles.block_m // tiles.pack)
     batch, heads = hop.q.shape[0], hop.q.shape[2]
     with torch.cuda.device_of(hop.q):
         hop_forward_kernel[(batch * num_blocks * (heads // tiles.pack),)](
-            hop.q, k, hop.values, hop.reach, hop.bias, hop.z_before, hop.lse_before,
+            hop.q, k, values, hop.reach, hop.bias, hop.z_before, hop.lse_before,
             hop.cos, hop.sin, k_cos, k_sin, z, lse, *hop.walk(num_blocks),
-            PACK=tiles.pack, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n,
+            BULK=tiles.bulk, PACK=tiles.pack, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n,
             num_warps=tiles.warps, num_stages=tiles.stages, **hop.constants(),
         )  # fmt: skip

@@ -5,11 +5,13 @@ from typing import NamedTuple
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .triton_common import rotate_kernel
 
 # Sizes that change with the data; specialising on them would compile anew for each length.
 SIZES = ["num_tokens", "num_rows", "steps", "stride", "length", "num_blocks"]
+LARGEST_BLOCK = 128  # tokens of the longest tile
 LOG2E = 1.4426950408889634
 
 
@@ -18,7 +20,9 @@ class Tiles(NamedTuple):
 
     `pack` query heads of one key head share a query tile, so block_m rows are block_m / pack
     tokens. `rotate_first` rotates what the inner loop loads into a copy before the kernel, instead
-    of on every load: worth it where each tile is loaded many times.
+    of on every load: worth it where each tile is loaded many times. `bulk` has the copy engine of
+    Hopper and later GPUs load these tiles (`Hop.allows_bulk` says where it can): threads then hold
+    no addresses, which frees a third of their registers.
     """
 
     block_m: int
@@ -27,6 +31,7 @@ class Tiles(NamedTuple):
     stages: int
     pack: int = 1
     rotate_first: bool = False
+    bulk: bool = False
 
 
 class Hop(NamedTuple):
@@ -68,6 +73,24 @@ class Hop(NamedTuple):
         """Most keys that one query sees."""
         return min(self.length, self.steps)
 
+    @property
+    def allows_bulk(self) -> bool:
+        """Whether the copy engine can load whole tiles of this hop's inputs.
+
+        Rows must lie in memory order (no stride) without padding, and a last tile must not reach
+        into the next sequence of the batch.
+        """
+        batch, num_tokens, _, size = self.q.shape
+        value_size = self.values.shape[3]
+        return (
+            self.stride == 1
+            and self.lse_before is None
+            and (batch == 1 or num_tokens % LARGEST_BLOCK == 0)
+            and padded(size) == size
+            and padded(value_size) == value_size
+            and (is_interpreted() or torch.cuda.get_device_capability(self.q.device) >= (9, 0))
+        )
+
     def walk(self, num_blocks: int) -> tuple[int | float, ...]:
         """The sizes that every kernel takes, and the scale of scores in base 2."""
         num_tokens = self.q.shape[1]
@@ -90,6 +113,20 @@ class Hop(NamedTuple):
         if self.cos is None or self.sin is None or not first:
             return x, self.cos, self.sin
         return rotate(x, self.cos, self.sin, self.stride), None, None
+
+
+def bulk_rows(x: Tensor, block: int) -> TensorDescriptor:
+    """`x` [B, T, N, D] as a matrix [B T, N D], to be loaded in tiles of one head [block, D]."""
+    batch, num_tokens, heads, size = x.shape
+    shape, strides = [batch * num_tokens, heads * size], [heads * size, 1]
+    return TensorDescriptor(x, shape, strides, [block, size])
+
+
+def bulk_heads(x: Tensor, block: int, heads: int) -> TensorDescriptor:
+    """`x` [B, T, N, D] as [B T, N, D], to be loaded in tiles [block, heads, D]."""
+    batch, num_tokens, num_heads, size = x.shape
+    shape, strides = [batch * num_tokens, num_heads, size], [num_heads * size, size, 1]
+    return TensorDescriptor(x, shape, strides, [block, heads, size])
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, stride: int) -> Tensor:

@@ -27,7 +27,7 @@ def forward_tiles(hop: Hop) -> Tiles:
     """Tiles of the forward kernel."""
     pack = _pack(hop)
     if is_interpreted():
-        return Tiles(16 * pack, 16, 4, 1, pack, hop.window > 64)
+        return Tiles(16 * pack, 16, 4, 1, pack, hop.window > 64, _bulk(hop, hop.window > 64))
     wide = padded(max(hop.q.shape[3], hop.values.shape[3]))
     reuse = hop.window > _REUSE
     if hop.q.dtype == torch.float32:
@@ -35,7 +35,8 @@ def forward_tiles(hop: Hop) -> Tiles:
     if wide > 128:
         return Tiles(64, 32, 4, 2, pack, reuse)
     if reuse:  # measured: sharing a tile between 4 heads wins up to 64k rows, between 2 above
-        return Tiles(64, 64, 4, 3, min(pack, 4 if hop.rows <= 1 << 16 else 2), reuse)
+        pack = min(pack, 4 if hop.rows <= 1 << 16 else 2)
+        return Tiles(64, 64, 4, 3, pack, reuse, hop.allows_bulk)
     return Tiles(64, 64, 4, 1, min(pack, 2), reuse)
 
 
@@ -43,7 +44,7 @@ def backward_query_tiles(hop: Hop) -> Tiles:
     """Tiles of the kernel that owns queries."""
     pack = _pack(hop)
     if is_interpreted():
-        return Tiles(16 * pack, 16, 4, 1, pack, hop.window > 64)
+        return Tiles(16 * pack, 16, 4, 1, pack, hop.window > 64, _bulk(hop, hop.window > 64))
     wide = padded(max(hop.q.shape[3], hop.values.shape[3]))
     reuse = hop.window > _REUSE
     if hop.q.dtype == torch.float32:
@@ -51,7 +52,7 @@ def backward_query_tiles(hop: Hop) -> Tiles:
     if wide > 128:
         return Tiles(64, 32, 4, 1, pack, reuse)
     if reuse:
-        return Tiles(64, 64, 4, 2, 1, reuse)
+        return Tiles(64, 64, 4, 2, 1, reuse, hop.allows_bulk)
     return Tiles(64, 32, 4, 1, 1, reuse)
 
 
@@ -61,14 +62,14 @@ def backward_key_tiles(hop: Hop) -> Tiles:
     """
     pack = _pack(hop)
     if is_interpreted():
-        return Tiles(16, 32, 4, 1, pack, hop.window > 64)
+        return Tiles(16, 32, 4, 1, pack, hop.window > 64, _bulk(hop, hop.window > 64))
     wide = padded(max(hop.q.shape[3], hop.values.shape[3]))
     reuse = hop.window > _REUSE
     if hop.q.dtype == torch.float32:
         return Tiles(32, 32, 4, 1, pack, reuse)
     if wide > 128:
         return Tiles(32, 64, 4, 1, pack, reuse)
-    return Tiles(32, 64, 4, 2 if reuse else 1, pack, reuse)
+    return Tiles(32, 64, 4, 2 if reuse else 1, pack, reuse, reuse and hop.allows_bulk)
 
 
 def backward_line_tiles(hop: Hop) -> LineTiles | None:
@@ -81,6 +82,11 @@ def backward_line_tiles(hop: Hop) -> LineTiles | None:
     if hop.q.dtype == torch.float32 or not narrow or hop.steps > 64:
         return None
     return LineTiles(64, 4, 1)
+
+
+def _bulk(hop: Hop, rotate_first: bool) -> bool:
+    """Whether tiles can be loaded as they lie in memory: rotated already, or not at all."""
+    return hop.allows_bulk and (rotate_first or hop.cos is None)
 
 
 def _pack(hop: Hop) -> int:
