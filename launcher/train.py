@@ -8,22 +8,27 @@ import argparse
 from tensorlm.config import load_config
 from tensorlm.errors import run_launcher
 from tensorlm.launch_env import read_launch_env
+from tensorlm.preemption import StopRequest
 
 
 def main() -> int:
+    stop = StopRequest().listen()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config", required=True, help="TOML file of the run")
+    parser.add_argument("--replay", type=int, metavar="STEP", help="compute one step again")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="replace a setting")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     args = parser.parse_args()
     config = load_config(args.config, args.overrides)
     launch = read_launch_env()
 
-    from tensorlm.train import (
-        train,
-    )  # after the configuration is known to be good: it imports torch
+    # After the configuration is known to be good: it imports torch.
+    from tensorlm.replay import replay
+    from tensorlm.train import train
 
-    return train(config, launch)
+    if args.replay is not None:
+        return replay(config, launch, args.replay)
+    return train(config, launch, stop)
 
 
 if __name__ == "__main__":

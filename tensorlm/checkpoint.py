@@ -1,328 +1,244 @@
 """Checkpoints: each rank writes its slices, a manifest seals them, a rename publishes.
 
-    RUN/step-00001200/
-        rank-00000.safetensors ...   flat fp32 slices, `NAME/master`, `/exp_avg`, `/exp_avg_sq`
-        manifest.json                who holds what; size and sha256 of each file and of itself
-
-There is no pointer to the newest checkpoint: it is the highest step that verifies. Any number of
-ranks reads what any number wrote, since slices are addressed by parameter name and range.
+A checkpoint is published when all ranks agree that all they wrote is on the disk. There is no
+pointer to the newest one: it is the highest step that verifies. `manifest.py` has the format and
+how it is read, `publish.py` the order of writing.
 """
 
-import hashlib
+import contextlib
 import json
-import os
-import re
-import shutil
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from threading import Thread
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
 from torch import Tensor, nn
 
+from . import disk
+from .config import CheckpointConfig
 from .engine import STATE, ParameterSlice
 from .errors import UserError
+from .manifest import Checkpoint, list_steps, open_checkpoint, step_folder
+from .publish import (
+    LEDGER,
+    describe_os_error,
+    note,
+    publish,
+    remove,
+    start_folder,
+    write_manifest,
+    write_safetensors,
+)
 
-FORMAT = "tensorlm-checkpoint"
-VERSION = 1
-_WEIGHT_FILE_BYTES = 1 << 30  # of imported weights, so that one file at a time is in memory
-_STEP_NAME = re.compile(r"step-(\d{8})")
-_RANK_NAME = re.compile(r"rank-\d{5}\.safetensors")
-
-
-def step_folder(run_dir: Path, step: int) -> Path:
-    """Folder of the checkpoint of `step`."""
-    return run_dir / f"step-{step:08d}"
-
-
-def list_steps(run_dir: Path) -> list[int]:
-    """Steps that have a published checkpoint folder, newest first (not verified)."""
-    matches = (_STEP_NAME.fullmatch(path.name) for path in run_dir.glob("step-*"))
-    return sorted((int(m[1]) for m in matches if m), reverse=True)
-
+_Result = TypeVar("_Result")
 
 # ------------------------------------------------------------------------------------------- write
 
 
-def save(
-    run_dir: Path, step: int, slices: Iterable[ParameterSlice], info: dict[str, Any], keep_last: int
-) -> Path:
-    """Write and publish the checkpoint of `step`, then remove all but the newest `keep_last`.
+class Saver:
+    """Publishes the checkpoints of one run, all ranks together; at most one is in flight.
 
-    Collective: every rank calls it with its own slices. Nobody leaves before it is published.
-
-    Args:
-        run_dir: folder of the run.
-        step: optimizer steps done.
-        slices: this rank's slices; those that it does not own are passed over.
-        info: plain values for the manifest (tokens, config, data fingerprint).
-        keep_last: checkpoints to keep.
-
-    Raises:
-        UserError: a rank could not write; older checkpoints are untouched.
+    With `config.background`, `save` returns as soon as a copy of the state is taken, and a thread
+    writes that copy while training goes on.
     """
-    temporary = run_dir / f".tmp-step-{step:08d}"
-    if dist.get_rank() == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    dist.barrier()
-    name = f"rank-{dist.get_rank():05d}.safetensors"
-    try:
-        entry = _write_slices(temporary / name, [s for s in slices if s.is_owned])
-    except OSError as error:
-        entry = {"error": f"{temporary / name}: {error.strerror}"}
-    entries = _gather_json({"name": name, **entry})
-    errors = [e["error"] for e in entries if "error" in e]
-    if errors:
-        if dist.get_rank() == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
-        raise UserError(*errors)
-    target = step_folder(run_dir, step)
-    if dist.get_rank() == 0:
-        _write_manifest(temporary, {"step": step, **info, "files": entries})
-        _publish(temporary, target)
-        for old in list_steps(run_dir)[keep_last:]:
-            _remove(step_folder(run_dir, old))
-    dist.barrier()
-    return target
 
+    def __init__(
+        self, run_dir: Path, config: CheckpointConfig, progress: Callable[[], None] = lambda: None
+    ) -> None:
+        self._run_dir = run_dir
+        self._config = config
+        self._progress = progress
+        # Its own, since a background save talks while training does; on the CPU on any machine.
+        self._group = dist.new_group(backend="gloo")
+        self._rank = dist.get_rank()
+        self._copies: dict[str, Tensor] = {}
+        self._thread: Thread | None = None
+        self._error: UserError | None = None
 
-def write_weights(
-    run_dir: Path, parameters: Iterable[tuple[str, Tensor]], info: dict[str, Any]
-) -> Path:
-    """Publish whole parameters without Adam state as the checkpoint of step 0 (one process).
+    def save(self, step: int, slices: Iterable[ParameterSlice], info: dict[str, Any]) -> None:
+        """Publish the checkpoint of `step` from this rank's slices, then let old ones go.
 
-    Raises:
-        UserError: the run has checkpoints already, or the disk refused.
-    """
-    if list_steps(run_dir):
-        raise UserError(f"{run_dir}: has checkpoints already (choose a new run.dir)")
-    temporary = run_dir / ".tmp-step-00000000"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    entries = []
-    for index, group in enumerate(_groups(parameters, _WEIGHT_FILE_BYTES)):
-        path = temporary / f"rank-{index:05d}.safetensors"
-        tensors = {f"{name}/master": tensor.flatten() for name, tensor in group}
-        num_bytes, sha256 = write_safetensors(path, tensors)
-        entries.append(
-            {
-                "name": path.name,
-                "bytes": num_bytes,
-                "sha256": sha256,
-                "slices": {name: [0, tensor.numel()] for name, tensor in group},
-                "shapes": {name: list(tensor.shape) for name, tensor in group},
-            }
-        )
-    _write_manifest(temporary, {"step": 0, **info, "files": entries})
-    target = step_folder(run_dir, 0)
-    _publish(temporary, target)
-    return target
+        Args:
+            step: optimizer steps done.
+            slices: this rank's slices; those that it does not own are passed over.
+            info: plain values for the manifest (state, config, data fingerprint).
 
+        Raises:
+            UserError: a rank could not write this one, or the one in flight before it; what was
+                published before is untouched.
+        """
+        started = time.perf_counter()
+        self.wait()
+        owned = [piece for piece in slices if piece.is_owned]
+        layout = {
+            "slices": {piece.name: [piece.start, piece.stop] for piece in owned},
+            "shapes": {piece.name: list(piece.shape) for piece in owned},
+        }
+        tensors = {f"{p.name}/{key}": value for p in owned for key, value in p.state.items()}
+        if not self._config.background:
+            self._publish(step, tensors, layout, info, started, None)
+            return
+        tensors = {name: self._copy(name, value) for name, value in tensors.items()}
+        stall = time.perf_counter() - started
 
-def _groups(
-    parameters: Iterable[tuple[str, Tensor]], num_bytes: int
-) -> Iterator[list[tuple[str, Tensor]]]:
-    """Consecutive parameters of together about `num_bytes`."""
-    group: list[tuple[str, Tensor]] = []
-    size = 0
-    for name, tensor in parameters:
-        group.append((name, tensor))
-        size += tensor.numel() * 4
-        if size >= num_bytes:
-            yield group
-            group, size = [], 0
-    if group:
-        yield group
+        def work() -> None:
+            try:
+                self._publish(step, tensors, layout, info, started, stall)
+            except UserError as error:
+                self._error = error
 
+        self._thread = Thread(target=work, name=f"save-{step}", daemon=True)
+        self._thread.start()
 
-def _write_slices(path: Path, slices: list[ParameterSlice]) -> dict[str, Any]:
-    tensors = {f"{s.name}/{key}": value for s in slices for key, value in s.state.items()}
-    num_bytes, sha256 = write_safetensors(path, tensors)
-    ranges = {s.name: [s.start, s.stop] for s in slices}
-    shapes = {s.name: list(s.shape) for s in slices}
-    return {"bytes": num_bytes, "sha256": sha256, "slices": ranges, "shapes": shapes}
+    def wait(self) -> None:
+        """Return when nothing is in flight.
 
+        Raises:
+            UserError: on every rank, if the save that was in flight failed on any.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            raise self._error
 
-def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> tuple[int, str]:
-    """Write float32 tensors in safetensors format, one at a time; returns size and sha256.
+    @property
+    def has_failed(self) -> bool:
+        """The save in flight has failed: `wait` will say how."""
+        return self._error is not None
 
-    Unlike `safetensors.torch.save_file` it hashes while it writes, and never holds a second copy of
-    all tensors.
-    """
-    header, offset = {}, 0
-    for name, tensor in tensors.items():
-        end = offset + tensor.numel() * 4
-        header[name] = {
-            "dtype": "F32", "shape": list(tensor.shape), "data_offsets": [offset, end],
-        }  # fmt: skip
-        offset = end
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    digest, size = hashlib.sha256(), 0
-    with open(path, "wb") as file:
-        for part in _safetensors_parts(text, tensors):
-            file.write(part)
-            digest.update(part)
-            size += len(part)
-        file.flush()
-        os.fsync(file.fileno())
-    return size, digest.hexdigest()
+    def _copy(self, name: str, value: Tensor) -> Tensor:
+        """The copy of one tensor that the thread writes; its memory is used by every save."""
+        if name not in self._copies:
+            self._copies[name] = torch.empty(value.shape, dtype=torch.float32)
+        return self._copies[name].copy_(value)
 
+    def _publish(
+        self,
+        step: int,
+        tensors: dict[str, Tensor],
+        layout: dict[str, Any],
+        info: dict[str, Any],
+        started: float,
+        stall: float | None,
+    ) -> None:
+        target = step_folder(self._run_dir, step)
+        temporary = target.with_name(f".tmp-{target.name}")
+        name = f"rank-{self._rank:05d}.safetensors"
 
-def _safetensors_parts(header: bytes, tensors: dict[str, Tensor]) -> Iterator[bytes | memoryview]:
-    yield len(header).to_bytes(8, "little") + header
-    for tensor in tensors.values():
-        yield tensor.detach().float().cpu().contiguous().view(torch.uint8).numpy().data
+        def write_slices() -> dict[str, Any]:
+            size, sha256 = write_safetensors(temporary / name, tensors, self._progress)
+            return {"name": name, "bytes": size, "sha256": sha256, **layout}
 
+        def seal() -> None:
+            write_manifest(temporary, {"step": step, **info, "files": entries})
+            publish(temporary, target)
+            seconds = time.perf_counter() - started
+            num_bytes, stood_still = sum(e["bytes"] for e in entries), stall or seconds
+            note(self._run_dir, step, num_bytes, stood_still, seconds)
+            print(
+                f"checkpoint {step}: {num_bytes / 2**20:,.1f} MiB, published after "
+                f"{seconds:.2f} s, training stood still for {stood_still:.2f} s",
+                flush=True,
+            )
 
-def _write_manifest(folder: Path, content: dict[str, Any]) -> None:
-    manifest = {"format": FORMAT, "version": VERSION, **content}
-    manifest["sha256"] = _manifest_sha256(manifest)
-    with open(folder / "manifest.json", "w") as file:
-        json.dump(manifest, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
+        try:
+            self._agree(lambda: self._only_rank_0(lambda: start_folder(temporary)))
+            entries = self._agree(write_slices)
+            self._agree(lambda: self._only_rank_0(seal))
+        except UserError:
+            if self._rank == 0:
+                with contextlib.suppress(OSError):
+                    disk.remove_tree(temporary)
+            raise
+        if self._rank == 0:
+            self._retire(step)
 
+    def _only_rank_0(self, action: Callable[[], None]) -> None:
+        if self._rank == 0:
+            action()
 
-def _publish(temporary: Path, target: Path) -> None:
-    """The commit: a complete folder gets its final name in one step, and stays there."""
-    _sync_folder(temporary)
-    if target.exists():  # a damaged one of the same step, passed over when the run resumed
-        _remove(target)
-    temporary.rename(target)
-    _sync_folder(target.parent)
+    def _agree(self, action: Callable[[], _Result]) -> list[_Result]:
+        """Do it on every rank; all learn all results, or all raise what went wrong on any."""
+        try:
+            outcome: dict[str, Any] = {"result": action()}
+        except OSError as error:
+            outcome = {"error": f"rank {self._rank}: {describe_os_error(error, self._run_dir)}"}
+        outcomes: list[dict[str, Any]] = gather_json(outcome, self._group)
+        errors = [o["error"] for o in outcomes if "error" in o]
+        if errors:
+            raise UserError(*errors)
+        return [o["result"] for o in outcomes]
 
+    def _retire(self, step: int) -> None:
+        """Remove older checkpoints, except the newest `keep_last` and each `keep_every` steps.
 
-def _remove(folder: Path) -> None:
-    doomed = folder.with_name(f".del-{folder.name}")
-    folder.rename(doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        Newer ones were passed over when the run resumed. They do not count as kept.
+        """
+        every = self._config.keep_every
+        older = [s for s in list_steps(self._run_dir) if s < step][self._config.keep_last - 1 :]
+        try:
+            for old in older:
+                if not every or old % every:
+                    remove(step_folder(self._run_dir, old))
+        except OSError as error:
+            print(
+                f"warning: old checkpoint kept: {describe_os_error(error, self._run_dir)}",
+                flush=True,
+            )
 
 
 # -------------------------------------------------------------------------------------------- read
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """A published checkpoint whose manifest verified."""
+def newest_checkpoint(
+    run_dir: Path,
+    rank: int = 0,
+    world_size: int = 1,
+    *,
+    before: int | None = None,
+    progress: Callable[[], None] = lambda: None,
+) -> Checkpoint | None:
+    """The newest checkpoint (older than step `before`) that verifies; None in a run without any.
 
-    folder: Path
-    manifest: dict[str, Any]
-
-    @property
-    def step(self) -> int:
-        return int(self.manifest["step"])
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of every parameter by name."""
-        shapes: dict[str, tuple[int, ...]] = {}
-        for entry in self.manifest["files"]:
-            shapes.update({name: tuple(shape) for name, shape in entry["shapes"].items()})
-        return shapes
-
-    def bad_files(self, part: int = 0, num_parts: int = 1) -> list[str]:
-        """Files (every `num_parts`-th, from `part`) whose size or sha256 is not the manifest's."""
-        bad = []
-        for entry in self.manifest["files"][part::num_parts]:
-            path = self.folder / entry["name"]
-            if not path.is_file() or path.stat().st_size != entry["bytes"]:
-                bad.append(f"{entry['name']}: missing, or not {entry['bytes']} bytes")
-                continue
-            with open(path, "rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
-                    bad.append(f"{entry['name']}: checksum differs")
-        return bad
-
-    def has_adam_state(self) -> bool:
-        """False for imported weights, which start with fresh moments."""
-        return bool(self.manifest.get("adam_state", True))
-
-    def read(self, name: str, key: str, start: int, stop: int) -> Tensor:
-        """Elements [start, stop) of flattened parameter `name`, wherever ranks left them."""
-        result = torch.empty(stop - start)
-        missing = stop - start
-        for entry in self.manifest["files"]:
-            first, last = entry["slices"].get(name, (0, 0))
-            begin, end = max(first, start), min(last, stop)
-            if begin < end:
-                with safe_open(self.folder / entry["name"], "pt") as file:
-                    part = file.get_slice(f"{name}/{key}")[begin - first : end - first]
-                result[begin - start : end - start] = part
-                missing -= end - begin
-        if missing:
-            raise UserError(f"{self.folder}: {missing} elements of {name}/{key} are missing")
-        return result
-
-    def read_parameter(self, name: str) -> Tensor:
-        """A whole parameter in its shape, float32."""
-        shape = torch.Size(self.shapes[name])
-        return self.read(name, "master", 0, shape.numel()).view(shape)
-
-
-def open_checkpoint(folder: Path) -> Checkpoint:
-    """Read and verify a manifest (not the files that it names).
+    Collective where `world_size` > 1: rank 0 lists the folder, every rank checks its share of the
+    files, and all agree.
 
     Raises:
-        UserError: no manifest, a damaged one, or one of another format.
+        UserError: there are, or were, checkpoints and none is good: a run never starts over by
+            itself.
     """
-    path = folder / "manifest.json"
-    try:
-        manifest = json.loads(path.read_text())
-        seal = manifest.pop("sha256")
-        names = [entry["name"] for entry in manifest["files"]]
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{path}: not a manifest") from None
-    if seal != _manifest_sha256(manifest):
-        raise UserError(f"{path}: checksum differs")
-    if manifest["format"] != FORMAT or manifest["version"] != VERSION:
-        raise UserError(f"{path}: format {manifest['format']} {manifest['version']} is not known")
-    if f"step-{manifest['step']:08d}" != folder.name:
-        raise UserError(f"{path}: of step {manifest['step']}, in folder {folder.name}")
-    if not all(_RANK_NAME.fullmatch(name) for name in names):
-        raise UserError(f"{path}: names a file outside its folder")
-    return Checkpoint(folder, manifest)
-
-
-def newest_checkpoint(run_dir: Path, rank: int = 0, world_size: int = 1) -> Checkpoint | None:
-    """The newest checkpoint that verifies, or None in a run without any.
-
-    Collective where `world_size` > 1: every rank checks its share of the files and all agree.
-
-    Raises:
-        UserError: there are checkpoints and none is good (a run never starts over silently).
-    """
+    steps = [s for s in list_steps(run_dir) if before is None or s < before]
+    if world_size > 1:
+        steps = gather_json(steps)[0]
     reasons = []
-    for step in list_steps(run_dir):
+    for step in steps:
         folder = step_folder(run_dir, step)
         try:
             checkpoint = open_checkpoint(folder)
-            bad = checkpoint.bad_files(rank, world_size)
+            bad = checkpoint.bad_files(rank, world_size, progress)
         except UserError as error:
             bad = list(error.problems)
         if world_size > 1:
-            bad = [problem for part in _gather_json(bad) for problem in part]
+            bad = [problem for part in gather_json(bad) for problem in part]
         if not bad:
             return checkpoint
-        reasons.append(f"{folder.name}: {bad[0]}")
+        reasons.append(f"{folder.name}: {bad[0].removeprefix(f'{folder}/')}")
         if rank == 0:
             print(f"checkpoint passed over: {reasons[-1]}", flush=True)
     if reasons:
-        raise UserError(f"{run_dir}: no checkpoint is whole ({'; '.join(reasons)})")
+        raise UserError(
+            f"{run_dir}: no checkpoint is whole ({'; '.join(reasons[:3])}) "
+            "(restore one, or choose a new run.dir)"
+        )
+    if before is None and (run_dir / LEDGER).exists():
+        raise UserError(
+            f"{run_dir}: its checkpoints are gone, {LEDGER} lists them "
+            "(restore one, or choose a new run.dir)"
+        )
     return None
 
 
@@ -377,22 +293,18 @@ def load_weights(checkpoint: Checkpoint, model: nn.Module) -> None:
             parameter.copy_(checkpoint.read_parameter(name))
 
 
-def _manifest_sha256(manifest: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-
-
-def _gather_json(value: Any) -> list[Any]:
+def gather_json(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
     """`value` of every rank, in order, on every rank; as JSON bytes, since pickles execute."""
-    device = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
+    device = torch.device("cuda" if dist.get_backend(group) == "nccl" else "cpu")
     content = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
     size = torch.tensor([content.numel()], device=device)
-    sizes = [torch.zeros_like(size) for _ in range(dist.get_world_size())]
-    dist.all_gather(sizes, size)
+    sizes = [torch.zeros_like(size) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(sizes, size, group=group)
     longest = int(max(sizes))
     padded = torch.zeros(longest, dtype=torch.uint8, device=device)
     padded[: content.numel()] = content.to(device)
     parts = [torch.zeros_like(padded) for _ in sizes]
-    dist.all_gather(parts, padded)
+    dist.all_gather(parts, padded, group=group)
     return [
         json.loads(part[: int(n)].cpu().numpy().tobytes())
         for part, n in zip(parts, sizes, strict=True)

@@ -141,6 +141,19 @@ class CheckpointConfig(Section):
 
     every: int = Field(100, gt=0, description="steps between checkpoints")
     keep_last: int = Field(2, gt=0)
+    keep_every: int = Field(0, ge=0, description="keep multiples of it for ever; 0: none")
+    background: bool = Field(False, description="write a copy of the state while training goes on")
+
+
+class GuardsConfig(Section):
+    """What ends a bad step, or a run that no longer moves (docs/reliability.md)."""
+
+    spike: Literal["off", "skip", "stop"] = "off"
+    spike_threshold: float = Field(10.0, gt=0, description="deviations above the median loss")
+    spike_window: int = Field(128, ge=8, description="steps that median and deviation are of")
+    replica_every: int = Field(100, ge=0, description="steps between replica checks; 0: none")
+    hang_seconds: float = Field(30.0, gt=0, description="least limit for a step; 5 medians at most")
+    slow_phase_seconds: float = Field(900.0, gt=0, description="limit for start, resume and saves")
 
 
 class RunConfig(Section):
@@ -161,6 +174,7 @@ class Config(Section):
     parallel: ParallelConfig = ParallelConfig()
     zero: ZeroConfig = ZeroConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    guards: GuardsConfig = GuardsConfig()
 
     @model_validator(mode="after")
     def _sections_agree(self) -> "Config":

@@ -128,15 +128,18 @@ class Engine:
         """Updates that Adam has made (skipped steps are none)."""
         return max((int(state["step"]) for state in self._adamw.state.values()), default=0)
 
-    def forward_backward(self, *inputs: Tensor, loss_scale: float) -> Tensor:
-        """One micro-batch: returns the model's summed loss, whose scaled gradient is accumulated.
-
-        Gradients are averaged over ranks, so `loss_scale` = world size / labels of the whole step
-        makes them those of the mean loss over the step's labels.
-        """
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """The model's summed loss of one micro-batch; `backward` must follow."""
         loss_sum: Tensor = self._engine(*inputs)
-        self._engine.backward(loss_sum * loss_scale, scale_wrt_gas=False)
-        return loss_sum.detach()
+        return loss_sum
+
+    def backward(self, scaled_loss: Tensor) -> None:
+        """Accumulate the gradient of the last micro-batch.
+
+        Gradients are averaged over ranks: a loss sum scaled by world size / labels of the whole
+        step makes them those of the mean loss over the step's labels.
+        """
+        self._engine.backward(scaled_loss, scale_wrt_gas=False)
 
     def step(self, lr: float) -> float:
         """Clip and apply the accumulated gradients; returns their norm before clipping.
@@ -186,6 +189,14 @@ class Engine:
             if persistent:
                 persistent[0].partition(persistent)
                 persistent[0].all_gather(persistent)
+
+    def replicas(self) -> dict[str, Tensor]:
+        """Working weights that every rank holds whole, and that must be equal everywhere."""
+        return {
+            name: parameter.data
+            for parameter, name in self._names.items()
+            if self._stage < 3 or getattr(parameter, "ds_persist", False)
+        }
 
     def _ensure_adam_state(self) -> None:
         """torch creates Adam's state at the first step; a checkpoint may need it before."""

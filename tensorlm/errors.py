@@ -14,9 +14,17 @@ EXIT_PREEMPTED = 75
 class UserError(Exception):
     """A mistake that its reader can correct: `where: what (fix)`, one line per problem."""
 
+    exit_code = EXIT_USER_ERROR
+
     def __init__(self, *problems: str) -> None:
         super().__init__("\n".join(problems))
         self.problems = problems
+
+
+class MachineError(UserError):
+    """Not the user's mistake: a rank computes wrongly. Told the same way, with another code."""
+
+    exit_code = EXIT_INTERNAL
 
 
 def run_launcher(main: Callable[[], int | None], *, leave_at_once: bool = False) -> None:
@@ -35,7 +43,7 @@ def run_launcher(main: Callable[[], int | None], *, leave_at_once: bool = False)
             # Every rank meets the same error and rank 0 tells it. Launchers end all ranks when one
             # has left, so the silent ones give it time to speak.
             time.sleep(2)
-        code = EXIT_USER_ERROR
+        code = error.exit_code
     if leave_at_once:
         sys.stdout.flush()
         sys.stderr.flush()

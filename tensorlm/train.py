@@ -1,12 +1,9 @@
 """The training run, in order, on one page."""
 
-import math
-import signal
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import FrameType
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,10 +16,14 @@ from .data.loader import PackedRows, open_rows
 from .engine import Engine, init_distributed, leave_distributed
 from .errors import EXIT_DONE, EXIT_PREEMPTED, UserError
 from .flops import num_parameters, peak_flops, train_flops
+from .guards import StepGuard, check_disk_space, check_replicas, lock_run
 from .launch_env import LaunchEnv
 from .metrics import Metrics, git_commit, peak_memory_gib
 from .model import Llama
 from .optim import learning_rate
+from .preemption import StopRequest
+from .publish import sweep
+from .watchdog import Watchdog
 
 # In the run's directory: asks rank 0, at the end of a step, for a checkpoint and an end. It is
 # removed once it is obeyed. Launchers do not pass every signal on; a file needs none of them.
@@ -31,14 +32,32 @@ STOP_FILE = "STOP"
 
 @dataclass
 class TrainState:
-    """All that a run is, besides its weights and Adam state."""
+    """All that a run is, besides its weights, Adam state and the window of its step guard."""
 
     step: int = 0
     rows: int = 0
     tokens: int = 0
 
 
-def train(config: Config, launch: LaunchEnv) -> int:
+@dataclass
+class Run:
+    """What this rank works with."""
+
+    config: Config
+    device: torch.device
+    grid: Grid
+    rows: PackedRows
+    engine: Engine
+    guard: StepGuard
+    watchdog: Watchdog
+    state: TrainState
+
+    @property
+    def dir(self) -> Path:
+        return Path(self.config.run.dir)
+
+
+def train(config: Config, launch: LaunchEnv, stop: StopRequest) -> int:
     """Train from the newest checkpoint in `config.run.dir`, or from scratch where there is none.
 
     Returns:
@@ -48,61 +67,80 @@ def train(config: Config, launch: LaunchEnv) -> int:
     Raises:
         UserError: what the user can mend.
     """
-    config.check_world(launch.world_size)
-    rows = open_rows(config, "train")
-    device = init_distributed(launch)
-    grid = create_grid(config.parallel.sp)
-    engine = Engine(build_model(config, grid, device), config)
-    state = resume(config, engine, rows)
+    if launch.rank == 0:
+        lock_run(Path(config.run.dir))
+    run = start(config, launch)
+    state, watchdog = run.state, run.watchdog
+    saver = checkpoint.Saver(run.dir, config.checkpoint, watchdog.progress)
     metrics = Metrics(config, state.step, git_commit()) if launch.rank == 0 else None
     if metrics:
-        metrics.announce(describe_run(config, grid, engine, rows, device, state))
-    peak = peak_flops(device) * launch.world_size
-    is_signalled = catch_signals()
-    stop_file = Path(config.run.dir) / STOP_FILE
+        sweep(run.dir)
+        metrics.announce(describe_run(run))
+    stop_file = run.dir / STOP_FILE
 
+    peak = peak_flops(run.device) * launch.world_size
     last_step = config.train.stop_at or config.train.steps
-    skipped, stopping = 0, False
+    stopping = False
     while state.step < last_step and not stopping:
         started = time.perf_counter()
-        must_stop = is_signalled() or (launch.rank == 0 and stop_file.exists())
-        record, stopping = train_step(config, grid, engine, rows, state, device, must_stop)
-        skipped = 0 if math.isfinite(record["train/grad_norm"]) else skipped + 1
-        if skipped >= config.train.max_skips:
-            raise UserError(f"step {state.step}: {skipped} steps in a row were not finite")
+        must_stop = stop.is_asked or (launch.rank == 0 and stop_file.exists()) or saver.has_failed
+        record, stopping = train_step(run, must_stop)
+        watchdog.enter("log", state.step)
         if metrics:
             seconds = time.perf_counter() - started
             record["perf/tokens_per_second"] = record.pop("step_tokens") / seconds
             record["perf/mfu"] = record.pop("step_flops") / seconds / peak
-            record["perf/memory_gib"] = peak_memory_gib(device)
+            record["perf/memory_gib"] = peak_memory_gib(run.device)
             metrics.log_step(state.step, record)
-        if stopping or state.step % config.checkpoint.every == 0 or state.step == last_step:
-            save(config, engine, rows, state)
+        is_saving = stopping or state.step % config.checkpoint.every == 0 or state.step == last_step
+        every = config.guards.replica_every
+        if every and (is_saving or state.step % every == 0):
+            check_replicas(run.engine.replicas(), state.step)
+        if is_saving:
+            watchdog.enter("save", state.step)
+            saver.save(state.step, run.engine.parameter_slices(), describe_state(run))
 
+    watchdog.enter("save", state.step)
+    saver.wait()
     if metrics:
         metrics.close()
         stop_file.unlink(missing_ok=True)
     leave_distributed()
+    watchdog.stop()
     return EXIT_PREEMPTED if stopping and state.step < last_step else EXIT_DONE
 
 
-def train_step(
-    config: Config,
-    grid: Grid,
-    engine: Engine,
-    rows: PackedRows,
-    state: TrainState,
-    device: torch.device,
-    must_stop: bool,
-) -> tuple[dict[str, float], bool]:
-    """One optimizer step: advances `state`, returns what to log and whether any rank must stop."""
+def start(config: Config, launch: LaunchEnv, before: int | None = None) -> Run:
+    """Set everything up, and load the newest checkpoint (older than step `before`)."""
+    config.check_world(launch.world_size)
+    run_dir = Path(config.run.dir)
+    rows = open_rows(config, "train")
+    watchdog = Watchdog(config.guards, run_dir, launch.rank, launch.world_size)
+    device = init_distributed(launch)
+    grid = create_grid(config.parallel.sp)
+    engine = Engine(build_model(config, grid, device), config)
+    run = Run(config, device, grid, rows, engine, StepGuard(config), watchdog, TrainState())
+    watchdog.enter("resume", 0)
+    resume(run, before)
+    return run
+
+
+def train_step(run: Run, must_stop: bool) -> tuple[dict[str, float], bool]:
+    """One optimizer step: advances the state, returns what to log and whether any rank must stop.
+
+    Raises:
+        UserError: the step guard ends the run.
+    """
+    config, grid, device, state = run.config, run.grid, run.device, run.state
+    run.watchdog.enter("data", state.step + 1)
     share = config.train.rows_per_step // grid.dp
-    batches = rows.micro_batches(
+    batches = run.rows.micro_batches(
         state.rows + grid.dp_rank * share,
         share,
         config.train.micro_batch,
         grid.tokens(config.data.seq_len),
     )
+    run.watchdog.enter("forward", state.step + 1)
     num_labels, num_flops, num_stopping = sum_over_ranks(
         device,
         sum(batch.num_labels for batch in batches),
@@ -111,27 +149,50 @@ def train_step(
     )
 
     # DeepSpeed averages gradients over ranks; this makes them those of the mean over all labels.
-    loss_scale = grid.world_size / num_labels
+    loss_scale = torch.full((), grid.world_size / num_labels, device=device)
     loss_sum = torch.zeros((), device=device)
-    for batch in batches:
-        loss_sum += engine.forward_backward(*batch.to(device), loss_scale=loss_scale)
+    for index, batch in enumerate(batches, start=1):
+        loss = run.engine.forward(*batch.to(device))
+        loss_sum += loss.detach()
+        if index == len(batches):
+            total_loss = loss_sum.double()
+            dist.all_reduce(total_loss)
+            # All ranks agree on the loss before the last backward pass. Gradients of a bad step
+            # become non-finite there, and DeepSpeed applies no such step, on any rank.
+            is_bad = ~(total_loss / num_labels <= run.guard.loss_limit())
+            loss_scale.masked_fill_(is_bad, torch.nan)
+        run.engine.backward(loss * loss_scale)
+    run.watchdog.enter("step", state.step + 1)
     lr = learning_rate(state.step, config.train.steps, config.optim)
-    grad_norm = engine.step(lr)
-    (total_loss,) = sum_over_ranks(device, loss_sum.item())
+    grad_norm = run.engine.step(lr)
+    mean_loss = total_loss.item() / num_labels
 
     state.step += 1
     state.rows += config.train.rows_per_step
     state.tokens += config.train.rows_per_step * config.data.seq_len
+    skipped = run.guard.judge(
+        state.step, mean_loss, grad_norm, lambda: run.rows.documents(step_rows(run, state.step))
+    )
+    if skipped and dist.get_rank() == 0:
+        print(f"skipped {skipped}", flush=True)
     record = {
-        "train/loss": total_loss / num_labels,
+        "train/loss": mean_loss,
         "train/grad_norm": grad_norm,
         "train/lr": lr,
         "train/tokens": state.tokens,
+        "train/skipped": float(skipped is not None),
         "data/labels": num_labels,
         "step_tokens": config.train.rows_per_step * config.data.seq_len,
         "step_flops": num_flops,
     }
     return record, num_stopping > 0
+
+
+def step_rows(run: Run, step: int) -> range:
+    """Global indices of the rows of a step that lies behind."""
+    num_rows = run.config.train.rows_per_step
+    last = run.state.rows - (run.state.step - step) * num_rows
+    return range(last - num_rows, last)
 
 
 def build_model(config: Config, grid: Grid, device: torch.device) -> Llama:
@@ -147,35 +208,49 @@ def build_model(config: Config, grid: Grid, device: torch.device) -> Llama:
     return model
 
 
-def resume(config: Config, engine: Engine, rows: PackedRows) -> TrainState:
-    """Load the newest whole checkpoint into the engine; a fresh state where there is none."""
-    run_dir = Path(config.run.dir)
-    found = checkpoint.newest_checkpoint(run_dir, dist.get_rank(), dist.get_world_size())
+def resume(run: Run, before: int | None) -> None:
+    """Load the newest whole checkpoint (older than `before`), where there is one.
+
+    Raises:
+        UserError: none is whole, it is of another model or data, or a next one would not fit.
+    """
+    found = checkpoint.newest_checkpoint(
+        run.dir, dist.get_rank(), dist.get_world_size(),
+        before=before, progress=run.watchdog.progress,
+    )  # fmt: skip
+    slices = list(run.engine.parameter_slices())
+    if before is None:
+        own_bytes = sum(4 * t.numel() for s in slices if s.is_owned for t in s.state.values())
+        (num_bytes,) = sum_over_ranks(run.device, own_bytes)
+        check_disk_space(run.dir, int(num_bytes), run.config.checkpoint.keep_last)
     if found is None:
-        return TrainState()
-    state = TrainState(**found.manifest["state"])
-    if state.rows and found.manifest["data_fingerprint"] != rows.fingerprint:
+        return
+    try:
+        run.state = TrainState(**found.manifest["state"])
+        run.guard.restore(found.manifest.get("guard", run.guard.state()))
+        fingerprint, adam_step = found.manifest["data_fingerprint"], found.manifest["adam_step"]
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{found.folder}: not the manifest of a run ({error})") from None
+    if run.state.rows and fingerprint != run.rows.fingerprint:
         raise UserError(
             f"{found.folder}: was trained on other data, or with another data section or seed "
             "(restore them, or choose a new run.dir)"
         )
-    checkpoint.load(found, engine.parameter_slices())
-    engine.refresh_weights(adam_step=found.manifest["adam_step"])
-    return state
+    checkpoint.load(found, slices)
+    run.engine.refresh_weights(adam_step)
 
 
-def save(config: Config, engine: Engine, rows: PackedRows, state: TrainState) -> None:
-    """Publish the checkpoint of this step (all ranks together)."""
-    info = {
-        "state": asdict(state),
-        "adam_step": engine.adam_step,
-        "config": config.model_dump(mode="json", exclude_none=True),
-        "data_fingerprint": rows.fingerprint,
-        "tokenizer_sha256": rows.corpus.tokenizer_sha256,
-        "world_size": dist.get_world_size(),
+def describe_state(run: Run) -> dict[str, Any]:
+    """What the manifest of a checkpoint says besides who holds which slice."""
+    return {
+        "state": asdict(run.state),
+        "guard": run.guard.state(),
+        "adam_step": run.engine.adam_step,
+        "config": run.config.model_dump(mode="json", exclude_none=True),
+        "data_fingerprint": run.rows.fingerprint,
+        "tokenizer_sha256": run.rows.corpus.tokenizer_sha256,
+        "world_size": run.grid.world_size,
     }
-    slices = engine.parameter_slices()
-    checkpoint.save(Path(config.run.dir), state.step, slices, info, config.checkpoint.keep_last)
 
 
 def sum_over_ranks(device: torch.device, *values: float) -> list[float]:
@@ -185,36 +260,19 @@ def sum_over_ranks(device: torch.device, *values: float) -> list[float]:
     return total.tolist()
 
 
-def catch_signals() -> Callable[[], bool]:
-    """SIGUSR1 and SIGTERM ask for a checkpoint and an end; a second one ends at once."""
-    received = []
-
-    def handle(number: int, _frame: FrameType | None) -> None:
-        received.append(number)
-        signal.signal(number, signal.SIG_DFL)
-
-    signal.signal(signal.SIGUSR1, handle)
-    signal.signal(signal.SIGTERM, handle)
-    return lambda: bool(received)
-
-
-def describe_run(
-    config: Config,
-    grid: Grid,
-    engine: Engine,
-    rows: PackedRows,
-    device: torch.device,
-    state: TrainState,
-) -> list[str]:
+def describe_run(run: Run) -> list[str]:
     """What runs where, for the first lines of the log."""
+    config, grid, plan = run.config, run.grid, run.rows.plan
     fold = list(config.model.fold) or "none (full attention)"
-    start = f"resumed after step {state.step}" if state.step else "from scratch"
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    begin = f"resumed after step {run.state.step}" if run.state.step else "from scratch"
+    is_gpu = run.device.type == "cuda"
+    name = torch.cuda.get_device_name(run.device) if is_gpu else "CPU"
+    num = num_parameters(run.engine.module)
     return [
-        f"run {config.run.dir}: {start}, {config.train.steps} steps, commit {git_commit()}",
-        f"model: {num_parameters(engine.module):,} parameters, fold {fold}, {config.train.dtype}",
-        f"data: {rows.plan.num_rows:,} rows of {config.data.seq_len:,} tokens, "
-        f"{rows.plan.fill:.2%} full; {config.train.rows_per_step} rows a step",
+        f"run {config.run.dir}: {begin}, {config.train.steps} steps, commit {git_commit()}",
+        f"model: {num:,} parameters, fold {fold}, {config.train.dtype}",
+        f"data: {plan.num_rows:,} rows of {config.data.seq_len:,} tokens, "
+        f"{plan.fill:.2%} full; {config.train.rows_per_step} rows a step",
         f"ranks: {grid.world_size} x {name} (dp {grid.dp} x sp {grid.sp}), "
         f"ZeRO stage {config.zero.stage}",
     ]

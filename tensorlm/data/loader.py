@@ -84,6 +84,16 @@ class PackedRows:
         firsts = range(first_row, first_row + num_rows, micro_batch)
         return [self.batch(range(at, at + micro_batch), tokens) for at in firsts]
 
+    def documents(self, indices: range) -> list[int]:
+        """Indices in the corpus of the documents that the rows `indices` hold."""
+        found: set[int] = set()
+        for index in indices:
+            epoch, position = divmod(index, self.plan.num_rows)
+            row = int(self._epoch_order(epoch)[position])
+            pieces = slice(self.plan.row_first[row], self.plan.row_first[row + 1])
+            found.update(self.plan.document[pieces].tolist())
+        return sorted(found)
+
     def _epoch_order(self, epoch: int) -> NDArray[np.int64]:
         if self._order[0] != epoch:
             rng = np.random.Generator(np.random.Philox(key=[self.seed, epoch]))

@@ -15,11 +15,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import tensor_attention
-from tensorlm.checkpoint import Checkpoint, write_weights
 from tensorlm.config import Config, ModelConfig
 from tensorlm.data.tokenizers import copy_tokenizer, load_tokenizer
 from tensorlm.errors import UserError
+from tensorlm.manifest import Checkpoint
 from tensorlm.model import Llama
+from tensorlm.publish import write_weights
 
 _SHARD_BYTES = 5 * 10**9
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}

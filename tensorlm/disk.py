@@ -1,0 +1,146 @@
+"""Every change that a run makes to the disk and must be able to survive, in one place.
+
+`Disk` is the operating system, one method a system call. Tests put another in its place with `use`:
+one that kills the process at the n-th call, refuses it, or remembers what a power cut would lose.
+"""
+
+import contextlib
+import hashlib
+import os
+import stat
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+
+class Disk:
+    """The system calls behind this module."""
+
+    def make_folder(self, path: Path) -> None:
+        os.mkdir(path)
+
+    def create(self, path: Path) -> int:
+        """A descriptor of a new file; never one that exists, or that a link leads to."""
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
+
+    def write(self, descriptor: int, data: memoryview) -> int:
+        """How many bytes were taken; it may be fewer than there are."""
+        return os.write(descriptor, data)
+
+    def sync(self, descriptor: int) -> None:
+        os.fsync(descriptor)
+
+    def close(self, descriptor: int) -> None:
+        os.close(descriptor)
+
+    def sync_folder(self, path: Path) -> None:
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def rename(self, old: Path, new: Path) -> None:
+        os.rename(old, new)
+
+    def unlink(self, path: Path) -> None:
+        os.unlink(path)
+
+    def remove_folder(self, path: Path) -> None:
+        os.rmdir(path)
+
+
+_disk = Disk()
+
+
+@contextlib.contextmanager
+def use(disk: Disk) -> Iterator[None]:
+    """Let `disk` stand for the operating system."""
+    global _disk
+    previous, _disk = _disk, disk
+    try:
+        yield
+    finally:
+        _disk = previous
+
+
+def make_folder(path: Path) -> None:
+    """Create a folder and the missing ones above it, durably; one that exists is fine."""
+    if path.is_dir():
+        return
+    make_folder(path.parent)
+    with contextlib.suppress(FileExistsError):
+        _disk.make_folder(path)
+    _disk.sync_folder(path.parent)
+
+
+def write_file(
+    path: Path, parts: Iterable[bytes | memoryview], progress: Callable[[], None] = lambda: None
+) -> tuple[int, str]:
+    """Write a new file to the disk itself (fsync); returns its size and sha256.
+
+    The folder's entry for it is durable only after `sync_folder`. `progress` is called as it grows.
+    """
+    digest, size = hashlib.sha256(), 0
+    descriptor = _disk.create(path)
+    try:
+        for part in parts:
+            data = memoryview(part).cast("B")
+            digest.update(data)
+            size += len(data)
+            while data:
+                data = data[_disk.write(descriptor, data) :]
+                progress()
+        _disk.sync(descriptor)
+    finally:
+        _disk.close(descriptor)
+    return size, digest.hexdigest()
+
+
+def replace_file(path: Path, content: str) -> None:
+    """Give `path` new content at once: a reader, or a restart, sees the old or the new one."""
+    temporary = path.with_name(f".tmp-{path.name}")
+    with contextlib.suppress(FileNotFoundError):
+        _disk.unlink(temporary)
+    write_file(temporary, [content.encode()])
+    rename(temporary, path)
+
+
+def rename(old: Path, new: Path) -> None:
+    """Rename within one folder, durably."""
+    _disk.rename(old, new)
+    _disk.sync_folder(new.parent)
+
+
+def sync_folder(path: Path) -> None:
+    """Make the names in a folder durable."""
+    _disk.sync_folder(path)
+
+
+def remove_tree(path: Path) -> None:
+    """Remove a folder with all that is in it; links are removed, never followed."""
+    with os.scandir(path) as entries:
+        for entry in list(entries):
+            if entry.is_dir(follow_symlinks=False):
+                remove_tree(Path(entry.path))
+            else:
+                _disk.unlink(Path(entry.path))
+    _disk.remove_folder(path)
+
+
+def file_sha256(path: Path, progress: Callable[[], None] = lambda: None) -> tuple[int, str]:
+    """Size and sha256 of a regular file.
+
+    Raises:
+        OSError: it cannot be read, or is a link, a pipe or a device.
+    """
+    # Without O_NONBLOCK, opening a pipe would wait for a writer for ever.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    with open(descriptor, "rb", buffering=0) as file:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(0, "not a regular file", str(path))
+        digest, size = hashlib.sha256(), 0
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
+            size += len(chunk)
+            progress()
+    return size, digest.hexdigest()

@@ -1,0 +1,175 @@
+"""Guards of a run: bad steps, replicas that drift apart, two jobs in one folder, a full disk."""
+
+import errno
+import fcntl
+import math
+import os
+import shutil
+import socket
+import statistics
+import sys
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from . import disk
+from .config import Config
+from .errors import MachineError, UserError
+
+_DEVIATION_OF_MAD = 1.4826  # standard deviation of a normal distribution, in its MADs
+_LOCK = "lock"
+
+
+class StepGuard:
+    """Judges each step by its loss and gradient norm; its state is part of the checkpoint.
+
+    Only losses of applied steps enter the window, so that one bad value cannot hide the next.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self._config = config.guards
+        self._max_skips = config.train.max_skips
+        self._losses: deque[float] = deque(maxlen=config.guards.spike_window)
+        self._num_skipped = 0  # in a row
+
+    def state(self) -> dict[str, Any]:
+        """Plain values for the manifest."""
+        return {"losses": list(self._losses), "num_skipped": self._num_skipped}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue from what `state` returned."""
+        self._losses.extend(state["losses"])
+        self._num_skipped = state["num_skipped"]
+
+    def loss_limit(self) -> float:
+        """The largest loss whose step may be applied; any finite one where there is no other."""
+        if self._config.spike == "off" or len(self._losses) < self._config.spike_window // 2:
+            return sys.float_info.max
+        median, deviation = self._centre()
+        return median + self._config.spike_threshold * deviation
+
+    def judge(
+        self, step: int, loss: float, grad_norm: float, documents: Callable[[], list[int]]
+    ) -> str | None:
+        """After step `step`: None where it was applied, else why it was skipped.
+
+        Raises:
+            UserError: `guards.spike` is "stop" and the loss jumped, or too many skips in a row.
+        """
+        limit = self.loss_limit()
+        if math.isfinite(grad_norm):
+            self._losses.append(loss)
+            self._num_skipped = 0
+            return None
+        self._num_skipped += 1
+        is_spike = math.isfinite(loss) and loss > limit
+        if is_spike:
+            median, deviation = self._centre()
+            reason = f"loss {loss:.4f} is above {limit:.4f} (median {median:.4f}, {deviation:.4f})"
+        else:
+            reason = f"{'loss' if not math.isfinite(loss) else 'gradient'} is not finite"
+        reason = f"step {step}: {reason}; documents {', '.join(map(str, documents()))}"
+        if is_spike and self._config.spike == "stop":
+            raise UserError(f'{reason} (look at them, or set guards.spike = "skip")')
+        if self._num_skipped >= self._max_skips:
+            raise UserError(
+                f"{reason}; {self._num_skipped} steps in a row were skipped "
+                "(lower optim.lr, or look at the data; train.max_skips)"
+            )
+        return reason
+
+    def _centre(self) -> tuple[float, float]:
+        """Median, and a deviation that outliers do not move."""
+        median = statistics.median(self._losses)
+        mad = statistics.median(abs(loss - median) for loss in self._losses)
+        # Of losses that hardly move, any change would be a spike.
+        return median, max(_DEVIATION_OF_MAD * mad, 1e-3 * abs(median))
+
+
+def check_replicas(replicas: dict[str, Tensor], step: int) -> None:
+    """All ranks hold the same bits of `replicas`; costs one pass over them and one small gather.
+
+    Raises:
+        MachineError: on all ranks, naming those that differ from the majority.
+    """
+    if not replicas or dist.get_world_size() == 1:
+        return
+    sums = torch.stack([_bit_sum(tensor) for tensor in replicas.values()])
+    gathered = [torch.empty_like(sums) for _ in range(dist.get_world_size())]
+    dist.all_gather(gathered, sums)
+    table = torch.stack(gathered).cpu()
+    is_odd = table != table.mode(dim=0).values
+    if not is_odd.any():
+        return
+    name = list(replicas)[int(is_odd.any(dim=0).nonzero()[0])]
+    odd = is_odd.any(dim=1).nonzero().flatten().tolist()
+    if len(odd) * 2 >= len(table):  # no majority says which of them is right
+        odd = list(range(len(table)))
+    raise MachineError(
+        f"rank {', '.join(map(str, odd))}: step {step}: weights differ between ranks, first in "
+        f"{name} (suspect that device; the newest checkpoint was compared and is good)"
+    )
+
+
+def _bit_sum(tensor: Tensor) -> Tensor:
+    """Sum of the bit patterns, int64: any one flipped bit changes it."""
+    integer = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    return tensor.detach().contiguous().view(integer).sum(dtype=torch.int64)
+
+
+def lock_run(run_dir: Path) -> int:
+    """Make this process the one that writes to a run; ends with the process, however it ends.
+
+    Returns:
+        The descriptor that holds the lock.
+
+    Raises:
+        UserError: another job holds it, or the folder cannot be written.
+    """
+    own_job = os.environ.get("SLURM_JOB_ID", "")
+    try:
+        disk.make_folder(run_dir)
+        descriptor = os.open(run_dir / _LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    except OSError as error:
+        raise UserError(f"run.dir: {error.filename}: {error.strerror}") from None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.read(descriptor, 200).decode(errors="replace").strip()
+        if own_job and holder.startswith(f"job {own_job} "):  # this job, before it was requeued
+            return descriptor
+        raise UserError(
+            f"run.dir: {run_dir} is in use by {holder} (wait for it, or choose another)"
+        ) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
+            raise
+        print(f"warning: {run_dir}: cannot be locked on this file system", flush=True)
+    os.ftruncate(descriptor, 0)
+    os.write(descriptor, f"job {own_job} pid {os.getpid()} on {socket.gethostname()}\n".encode())
+    return descriptor
+
+
+def check_disk_space(run_dir: Path, num_bytes: int, num_kept: int) -> None:
+    """A checkpoint of `num_bytes` fits; a warning where not all that will be kept do.
+
+    Raises:
+        UserError: it does not fit.
+    """
+    free = shutil.disk_usage(run_dir).free
+    if free < num_bytes:
+        raise UserError(
+            f"run.dir: {free / 2**30:.2f} GiB are free, one checkpoint takes "
+            f"{num_bytes / 2**30:.2f} GiB (free some, or choose another run.dir)"
+        )
+    if free < num_bytes * (num_kept + 1):
+        print(
+            f"warning: {run_dir}: {free / 2**30:.2f} GiB are free, {num_kept} checkpoints and one "
+            f"in the making take {num_bytes * (num_kept + 1) / 2**30:.2f} GiB",
+            flush=True,
+        )

@@ -1,0 +1,53 @@
+"""Being asked to stop by a signal, SIGUSR1 or SIGTERM, and never missing or misreading one.
+
+Imports nothing slow, so that a launcher can listen before anything else happens.
+"""
+
+import os
+import signal
+import threading
+import time
+
+from .errors import EXIT_PREEMPTED
+
+# A launcher and the scheduler above it often both pass the same signal on.
+_ECHO_SECONDS = 1.0
+
+
+class StopRequest:
+    """Whether this process was asked to save and leave.
+
+    The first signal is remembered. A second one, unless it is an echo of the first, ends the
+    process at once with EXIT_PREEMPTED, whatever it is doing: what is on disk is whole at any time.
+    """
+
+    def __init__(self) -> None:
+        self._asked_at: float | None = None
+
+    def listen(self) -> "StopRequest":
+        """Take the signals over (main thread only)."""
+        # Python runs handlers between two instructions of the main thread, which may be waiting in
+        # a collective for ever. The byte in the pipe is written at once, and a thread reads it.
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        for number in (signal.SIGUSR1, signal.SIGTERM):
+            signal.signal(number, lambda *_: None)
+        signal.set_wakeup_fd(writer)
+        threading.Thread(target=self._read, args=(reader,), name="signals", daemon=True).start()
+        return self
+
+    def _read(self, reader: int) -> None:
+        while True:
+            if os.read(reader, 1)[0] not in (signal.SIGUSR1, signal.SIGTERM):
+                continue
+            now = time.monotonic()
+            if self._asked_at is None:
+                self._asked_at = now
+                print("stop requested: saving after this step", flush=True)
+            elif now - self._asked_at > _ECHO_SECONDS:
+                os._exit(EXIT_PREEMPTED)
+
+    @property
+    def is_asked(self) -> bool:
+        """A signal has come."""
+        return self._asked_at is not None

@@ -1,0 +1,36 @@
+"""Computing one step of a run again: was it the data, or the machine?"""
+
+import json
+
+from .config import Config
+from .engine import leave_distributed
+from .errors import EXIT_DONE, UserError
+from .launch_env import LaunchEnv
+from .metrics import read_metrics
+from .train import start, step_rows, train_step
+
+
+def replay(config: Config, launch: LaunchEnv, step: int) -> int:
+    """Compute step `step` again, from the newest checkpoint before it, and print what it gives.
+
+    Writes nothing. On the ranks and machine kind of the run, a loss other than the recorded one
+    means that the hardware, not the data, was at fault.
+
+    Raises:
+        UserError: there is no such step, or what `start` raises.
+    """
+    if step < 1:
+        raise UserError(f"--replay: {step} is no step (they count from 1)")
+    run = start(config, launch, before=step)
+    while run.state.step < step:
+        record, _ = train_step(run, must_stop=False)
+    if launch.rank == 0:
+        recorded = [r for r in read_metrics(run.dir) if r["step"] == step]
+        print(json.dumps({"step": step, **record}))
+        print(f"documents: {run.rows.documents(step_rows(run, step))}")
+        for key in ("train/loss", "train/grad_norm") if recorded else ():
+            verdict = "as recorded" if repr(recorded[-1][key]) == repr(record[key]) else "DIFFERS"
+            print(f"{key}: {record[key]!r}, then {recorded[-1][key]!r}: {verdict}")
+    leave_distributed()
+    run.watchdog.stop()
+    return EXIT_DONE

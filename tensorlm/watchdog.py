@@ -1,0 +1,127 @@
+"""The watchdog: a run that no longer moves says where, and ends, instead of burning its hours.
+
+Every rank watches itself: one thread, and the time of its last progress. When one rank stands still
+the others soon wait for it, so all reach their limit together; each leaves a report in RUN/hang/,
+the lowest rank that still can reads them and says which rank is the odd one.
+"""
+
+import faulthandler
+import json
+import os
+import statistics
+import sys
+import threading
+import time
+from collections import Counter, deque
+from pathlib import Path
+from typing import Any
+
+from .config import GuardsConfig
+from .errors import EXIT_INTERNAL
+
+FOLDER = "hang"
+# In the order in which a rank passes them, within one step.
+PHASES = ("start", "resume", "data", "forward", "step", "log", "save")
+_SLOW_PHASES = ("start", "resume", "save")
+_FEWEST_STEPS = 3  # the first ones compile kernels, open connections
+_MEDIANS = 5
+_GRACE_SECONDS = 2.0
+
+
+class Watchdog:
+    """Ends this process with EXIT_INTERNAL after too long a time without `enter` or `progress`."""
+
+    def __init__(self, config: GuardsConfig, run_dir: Path, rank: int, world_size: int) -> None:
+        self._config = config
+        self._folder = run_dir / FOLDER
+        self._rank = rank
+        self._world_size = world_size
+        self._phase, self._step = PHASES[0], 0
+        self._progress_at = self._step_began_at = time.monotonic()
+        self._step_seconds: deque[float] = deque(maxlen=64)
+        self._is_done = threading.Event()
+        threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+
+    def enter(self, phase: str, step: int) -> None:
+        """This rank begins `phase` (one of PHASES) of step `step`."""
+        assert phase in PHASES
+        self._progress_at = now = time.monotonic()
+        if phase == "data":
+            if self._phase not in _SLOW_PHASES:
+                self._step_seconds.append(now - self._step_began_at)
+            self._step_began_at = now
+        self._phase, self._step = phase, step
+
+    def progress(self) -> None:
+        """Bytes of a checkpoint were read or written: a slow phase is not a hang."""
+        if self._phase in _SLOW_PHASES:
+            self._progress_at = time.monotonic()
+
+    def stop(self) -> None:
+        """No more watching."""
+        self._is_done.set()
+        faulthandler.cancel_dump_traceback_later()
+
+    def limit(self) -> float:
+        """Seconds without progress that are too many now."""
+        slow = self._phase in _SLOW_PHASES or len(self._step_seconds) < _FEWEST_STEPS
+        if slow:
+            return max(self._config.slow_phase_seconds, self._config.hang_seconds)
+        return max(self._config.hang_seconds, _MEDIANS * statistics.median(self._step_seconds))
+
+    def _watch(self) -> None:
+        while not self._is_done.wait(min(1.0, self._config.hang_seconds / 10)):
+            limit = self.limit()
+            # Native code that never lets go of the interpreter would stop this thread as well.
+            faulthandler.dump_traceback_later(2 * limit + 10 * _GRACE_SECONDS, exit=True)
+            seconds = time.monotonic() - self._progress_at
+            if seconds > limit:
+                self._end(seconds)
+
+    def _end(self, seconds: float) -> None:
+        # In a thread of its own: it is perhaps the disk that does not answer.
+        report = threading.Thread(target=self._report, args=(seconds,), daemon=True)
+        report.start()
+        report.join(3 * _GRACE_SECONDS)
+        os._exit(EXIT_INTERNAL)
+
+    def _report(self, seconds: float) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        name = f"rank-{self._rank:05d}"
+        with open(self._folder / f"{name}.stacks", "w") as file:
+            faulthandler.dump_traceback(file, all_threads=True)
+        report = {"rank": self._rank, "phase": self._phase, "step": self._step}
+        temporary = self._folder / f".{name}"
+        temporary.write_text(json.dumps(report))
+        temporary.rename(self._folder / f"{name}.json")
+        time.sleep(_GRACE_SECONDS)  # the other ranks report now
+        reports = [json.loads(path.read_text()) for path in self._folder.glob("rank-*.json")]
+        if min(r["rank"] for r in reports) == self._rank:
+            line = describe_hang(reports, self._world_size, seconds)
+            print(f"error: {line} (stacks: {self._folder})", file=sys.stderr, flush=True)
+        else:
+            time.sleep(_GRACE_SECONDS / 2)  # launchers end the others when the first has left
+
+
+def describe_hang(reports: list[dict[str, Any]], world_size: int, seconds: float) -> str:
+    """Which rank stands still, in which phase, and where those are that wait for it."""
+    places = {r["rank"]: (r["step"], PHASES.index(r["phase"])) for r in reports}
+    silent = [rank for rank in range(world_size) if rank not in places]
+    counts = Counter(places.values())
+    step, phase = min(counts, key=lambda place: (counts[place], place))
+    if silent:
+        odd, where = silent, "stopped, or stuck in native code"
+    else:
+        odd = sorted(rank for rank, place in places.items() if place == (step, phase))
+        where = f'in phase "{PHASES[phase]}" of step {step}'
+    others = sorted(places.keys() - set(odd))
+    text = f"rank {_join(odd)}: no progress for {seconds:.0f} s, {where}"
+    if not others:
+        return text
+    step, phase = counts.most_common(1)[0][0]
+    return f'{text}; rank {_join(others)} in phase "{PHASES[phase]}" of step {step}'
+
+
+def _join(ranks: list[int]) -> str:
+    shown = ", ".join(map(str, ranks[:8]))
+    return shown if len(ranks) <= 8 else f"{shown} and {len(ranks) - 8} more"
