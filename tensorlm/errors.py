@@ -33,10 +33,12 @@ def run_launcher(main: Callable[[], int | None], *, leave_at_once: bool = False)
     `leave_at_once` is for ranks of a process group that are done with one another: gloo's threads
     may abort a process that is taken down piece by piece after its work is done.
     """
+    from .launch_env import launched_rank  # which raises UserError itself
+
     try:
         code = main()
     except UserError as error:
-        if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0:
+        if launched_rank() == 0:
             for problem in error.problems:
                 print(f"error: {problem}", file=sys.stderr, flush=True)
         else:

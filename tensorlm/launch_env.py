@@ -1,7 +1,7 @@
 """Who am I among the ranks: the one place that reads the launcher's environment.
 
 `deepspeed` and `torchrun` set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT. Under
-`srun` and `mpirun` those are derived here; plain `python` is a world of one.
+`mpirun` and `srun` those are derived here; plain `python` is a world of one.
 """
 
 import os
@@ -42,20 +42,47 @@ def read_launch_env(environ: Mapping[str, str] | None = None) -> LaunchEnv:
         UserError: several ranks but no rendezvous address.
     """
     env = os.environ if environ is None else environ
+    place = _place(env)
+    if place is None:
+        return LaunchEnv(0, 1, 0, 1, "127.0.0.1", free_port())
+    if "MASTER_ADDR" in env and "MASTER_PORT" in env:
+        return LaunchEnv(*place, env["MASTER_ADDR"], int(env["MASTER_PORT"]))
+    if place[1] == 1:
+        return LaunchEnv(*place, "127.0.0.1", free_port())
+    if "OMPI_COMM_WORLD_RANK" in env or "MPI_LOCALRANKID" in env:
+        return LaunchEnv(*place, *_agree_over_mpi())
+    raise UserError(f"MASTER_ADDR and MASTER_PORT: not set for {place[1]} ranks (export both)")
+
+
+def launched_rank(environ: Mapping[str, str] | None = None) -> int:
+    """This process's rank, 0 where no launcher started it."""
+    place = _place(os.environ if environ is None else environ)
+    return place[0] if place else 0
+
+
+def _place(env: Mapping[str, str]) -> tuple[int, int, int, int] | None:
+    """(rank, world size, local rank, local world size), or None for plain `python`."""
     if "RANK" in env and "WORLD_SIZE" in env:
-        local = env.get("LOCAL_RANK", "0"), env.get("LOCAL_WORLD_SIZE", env["WORLD_SIZE"])
-        return _with_master(env, env["RANK"], env["WORLD_SIZE"], *local)
+        # LOCAL_SIZE is what deepspeed calls it.
+        local_size = env.get("LOCAL_WORLD_SIZE", env.get("LOCAL_SIZE", env["WORLD_SIZE"]))
+        values = [env["RANK"], env["WORLD_SIZE"], env.get("LOCAL_RANK", "0"), local_size]
+    # MPI before Slurm: inside a job, mpirun's own agents are the tasks of a Slurm step.
+    elif "OMPI_COMM_WORLD_RANK" in env:  # Open MPI
+        names = ["RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE"]
+        values = [env[f"OMPI_COMM_WORLD_{name}"] for name in names]
+    elif "MPI_LOCALRANKID" in env:  # MPICH, Intel MPI
+        names = ["PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"]
+        values = [env[name] for name in names]
     # In the batch script itself SLURM_PROCID is set too, but there is no step.
-    if "SLURM_PROCID" in env and "SLURM_STEP_ID" in env and "SLURM_STEP_NUM_TASKS" in env:
+    elif "SLURM_PROCID" in env and "SLURM_STEP_ID" in env and "SLURM_STEP_NUM_TASKS" in env:
         size = env["SLURM_STEP_NUM_TASKS"]
+        # such as 8(x3),4: that of the first node will do
         local_size = env.get("SLURM_STEP_TASKS_PER_NODE", size).split(",")[0].split("(")[0]
-        return _with_master(env, env["SLURM_PROCID"], size, env["SLURM_LOCALID"], local_size)
-    if "OMPI_COMM_WORLD_RANK" in env:
-        if "MASTER_ADDR" not in env or "MASTER_PORT" not in env:
-            env = {**env, **_agree_over_mpi()}
-        names = ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")
-        return _with_master(env, *(env[f"OMPI_COMM_WORLD_{name}"] for name in names))
-    return LaunchEnv(0, 1, 0, 1, "127.0.0.1", free_port())
+        values = [env["SLURM_PROCID"], size, env["SLURM_LOCALID"], local_size]
+    else:
+        return None
+    rank, world_size, local_rank, local_world_size = map(int, values)
+    return rank, world_size, local_rank, local_world_size
 
 
 def free_port() -> int:
@@ -65,20 +92,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _with_master(
-    env: Mapping[str, str], rank: str, world_size: str, local_rank: str, local_world_size: str
-) -> LaunchEnv:
-    numbers = (int(rank), int(world_size), int(local_rank), int(local_world_size))
-    if int(world_size) == 1 and "MASTER_PORT" not in env:
-        return LaunchEnv(*numbers, "127.0.0.1", free_port())
-    if "MASTER_ADDR" not in env or "MASTER_PORT" not in env:
-        raise UserError(
-            f"MASTER_ADDR and MASTER_PORT: not set for {world_size} ranks (export both)"
-        )
-    return LaunchEnv(*numbers, env["MASTER_ADDR"], int(env["MASTER_PORT"]))
-
-
-def _agree_over_mpi() -> dict[str, str]:
+def _agree_over_mpi() -> tuple[str, int]:
     """Rank 0 proposes its address and a free port to all ranks of `mpirun`."""
     try:
         from mpi4py import MPI
@@ -86,7 +100,13 @@ def _agree_over_mpi() -> dict[str, str]:
         raise UserError(
             "MASTER_ADDR and MASTER_PORT: not set under mpirun (export both, or install mpi4py)"
         ) from None
-    one_node = MPI.COMM_WORLD.Split_type(MPI.COMM_TYPE_SHARED).size == MPI.COMM_WORLD.size
-    address = "127.0.0.1" if one_node else socket.gethostbyname(socket.gethostname())
-    address, port = MPI.COMM_WORLD.bcast((address, free_port()))
-    return {"MASTER_ADDR": address, "MASTER_PORT": str(port)}
+    world = MPI.COMM_WORLD
+    address = "127.0.0.1"
+    last_host = world.bcast(socket.gethostname(), root=world.size - 1)
+    if world.Split_type(MPI.COMM_TYPE_SHARED).size < world.size:
+        # A host's own name often stands for loopback; the way to another host leads past that.
+        with socket.socket(type=socket.SOCK_DGRAM) as probe:
+            probe.connect((last_host, 9))  # sends nothing
+            address = probe.getsockname()[0]
+    address, port = world.bcast((address, free_port()))
+    return address, port

@@ -25,9 +25,9 @@ from .preemption import StopRequest
 from .publish import sweep
 from .watchdog import Watchdog
 
-# In the run's directory: asks rank 0, at the end of a step, for a checkpoint and an end. It is
-# removed once it is obeyed. Launchers do not pass every signal on; a file needs none of them.
-STOP_FILE = "STOP"
+# In the run's directory: asks rank 0, at the end of a step, for a checkpoint and an end. Once it is
+# obeyed it is renamed. Launchers do not pass every signal on; a file needs none of them.
+STOP_FILE, OBEYED_FILE = "STOP", "STOPPED"
 
 
 @dataclass
@@ -104,7 +104,8 @@ def train(config: Config, launch: LaunchEnv, stop: StopRequest) -> int:
     saver.wait()
     if metrics:
         metrics.close()
-        stop_file.unlink(missing_ok=True)
+        if stop_file.exists():
+            stop_file.replace(stop_file.with_name(OBEYED_FILE))
     leave_distributed()
     watchdog.stop()
     return EXIT_PREEMPTED if stopping and state.step < last_step else EXIT_DONE

@@ -113,7 +113,7 @@ def test_request_to_stop_saves_and_asks_to_be_requeued(
         else:
             (run / "STOP").touch()
         assert process.wait(timeout=30) == 75
-    assert not (run / "STOP").exists()
+    assert [p.name for p in run.glob("STOP*")] == ["STOPPED"] * (request_stop == "stop file")
     found = newest_checkpoint(run)
     assert found is not None
     assert found.step == len(losses(run))

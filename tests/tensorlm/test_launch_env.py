@@ -1,0 +1,46 @@
+"""Every launcher's ranks know their place. The real launchers run in tests/slurm and test_train."""
+
+import pytest
+
+from tensorlm.errors import UserError
+from tensorlm.launch_env import LaunchEnv, launched_rank, read_launch_env
+
+MASTER = {"MASTER_ADDR": "node1", "MASTER_PORT": "10042"}
+# What each launcher sets for rank 5 of 8, the second of four on its node.
+STEP = {"SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_STEP_ID": "0"}
+ENVIRONMENTS = {
+    "deepspeed": {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_SIZE": "4"},
+    "torchrun": {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"},
+    "srun": {**STEP, "SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_TASKS_PER_NODE": "4(x2)"},
+    "srun, uneven": {**STEP, "SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_TASKS_PER_NODE": "4,3,1"},
+    "Open MPI": {
+        "OMPI_COMM_WORLD_RANK": "5", "OMPI_COMM_WORLD_SIZE": "8",
+        "OMPI_COMM_WORLD_LOCAL_RANK": "1", "OMPI_COMM_WORLD_LOCAL_SIZE": "4",
+    },
+    "MPICH": {
+        "PMI_RANK": "5", "PMI_SIZE": "8", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "4",
+    },
+}  # fmt: skip
+# Where mpirun is called in a job, its agents are one task a node of a step of two tasks.
+AGENT = {"SLURM_PROCID": "1", "SLURM_LOCALID": "0", "SLURM_STEP_ID": "0"}
+AGENT |= {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "1(x2)"}
+
+
+@pytest.mark.parametrize("launcher", ENVIRONMENTS)
+@pytest.mark.parametrize("outside", [{}, AGENT], ids=["alone", "inside a job"])
+def test_rank_and_world_are_what_the_launcher_says(launcher: str, outside: dict[str, str]) -> None:
+    environ = {**outside, **ENVIRONMENTS[launcher], **MASTER}
+    assert read_launch_env(environ) == LaunchEnv(5, 8, 1, 4, "node1", 10042)
+    assert launched_rank(environ) == 5
+
+
+def test_no_launcher_is_a_world_of_one_even_in_a_batch_script() -> None:
+    for environ in ({}, {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "8"}):
+        launch = read_launch_env(environ)
+        assert (launch.rank, launch.world_size, launch.master_addr) == (0, 1, "127.0.0.1")
+        assert launched_rank(environ) == 0
+
+
+def test_ranks_that_cannot_meet_are_told_what_is_missing() -> None:
+    with pytest.raises(UserError, match="MASTER_ADDR and MASTER_PORT: not set for 8 ranks"):
+        read_launch_env(ENVIRONMENTS["srun"])
