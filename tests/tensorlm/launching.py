@@ -1,4 +1,4 @@
-"""Start the real launchers on this machine, and read what they leave."""
+"""A tiny configuration, the real launchers on this machine, and what they leave."""
 
 import json
 import os
@@ -11,6 +11,34 @@ from typing import Any
 from tensorlm.launch_env import free_port
 
 ROOT = Path(__file__).parents[2]
+
+TINY = """
+[run]
+dir = "{run}"
+[model]
+vocab_size = 512
+hidden_size = 32
+intermediate_size = 64
+num_layers = 2
+num_heads = 4
+num_kv_heads = 2
+rope_theta = 10000.0
+fold = [16]
+hop_bias_init = -1.0
+[data]
+path = "{data}"
+seq_len = 128
+[optim]
+lr = 3e-3
+warmup_steps = 2
+[train]
+steps = 8
+rows_per_step = 4
+dtype = "fp32"
+[checkpoint]
+every = 3
+keep_last = 3
+"""
 
 RunTraining = Callable[..., "subprocess.CompletedProcess[str]"]
 

@@ -1,0 +1,19 @@
+"""A tiny prepared data set, for all tests that train."""
+
+import email
+from pathlib import Path
+
+import pytest
+
+from tensorlm.data.prepare import encode, find_files, read_documents
+from tensorlm.data.tokenizers import train_tokenizer
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards and tokenizer made of the standard library's email package."""
+    folder = tmp_path_factory.mktemp("data")
+    files = find_files([str(Path(email.__file__).parent / "*.py")])
+    train_tokenizer(read_documents(files, "text"), 512, folder / "tokenizer")
+    encode(files, folder / "tokenizer", folder / "set", holdout=0.3)
+    return folder / "set"
