@@ -1,17 +1,21 @@
-"""Prepare data: train a tokenizer, encode documents into shards, verify them.
+"""Prepare data: train a tokenizer, encode documents into shards, verify and inspect them.
 
 launcher/prepare_data.py tokenizer --input 'texts/**/*.txt' --vocab-size 4096 --output TOKENIZER
 launcher/prepare_data.py encode --input 'corpus/*.parquet' --tokenizer TOKENIZER --output DATA
+mpirun -np 8 python launcher/prepare_data.py encode ...    # the same, over the ranks (also: srun)
 launcher/prepare_data.py verify DATA
+launcher/prepare_data.py inspect DATA --plot lengths.png
 """
 
 import argparse
+import os
 from pathlib import Path
 
-from tensorlm.data.prepare import encode, find_files, read_documents
-from tensorlm.data.shards import open_shards, verify_shards
+from tensorlm.data.prepare import SHARD_BYTES, encode, find_files, read_documents
+from tensorlm.data.shards import Corpus, verify_shards
 from tensorlm.data.tokenizers import train_tokenizer
 from tensorlm.errors import UserError, run_launcher
+from tensorlm.launch_env import launched_world_size
 
 
 def main() -> int:
@@ -26,11 +30,12 @@ def main() -> int:
         nargs="+",
         required=True,
         metavar="GLOB",
-        help="text files (one document each), .jsonl[.gz|.zst], .parquet, .arrow",
+        help="text files (one document each), .json, .jsonl (also .gz, .zst), .parquet, .arrow, or "
+        "hf:NAME[:SUBSET[:SPLIT]] for a data set of the hub or a local folder of `datasets`",
     )
     source.add_argument("--exclude", nargs="*", default=[], metavar="GLOB", help="files to skip")
     source.add_argument("--text-field", default="text", help="field that holds the text")
-    source.add_argument("--max-bytes", type=int, default=0, help="stop after this much text")
+    source.add_argument("--max-bytes", type=int, default=0, help="stop after this much input")
 
     tokenizer = commands.add_parser("tokenizer", parents=[source], help="train a sentencepiece BPE")
     tokenizer.add_argument("--vocab-size", type=int, required=True)
@@ -41,7 +46,7 @@ def main() -> int:
         "--tokenizer",
         type=Path,
         required=True,
-        help="Hugging Face folder, or one with a sentencepiece tokenizer.model",
+        help="Hugging Face folder, or a sentencepiece .model",
     )
     shards.add_argument("--output", type=Path, required=True, help="folder of the data set")
     shards.add_argument(
@@ -50,10 +55,23 @@ def main() -> int:
         default=0.01,
         help="share of the documents kept for evaluation (default 0.01)",
     )
-    shards.add_argument("--shard-tokens", type=int, default=1 << 28, help="tokens in one shard")
+    shards.add_argument(
+        "--workers", type=int, default=0, help="processes (default: one a core; one an MPI rank)"
+    )
+    shards.add_argument(
+        "--shard-bytes", type=int, default=SHARD_BYTES, help="input bytes in one shard"
+    )
 
     verify = commands.add_parser("verify", help="check every byte of a data set")
     verify.add_argument("data", type=Path)
+
+    inspect = commands.add_parser("inspect", help="counts, document lengths, samples")
+    inspect.add_argument("data", type=Path)
+    inspect.add_argument("--samples", type=int, default=3, help="documents to show")
+    inspect.add_argument(
+        "--seq-len", type=int, nargs="+", default=[8192, 32768, 131072], help="rows to plan"
+    )
+    inspect.add_argument("--plot", type=Path, metavar="FILE.png", help="plot document lengths")
     args = parser.parse_args()
 
     if args.command == "tokenizer":
@@ -62,21 +80,51 @@ def main() -> int:
         train_tokenizer(texts, args.vocab_size, args.output)
         print(f"{args.output}: sentencepiece tokenizer, {args.vocab_size:,} pieces")
     elif args.command == "encode":
+        _check_encode(args)
+        own_cores = len(os.sched_getaffinity(0)) if launched_world_size() == 1 else 1
         summary = encode(
             find_files(args.input, args.exclude), args.tokenizer, args.output,
-            text_field=args.text_field, max_bytes=args.max_bytes,
-            shard_tokens=args.shard_tokens, holdout=args.holdout,
+            text_field=args.text_field, max_bytes=args.max_bytes, shard_bytes=args.shard_bytes,
+            holdout=args.holdout, workers=args.workers or own_cores,
         )  # fmt: skip
-        print(summary)
-    else:
-        for split in ("train", "valid"):
-            if not any((args.data / split).glob("shard-*.json")):
-                continue
-            bad = verify_shards(args.data / split)
+        if summary:
+            print(summary)
+    elif args.command == "verify":
+        for split in _splits(args.data):
+            bad = verify_shards(split)
             if bad:
-                raise UserError(*(f"{args.data / split / name}: checksum differs" for name in bad))
-            print(f"{args.data / split}: {len(open_shards(args.data / split))} shards are whole")
+                raise UserError(*bad)
+            print(f"{split}: {len(Corpus(split).shards)} shards are whole")
+    else:
+        _inspect(args)
     return 0
+
+
+def _check_encode(args: argparse.Namespace) -> None:
+    if not 0 <= args.holdout < 1:
+        raise UserError(f"--holdout: {args.holdout} is not a share (0 <= share < 1)")
+    for name in ("workers", "max_bytes", "shard_bytes"):
+        if getattr(args, name) < (name == "shard_bytes"):
+            raise UserError(f"--{name.replace('_', '-')}: {getattr(args, name)} is too small")
+
+
+def _splits(data: Path) -> list[Path]:
+    splits = [data / name for name in ("train", "valid") if (data / name).is_dir()]
+    if not splits:
+        raise UserError(f"{data}: no data set (no train/ or valid/; make one with encode)")
+    return splits
+
+
+def _inspect(args: argparse.Namespace) -> None:
+    from tensorlm.data import inspect
+
+    splits = _splits(args.data)
+    for split in splits:
+        print(inspect.describe_split(split, args.seq_len), end="\n\n")
+        print(*inspect.sample_documents(args.data, split.name, args.samples), sep="\n", end="\n\n")
+    if args.plot:
+        inspect.plot_lengths(splits, args.plot)
+        print(f"plot: {args.plot}")
 
 
 if __name__ == "__main__":

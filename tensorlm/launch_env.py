@@ -60,6 +60,12 @@ def launched_rank(environ: Mapping[str, str] | None = None) -> int:
     return place[0] if place else 0
 
 
+def launched_world_size(environ: Mapping[str, str] | None = None) -> int:
+    """How many ranks the launcher started, 1 where there was none."""
+    place = _place(os.environ if environ is None else environ)
+    return place[1] if place else 1
+
+
 def _place(env: Mapping[str, str]) -> tuple[int, int, int, int] | None:
     """(rank, world size, local rank, local world size), or None for plain `python`."""
     if "RANK" in env and "WORLD_SIZE" in env:

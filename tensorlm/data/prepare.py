@@ -1,186 +1,254 @@
-"""From text files to token shards: read with `datasets`, encode, hold some documents out, write."""
+"""From texts to token shards: the same bytes for any number of workers, and after any kill.
 
-import fnmatch
-import glob
+The inputs are cut into shards before anybody reads them. A worker reads the parts of one shard,
+encodes their documents, holds some out, and writes the shard of each split whole. What exists is
+never made again; the index that makes a split readable is written when all of its shards are there.
+"""
+
+import contextlib
 import hashlib
+import json
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
 from tqdm import tqdm
 
 from tensorlm.errors import UserError
 
-from .shards import write_shard
-from .tokenizers import copy_tokenizer, load_tokenizer, tokenizer_sha256
+from .inputs import HUB, Part, find_files, plan_shards, read_documents, read_part
+from .shard_writer import ShardWriter, write_atomically, write_index
+from .shards import INDEX, VERSION, read_header, shard_name
+from .tokenizers import DocumentEncoder, copy_tokenizer, tokenizer_sha256
+from .workers import Progress, Ranks, run_tasks
 
-_READERS = {
-    ".json": "json",
-    ".jsonl": "json",
-    ".jsonl.gz": "json",
-    ".jsonl.zst": "json",
-    ".parquet": "parquet",
-    ".arrow": "arrow",
-}
-_BATCH_DOCUMENTS = 64
+__all__ = ["encode", "find_files", "read_documents"]
 
-
-def find_files(patterns: list[str], exclude: list[str] | None = None) -> list[str]:
-    """Files that match any glob pattern (`**` reaches into folders), sorted, less the excluded.
-
-    Raises:
-        UserError: a pattern matches nothing.
-    """
-    files: set[str] = set()
-    for pattern in patterns:
-        found = [f for f in glob.glob(pattern, recursive=True) if Path(f).is_file()]
-        if not found:
-            raise UserError(f"{pattern}: no such file")
-        files.update(found)
-    return sorted(f for f in files if not any(fnmatch.fnmatch(f, e) for e in exclude or []))
+PLAN = "prepare.json"
+SHARD_BYTES = 1 << 28
+_BATCH_DOCUMENTS, _BATCH_CHARACTERS = 64, 1 << 21
 
 
-def read_documents(files: list[str], text_field: str, max_bytes: int = 0) -> Iterator[str]:
-    """Yield the text of each document: a record of JSONL, Parquet or Arrow, or a whole text file.
+@dataclass(frozen=True)
+class _Job:
+    """What every worker has to know, and the shard that it is to make."""
 
-    Args:
-        files: from `find_files`; the reader of each is chosen by its name.
-        text_field: field (column) that holds the text.
-        max_bytes: stop before the document that would exceed this many bytes of text; 0: no limit.
-    """
-    total = 0
-    for file in files:
-        for text in _read_file(file, text_field):
-            total += len(text.encode())
-            if max_bytes and total > max_bytes:
-                return
-            if text:
-                yield text
+    output: Path
+    splits: tuple[str, ...]
+    text_field: str
+    holdout: float
+    tokenizer_sha256: str
+    number: int
+    parts: tuple[Part, ...]
 
-
-def _read_file(file: str, text_field: str) -> Iterator[str]:
-    reader = next((r for suffix, r in _READERS.items() if file.endswith(suffix)), None)
-    if reader is None:
-        try:
-            yield Path(file).read_text(encoding="utf-8")
-        except UnicodeDecodeError:
-            raise UserError(f"{file}: not UTF-8 text (exclude it, or convert it)") from None
-        return
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetGenerationError
-
-    records = load_dataset(reader, data_files=file, split="train", streaming=True)
-    try:
-        for record in records:
-            if not isinstance(record.get(text_field), str):
-                raise UserError(f"{file}: no text in field {text_field!r} (has {sorted(record)})")
-            yield record[text_field]
-    except (DatasetGenerationError, ValueError) as error:
-        reason = str(error.__cause__ or error).splitlines()[0]
-        raise UserError(f"{file}: cannot be read as {reader} ({reason})") from None
-
-
-@dataclass
-class _Split:
-    """The documents of one split that are not yet on disk, and what is."""
-
-    folder: Path
-    pending: list[NDArray[Any]] = field(default_factory=list)
-    pending_tokens: int = 0
-    num_shards: int = 0
-    num_tokens: int = 0
-    num_documents: int = 0
-
-
-class ShardSet:
-    """Collects encoded documents of a data set and writes a shard whenever one is full."""
-
-    def __init__(
-        self, output: Path, vocab_size: int, tokenizer_hash: str, shard_tokens: int, holdout: float
-    ) -> None:
-        self.vocab_size, self.tokenizer_hash = vocab_size, tokenizer_hash
-        self.shard_tokens, self.holdout = shard_tokens, holdout
-        self.splits = {name: _Split(output / name) for name in ("train", "valid")}
-        for split in self.splits.values():
-            split.folder.mkdir(parents=True, exist_ok=True)
-            if any(split.folder.glob("shard-*.json")):
-                raise UserError(f"{split.folder}: holds shards already (choose another --output)")
-
-    def add(self, text: str, ids: NDArray[Any]) -> None:
-        """Add a document; whether it is held out depends on its text alone."""
-        bucket = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) / 2**64
-        split = self.splits["valid" if bucket < self.holdout else "train"]
-        split.pending.append(ids)
-        split.pending_tokens += len(ids)
-        if split.pending_tokens >= self.shard_tokens:
-            self._write(split)
-
-    def finish(self) -> None:
-        """Write what is left."""
-        for split in self.splits.values():
-            if split.pending:
-                self._write(split)
-
-    def _write(self, split: _Split) -> None:
-        write_shard(
-            split.folder, split.num_shards, split.pending, self.vocab_size, self.tokenizer_hash
-        )
-        split.num_shards += 1
-        split.num_tokens += split.pending_tokens
-        split.num_documents += len(split.pending)
-        split.pending, split.pending_tokens = [], 0
+    @property
+    def is_done(self) -> bool:
+        """Whether the shard of every split is there."""
+        name = f"{shard_name(self.number)}.json"
+        return all((self.output / split / name).exists() for split in self.splits)
 
 
 def encode(
     files: list[str],
-    tokenizer_folder: Path,
+    tokenizer: Path,
     output: Path,
     *,
     text_field: str = "text",
     max_bytes: int = 0,
-    shard_tokens: int = 1 << 28,
+    shard_bytes: int = SHARD_BYTES,
     holdout: float = 0.0,
+    workers: int = 1,
 ) -> str:
     """Encode documents into shards `output/train`, `output/valid`; returns a one-line summary.
 
-    Each document becomes BOS, its ids, EOS. The tokenizer is copied to `output/tokenizer`.
+    Each document becomes BOS, its ids, EOS. The tokenizer is copied to `output/tokenizer`. Under
+    `mpirun` or `srun`, every rank calls it and does a share; rank 0 has the summary. A call
+    that was killed goes on where it was when it is repeated; one that was done does nothing.
+
+    Args:
+        files: from `find_files`.
+        tokenizer: a Hugging Face folder, or a sentencepiece model.
+        output: folder of the data set.
+        text_field: field (column) that holds the text.
+        max_bytes: cut the inputs off after this many bytes; 0: read all.
+        shard_bytes: input bytes in one shard.
+        holdout: share of the documents that go to `valid`, chosen by their text alone.
+        workers: processes of this rank. One encodes with the tokenizer's own threads.
+
+    Raises:
+        UserError: unreadable inputs, a full disk, or an output that was begun in another way.
     """
-    tokenizer = load_tokenizer(tokenizer_folder)
-    copy_tokenizer(tokenizer_folder, output / "tokenizer")
-    shards = ShardSet(
-        output, len(tokenizer), tokenizer_sha256(output / "tokenizer"), shard_tokens, holdout
-    )
-    start, num_bytes = time.perf_counter(), 0
-    with tqdm(unit="B", unit_scale=True, desc="encode", total=max_bytes or None) as progress:
-        for texts in _batches(read_documents(files, text_field, max_bytes)):
-            encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False)
-            for text, ids in zip(texts, encoded["input_ids"], strict=True):
-                shards.add(text, np.array([tokenizer.bos_token_id, *ids, tokenizer.eos_token_id]))
-                num_bytes += len(text.encode())
-            progress.update(num_bytes - progress.n)
-    shards.finish()
-    train, valid = shards.splits["train"], shards.splits["valid"]
-    if not train.num_documents:
-        raise UserError(f"{output}: no training documents (of {len(files)} files)")
-    rate = (train.num_tokens + valid.num_tokens) / (time.perf_counter() - start)
-    return (
-        f"{output}: train {train.num_documents:,} documents, {train.num_tokens:,} tokens; "
-        f"valid {valid.num_documents:,} documents, {valid.num_tokens:,} tokens; "
-        f"{num_bytes / 1e6:.1f} MB, {rate:,.0f} tokens/s"
-    )
+    splits = ("train", "valid") if holdout > 0 else ("train",)
+
+    def begin() -> tuple[list[_Job], int]:
+        plan = plan_shards(files, text_field, shard_bytes, max_bytes)
+        if not plan:
+            raise UserError(f"{files[0]}: nothing to read (empty, or longer than --max-bytes)")
+        sha256 = tokenizer_sha256(tokenizer)
+        _begin_output(output, splits, files, plan, text_field, holdout, sha256)
+        copy_tokenizer(tokenizer, output / "tokenizer")
+        _encoder(output / "tokenizer")  # a bad one is told now, and once
+        jobs = [
+            _Job(output, splits, text_field, holdout, sha256, number, tuple(parts))
+            for number, parts in enumerate(plan)
+        ]
+        return [job for job in jobs if not job.is_done], len(jobs)
+
+    with Ranks() as ranks:
+        jobs, num_shards = ranks.from_first(begin)
+        started = time.monotonic()
+        with _progress_bar(jobs, is_shown=ranks.rank == 0) as report:
+            run_tasks(jobs, encode_shard, ranks, workers, report)
+        seconds = time.monotonic() - started
+        summary = ranks.from_first(lambda: _finish(output, splits, num_shards, len(jobs), seconds))
+        return summary if ranks.rank == 0 else ""
+
+
+@contextlib.contextmanager
+def _progress_bar(jobs: list[_Job], is_shown: bool) -> Iterator[Callable[[list[int]], None]]:
+    """Yields what shows (documents, tokens, bytes) done so far, with rates and the time left."""
+    total = sum(part.num_bytes for job in jobs for part in job.parts)
+    started = time.monotonic()
+    with tqdm(
+        total=total, unit="B", unit_scale=True, desc="encode", disable=not (is_shown and jobs)
+    ) as bar:
+
+        def report(counts: list[int]) -> None:
+            documents, tokens, num_bytes = counts
+            seconds = max(time.monotonic() - started, 1e-9)
+            bar.set_postfix_str(
+                f"{documents / seconds:,.0f} documents/s, {tokens / seconds:,.0f} tokens/s"
+            )
+            bar.update(num_bytes - bar.n)
+
+        yield report
+
+
+def _begin_output(
+    output: Path,
+    splits: tuple[str, ...],
+    files: list[str],
+    plan: list[list[Part]],
+    text_field: str,
+    holdout: float,
+    sha256: str,
+) -> None:
+    """Make the folders, or make sure that what they hold was begun with the same inputs."""
+    state = [_identity(file) for file in files]
+    parts = [[(part.source, part.start, part.stop) for part in shard] for shard in plan]
+    wanted = {
+        "version": VERSION,
+        "inputs": hashlib.sha256(json.dumps([state, parts]).encode()).hexdigest(),
+        "tokenizer_sha256": sha256,
+        "text_field": text_field,
+        "holdout": holdout,
+    }
+    for split in splits:
+        try:
+            (output / split).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{output / split}: cannot be made ({error.strerror})") from None
+    path = output / PLAN
+    if path.exists():
+        try:
+            begun = json.loads(path.read_text())
+            other = [key for key, value in wanted.items() if begun[key] != value]
+        except (ValueError, KeyError, TypeError):
+            other = ["content"]
+        if other:
+            raise UserError(
+                f"{path}: was begun with other {', '.join(other)} (repeat the first command, or "
+                "choose another --output)"
+            )
+    elif any(any((output / split).glob("shard-*")) for split in splits):
+        raise UserError(f"{output}: holds shards already (choose another --output)")
+    for split in splits:
+        for stray in (output / split).glob("*.tmp"):
+            stray.unlink(missing_ok=True)
+    write_atomically(path, json.dumps(wanted, indent=1).encode())
+
+
+def _identity(file: str) -> list[Any]:
+    if file.startswith(HUB):
+        return [file]
+    stat = Path(file).stat()
+    return [file, stat.st_size, stat.st_mtime_ns]
+
+
+@cache
+def _encoder(folder: Path) -> DocumentEncoder:
+    return DocumentEncoder(folder)
+
+
+def encode_shard(job: _Job, progress: Progress) -> None:
+    """Make the shard of each split: the work of one worker."""
+    encoder = _encoder(job.output / "tokenizer")
+    with contextlib.ExitStack() as stack:
+        writers = {
+            split: stack.enter_context(
+                ShardWriter(
+                    job.output / split,
+                    job.number,
+                    vocab_size=encoder.vocab_size,
+                    bos_id=encoder.bos_id,
+                    eos_id=encoder.eos_id,
+                    tokenizer_sha256=job.tokenizer_sha256,
+                )
+            )
+            for split in job.splits
+        }
+        for part in job.parts:
+            left = part.num_bytes
+            for texts in _batches(read_part(part, job.text_field)):
+                num_tokens, num_bytes = 0, 0
+                for text, ids in zip(texts, encoder(texts), strict=True):
+                    content = text.encode()
+                    split = "valid" if _place(content) < job.holdout else "train"
+                    writers[split].add(ids, len(content))
+                    num_tokens += len(ids)
+                    num_bytes += len(content)
+                progress.add(len(texts), num_tokens, min(left, num_bytes))
+                left -= min(left, num_bytes)
+            progress.add(0, 0, left)  # a compressed or half empty part is done, too
+
+
+def _place(content: bytes) -> float:
+    """A number in [0, 1) that a document has by its text alone."""
+    return float(int.from_bytes(hashlib.sha256(content).digest()[:8]) / 2**64)
 
 
 def _batches(texts: Iterator[str]) -> Iterator[list[str]]:
-    """Group documents so that the tokenizer can use its threads."""
+    """Group documents so that the tokenizer can use its threads, and memory stays small."""
     batch: list[str] = []
+    num_characters = 0
     for text in texts:
         batch.append(text)
-        if len(batch) == _BATCH_DOCUMENTS:
+        num_characters += len(text)
+        if len(batch) == _BATCH_DOCUMENTS or num_characters >= _BATCH_CHARACTERS:
             yield batch
-            batch = []
+            batch, num_characters = [], 0
     if batch:
         yield batch
+
+
+def _finish(
+    output: Path, splits: tuple[str, ...], num_shards: int, num_made: int, seconds: float
+) -> str:
+    """Write the indexes where they are missing; returns what there is now, in one line."""
+    parts = []
+    for split in splits:
+        names = [f"{shard_name(number)}.json" for number in range(num_shards)]
+        headers = [read_header(output / split / name) for name in names]
+        documents = sum(header.num_documents for header in headers)
+        if split == "train" and not documents:
+            raise UserError(f"{output}: no training documents (add texts, or hold fewer out)")
+        if not (output / split / INDEX).exists():
+            write_index(output / split, num_shards)
+        tokens = sum(header.num_tokens for header in headers)
+        parts.append(f"{split} {documents:,} documents, {tokens:,} tokens")
+    made = f"{num_made} shards in {tqdm.format_interval(seconds)}" if num_made else "nothing to do"
+    kept = f", {num_shards - num_made} were there" if num_made < num_shards else ""
+    return f"{output}: {'; '.join(parts)} ({made}{kept})"

@@ -1,174 +1,265 @@
-"""Token shards on disk: write them atomically, map them into memory, know when they are damaged.
+"""Token shards on disk: map them into memory, know when they are damaged (docs/data_format.md).
 
-A data set is a folder with `train/` and `valid/` (shards) and `tokenizer/`. Shard N is three files:
+A data set is a folder with `train/`, `valid/` (splits of shards) and `tokenizer/`. A split holds
 
     shard-0000N.tokens   token ids of all documents, one after the other (uint16 or uint32)
     shard-0000N.ends     end offset of each document, in tokens (uint64)
-    shard-0000N.json     header: format version, dtype, counts, vocabulary, sizes and sha256 of both
-
-The header is renamed into place last: a shard without one does not exist.
+    shard-0000N.json     header: dtype, counts, vocabulary, largest id, size and sha256 of both
+    index.json           sha256 of every header, and of itself; without it a split is unfinished
 """
 
 import hashlib
 import json
-import os
-from collections.abc import Iterable
+import re
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field, ValidationError
+from tqdm import tqdm
 
+from tensorlm.config import Section
 from tensorlm.errors import UserError
 
-FORMAT = "tensorlm-shard"
-VERSION = 1
+FORMAT: Final = "tensorlm-shard"
+VERSION: Final = 2
+INDEX = "index.json"
+_HASH_THREADS = 8
+_REPAIR = "restore the file, or prepare the data again"
+
+
+class FileEntry(Section):
+    """Size and checksum of one file of a shard."""
+
+    bytes: int = Field(ge=0)
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+
+
+class ShardHeader(Section):
+    """What shard-0000N.json says; `num_bytes` is the UTF-8 text that became the tokens."""
+
+    format: Literal["tensorlm-shard"] = FORMAT
+    version: Literal[2] = VERSION
+    dtype: Literal["uint16", "uint32"]
+    vocab_size: int = Field(gt=0)
+    max_id: int = Field(ge=0)
+    num_tokens: int = Field(ge=0)
+    num_documents: int = Field(ge=0)
+    num_bytes: int = Field(ge=0)
+    bos_id: int = Field(ge=0)
+    eos_id: int = Field(ge=0)
+    tokenizer_sha256: str
+    files: dict[str, FileEntry]
 
 
 @dataclass(frozen=True)
 class Shard:
     """One shard, mapped read-only."""
 
-    header: dict[str, Any]
+    header: ShardHeader
     tokens: NDArray[Any]
     ends: NDArray[np.uint64]
 
 
-def token_dtype(vocab_size: int) -> str:
-    """Smallest of uint16 and uint32 that holds every id."""
-    return "uint16" if vocab_size <= 1 << 16 else "uint32"
+def shard_name(number: int) -> str:
+    """Name of the files of shard `number`, without their suffix."""
+    return f"shard-{number:05d}"
 
 
-def write_shard(
-    folder: Path, index: int, documents: list[NDArray[Any]], vocab_size: int, tokenizer_sha256: str
-) -> dict[str, Any]:
-    """Write one shard of encoded documents and return its header.
+def read_header(path: Path) -> ShardHeader:
+    """Read and check one header.
 
     Raises:
-        UserError: a document has an id outside the vocabulary, or there are no documents.
+        UserError: it is missing, not a header, of another version, or contradicts itself.
     """
-    if not documents:
-        raise UserError(f"{folder}: no documents to write")
-    dtype = token_dtype(vocab_size)
-    tokens = np.concatenate(documents)
-    if tokens.size and int(tokens.max()) >= vocab_size:
-        raise UserError(f"{folder}: token id {int(tokens.max())} outside vocabulary {vocab_size}")
-    ends = np.cumsum([len(d) for d in documents], dtype=np.uint64)
-    base = f"shard-{index:05d}"
-    header = {
-        "format": FORMAT,
-        "version": VERSION,
-        "dtype": dtype,
-        "vocab_size": vocab_size,
-        "num_tokens": int(tokens.size),
-        "num_documents": len(documents),
-        "max_id": int(tokens.max()) if tokens.size else 0,
-        "tokenizer_sha256": tokenizer_sha256,
-        "files": {
-            f"{base}.tokens": _write(folder / f"{base}.tokens", tokens.astype(dtype).tobytes()),
-            f"{base}.ends": _write(folder / f"{base}.ends", ends.tobytes()),
-        },
+    try:
+        header = ShardHeader.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        raise UserError(f"{path}: missing ({_REPAIR})") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except ValidationError as error:
+        where = ".".join(str(part) for part in error.errors()[0]["loc"]) or "content"
+        raise UserError(
+            f"{path}: not a shard header of version {VERSION} ({where}: {_REPAIR})"
+        ) from None
+    if header.max_id >= header.vocab_size:
+        raise UserError(
+            f"{path}: token id {header.max_id} is outside the vocabulary of {header.vocab_size} "
+            "(prepare the data again, with one tokenizer)"
+        )
+    sizes = {
+        f"{path.stem}.tokens": header.num_tokens * np.dtype(header.dtype).itemsize,
+        f"{path.stem}.ends": header.num_documents * 8,
     }
-    _write(folder / f"{base}.json", json.dumps(header, indent=1).encode())
+    if {name: entry.bytes for name, entry in header.files.items()} != sizes:
+        raise UserError(f"{path}: file sizes contradict dtype and counts ({_REPAIR})")
     return header
 
 
-def _write(path: Path, content: bytes) -> dict[str, Any]:
-    """Write a file whole or not at all; return its size and sha256."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(path)
-    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+def seal(content: dict[str, Any]) -> str:
+    """sha256 of plain values: how index.json seals itself, and the identity of a split."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def open_shards(folder: str | Path) -> list[Shard]:
-    """Map every shard of a split, in order; sizes, counts and ids are checked against the headers.
+def _read_index(folder: Path) -> tuple[list[Path], str]:
+    """Header paths of a split in order, and its fingerprint."""
+    path = folder / INDEX
+    if not path.exists():
+        has_shards = any(folder.glob("shard-*"))
+        raise UserError(
+            f"{path}: missing: preparing did not finish (run prepare_data.py encode again)"
+            if has_shards
+            else f"{folder}: no shards (make them with launcher/prepare_data.py encode)"
+        )
+    try:
+        index = json.loads(path.read_bytes())
+        fingerprint = index.pop("sha256")
+        headers: dict[str, str] = index["headers"]
+        is_whole = (index["format"], index["version"], seal(index)) == (
+            FORMAT,
+            VERSION,
+            fingerprint,
+        )
+        digests = {folder / name: str(digest) for name, digest in headers.items()}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        is_whole = False
+    if not is_whole:
+        raise UserError(f"{path}: damaged, or not of version {VERSION} ({_REPAIR})")
+    for header, digest in digests.items():
+        if not re.fullmatch(r"shard-\d{5,}\.json", header.name) or header.parent != folder:
+            raise UserError(f"{path}: {header.name} is no shard ({_REPAIR})")
+        if not header.exists():
+            raise UserError(f"{header}: missing ({_REPAIR})")
+        if hashlib.sha256(header.read_bytes()).hexdigest() != digest:
+            raise UserError(f"{header}: differs from {INDEX} ({_REPAIR})")
+    strangers = set(folder.glob("shard-*.json")) - set(digests)
+    if strangers:
+        raise UserError(
+            f"{min(strangers)}: not in {INDEX}: from another data set? (remove it, or prepare "
+            "both together)"
+        )
+    return list(digests), fingerprint
+
+
+def open_shards(folder: str | Path, *, verify: bool = False) -> tuple[list[Shard], str]:
+    """Map every shard of a split, in order; returns them and the split's fingerprint.
+
+    Index, headers and document ends are checked whole, token files by their size; with `verify`,
+    every byte of those too.
 
     Raises:
-        UserError: no shard, or one that its header does not describe.
+        UserError: no shard, or one that is not as it was written; the line names the file.
     """
     folder = Path(folder)
-    headers = sorted(folder.glob("shard-*.json"))
-    if not headers:
-        raise UserError(f"{folder}: no shards (make them with launcher/prepare_data.py encode)")
-    shards = [_open_shard(path) for path in headers]
-    first = shards[0].header
-    for path, shard in zip(headers, shards, strict=True):
-        for key in ("tokenizer_sha256", "vocab_size", "dtype"):
-            if shard.header[key] != first[key]:
-                raise UserError(f"{path}: {key} differs from {headers[0].name} (mixed data sets)")
-    return shards
+    paths, fingerprint = _read_index(folder)
+    shards = [_open_shard(path) for path in paths]
+    for path, shard in zip(paths, shards, strict=True):
+        for key in ("tokenizer_sha256", "vocab_size", "dtype", "bos_id", "eos_id"):
+            if getattr(shard.header, key) != getattr(shards[0].header, key):
+                raise UserError(
+                    f"{path}: {key} differs from {paths[0].name} (mixed data sets: prepare them "
+                    "apart, and mix with data.sources)"
+                )
+    if not any(shard.header.num_documents for shard in shards):
+        raise UserError(f"{folder}: holds no documents (prepare it with more text or --holdout)")
+    if verify:
+        bad = verify_shards(folder)
+        if bad:
+            raise UserError(*bad)
+    return shards, fingerprint
 
 
 def _open_shard(path: Path) -> Shard:
-    try:
-        header = json.loads(path.read_text())
-        known = header["format"] == FORMAT and header["version"] == VERSION
-        dtype, max_id, vocab_size = header["dtype"], header["max_id"], header["vocab_size"]
-        num_tokens, num_documents = header["num_tokens"], header["num_documents"]
-        sizes = {name: entry["bytes"] for name, entry in header["files"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{path}: not a shard header (prepare the data again)") from None
-    if not known or dtype not in ("uint16", "uint32") or max_id >= vocab_size:
-        raise UserError(f"{path}: unknown format, version, dtype or ids (prepare the data again)")
-    tokens_path, ends_path = path.with_suffix(".tokens"), path.with_suffix(".ends")
-    expected = {
-        tokens_path: num_tokens * np.dtype(dtype).itemsize,
-        ends_path: num_documents * 8,
-    }
-    for file, size in expected.items():
-        actual = file.stat().st_size if file.exists() else -1
-        if actual != size or sizes.get(file.name) != size:
-            raise UserError(f"{file}: {actual} bytes, expected {size} (prepare the data again)")
-    tokens = np.memmap(tokens_path, dtype=dtype, mode="r") if num_tokens else np.empty(0, dtype)
-    ends = np.memmap(ends_path, dtype=np.uint64, mode="r")
-    if int(ends[-1]) != num_tokens:
-        raise UserError(f"{ends_path}: ends at {ends[-1]}, header says {num_tokens} tokens")
+    header = read_header(path)
+    for name, entry in header.files.items():
+        file = path.with_name(name)
+        if not file.exists():
+            raise UserError(f"{file}: missing ({_REPAIR})")
+        if file.stat().st_size != entry.bytes:
+            raise UserError(
+                f"{file}: {file.stat().st_size} bytes, expected {entry.bytes} ({_REPAIR})"
+            )
+    ends_path = path.with_suffix(".ends")
+    ends = np.fromfile(ends_path, dtype=np.uint64)
+    if hashlib.sha256(ends.tobytes()).hexdigest() != header.files[ends_path.name].sha256:
+        raise UserError(f"{ends_path}: checksum differs ({_REPAIR})")
+    tokens = (
+        np.memmap(path.with_suffix(".tokens"), dtype=header.dtype, mode="r")
+        if header.num_tokens
+        else np.empty(0, header.dtype)
+    )
     return Shard(header, tokens, ends)
 
 
 def verify_shards(folder: str | Path) -> list[str]:
-    """Full checksums of a split; the names of the files that do not match their header."""
-    bad = []
-    for path in sorted(Path(folder).glob("shard-*.json")):
-        for name, entry in json.loads(path.read_text())["files"].items():
-            with open(path.parent / name, "rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
-                    bad.append(name)
+    """Read every byte of a split; one line for each file that does not match its checksum."""
+    folder = Path(folder)
+    paths, _ = _read_index(folder)
+    entries = [
+        (folder / name, entry) for path in paths for name, entry in read_header(path).files.items()
+    ]
+    total = sum(entry.bytes for _, entry in entries)
+    with (
+        tqdm(total=total, unit="B", unit_scale=True, desc=f"verify {folder}", delay=2) as bar,
+        ThreadPoolExecutor(_HASH_THREADS) as threads,
+    ):
+        bad = []
+        for file, entry, digest in threads.map(_digest, entries):
+            bar.update(entry.bytes)
+            if digest != entry.sha256:
+                bad.append(f"{file}: checksum differs ({_REPAIR})")
     return bad
 
 
-def fingerprint(shards: Iterable[Shard]) -> str:
-    """sha256 over the headers: equal for equal data, whatever the folder is called."""
-    digest = hashlib.sha256()
-    for shard in shards:
-        digest.update(json.dumps(shard.header, sort_keys=True).encode())
-    return digest.hexdigest()
+def _digest(item: tuple[Path, FileEntry]) -> tuple[Path, FileEntry, str]:
+    path, entry = item
+    try:
+        with open(path, "rb") as file:
+            return path, entry, hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}; {_REPAIR})") from None
 
 
 class Corpus:
-    """All documents of a split as one indexed sequence of token arrays."""
+    """All documents of a split as one indexed sequence of token arrays.
 
-    def __init__(self, folder: str | Path) -> None:
-        self.shards = open_shards(folder)
-        self.vocab_size: int = self.shards[0].header["vocab_size"]
-        self.tokenizer_sha256: str = self.shards[0].header["tokenizer_sha256"]
-        self.fingerprint = fingerprint(self.shards)
-        ends = [s.ends.astype(np.int64) for s in self.shards]
-        self.lengths = np.concatenate([np.diff(e, prepend=0) for e in ends])
-        self._first = np.cumsum([0] + [len(e) for e in ends])
+    `lengths` [D]: tokens of each document; `begins` [D]: where each begins in its shard.
+    """
+
+    def __init__(self, folder: str | Path, *, verify: bool = False) -> None:
+        self.folder = Path(folder)
+        self.shards, self.fingerprint = open_shards(folder, verify=verify)
+        header = self.shards[0].header
+        self.vocab_size = header.vocab_size
+        self.tokenizer_sha256 = header.tokenizer_sha256
+        ends = [shard.ends.astype(np.int64) for shard in self.shards]
+        self.begins = np.concatenate([np.append(0, e)[:-1] for e in ends])
+        self.lengths = np.concatenate(ends) - self.begins
+        self.first_document = np.cumsum([0] + [len(e) for e in ends])
 
     def __len__(self) -> int:
         return len(self.lengths)
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all documents."""
+        return sum(shard.header.num_tokens for shard in self.shards)
+
+    def shard_of(self, document: Any) -> Any:
+        """Index of the shard that holds each document (an index, or an array of them)."""
+        return np.searchsorted(self.first_document, document, side="right") - 1
+
     def tokens(self, document: int, start: int, stop: int) -> NDArray[Any]:
         """Tokens [start, stop) of one document, clipped to its length."""
-        shard_index = int(np.searchsorted(self._first, document, side="right")) - 1
-        shard = self.shards[shard_index]
-        end = int(shard.ends[document - self._first[shard_index]])
-        begin = end - int(self.lengths[document])
-        return shard.tokens[begin + start : min(begin + stop, end)]
+        begin, length = int(self.begins[document]), int(self.lengths[document])
+        tokens = self.shards[int(self.shard_of(document))].tokens
+        return tokens[begin + start : begin + min(stop, length)]
+
+    def documents(self) -> Iterator[NDArray[Any]]:
+        """Every document, whole."""
+        return (self.tokens(i, 0, int(self.lengths[i])) for i in range(len(self)))

@@ -6,12 +6,13 @@ end-of-document ids are placed here by id, never by the tokenizer's own template
 
 import hashlib
 import json
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import sentencepiece
+from numpy.typing import NDArray
 
 from tensorlm.errors import UserError
 
@@ -61,49 +62,88 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> None
         reason = str(error).strip().splitlines()[-1]
         raise UserError(f"tokenizer: training with vocab_size {vocab_size}: {reason}") from None
     (folder / "tokenizer.vocab").unlink(missing_ok=True)
-    write_sentencepiece_config(folder)
+    copy_tokenizer(folder, folder)
 
 
-def write_sentencepiece_config(folder: Path) -> None:
-    """Say what a bare `tokenizer.model` is: without this, AutoTokenizer reads it wrongly."""
-    path = folder / "tokenizer_config.json"
-    if not path.exists():
-        path.write_text(json.dumps(_SENTENCEPIECE_CONFIG, indent=1))
+def tokenizer_files(source: Path) -> dict[str, bytes]:
+    """Name and content of the files of a tokenizer: a folder, or a sentencepiece `.model` file.
+
+    A bare sentencepiece model gets a configuration that says what it is: without one, AutoTokenizer
+    reads it wrongly.
+
+    Raises:
+        UserError: no tokenizer there.
+    """
+    if source.is_file() and source.suffix == ".model":
+        files = {"tokenizer.model": source.read_bytes()}
+    else:
+        found = (source / name for name in TOKENIZER_FILES)
+        files = {path.name: path.read_bytes() for path in found if path.is_file()}
+    if not {"tokenizer.model", "tokenizer.json"} & set(files):
+        raise UserError(f"{source}: no tokenizer.json or tokenizer.model")
+    if "tokenizer.model" in files and "tokenizer_config.json" not in files:
+        files["tokenizer_config.json"] = json.dumps(_SENTENCEPIECE_CONFIG, indent=1).encode()
+    return files
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Write the files of a tokenizer into the folder `target`."""
+    target.mkdir(parents=True, exist_ok=True)
+    for name, content in tokenizer_files(source).items():
+        if not (target / name).exists() or (target / name).read_bytes() != content:
+            (target / name).write_bytes(content)
+
+
+def tokenizer_sha256(source: Path) -> str:
+    """sha256 over the tokenizer's files, names and contents: equal for a folder and its copy."""
+    digest = hashlib.sha256()
+    files = tokenizer_files(source)
+    for name in TOKENIZER_FILES:
+        if name in files:
+            digest.update(name.encode() + b"\0" + files[name])
+    return digest.hexdigest()
 
 
 def load_tokenizer(folder: str | Path) -> Any:
-    """Load a Hugging Face tokenizer folder (or a folder with a sentencepiece tokenizer.model).
+    """Load a Hugging Face tokenizer folder (a bare tokenizer.model needs `copy_tokenizer` first).
 
     Raises:
-        UserError: no tokenizer there, or one without beginning- and end-of-text tokens.
+        UserError: no tokenizer there, a damaged one, or one without beginning- and end-of-text.
     """
     from transformers import AutoTokenizer
 
     folder = Path(folder)
     if not any((folder / name).exists() for name in ("tokenizer.model", "tokenizer.json")):
         raise UserError(f"{folder}: no tokenizer.json or tokenizer.model")
-    tokenizer = AutoTokenizer.from_pretrained(
-        folder, local_files_only=True, trust_remote_code=False
-    )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # tokenizers raises bare Exception for a file it cannot parse
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{folder}: the tokenizer cannot be loaded ({reason})") from None
     if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
         raise UserError(f"{folder}: needs bos_token and eos_token in tokenizer_config.json")
     return tokenizer
 
 
-def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copy the tokenizer's files; a bare tokenizer.model gets its configuration beside it."""
-    target.mkdir(parents=True, exist_ok=True)
-    for name in TOKENIZER_FILES:
-        if (source / name).exists() and source.resolve() != target.resolve():
-            shutil.copyfile(source / name, target / name)
-    if (target / "tokenizer.model").exists():
-        write_sentencepiece_config(target)
+class DocumentEncoder:
+    """Turns texts into documents: BOS, the ids of the text, EOS.
 
+    Text that looks like a special token ("</s>") is encoded as the text that it is.
+    """
 
-def tokenizer_sha256(folder: Path) -> str:
-    """sha256 over the tokenizer's files: names and contents."""
-    digest = hashlib.sha256()
-    for name in TOKENIZER_FILES:
-        if (folder / name).exists():
-            digest.update(name.encode() + b"\0" + (folder / name).read_bytes())
-    return digest.hexdigest()
+    def __init__(self, folder: Path) -> None:
+        tokenizer = load_tokenizer(folder)
+        self.vocab_size = len(tokenizer)
+        self.bos_id: int = tokenizer.bos_token_id
+        self.eos_id: int = tokenizer.eos_token_id
+        self._backend = tokenizer.backend_tokenizer
+        self._backend.encode_special_tokens = True
+        self._backend.no_truncation()
+        self._backend.no_padding()
+
+    def __call__(self, texts: list[str]) -> list[NDArray[np.uint32]]:
+        """Encode documents; the same ids for any grouping of them."""
+        encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.array([self.bos_id, *e.ids, self.eos_id], dtype=np.uint32) for e in encodings]

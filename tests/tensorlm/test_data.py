@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from tensorlm.data.loader import PackedRows
 from tensorlm.data.packing import plan_rows
 from tensorlm.data.prepare import encode, find_files, read_documents
-from tensorlm.data.shards import Corpus, open_shards, verify_shards, write_shard
+from tensorlm.data.shards import Corpus, open_shards, verify_shards
 from tensorlm.data.tokenizers import load_tokenizer, train_tokenizer
 from tensorlm.errors import UserError
 from tensorlm.loss import IGNORED
+from tests.tensorlm.documents import write_split
 
 
 @settings(max_examples=60, deadline=None)
@@ -51,9 +52,7 @@ def test_best_fit_fills_rows_of_log_normal_documents() -> None:
 def shards(tmp_path: Path) -> Path:
     """Two shards whose token ids tell document and place: id = 100 * document + place."""
     documents = [100 * d + np.arange(n) for d, n in enumerate([30, 5, 64, 17, 90, 1])]
-    write_shard(tmp_path, 0, documents[:3], 1000, "hash")
-    write_shard(tmp_path, 1, documents[3:], 1000, "hash")
-    return tmp_path
+    return write_split(tmp_path / "train", [documents[:3], documents[3:]], 1000)
 
 
 def test_rows_hold_their_documents_and_predict_the_next_token(shards: Path) -> None:
@@ -125,7 +124,9 @@ def test_verify_finds_one_flipped_bit(shards: Path) -> None:
     content = bytearray((shards / "shard-00000.tokens").read_bytes())
     content[7] ^= 1
     (shards / "shard-00000.tokens").write_bytes(content)
-    assert verify_shards(shards) == ["shard-00000.tokens"]
+    assert [line.split(":")[0] for line in verify_shards(shards)] == [
+        str(shards / "shard-00000.tokens")
+    ]
 
 
 def test_text_jsonl_and_parquet_give_the_same_documents(tmp_path: Path) -> None:
@@ -138,14 +139,14 @@ def test_text_jsonl_and_parquet_give_the_same_documents(tmp_path: Path) -> None:
     for pattern in ("*.txt", "*.jsonl", "*.parquet"):
         files = find_files([str(tmp_path / pattern)])
         assert list(read_documents(files, "body")) == texts
-    with pytest.raises(UserError, match="no text in field 'text'"):
+    with pytest.raises(UserError, match="no field 'text'"):
         list(read_documents([str(tmp_path / "all.jsonl")], "text"))
 
 
 def test_encoded_documents_decode_to_their_text(tmp_path: Path) -> None:
     files = find_files([str(Path(json.__file__).parent / "*.py")])
     train_tokenizer(read_documents(files, "text"), 512, tmp_path / "tokenizer")
-    encode(files, tmp_path / "tokenizer", tmp_path / "data", shard_tokens=5_000)
+    encode(files, tmp_path / "tokenizer", tmp_path / "data", shard_bytes=20_000)
     corpus = Corpus(tmp_path / "data/train")
     tokenizer = load_tokenizer(tmp_path / "data/tokenizer")
     assert len(corpus.shards) > 1

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tensorlm.data.loader import PackedRows
-from tensorlm.data.shards import write_shard
+from tests.tensorlm.documents import write_split
 
 
 @pytest.mark.parametrize("packing", ["best_fit", "concat"])
@@ -16,7 +16,7 @@ def test_ranks_read_only_their_slice_of_a_row(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, packing: str, sp: int
 ) -> None:
     documents = [np.arange(n) + 40 * n for n in (200, 3, 64, 17, 90, 1, 31)]
-    write_shard(tmp_path, 0, documents, 10_000, "hash")
+    write_split(tmp_path, [documents])
     rows = PackedRows(tmp_path, 64, packing, seed=3)
     shard = 64 // sp
     reads: list[int] = []

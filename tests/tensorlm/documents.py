@@ -1,0 +1,27 @@
+"""Documents of known ids as a prepared split."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tensorlm.data.shard_writer import ShardWriter, write_index
+
+
+def write_split(
+    folder: Path,
+    shards: Sequence[Sequence[NDArray[np.int64]]],
+    vocab_size: int = 10_000,
+    tokenizer: str = "tokenizer",
+) -> Path:
+    """Write a split that holds `shards`, each a list of documents (arrays of ids)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, documents in enumerate(shards):
+        with ShardWriter(
+            folder, number, vocab_size=vocab_size, bos_id=1, eos_id=2, tokenizer_sha256=tokenizer
+        ) as shard:
+            for ids in documents:
+                shard.add(ids, num_bytes=3 * len(ids))
+    write_index(folder, len(shards))
+    return folder
