@@ -18,7 +18,10 @@ class OutputHead(nn.Linear):
         super().__init__(hidden_size, vocab_size, bias=False)
 
     def forward(self, hidden: Tensor, labels: Tensor | None = None, chunk: int = 0) -> Tensor:
-        """Logits [..., V], or the sum of the losses at labels that are not IGNORED, float32.
+        """Logits [..., V], or the sum of the losses at labels that are not IGNORED, float64.
+
+        Each token's loss is float32 (or that of `hidden`, if wider). Their sum is float64, so that
+        it does not depend on how the tokens are divided among chunks and ranks.
 
         Args:
             hidden: [..., C].
@@ -29,7 +32,7 @@ class OutputHead(nn.Linear):
             return super().forward(hidden)
         hidden, labels = hidden.flatten(0, -2), labels.flatten()
         chunk = chunk or labels.numel()
-        total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
+        total = hidden.new_zeros((), dtype=torch.float64)
         for h, y in zip(hidden.split(chunk), labels.split(chunk), strict=True):
             total = total + checkpoint(self._summed_loss, h, y, use_reentrant=False)
         return total
@@ -37,4 +40,5 @@ class OutputHead(nn.Linear):
     def _summed_loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
         logits = F.linear(hidden, self.weight)
         wide = torch.promote_types(logits.dtype, torch.float32)
-        return F.cross_entropy(logits.to(wide), labels, ignore_index=IGNORED, reduction="sum")
+        losses = F.cross_entropy(logits.to(wide), labels, ignore_index=IGNORED, reduction="none")
+        return losses.sum(dtype=torch.float64)

@@ -68,7 +68,7 @@ class Llama(nn.Module):
             labels: [B, T] int64, the token to predict at each position, IGNORED where none is.
 
         Returns:
-            Logits [B, T, V]; with labels, their summed cross-entropy, a float32 scalar.
+            Logits [B, T, V]; with labels, their summed cross-entropy, a float64 scalar.
         """
         if doc_start is None:
             doc_start = torch.zeros_like(tokens, dtype=torch.int32)

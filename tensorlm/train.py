@@ -151,12 +151,11 @@ def train_step(run: Run, must_stop: bool) -> tuple[dict[str, float], bool]:
 
     # DeepSpeed averages gradients over ranks; this makes them those of the mean over all labels.
     loss_scale = torch.full((), grid.world_size / num_labels, device=device)
-    loss_sum = torch.zeros((), device=device)
+    total_loss = torch.zeros((), device=device, dtype=torch.float64)
     for index, batch in enumerate(batches, start=1):
         loss = run.engine.forward(*batch.to(device))
-        loss_sum += loss.detach()
+        total_loss += loss.detach()
         if index == len(batches):
-            total_loss = loss_sum.double()
             dist.all_reduce(total_loss)
             # All ranks agree on the loss before the last backward pass. Gradients of a bad step
             # become non-finite there, and DeepSpeed applies no such step, on any rank.

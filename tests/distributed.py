@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo  # torch.utils.checkpoint would import it in every forked rank: seconds
 import torch.distributed as dist
 
 

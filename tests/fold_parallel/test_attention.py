@@ -77,34 +77,40 @@ def test_the_tensorized_forward_is_bitwise_that_of_the_whole_row(
     assert torch.equal(ours["out"], whole(case, make_row(case))["out"])
 
 
-def change_one_token(sp: int, token: int) -> list[Tensor]:
-    """This rank's outputs before and after token `token` has changed."""
-    case, grid = Case((8, 2), MANY, batch=1), create_grid(sp)
-    row = make_row(case)
+def change_one_token(fold: tuple[int, ...], sp: int) -> list[Tensor]:
+    """This rank's outputs before and after each of TOKENS has changed."""
+    case, grid = Case(fold, MANY, heads=8), create_grid(sp)
+    row, tokens = make_row(case), grid.tokens(case.seq_len)
+    doc_start = row.doc_start[:, tokens].to(device())
     outputs = []
-    for amount in (0.0, 1.5):
+    for token in (None, *TOKENS):
         tensors = [x.clone() for x in (row.q, row.k, row.v)]
-        for x in tensors:
-            x[:, token] += amount
-        tokens = grid.tokens(case.seq_len)
+        if token is not None:
+            for x in tensors:
+                x[:, token] += 1.5
         q, k, v = (x[:, tokens].to(device()) for x in tensors)
-        doc_start = row.doc_start[:, tokens].to(device())
         out = sharded_tensor_attention(q, k, v, case.fold, grid=grid, doc_start=doc_start)
         outputs.append(result(out))
     return outputs
 
 
-@ranks_and_backends(2, 4)
-@pytest.mark.parametrize("token", [10, 44, 63, 100])
+# Of the first document, beside a border, a document alone, and the last one.
+TOKENS = [4, 10, 44, 45, 63, 64, 100]
+
+
+@ranks_and_backends(1, 2, 4, 8)
+@pytest.mark.parametrize("fold", [(8, 2), ()], ids=str)
 def test_a_changed_token_changes_nothing_outside_the_rest_of_its_document(
-    world_size: int, backend: str, token: int
+    world_size: int, backend: str, fold: tuple[int, ...]
 ) -> None:
-    ranks = run_distributed(change_one_token, world_size, world_size, token, backend=backend)
-    before, after = (torch.cat([rank[i] for rank in ranks], dim=1) for i in range(2))
-    changed = (before != after).flatten(2).any(-1)[0]
-    doc_start = make_row(Case((8, 2), MANY)).doc_start[0]
+    ranks = run_distributed(change_one_token, world_size, fold, world_size, backend=backend)
+    before, *after = (torch.cat(parts, dim=1) for parts in zip(*ranks, strict=True))
+    doc_start = make_row(Case(fold, MANY)).doc_start[0]
     positions = torch.arange(len(doc_start))
-    assert torch.equal(changed, (doc_start == doc_start[token]) & (positions >= token))
+    for token, out in zip(TOKENS, after, strict=True):
+        changed = (before != out).flatten(2).any(-1)[0]
+        expected = (doc_start == doc_start[token]) & (positions >= token)
+        assert torch.equal(changed, expected), token
 
 
 def recompute(case: Case, sp: int) -> list[list[Tensor]]:

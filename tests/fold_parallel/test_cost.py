@@ -1,51 +1,30 @@
 """What a shared layer sends, when it sends it, and what a rank computes and keeps."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from fold_parallel import Grid, create_grid, forward_bytes_per_token, sharded_tensor_attention
+from fold_parallel import (
+    Grid,
+    attention,
+    create_grid,
+    forward_bytes_per_token,
+    sharded_tensor_attention,
+)
+from tensor_attention import fold_axes, hop
 from tests.distributed import run_distributed
+from tests.fold_parallel.accounting import Log
 from tests.fold_parallel.backends import device, ranks_and_backends
 from tests.fold_parallel.cases import Case, Row, make_row
 
 HEAD_DIM = 4
-
-
-class Log(TorchDispatchMode):
-    """Collectives and matrix products of this thread in order, and the bytes of each message."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.events: list[str] = []
-        self.messages: list[int] = []
-
-    def __torch_dispatch__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        name = str(func)
-        if name.startswith("c10d."):
-            message, splits = args[1], args[4]
-            self.events.append("neighbour" if splits else name.split(".")[1])
-            # In an all-to-all, what a rank sends to itself is not sent; to a neighbour, all is.
-            own = 0 if splits else message.numel() // dist.get_world_size()
-            self.messages.append((message.numel() - own) * message.element_size())
-        elif name.startswith("aten.bmm"):
-            self.events.append("multiply")
-        return func(*args, **(kwargs or {}))
 
 
 def layer(case: Case, row: Row, grid: Grid) -> tuple[Tensor, Tensor]:
@@ -187,6 +166,39 @@ def test_every_rank_computes_the_same_share(world_size: int, backend: str, case:
     (flops,) = {rank.flops for rank in costs(world_size, backend)[case]}
     # Hop 1 also computes the inner row in front of each shard, and drops it.
     assert share <= flops <= share * (1 + rows_in_front(case, world_size))
+
+
+ONE_LONG_DOCUMENT = Case((64, 8), (32768,), heads=1, dtype=torch.float32)
+
+
+def visited_pairs(case: Case, sp: int) -> int:
+    """(query, key) pairs that this rank's hops visit: what kernels compute that skip the rest."""
+    total = 0
+
+    def counted(q: Tensor, k: Tensor, values: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+        nonlocal total
+        reach, state = options["reach"], options.get("state")
+        total += int(reach.clamp(max=options["length"] - 1).sum())
+        total += reach.numel() if state is None else 0  # the token itself
+        return hop(q, k, values, **options)
+
+    with patch.object(attention, "hop", counted), torch.no_grad():
+        layer(case, make_row(case, HEAD_DIM), create_grid(sp))
+    return total
+
+
+@ranks_and_backends(2, 4, 8)
+def test_ranks_visit_equally_many_pairs_of_one_long_document(world_size: int, backend: str) -> None:
+    case = ONE_LONG_DOCUMENT
+    ranks = run_distributed(visited_pairs, world_size, case, world_size, backend=backend)
+    depth = torch.arange(case.seq_len)
+    expected = case.seq_len + sum(
+        int((depth // axis.stride).clamp(max=axis.length - 1).sum())
+        for axis in fold_axes(case.fold, case.seq_len)
+    )
+    # The queries in the row in front of each shard see themselves.
+    assert sum(ranks) == expected + world_size * case.fold[0]
+    assert max(ranks) <= 1.01 * min(ranks)
 
 
 @ranks_and_backends(2, 4)

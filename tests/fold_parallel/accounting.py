@@ -1,0 +1,72 @@
+"""What ranks send, compute and hold, counted as it happens."""
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class Log(TorchDispatchMode):
+    """Collectives and matrix products of this thread in order; bytes and ranks of each message."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.events: list[str] = []
+        self.messages: list[int] = []
+        self.group_sizes: list[int] = []
+
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        name = str(func)
+        if name.startswith("c10d."):
+            message, splits = args[1], args[4]
+            ranks = dist.ProcessGroup.unbox(args[2]).size()
+            self.events.append("neighbour" if splits else name.split(".")[1])
+            # In an all-to-all, what a rank sends to itself is not sent; to a neighbour, all is.
+            own = 0 if splits else message.numel() // ranks
+            self.messages.append((message.numel() - own) * message.element_size())
+            self.group_sizes.append(ranks)
+        elif name.startswith("aten.bmm"):
+            self.events.append("multiply")
+        return func(*args, **(kwargs or {}))
+
+
+class PeakMemory(TorchDispatchMode):
+    """The most bytes that were alive at one time in tensors that were made under this mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._known: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
+
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            if isinstance(x, Tensor) and x.untyped_storage() not in self._known:
+                self._count(x.untyped_storage())
+        return out
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        self._known.add(storage)
+        weakref.finalize(storage, self._free, storage.nbytes())
+        self.live += storage.nbytes()
+        self.peak = max(self.peak, self.live)
+
+    def _free(self, num_bytes: int) -> None:
+        self.live -= num_bytes
