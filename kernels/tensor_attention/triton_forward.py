@@ -26,8 +26,9 @@ from .triton_common import (
     product,
     store_tile,
 )
+from .triton_forward_line import forward_lines
 from .triton_launch import SIZES, Hop, Tiles, bulk_rows
-from .triton_tiles import forward_tiles
+from .triton_tiles import forward_line_tiles, forward_tiles
 
 
 @triton.jit
@@ -147,7 +148,15 @@ def hop_forward_kernel(
 
 
 def hop_forward(hop: Hop, z: Tensor, lse: Tensor, tiles: Tiles | None = None) -> None:
-    """Write one hop into `z` [B, T, H, E] and `lse` [B, H, T] float32, both contiguous."""
+    """Write one hop into `z` [B, T, H, E] and `lse` [B, H, T] float32, both contiguous.
+
+    Args:
+        tiles: of the general kernel; by default the table decides, between kernels too.
+    """
+    line_tiles = forward_line_tiles(hop) if tiles is None else None
+    if line_tiles is not None:
+        forward_lines(hop, z, lse, line_tiles)
+        return
     tiles = tiles or forward_tiles(hop)
     k, k_cos, k_sin = hop.rotated(hop.k, tiles.rotate_first)
     values = hop.values

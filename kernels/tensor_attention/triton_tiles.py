@@ -34,9 +34,10 @@ def forward_tiles(hop: Hop) -> Tiles:
         return Tiles(64 if wide <= 128 else 32, 32 if wide <= 128 else 16, 4, 2, pack, reuse)
     if wide > 128:
         return Tiles(64, 32, 4, 2, pack, reuse)
+    if reuse and hop.allows_bulk:
+        return Tiles(64, 64, 4, 3, min(pack, 4), reuse, bulk=True)
     if reuse:  # measured: sharing a tile between 4 heads wins up to 64k rows, between 2 above
-        pack = min(pack, 4 if hop.rows <= 1 << 16 else 2)
-        return Tiles(64, 64, 4, 3, pack, reuse, hop.allows_bulk)
+        return Tiles(64, 64, 4, 3, min(pack, 4 if hop.rows <= 1 << 16 else 2), reuse)
     return Tiles(64, 64, 4, 1, min(pack, 2), reuse)
 
 
@@ -51,8 +52,10 @@ def backward_query_tiles(hop: Hop) -> Tiles:
         return Tiles(32, 32 if wide <= 128 else 16, 4, 1, pack, reuse)
     if wide > 128:
         return Tiles(64, 32, 4, 1, pack, reuse)
+    if reuse and hop.allows_bulk:
+        return Tiles(64, 64, 4, 2, min(pack, 4), reuse, bulk=True)
     if reuse:
-        return Tiles(64, 64, 4, 2, 1, reuse, hop.allows_bulk)
+        return Tiles(64, 64, 4, 2, 1, reuse)
     return Tiles(64, 32, 4, 1, 1, reuse)
 
 
@@ -70,6 +73,19 @@ def backward_key_tiles(hop: Hop) -> Tiles:
     if wide > 128:
         return Tiles(32, 64, 4, 1, pack, reuse)
     return Tiles(32, 64, 4, 2 if reuse else 1, pack, reuse, reuse and hop.allows_bulk)
+
+
+def forward_line_tiles(hop: Hop) -> LineTiles | None:
+    """Tiles of the forward kernel for short lines; None where the general kernel serves."""
+    values_are_state = hop.lse_before is None or hop.z_before is hop.values
+    if hop.values.shape[2] != hop.q.shape[2] or not values_are_state:
+        return None
+    if is_interpreted():
+        return LineTiles(16, 4, 1) if hop.steps <= 16 else None
+    narrow = padded(max(hop.q.shape[3], hop.values.shape[3])) <= 128
+    if hop.q.dtype == torch.float32 or not narrow or hop.steps > 64:
+        return None
+    return LineTiles(64, 4, 1)
 
 
 def backward_line_tiles(hop: Hop) -> LineTiles | None:
