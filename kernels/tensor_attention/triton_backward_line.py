@@ -98,9 +98,7 @@ def hop_backward_line_kernel(
             # Loaded again (from cache): holding them for the products' length costs registers.
             dvalue += keep[:, None] * load_tile(dz, vector * E, exists, E, BLOCK_E).to(tl.float32)
             b_v = load_tile(values, vector * E, exists, E, BLOCK_E)
-            tl.store(
-                delta_before + scalar, tl.sum(dvalue * b_v.to(tl.float32), 1), mask=exists
-            )
+            tl.store(delta_before + scalar, tl.sum(dvalue * b_v.to(tl.float32), 1), mask=exists)
         store_tile(dvalue, dvalues, vector * E, exists, E, BLOCK_E)
         dq_tile = product(dscore, b_k, PRECISION) * softmax_scale
         store_gradient(dq_tile, dq, vector * D, exists, step, cos, sin, D, BLOCK_D, ACCUMULATE)
