@@ -7,8 +7,8 @@ launcher/convert.py import --config C --hf DIR
 import argparse
 from pathlib import Path
 
-from tensorlm.config import load_config, parse_config
-from tensorlm.errors import run_launcher
+from tensorlm.config import Config, load_config, parse_config
+from tensorlm.errors import UserError, run_launcher
 
 
 def main() -> int:
@@ -19,30 +19,68 @@ def main() -> int:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--config", required=True, help="TOML file of the run")
     common.add_argument("overrides", nargs="*", metavar="key.sub=value")
-    export = commands.add_parser("export", parents=[common], help="checkpoint -> Hugging Face")
-    export.add_argument("--output", type=Path, required=True, help="new folder")
-    export.add_argument("--checkpoint", type=int, metavar="STEP", help="default: the newest")
-    export.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
-    export.add_argument("--tokenizer", type=Path, help="default: that of the data set")
+    add_export(commands.add_parser("export", parents=[common], help="checkpoint -> Hugging Face"))
     imported = commands.add_parser("import", parents=[common], help="Llama folder -> checkpoint 0")
     imported.add_argument("--hf", type=Path, required=True, help="folder with Llama weights")
+    imported.set_defaults(run=import_)
     args = parser.parse_args()
-    config = load_config(args.config, args.overrides)
+    return int(args.run(args, load_config(args.config, args.overrides)))
 
+
+def add_export(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--output", type=Path, required=True, help="new folder")
+    parser.add_argument("--checkpoint", type=int, metavar="STEP", help="default: the newest")
+    parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
+    parser.add_argument(
+        "--tokenizer", type=Path, help="default: that of the data set, or of the imported folder"
+    )
+    parser.add_argument(
+        "--push-to-hub", metavar="OWNER/NAME", help="upload the folder too (a private repository)"
+    )
+    parser.add_argument("--public", action="store_true", help="make a new repository public")
+    parser.set_defaults(run=export)
+
+
+def export(args: argparse.Namespace, config: Config) -> int:
     from tensorlm.checkpoint import select_checkpoint
-    from tensorlm.hf.convert import export_checkpoint, import_weights
+    from tensorlm.hf import hub
+    from tensorlm.hf.export_folder import export_checkpoint
+    from tensorlm.hf.import_folder import imported_folder
 
-    if args.command == "export":
-        checkpoint = select_checkpoint(Path(config.run.dir), args.checkpoint)
-        trained = parse_config(checkpoint.manifest["config"], str(checkpoint.folder))
-        beside_data = Path(config.data.path) / "tokenizer"
-        tokenizer = args.tokenizer or (beside_data if beside_data.exists() else None)
-        export_checkpoint(checkpoint, trained, args.output, args.dtype, tokenizer)
-        print(f"{args.output}: step {checkpoint.step} of {config.run.dir}, {args.dtype}")
-    else:
-        folder = import_weights(args.hf, config)
-        print(f"{folder}: weights of {args.hf}; training with --config {args.config} starts there")
+    run_dir = Path(config.run.dir)
+    checkpoint = select_checkpoint(run_dir, args.checkpoint)
+    trained = parse_config(checkpoint.manifest["config"], str(checkpoint.folder))
+    imported = imported_folder(run_dir)
+    candidates = [Path(config.data.path) / "tokenizer", *([imported] if imported else [])]
+    tokenizer = args.tokenizer or next((c for c in candidates if has_tokenizer(c)), None)
+    if args.push_to_hub:  # before the work, since this is what may be refused
+        hub.create_repository(args.push_to_hub, public=args.public)
+    export_checkpoint(checkpoint, trained, args.output, args.dtype, tokenizer, imported=imported)
+    print(f"{args.output}: step {checkpoint.step} of {run_dir}, {args.dtype}", flush=True)
+    if tokenizer is None:
+        print("note: no tokenizer goes along (--tokenizer DIR)")
+    if args.push_to_hub:
+        message = f"Step {checkpoint.step} of {run_dir.name}"
+        print(hub.upload(args.output, args.push_to_hub, message))
     return 0
+
+
+def import_(args: argparse.Namespace, config: Config) -> int:
+    from tensorlm.data.tokenizers import tokenizer_sha256
+    from tensorlm.hf.import_folder import import_weights
+
+    if not args.hf.is_dir():
+        raise UserError(f"--hf {args.hf}: no such folder (download the model first)")
+    folder = import_weights(args.hf, config)
+    print(f"{folder}: weights of {args.hf}; training with --config {args.config} starts there")
+    tokenizers = [d for d in (args.hf, Path(config.data.path) / "tokenizer") if has_tokenizer(d)]
+    if len({tokenizer_sha256(d) for d in tokenizers}) > 1:
+        print(f"note: {config.data.path} was encoded with another tokenizer than that of {args.hf}")
+    return 0
+
+
+def has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model"))
 
 
 if __name__ == "__main__":

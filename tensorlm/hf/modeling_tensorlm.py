@@ -6,109 +6,47 @@ kernels are used, elsewhere the PyTorch files beside this one. Weight names are 
 heads, D head size.
 """
 
+import inspect
+import shutil
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM, LlamaModel
-from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.models.llama.modeling_llama import LlamaAttention
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotaryEmbedding
 
-from .configuration_tensorlm import TensorLMConfig
+from .cache_tensorlm import FoldCache, FoldLayer, new_document_starts
+from .configuration_tensorlm import AUTO_MAP, TensorLMConfig
 
 try:
-    from tensor_attention import Rotary, fold_axes, hop
+    from tensor_attention import Axis, Rotary, apply_rotary, fold_axes, hop
     from tensor_attention.cached import hop_cached
 except ImportError:
     from .blocked import hop  # type: ignore[import-not-found, no-redef]
     from .cached import hop_cached  # type: ignore[import-not-found, no-redef]
-    from .fold import Rotary, fold_axes  # type: ignore[import-not-found, no-redef]
+    from .fold import (  # type: ignore[import-not-found, no-redef]
+        Axis,
+        Rotary,
+        apply_rotary,
+        fold_axes,
+    )
+
+MODEL_FILES = ("configuration_tensorlm.py", "cache_tensorlm.py", "modeling_tensorlm.py")
+OPERATOR_FILES = ("fold.py", "blocked.py", "cached.py")
+
+# Queries whose mask exists at one time, in full-attention layers of padded batches.
+_QUERY_CHUNK = 1024
 
 
-class FoldLayer(CacheLayerMixin):
-    """What one layer remembers: keys of all tokens, recent values, and the state of each hop.
-
-    `keys` [B, T, K, D] are not rotated, since each axis rotates them differently; `values`
-    [B, last n_1, K, D]; `states[i]` [B, T, H, D] is z after hop i + 1, the values of hop i + 2.
-    """
-
-    is_sliding = False
-    is_croppable = False
-
-    keys: Tensor | None
-    values: Tensor | None
-
-    def __init__(self, fold: list[int]) -> None:
-        super().__init__()
-        self.num_values = fold[0] if fold else None
-        self.states: list[Tensor | None] = [None] * len(fold)
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing to allocate: the tensors start as the first ones that arrive."""
-        self.dtype, self.device = key_states.dtype, key_states.device
-        self.is_initialized = True
-
-    def update(self, key_states: Tensor, value_states: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-        """Append new keys and values; returns all keys, and the values that queries can reach."""
-        if self.keys is None or self.values is None:
-            self.lazy_initialization(key_states, value_states)
-            keys, values = key_states, value_states
-        else:
-            keys = torch.cat((self.keys, key_states), dim=1)
-            values = torch.cat((self.values, value_states), dim=1)
-        self.keys = keys
-        self.values = values if self.num_values is None else values[:, -self.num_values :]
-        return keys, values
-
-    def update_state(self, index: int, z: Tensor) -> Tensor:
-        """Append the new tokens' z after hop `index` + 1; returns that of all tokens."""
-        old = self.states[index]
-        self.states[index] = z = z if old is None else torch.cat((old, z), dim=1)
-        return z
-
-    def get_seq_length(self) -> int:
-        """Number of tokens seen."""
-        return 0 if self.keys is None else self.keys.shape[1]
-
-    def get_max_length(self) -> int:
-        """No limit."""
-        return -1
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """(key length, offset) for masks, which this model does not build."""
-        return self.get_seq_length() + query_length, 0
-
-    def reset(self) -> None:
-        """Forget everything."""
-        self.keys = self.values = None
-        self.states = [None] * len(self.states)
-        self.is_initialized = False
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Follow the beams."""
-        self.batch_select_indices(beam_idx)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep these sequences of the batch, in this order."""
-        self._map_batch(lambda x: x[indices.to(x.device)])
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat each sequence of the batch."""
-        self._map_batch(lambda x: x.repeat_interleave(repeats, dim=0))
-
-    def _map_batch(self, change: Any) -> None:
-        if self.is_initialized:
-            self.keys, self.values = change(self.keys), change(self.values)
-            self.states = [None if z is None else change(z) for z in self.states]
-
-
-class FoldCache(Cache):
-    """One FoldLayer per decoder layer."""
-
-    def __init__(self, config: TensorLMConfig) -> None:
-        layers = range(config.num_hidden_layers)
-        super().__init__(layers=[FoldLayer(config.layer_fold(i)) for i in layers])
+def write_code(folder: str | Path) -> None:
+    """Copy into `folder` all the code that it needs to be loaded without this project."""
+    operator = Path(inspect.getfile(hop_cached)).parent
+    sources = [Path(__file__).parent / name for name in MODEL_FILES]
+    for source in [*sources, *(operator / name for name in OPERATOR_FILES)]:
+        shutil.copyfile(source, Path(folder) / source.name)
 
 
 class TensorLMAttention(LlamaAttention):
@@ -118,38 +56,128 @@ class TensorLMAttention(LlamaAttention):
         super().__init__(config, layer_idx)
         self.fold = config.layer_fold(layer_idx)
         if self.fold:
-            self.hop_bias = nn.Parameter(torch.zeros(len(self.fold), config.num_attention_heads))
+            self.hop_bias = nn.Parameter(torch.empty(len(self.fold), config.num_attention_heads))
 
     def forward(
         self,
         hidden_states: Tensor,
         position_embeddings: Rotary,
-        attention_mask: Tensor,
+        attention_mask: Tensor | None,
         past_key_values: FoldCache | None = None,
         **_: Any,
     ) -> tuple[Tensor, None]:
-        """`attention_mask` is doc_start [B, T]; `position_embeddings` the table of T positions."""
+        """Attend from Q new tokens to themselves and what the cache holds.
+
+        Args:
+            hidden_states: [B, Q, hidden size].
+            position_embeddings: rotary table of at least T positions.
+            attention_mask: document starts [B, Q] (`new_document_starts`), None where all are 0.
+            past_key_values: the cache, which takes the new tokens in.
+        """
         q = self.q_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
         k = self.k_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
         v = self.v_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
         memory = None if past_key_values is None else past_key_values.layers[self.layer_idx]
+        attend = self._folded if self.fold else self._full
+        out = attend(q, k, v, attention_mask, position_embeddings, memory)
+        return self.o_proj(out.flatten(-2)), None
+
+    def _folded(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        doc_start: Tensor | None,
+        rotary: Rotary,
+        memory: FoldLayer | None,
+    ) -> Tensor:
         num_new = q.shape[1]
         if memory is not None:
             k, v = memory.update(k, v)
+        positions = torch.arange(k.shape[1] - num_new, k.shape[1], device=q.device)
+        depth = positions if doc_start is None else positions - doc_start
+        depth = depth.expand(q.shape[0], -1)
         z, state = v, None
         for i, axis in enumerate(fold_axes(self.fold, k.shape[1])):
-            positions = torch.arange(k.shape[1], device=q.device)
-            reach = ((positions - attention_mask) // axis.stride)[:, -num_new:]
-            run = hop if num_new == k.shape[1] else hop_cached
-            z, lse = run(
-                q, k, z, stride=axis.stride, length=axis.length, reach=reach.to(torch.int32),
-                bias=self.hop_bias[i - 1] if i else None, state=state, rotary=position_embeddings,
-                scale=self.scaling,
+            z, lse = _hop_new(
+                q, k, z, axis, (depth // axis.stride).to(torch.int32), rotary=rotary,
+                bias=self.hop_bias[i - 1] if i else None, state=state, scale=self.scaling,
             )  # fmt: skip
             state = (z, lse)
             if memory is not None and i < len(self.fold):
                 z = memory.update_state(i, z)
-        return self.o_proj(z.flatten(-2)), None
+        return z
+
+    def _full(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        doc_start: Tensor | None,
+        rotary: Rotary,
+        memory: FoldLayer | None,
+    ) -> Tensor:
+        num_seen = 0 if memory is None else memory.get_seq_length()
+        positions = torch.arange(num_seen, num_seen + q.shape[1], device=q.device)
+        q, k = apply_rotary(q, rotary, positions), apply_rotary(k, rotary, positions)
+        if memory is not None:
+            k, v = memory.update(k, v)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        if doc_start is None and q.shape[2] in (1, k.shape[2]):
+            out = F.scaled_dot_product_attention(
+                q, k, v, is_causal=q.shape[2] > 1, scale=self.scaling, enable_gqa=True
+            )
+            return out.transpose(1, 2)
+        starts = torch.zeros_like(positions)[None] if doc_start is None else doc_start
+        visible = torch.arange(k.shape[2], device=q.device)
+        parts = []
+        for at in range(0, q.shape[2], _QUERY_CHUNK):
+            rows = slice(at, at + _QUERY_CHUNK)
+            mask = (visible <= positions[rows, None]) & (visible >= starts[:, rows, None])
+            parts.append(
+                F.scaled_dot_product_attention(
+                    q[:, :, rows], k, v, attn_mask=mask[:, None], scale=self.scaling,
+                    enable_gqa=True,
+                )
+            )  # fmt: skip
+        return torch.cat(parts, dim=2).transpose(1, 2)
+
+
+def _hop_new(
+    q: Tensor,
+    k: Tensor,
+    values: Tensor,
+    axis: Axis,
+    reach: Tensor,
+    *,
+    rotary: Rotary,
+    bias: Tensor | None,
+    state: tuple[Tensor, Tensor] | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """One hop for the last Q of T tokens; arguments as in `hop_cached`.
+
+    Few queries gather the entries that they visit. Many (the prompt, or a long piece of it) run the
+    kernel on the tokens within reach, with rows in front that nobody reads: positions count in
+    strides and only their differences matter, so the hop may start at any whole stride.
+    """
+    num_tokens, num_new = k.shape[1], q.shape[1]
+    first = max(0, num_tokens - num_new - (axis.length - 1) * axis.stride)
+    first -= first % axis.stride
+    pad = num_tokens - num_new - first
+    if pad > num_new:
+        return hop_cached(
+            q, k, values, stride=axis.stride, length=axis.length, reach=reach, bias=bias,
+            state=state, rotary=rotary, scale=scale,
+        )  # fmt: skip
+    if state is not None:
+        state = (F.pad(state[0], (0, 0, 0, 0, pad, 0)), F.pad(state[1], (0, 0, pad, 0)))
+    z, lse = hop(
+        F.pad(q, (0, 0, 0, 0, pad, 0)), k[:, first:], values[:, values.shape[1] - pad - num_new :],
+        stride=axis.stride, length=axis.length, reach=F.pad(reach, (pad, 0)), bias=bias,
+        state=state, rotary=rotary, scale=scale,
+    )  # fmt: skip
+    return z[:, pad:], lse[:, pad:]
 
 
 class TensorLMModel(LlamaModel):
@@ -157,29 +185,54 @@ class TensorLMModel(LlamaModel):
 
     config_class = TensorLMConfig
 
+    _table: Rotary | None = None
+
     def __init__(self, config: TensorLMConfig) -> None:
         super().__init__(config)
         for index, layer in enumerate(self.layers):
             layer.self_attn = TensorLMAttention(config, index)
         self.post_init()
 
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, TensorLMAttention) and module.fold:
+            nn.init.constant_(module.hop_bias, self.config.hop_bias_init)
+
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
         past_key_values: FoldCache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         **_: Any,
     ) -> BaseModelOutputWithPast:
-        """As LlamaModel; `attention_mask` [B, T] may mask padding on the left only."""
-        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        if use_cache and past_key_values is None:
+        """As LlamaModel's, except that a cache is made only where `use_cache` asks for it.
+
+        Args:
+            attention_mask: [B, T], 0 where padding, on the left or on the right.
+            position_ids: [B, Q]; where they start over, a new document begins (packed rows).
+
+        Raises:
+            ValueError: padding inside a sequence, a 4-D mask, attention weights asked for (which
+                never exist), or a cache that is not a FoldCache.
+        """
+        if output_attentions:
+            raise ValueError("output_attentions: attention weights never exist as a matrix")
+        if past_key_values is None and use_cache:
             past_key_values = FoldCache(self.config)
+        if not isinstance(past_key_values, FoldCache | None):
+            raise ValueError(f"past_key_values: {type(past_key_values).__name__}, not a FoldCache")
+        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         num_seen = 0 if past_key_values is None else past_key_values.get_seq_length()
-        num_tokens = num_seen + x.shape[1]
-        doc_start = _document_start(attention_mask, x.shape[0], num_tokens, x.device)
-        rotary = self._rotary(num_tokens)
+        doc_start = new_document_starts(
+            attention_mask, position_ids, x.shape[0], num_seen, x.shape[1], x.device
+        )
+        rotary = self._rotary(num_seen + x.shape[1], x.device)
+        hidden_states = [x]
         for layer in self.layers:
             x = layer(
                 x,
@@ -187,25 +240,28 @@ class TensorLMModel(LlamaModel):
                 position_embeddings=rotary,
                 past_key_values=past_key_values,
             )
+            if output_hidden_states:
+                hidden_states.append(x)
+        x = self.norm(x)
         return BaseModelOutputWithPast(
-            last_hidden_state=self.norm(x), past_key_values=past_key_values if use_cache else None
+            last_hidden_state=x,
+            past_key_values=past_key_values if use_cache else None,
+            hidden_states=(*hidden_states[:-1], x) if output_hidden_states else None,
         )
 
-    def _rotary(self, num_positions: int) -> Rotary:
-        inv_freq = self.rotary_emb.inv_freq.float()
-        angles = torch.arange(num_positions, device=inv_freq.device).float()[:, None] * inv_freq
-        return Rotary(angles.cos(), angles.sin())
+    def _rotary(self, num_positions: int, device: torch.device) -> Rotary:
+        """The table of at least that many positions: made once in float32, then only extended.
 
-
-def _document_start(
-    attention_mask: Tensor | None, batch: int, num_tokens: int, device: torch.device
-) -> Tensor:
-    """[B, T]: where each token's document begins; padding tokens are documents of their own."""
-    if attention_mask is None or attention_mask.dim() != 2:
-        return torch.zeros(batch, num_tokens, dtype=torch.int64, device=device)
-    positions = torch.arange(num_tokens, device=device)
-    first = num_tokens - attention_mask.to(device).long().sum(1, keepdim=True)
-    return torch.where(positions < first, positions, first)
+        From frequencies of its own, since `model.to(torch.bfloat16)` rounds those of `rotary_emb`:
+        at position 131,072 that would be tens of radians.
+        """
+        table = self._table
+        if table is None or table.cos.shape[0] < num_positions or table.cos.device != device:
+            frequencies = LlamaRotaryEmbedding(self.config).inv_freq.float().to(device)
+            size = num_positions + num_positions // 4
+            angles = torch.arange(size, device=device).float()[:, None] * frequencies
+            table = self._table = Rotary(angles.cos(), angles.sin())
+        return table
 
 
 class TensorLMForCausalLM(LlamaForCausalLM):
@@ -217,6 +273,12 @@ class TensorLMForCausalLM(LlamaForCausalLM):
         super().__init__(config)
         self.model = TensorLMModel(config)
         self.post_init()
+
+    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+        """As Hugging Face's, with the code that makes the folder complete."""
+        self.config.auto_map = dict(AUTO_MAP)
+        super().save_pretrained(save_directory, *args, **kwargs)
+        write_code(save_directory)
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *_: Any, **__: Any

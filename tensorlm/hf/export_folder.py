@@ -1,0 +1,204 @@
+"""Export: a checkpoint becomes a Hugging Face folder, a few megabytes at a time.
+
+Our parameter names are Llama's without the leading `model.`.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tensorlm import disk
+from tensorlm.config import Config, ModelConfig
+from tensorlm.data.tokenizers import copy_tokenizer, load_tokenizer
+from tensorlm.errors import UserError
+from tensorlm.hf.configuration_tensorlm import AUTO_MAP
+from tensorlm.hf.model_card import model_card
+from tensorlm.hf.modeling_tensorlm import write_code
+from tensorlm.manifest import Checkpoint
+
+SHARD_BYTES = 5 * 10**9
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+_HF_DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
+_SAFETENSORS_DTYPES = {torch.bfloat16: "BF16", torch.float32: "F32"}
+CHAT_TEMPLATE = "chat_template.jinja"
+_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_CHUNK = 1 << 25  # elements of a parameter in memory at one time
+
+
+def hf_name(name: str) -> str:
+    """Hugging Face's name of one of our parameters."""
+    return name if name.startswith("lm_head.") else f"model.{name}"
+
+
+def export_checkpoint(
+    checkpoint: Checkpoint,
+    config: Config,
+    output: Path,
+    dtype: str,
+    tokenizer: Path | None,
+    *,
+    imported: Path | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write a folder that `AutoModelForCausalLM.from_pretrained` loads.
+
+    It appears under its name when it is complete. Memory: one chunk of a parameter.
+
+    Args:
+        checkpoint: verified checkpoint of any world size and ZeRO stage.
+        config: its configuration.
+        output: folder to write, new or empty.
+        dtype: "bf16" or "fp32", of the weights.
+        tokenizer: folder whose tokenizer goes along.
+        imported: what the run's import left (`import_folder.imported_folder`), for its name and
+            generation settings.
+        shard_bytes: size of the weights in one file, at most (larger parameters stay whole).
+
+    Raises:
+        UserError: the output folder is not empty, or cannot be written.
+    """
+    with _published(output) as folder:
+        _write_shards(checkpoint, folder, DTYPES[dtype], shard_bytes)
+        generation = _read_generation_config(imported)
+        if tokenizer is not None:
+            copy_tokenizer(tokenizer, folder)
+            if (tokenizer / CHAT_TEMPLATE).exists():
+                shutil.copyfile(tokenizer / CHAT_TEMPLATE, folder / CHAT_TEMPLATE)
+            loaded = load_tokenizer(folder)  # before config.json, whose auto_map asks for trust
+            ids = {"bos_token_id": loaded.bos_token_id, "eos_token_id": loaded.eos_token_id}
+            generation = ids | generation
+        ids = {key: generation[key] for key in _TOKEN_IDS if key in generation}
+        fields = hf_config(config.model, config.data.seq_len, dtype) | ids
+        write_json(folder / "config.json", fields)
+        write_json(folder / "generation_config.json", generation)
+        if config.model.fold:
+            write_code(folder)
+        name = imported.name if imported else None
+        (folder / "README.md").write_text(model_card(checkpoint.manifest, config, dtype, name))
+
+
+def hf_config(model: ModelConfig, seq_len: int, dtype: str) -> dict[str, Any]:
+    """`config.json` of a model, with the 4.x field names that every version reads."""
+    config: dict[str, Any] = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": model.vocab_size,
+        "hidden_size": model.hidden_size,
+        "intermediate_size": model.intermediate_size,
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": model.num_heads,
+        "num_key_value_heads": model.num_kv_heads,
+        "head_dim": model.head_size,
+        "hidden_act": "silu",
+        "rms_norm_eps": model.rms_norm_eps,
+        "rope_theta": model.rope_theta,
+        "max_position_embeddings": seq_len,
+        "tie_word_embeddings": model.tie_embeddings,
+        "initializer_range": model.init_std,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "torch_dtype": _HF_DTYPES[dtype],
+    }
+    if model.rope_scaling is not None:
+        config["rope_scaling"] = model.rope_scaling.model_dump()
+    if model.fold:
+        config |= {
+            "architectures": ["TensorLMForCausalLM"],
+            "model_type": "tensorlm",
+            "auto_map": AUTO_MAP,
+            "fold": list(model.fold),
+            "full_every": model.full_every,
+            "hop_bias_init": model.hop_bias_init,
+        }
+    return config
+
+
+def _read_generation_config(imported: Path | None) -> dict[str, Any]:
+    path = imported / "generation_config.json" if imported else None
+    return dict(json.loads(path.read_text())) if path and path.exists() else {}
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write `value` as indented JSON."""
+    path.write_text(json.dumps(value, indent=2) + "\n")
+
+
+@contextmanager
+def _published(output: Path) -> Iterator[Path]:
+    """A temporary folder that takes the name `output` when the body is done, else vanishes."""
+    temporary = output.absolute().with_name(f".tmp-{output.absolute().name}")
+    try:
+        if output.exists() and any(output.iterdir()):
+            raise UserError(f"{output}: is not empty (choose another --output)")
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        yield temporary
+        disk.sync_folder(temporary)
+        disk.rename(temporary, output.absolute())
+    except OSError as error:
+        raise UserError(f"{output}: cannot be written ({error.strerror or error})") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write_shards(
+    checkpoint: Checkpoint, folder: Path, dtype: torch.dtype, shard_bytes: int
+) -> None:
+    """All parameters, in safetensors files of at most `shard_bytes`, with the index of names."""
+    shapes = {name: torch.Size(shape) for name, shape in checkpoint.shapes.items()}
+    groups: list[list[str]] = [[]]
+    size = 0
+    for name, shape in shapes.items():
+        num_bytes = shape.numel() * dtype.itemsize
+        if groups[-1] and size + num_bytes > shard_bytes:
+            groups.append([])
+            size = 0
+        groups[-1].append(name)
+        size += num_bytes
+    weight_map: dict[str, str] = {}
+    for index, names in enumerate(groups):
+        file = f"model-{index + 1:05d}-of-{len(groups):05d}.safetensors"
+        file = file if len(groups) > 1 else "model.safetensors"
+        _write_shard(checkpoint, folder / file, {name: shapes[name] for name in names}, dtype)
+        weight_map |= {hf_name(name): file for name in names}
+    if len(groups) > 1:
+        numel = sum(shape.numel() for shape in shapes.values())
+        metadata = {"total_size": numel * dtype.itemsize, "total_parameters": numel}
+        index_path = folder / "model.safetensors.index.json"
+        write_json(index_path, {"metadata": metadata, "weight_map": weight_map})
+
+
+def _write_shard(
+    checkpoint: Checkpoint, path: Path, shapes: dict[str, torch.Size], dtype: torch.dtype
+) -> None:
+    """One safetensors file: 8 bytes of header size, JSON header, tensors. Never one in memory whole
+    (`safetensors.torch.save_file` would take a shard's worth)."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape in shapes.items():
+        start, end = end, end + shape.numel() * dtype.itemsize
+        header[hf_name(name)] = {
+            "dtype": _SAFETENSORS_DTYPES[dtype], "shape": list(shape), "data_offsets": [start, end],
+        }  # fmt: skip
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+
+    def parts() -> Iterator[bytes | memoryview]:
+        yield len(text).to_bytes(8, "little") + text
+        for name, shape in shapes.items():
+            for part in _chunks(checkpoint, name, shape.numel()):
+                yield part.to(dtype).view(torch.uint8).numpy().data
+
+    disk.write_file(path, parts())
+
+
+def _chunks(checkpoint: Checkpoint, name: str, numel: int) -> Iterator[Tensor]:
+    """The elements of a flattened parameter in order, float32."""
+    for start in range(0, numel, _CHUNK):
+        yield checkpoint.read(name, "master", start, min(start + _CHUNK, numel))

@@ -1,0 +1,260 @@
+"""Export: a folder that plain `transformers` loads where this project is absent."""
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
+from tensorlm.checkpoint import Saver, load_weights, select_checkpoint
+from tensorlm.config import CheckpointConfig, load_config
+from tensorlm.data.tokenizers import load_tokenizer
+from tensorlm.engine import STATE, ParameterSlice
+from tensorlm.errors import UserError
+from tensorlm.hf.export_folder import export_checkpoint
+from tensorlm.hf.hub import create_repository
+from tensorlm.manifest import open_checkpoint
+from tensorlm.model import Llama
+from tests.distributed import run_distributed
+from tests.tensorlm.hf_models import (
+    assert_same_bytes,
+    folder_weights,
+    random_checkpoint,
+    relative_error,
+    run_without_us,
+)
+from tests.tensorlm.launching import ROOT, RunTraining
+from tests.tensorlm.stand_in_hub import StandInHub, hub_environment
+
+LOAD = """
+import torch
+import torch.distributed as dist
+from transformers import AutoModelForCausalLM
+folder, tokens, out = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+assert "tensor_attention" not in sys.modules
+tokens = torch.load(tokens)
+"""
+LOGITS_AND_TOKENS = """
+mask = torch.ones_like(tokens)
+mask[1, :9] = 0
+settings = dict(attention_mask=mask, max_new_tokens=20, pad_token_id=0, eos_token_id=None)
+result = {
+    "logits": model(tokens[:1]).logits.detach(),
+    "cached": model.generate(tokens, do_sample=False, **settings),
+    "uncached": model.generate(tokens, do_sample=False, use_cache=False, **settings),
+}
+torch.save(result, out)
+model.save_pretrained(folder + "-again")  # complete: code, names, values
+again = AutoModelForCausalLM.from_pretrained(folder + "-again", trust_remote_code=True).eval()
+assert torch.equal(again(tokens).logits, model(tokens).logits)
+"""
+LONG = """
+with torch.no_grad():
+    logits = model(tokens).logits
+    start = model(tokens[:, :-1], use_cache=True, logits_to_keep=1)
+    last = model(tokens[:, -1:], past_key_values=start.past_key_values, use_cache=True)
+torch.save({"logits": logits, "cached": last.logits}, out)
+"""
+
+
+def test_exported_run_gives_our_logits_and_cached_tokens_without_this_project(
+    tmp_path: Path, config: Path, run_training: RunTraining, data: Path
+) -> None:
+    overrides = ("model.fold=[4,8]", "zero.stage=3")
+    run_training("train.steps=12", *overrides, ranks=2)
+    settings = load_config(config, list(overrides))
+    checkpoint = select_checkpoint(tmp_path / "run", None)
+    assert len(checkpoint.manifest["files"]) == 2
+    export_checkpoint(checkpoint, settings, tmp_path / "hf", "fp32", data / "tokenizer")
+
+    prompt = torch.randint(3, 512, (2, 90))
+    torch.save(prompt, tmp_path / "prompt.pt")
+    files = (tmp_path / "hf", tmp_path / "prompt.pt", tmp_path / "out.pt")
+    run_without_us(LOAD + LOGITS_AND_TOKENS, *files, cwd=tmp_path)
+    result = torch.load(tmp_path / "out.pt")
+
+    model = Llama(settings.model)
+    load_weights(checkpoint, model)
+    with torch.no_grad():
+        assert relative_error(result["logits"], model(prompt[:1])) < 1e-5
+    assert torch.equal(result["cached"], result["uncached"])
+
+
+def test_logits_past_position_65536_are_ours(tmp_path: Path, config: Path) -> None:
+    overrides = ("model.fold=[32,64]", "model.vocab_size=64", "model.num_layers=1")
+    checkpoint, settings, model = random_checkpoint(config, *overrides, "model.full_every=0")
+    export_checkpoint(checkpoint, settings, tmp_path / "hf", "fp32", None)
+    tokens = torch.randint(64, (1, 70_000))
+    torch.save(tokens, tmp_path / "tokens.pt")
+    files = (tmp_path / "hf", tmp_path / "tokens.pt", tmp_path / "out.pt")
+    run_without_us(LOAD + LONG, *files, cwd=tmp_path)
+    result = torch.load(tmp_path / "out.pt")
+    with torch.no_grad():
+        wanted = model(tokens)
+    assert relative_error(result["logits"][:, :65_536], wanted[:, :65_536]) < 1e-5
+    assert relative_error(result["logits"][:, 65_536:], wanted[:, 65_536:]) < 1e-5
+    assert relative_error(result["cached"], wanted[:, -1:]) < 1e-5
+
+
+def save_cut_anyhow(run_dir: Path, weights: Path) -> None:
+    """Each rank saves every parameter's elements between two arbitrary cuts."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    slices = []
+    for name, tensor in torch.load(weights).items():
+        cuts = torch.randint(tensor.numel() + 1, (world_size - 1,), generator=seeded(name))
+        start, stop = [0, *sorted(cuts.tolist()), tensor.numel()][rank : rank + 2]
+        state = dict.fromkeys(STATE, tensor.flatten()[start:stop].clone())
+        slices.append(ParameterSlice(name, tuple(tensor.shape), start, stop, state))
+    state = {"step": 5, "rows": 10, "tokens": 1280}
+    info = {"state": state, "adam_step": 5, "config": {}}
+    Saver(run_dir, CheckpointConfig()).save(5, slices, info)
+
+
+def seeded(text: str) -> torch.Generator:
+    return torch.Generator().manual_seed(sum(text.encode()))
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_slices_of_any_ranks_become_the_same_bytes_in_any_number_of_files(
+    tmp_path: Path, config: Path, dtype: str
+) -> None:
+    _, settings, model = random_checkpoint(config, "model.fold=[4,8]")
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    torch.save(parameters, tmp_path / "weights.pt")
+    run_distributed(save_cut_anyhow, 3, tmp_path / "cut", tmp_path / "weights.pt")
+    checkpoint = open_checkpoint(tmp_path / "cut/step-00000005")
+    target = {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
+    wanted = {
+        n if n.startswith("lm_head") else f"model.{n}": p.to(target) for n, p in parameters.items()
+    }
+    for shard_bytes in (5 * 10**9, 20_000):
+        folder = tmp_path / f"hf-{shard_bytes}"
+        export_checkpoint(checkpoint, settings, folder, dtype, None, shard_bytes=shard_bytes)
+        assert_same_bytes(folder_weights(folder), wanted)
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(p.nbytes for p in wanted.values())
+    assert index["weight_map"].keys() == wanted.keys()
+    for path in folder.glob("model-*.safetensors"):
+        names = [n for n, file in index["weight_map"].items() if file == path.name]
+        assert len(names) == 1 or sum(wanted[n].nbytes for n in names) <= 20_000
+    loaded = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    assert loaded.dtype == target
+    assert_same_bytes({n: p.detach() for n, p in loaded.named_parameters()}, wanted)
+
+
+def test_folder_uses_our_kernels_where_they_are_installed(tmp_path: Path, config: Path) -> None:
+    checkpoint, settings, ours = random_checkpoint(config, "model.fold=[4,8]")
+    export_checkpoint(checkpoint, settings, tmp_path / "hf", "fp32", None)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", trust_remote_code=True)
+    module = sys.modules[type(model).__module__]
+    assert module.__name__.startswith("transformers_modules.")
+    assert module.hop.__module__ == "tensor_attention.api"
+    tokens = torch.randint(512, (2, 130))
+    with torch.no_grad():
+        assert relative_error(model(tokens).logits, ours(tokens)) < 1e-5
+
+
+def test_plain_llama_reads_the_weights_by_their_names(tmp_path: Path, config: Path) -> None:
+    checkpoint, settings, ours = random_checkpoint(config, "model.fold=[8]")
+    export_checkpoint(checkpoint, settings, tmp_path / "hf", "fp32", None)
+    plain = LlamaForCausalLM.from_pretrained(tmp_path / "hf")
+    tokens = torch.randint(512, (3, 40))
+    with torch.no_grad():
+        inside, beyond = plain(tokens[:, :8]).logits, plain(tokens).logits
+        assert relative_error(inside, ours(tokens[:, :8])) < 1e-5  # within the first axis: equal
+        assert relative_error(beyond, ours(tokens)) > 1e-3
+        full = Llama(load_config(config, ["model.fold=[]"]).model)
+        load_weights(checkpoint, full)
+        assert relative_error(beyond, full(tokens)) < 1e-5
+
+
+def test_folder_says_what_it_is(tmp_path: Path, config: Path, data: Path) -> None:
+    scaling = 'model.rope_scaling={rope_type="llama3", factor=8.0}'
+    checkpoint, settings, _ = random_checkpoint(config, "model.fold=[4,8]", scaling)
+    folder = tmp_path / "hf"
+    export_checkpoint(checkpoint, settings, folder, "bf16", data / "tokenizer")
+    fields = json.loads((folder / "config.json").read_text())
+    assert fields["torch_dtype"] == "bfloat16"
+    assert fields["rope_theta"] == 10000.0
+    assert fields["rope_scaling"]["rope_type"] == "llama3"
+    assert (fields["bos_token_id"], fields["eos_token_id"]) == (1, 2)
+    assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == 2
+    card = (folder / "README.md").read_text()
+    for fact in ("fold `[4, 8]`", "0 steps, 0 tokens", "learning rate 0.003 (cosine)"):
+        assert fact in card
+    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    text = "def main():\n    return 1"
+    check = f"""
+FOLDER = sys.argv[1]
+{code}
+assert tokenizer.encode({text!r}) == {load_tokenizer(data / "tokenizer").encode(text)}
+tokens = tokenizer({text!r}, return_tensors="pt", return_token_type_ids=False)
+assert model.generate(**tokens, max_new_tokens=4).shape[1] == tokens["input_ids"].shape[1] + 4
+"""
+    run_without_us(check, folder, cwd=tmp_path)
+
+
+def test_export_that_cannot_be_written_leaves_nothing_behind(
+    tmp_path: Path, config: Path, data: Path
+) -> None:
+    checkpoint, settings, _ = random_checkpoint(config)
+    output = tmp_path / "out"
+    with pytest.raises(UserError, match=r"no tokenizer\.json"):
+        export_checkpoint(checkpoint, settings, output, "bf16", tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"):
+        export_checkpoint(checkpoint, settings, tmp_path / "file/out", "bf16", None)
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "tiny.toml", "file"}
+    export_checkpoint(checkpoint, settings, output, "bf16", None)
+    with pytest.raises(UserError, match="is not empty"):
+        export_checkpoint(checkpoint, settings, output, "bf16", None)
+    assert (output / "model.safetensors").exists()
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[StandInHub]:
+    server = StandInHub(tmp_path / "home")
+    yield server
+    server.close()
+
+
+def export_command(config: Path, output: Path, *options: str) -> list[str]:
+    command = [sys.executable, "launcher/convert.py", "export", "--config", str(config)]
+    return [*command, "--output", str(output), "--push-to-hub", "someone/tiny", *options]
+
+
+def test_upload_reaches_the_hub_as_one_commit(
+    tmp_path: Path, config: Path, data: Path, hub: StandInHub
+) -> None:
+    random_checkpoint(config, "model.fold=[4,8]")
+    result = subprocess.run(
+        export_command(config, tmp_path / "hf"),
+        cwd=ROOT, env=hub.environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert hub.created == {"name": "tiny", "organization": "someone", "visibility": "private"}
+    assert hub.files == {path.name: path.read_bytes() for path in (tmp_path / "hf").iterdir()}
+    assert hub.commit_url in result.stdout
+
+
+def test_hub_that_refuses_is_one_line_before_any_work(tmp_path: Path, config: Path) -> None:
+    random_checkpoint(config, "model.fold=[4,8]")
+    nobody_listens = {"HF_ENDPOINT": "http://127.0.0.1:9"}
+    result = subprocess.run(
+        export_command(config, tmp_path / "hf"),
+        cwd=ROOT, env=hub_environment(tmp_path / "home") | nobody_listens,
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert result.returncode == 2
+    (line,) = result.stderr.splitlines()
+    assert re.match(r"error: --push-to-hub someone/tiny: .*Connection refused \(.*HF_TOKEN", line)
+    assert not (tmp_path / "hf").exists()
+    with pytest.raises(UserError, match="--push-to-hub some one/tiny: "):
+        create_repository("some one/tiny", public=False)
