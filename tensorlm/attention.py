@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fold_parallel import Grid, sharded_tensor_attention
-from tensor_attention import Rotary
+from tensor_attention import Backend, Rotary
 
 from .config import ModelConfig
 
@@ -15,9 +15,10 @@ from .config import ModelConfig
 class Attention(nn.Module):
     """Grouped-query attention over the folded sequence; `fold = ()` makes it full attention."""
 
-    def __init__(self, config: ModelConfig, layer: int, grid: Grid) -> None:
+    def __init__(self, config: ModelConfig, layer: int, grid: Grid, backend: Backend) -> None:
         super().__init__()
         self.grid = grid
+        self.backend = backend
         self.fold = config.layer_fold(layer)
         self.head_dim = config.head_size
         q_size, kv_size = config.num_heads * self.head_dim, config.num_kv_heads * self.head_dim
@@ -34,6 +35,6 @@ class Attention(nn.Module):
         v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))
         out = sharded_tensor_attention(
             q, k, v, self.fold, grid=self.grid, doc_start=doc_start, hop_bias=self.hop_bias,
-            rotary=rotary,
+            rotary=rotary, backend=self.backend,
         )  # fmt: skip
         return self.o_proj(out.flatten(-2))

@@ -14,7 +14,7 @@ import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from fold_parallel.grid import check_sizes, check_world
-from tensor_attention import validate_fold
+from tensor_attention import Backend, validate_fold
 
 from .errors import UserError
 
@@ -118,6 +118,7 @@ class TrainConfig(Section):
     rows_per_step: int = Field(gt=0, description="packed rows in one optimizer step, all ranks")
     micro_batch: int = Field(1, gt=0, description="rows in one forward pass of one rank")
     dtype: Literal["bf16", "fp32"] = "bf16"
+    attention: Backend = Field("auto", description="implementation of the operator (api.py)")
     activation_checkpointing: bool = False
     loss_chunk: int = Field(2048, gt=0, description="tokens whose logits exist at one time")
     max_skips: int = Field(10, gt=0, description="non-finite steps in a row before the run stops")

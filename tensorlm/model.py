@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fold_parallel import Grid
-from tensor_attention import Rotary
+from tensor_attention import Backend, Rotary
 
 from .attention import Attention
 from .config import ModelConfig
@@ -21,10 +21,10 @@ from .loss import OutputHead
 class Block(nn.Module):
     """One decoder layer: attention and SwiGLU, each behind a norm and a residual."""
 
-    def __init__(self, config: ModelConfig, layer: int, grid: Grid) -> None:
+    def __init__(self, config: ModelConfig, layer: int, grid: Grid, attention: Backend) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config, layer, grid)
+        self.self_attn = Attention(config, layer, grid, attention)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = SwiGLU(config)
 
@@ -41,6 +41,7 @@ class Llama(nn.Module):
         config: ModelConfig,
         grid: Grid = Grid(),  # noqa: B008 (frozen)
         *,
+        attention: Backend = "auto",
         activation_checkpointing: bool = False,
         loss_chunk: int = 2048,
     ) -> None:
@@ -50,7 +51,9 @@ class Llama(nn.Module):
         self.activation_checkpointing = activation_checkpointing
         self.loss_chunk = loss_chunk
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config, i, grid) for i in range(config.num_layers))
+        self.layers = nn.ModuleList(
+            Block(config, i, grid, attention) for i in range(config.num_layers)
+        )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = OutputHead(config.hidden_size, config.vocab_size)
         if config.tie_embeddings:

@@ -201,6 +201,7 @@ def build_model(config: Config, grid: Grid, device: torch.device) -> Llama:
         model = Llama(
             config.model,
             grid,
+            attention=config.train.attention,
             activation_checkpointing=config.train.activation_checkpointing,
             loss_chunk=config.train.loss_chunk,
         )

@@ -1,10 +1,11 @@
 """Tensorized attention: fold the sequence into a tensor, attend along each axis."""
 
-from .api import hop, tensor_attention
+from .api import Backend, hop, tensor_attention
 from .fold import Axis, Rotary, apply_rotary, document_reach, fold_axes, validate_fold
 
 __all__ = [
     "Axis",
+    "Backend",
     "Rotary",
     "apply_rotary",
     "document_reach",

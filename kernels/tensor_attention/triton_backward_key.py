@@ -32,8 +32,8 @@ def gather_dk(
     q, dz, reach, bias, lse, delta, dlse, cos, sin, head_first, per_query, row_zero,
     num_tokens, num_rows, steps, stride, length, scale,
     H: tl.constexpr, D: tl.constexpr, E: tl.constexpr, NEAREST: tl.constexpr,
-    MASK: tl.constexpr, BULK: tl.constexpr, STRIDED: tl.constexpr, PACK: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
+    MASK: tl.constexpr, BULK: tl.constexpr, STRIDED: tl.constexpr, PACK: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add to dk and dvalues what the queries of rows [begin, end) contribute (tiles transposed)."""
     lane = tl.arange(0, BLOCK_M)

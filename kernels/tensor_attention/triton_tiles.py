@@ -83,9 +83,9 @@ def forward_line_tiles(hop: Hop) -> LineTiles | None:
     if is_interpreted():
         return LineTiles(16, 4, 1) if hop.steps <= 16 else None
     narrow = padded(max(hop.q.shape[3], hop.values.shape[3])) <= 128
-    if hop.q.dtype == torch.float32 or not narrow or hop.steps > 64:
+    if hop.q.dtype == torch.float32 or not narrow or hop.steps > 128:
         return None
-    return LineTiles(64, 4, 1)
+    return LineTiles(64, 4, 2) if hop.steps <= 64 else LineTiles(128, 8, 2)
 
 
 def backward_line_tiles(hop: Hop) -> LineTiles | None:
