@@ -242,19 +242,25 @@ def newest_checkpoint(
     return None
 
 
-def select_checkpoint(run_dir: Path, step: int | None) -> Checkpoint:
-    """The verified checkpoint of `step`, or the newest one (one process).
+def select_checkpoint(
+    run_dir: Path, step: int | None, rank: int = 0, world_size: int = 1
+) -> Checkpoint:
+    """The verified checkpoint of `step`, or the newest one.
+
+    Collective where `world_size` > 1: every rank checks its share of the files.
 
     Raises:
         UserError: there is none, or it is damaged.
     """
     if step is None:
-        newest = newest_checkpoint(run_dir)
+        newest = newest_checkpoint(run_dir, rank, world_size)
         if newest is None:
             raise UserError(f"{run_dir}: no checkpoint (train first, or set run.dir)")
         return newest
     checkpoint = open_checkpoint(step_folder(run_dir, step))
-    bad = checkpoint.bad_files()
+    bad = checkpoint.bad_files(rank, world_size)
+    if world_size > 1:
+        bad = [problem for part in gather_json(bad) for problem in part]
     if bad:
         raise UserError(*(f"{checkpoint.folder}: {problem}" for problem in bad))
     return checkpoint

@@ -87,6 +87,11 @@ class ModelConfig(Section):
         is_full = self.full_every > 0 and (layer + 1) % self.full_every == 0
         return () if is_full else self.fold
 
+    def check_sharing(self, seq_len: int, sp: int) -> None:
+        """Raise ValueError, naming legal sizes, unless `sp` ranks can share a row of `seq_len`."""
+        has_full_layers = not self.fold or self.full_every > 0
+        check_sizes(seq_len, sp, self.fold, self.num_heads if has_full_layers else None)
+
 
 class DataConfig(Section):
     """Which prepared data set, and how its documents become rows."""
@@ -190,10 +195,8 @@ class Config(Section):
             problems.append("optim.min_lr: larger than optim.lr")
         if self.train.stop_at > self.train.steps:
             problems.append("train.stop_at: larger than train.steps")
-        has_full_layers = not self.model.fold or self.model.full_every > 0
-        heads = self.model.num_heads if has_full_layers else None
         try:
-            check_sizes(self.data.seq_len, self.parallel.sp, self.model.fold, heads)
+            self.model.check_sharing(self.data.seq_len, self.parallel.sp)
         except ValueError as error:
             problems.append(f"parallel.sp: {error}")
         return _raise_all(self, problems)
@@ -211,6 +214,15 @@ class Config(Section):
                 f"train.rows_per_step: {rows} is not a multiple of dp {dp} x micro_batch {micro} "
                 f"(nearest: {max(1, round(rows / (dp * micro))) * dp * micro})"
             )
+
+    def check_evaluation(self, world_size: int, lengths: Sequence[int]) -> None:
+        """Raise UserError unless `world_size` ranks can evaluate windows of these lengths."""
+        try:
+            check_world(world_size, self.parallel.sp)
+            for length in lengths:
+                self.model.check_sharing(length, self.parallel.sp)
+        except ValueError as error:
+            raise UserError(f"parallel.sp: {error}") from None
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+import torch.distributed as dist
 from tqdm import tqdm
 
 from tensorlm.data.shards import Corpus
 from tensorlm.errors import UserError
+from tensorlm.model import Llama
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class LengthResult:
 
 
 def evaluate_perplexity(
-    model: nn.Module,
+    model: Llama,
     data: Path,
     lengths: list[int],
     device: torch.device,
@@ -36,8 +37,11 @@ def evaluate_perplexity(
     The documents are those that hold the longest length whole, cut to a multiple of it, so that
     every length predicts exactly the same tokens and only the context differs.
 
+    Collective: the ranks of one row (`model.grid`) share each window, and different rows take turns
+    with the documents. Every rank gets the results of all.
+
     Args:
-        model: takes (tokens, doc_start, labels) and returns the summed loss.
+        model: on each rank the same weights.
         data: data set; its `valid` split is read.
         lengths: window lengths, each a divisor of the longest.
         device: where the model is.
@@ -74,17 +78,25 @@ def _segments(corpus: Corpus, longest: int, max_tokens: int) -> list[torch.Tenso
 
 @torch.no_grad()
 def _one_length(
-    model: nn.Module, segments: list[torch.Tensor], length: int, device: torch.device
+    model: Llama, segments: list[torch.Tensor], length: int, device: torch.device
 ) -> LengthResult:
-    started, loss_sum, num_tokens = time.perf_counter(), 0.0, 0
-    total = sum(len(segment) - 1 for segment in segments)
-    with tqdm(total=total, unit=" tokens", unit_scale=True, desc=f"length {length:>7,}") as bar:
-        for segment in segments:
+    grid, started = model.grid, time.perf_counter()
+    here, own = grid.tokens(length), segments[grid.dp_rank :: grid.dp]
+    loss_sum, num_tokens = 0.0, 0
+    with tqdm(
+        total=sum(len(segment) - 1 for segment in own), unit=" tokens", unit_scale=True,
+        desc=f"length {length:>7,}", disable=grid.rank > 0,
+    ) as bar:  # fmt: skip
+        for segment in own:
             for start in range(0, len(segment) - 1, length):
-                window = segment[start : start + length + 1].to(device)[None]
-                loss_sum += float(model(window[:, :-1], None, window[:, 1:]))
-                num_tokens += length
+                window = segment[start : start + length + 1].to(device)
+                tokens, labels = window[None, :-1][:, here], window[None, 1:][:, here]
+                loss_sum += float(model(tokens, None, labels))
+                num_tokens += labels.numel()
                 bar.update(length)
-    loss = loss_sum / num_tokens
+    totals = torch.tensor([loss_sum, num_tokens], dtype=torch.float64, device=device)
+    if grid.world_size > 1:
+        dist.all_reduce(totals)
+    loss = float(totals[0] / totals[1])
     seconds = time.perf_counter() - started
-    return LengthResult(length, loss, math.exp(min(loss, 700.0)), num_tokens, seconds)
+    return LengthResult(length, loss, math.exp(min(loss, 700.0)), int(totals[1]), seconds)
