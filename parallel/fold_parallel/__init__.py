@@ -2,19 +2,20 @@
 
 from .attention import (
     LocalAttention,
-    forward_bytes_per_token,
     sharded_full_attention,
     sharded_tensor_attention,
 )
 from .grid import Grid, check_sizes, check_world, create_grid, legal_degrees
+from .traffic import Traffic, layer_traffic
 
 __all__ = [
     "Grid",
     "LocalAttention",
+    "Traffic",
     "check_sizes",
     "check_world",
     "create_grid",
-    "forward_bytes_per_token",
+    "layer_traffic",
     "legal_degrees",
     "sharded_full_attention",
     "sharded_tensor_attention",

@@ -1,7 +1,7 @@
 """Tensorized and full attention over a row whose tokens are shared by the ranks of one group.
 
 Every softmax is whole on one rank, so nothing is merged across ranks. The steps are in `swap`; what
-travels, per token and layer, is in `forward_bytes_per_token`.
+travels, per token and layer, is in `traffic`.
 """
 
 import math
@@ -42,6 +42,7 @@ def sharded_tensor_attention(
     rotary: Rotary | None = None,
     scale: float | None = None,
     backend: Backend = "auto",
+    overlap: bool = True,
 ) -> Tensor:
     """`tensor_attention` of the whole row (distance mode), this rank's T/P tokens of it.
 
@@ -61,6 +62,8 @@ def sharded_tensor_attention(
         rotary: table of at least T positions.
         scale: factor on the scores, 1 / sqrt(D) by default.
         backend: passed on to `tensor_attention.hop`.
+        overlap: False ends the swap of q and k before hop 1 begins, in both directions: to measure
+            what it costs then.
 
     Returns:
         [B, T/P, H, E] in the dtype of v.
@@ -93,9 +96,10 @@ def sharded_tensor_attention(
     # Both exchanges are under way before hop 1 starts; only the halo is waited for.
     halo = start_halo((k, v), fold[0] - 1, grid.sp_group)
     swap = start_rows_to_columns((q, k, depth), fold[0], grid.swap_group)
+    columns = None if overlap else finish_rows_to_columns(swap)
     z, lse = _first_hop(q, k, v, depth, halo, fold[0], grid, rotary, scale, backend)
     # In this order, backward sends the gradients of z first: those of q, k travel during hop 1.
-    q, k, depth = finish_rows_to_columns(swap)
+    q, k, depth = columns or finish_rows_to_columns(swap)
     z, lse = rows_to_columns((z, lse), fold[0], grid.swap_group)
     for i, axis in enumerate(fold_axes(fold, seq_len)[1:]):
         z, lse = hop(
@@ -144,34 +148,6 @@ def sharded_full_attention(
     q, k, v, doc_start = tokens_to_heads((q, k, v, everywhere), grid.swap_group)
     (out,) = heads_to_tokens((attend(q, k, v, doc_start[..., 0]),), grid.swap_group)
     return out
-
-
-def forward_bytes_per_token(
-    seq_len: int,
-    sp: int,
-    fold: Sequence[int],
-    *,
-    heads: int,
-    key_heads: int,
-    head_dim: int,
-    itemsize: int,
-) -> float:
-    """Bytes that ranks send in one layer's forward, per token of the row (E = D; no padding).
-
-    A swap sends (P-1)/P of what a rank holds: q and k with a 4-byte position, z with a log-sum-exp
-    (4 bytes, or the itemsize if that is wider), z again. The halo is n_1 - 1 keys and values at
-    each of P - 1 borders. Backward sends the same less the positions.
-    """
-    if sp == 1:
-        return 0.0
-    per_head = head_dim * itemsize
-    if not fold:
-        key_heads = math.lcm(key_heads, sp)
-        return (sp - 1) / sp * ((2 * heads + 2 * key_heads) * per_head + 4 * sp)
-    swaps = (heads + key_heads) * per_head + 4
-    swaps += heads * (per_head + max(4, itemsize)) + heads * per_head
-    halo = (sp - 1) * (fold[0] - 1) * 2 * key_heads * per_head / seq_len
-    return (sp - 1) / sp * swaps + halo
 
 
 def _depth_in_document(doc_start: Tensor, grid: Grid) -> Tensor:

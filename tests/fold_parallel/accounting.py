@@ -3,6 +3,7 @@
 import weakref
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -10,15 +11,41 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from fold_parallel.collectives import _Flight
+
 
 class Log(TorchDispatchMode):
-    """Collectives and matrix products of this thread in order; bytes and ranks of each message."""
+    """Collectives, waits for them and matrix products of this thread, in order.
+
+    `messages` and `group_sizes` are the bytes and the ranks of each collective.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.events: list[str] = []
         self.messages: list[int] = []
         self.group_sizes: list[int] = []
+        land = _Flight.land
+
+        def logged_land(flight: _Flight) -> None:
+            self.events.append("wait")
+            land(flight)
+
+        self._waits = patch.object(_Flight, "land", logged_land)
+
+    def __enter__(self) -> "Log":
+        self._waits.start()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *reason: Any) -> None:
+        super().__exit__(*reason)
+        self._waits.stop()
+
+    @property
+    def sent(self) -> list[str]:
+        """The collectives alone."""
+        return [event for event in self.events if event not in ("multiply", "wait")]
 
     def __torch_dispatch__(
         self,

@@ -15,24 +15,27 @@ from fold_parallel import (
     Grid,
     attention,
     create_grid,
-    forward_bytes_per_token,
+    layer_traffic,
     sharded_tensor_attention,
 )
 from tensor_attention import fold_axes, hop
 from tests.distributed import run_distributed
 from tests.fold_parallel.accounting import Log
-from tests.fold_parallel.backends import device, ranks_and_backends
+from tests.fold_parallel.backends import device, ranks_and_backends, result
 from tests.fold_parallel.cases import Case, Row, make_row
 
 HEAD_DIM = 4
 
 
-def layer(case: Case, row: Row, grid: Grid) -> tuple[Tensor, Tensor]:
+def layer(case: Case, row: Row, grid: Grid, overlap: bool = True) -> tuple[Tensor, Tensor]:
     """The output of this rank and the cotangent for it."""
     tokens, on = grid.tokens(case.seq_len), device() if grid.sp > 1 else torch.device("cpu")
     q, k, v = (x[:, tokens].to(on).requires_grad_() for x in (row.q, row.k, row.v))
     doc_start = row.doc_start[:, tokens].to(on)
-    out = sharded_tensor_attention(q, k, v, case.fold, grid=grid, doc_start=doc_start)
+    # This backend's products are visible to `Log` on every device.
+    out = sharded_tensor_attention(
+        q, k, v, case.fold, grid=grid, doc_start=doc_start, backend="blocked", overlap=overlap
+    )
     return out, row.cotangent[:, tokens].to(on)
 
 
@@ -40,8 +43,8 @@ def layer(case: Case, row: Row, grid: Grid) -> tuple[Tensor, Tensor]:
 class Cost:
     """Of one layer, on one rank."""
 
-    forward_events: list[str]
-    backward_events: list[str]
+    forward_sent: list[str]
+    backward_sent: list[str]
     forward_messages: list[int]
     backward_messages: list[int]
     flops: int
@@ -64,7 +67,7 @@ def measure(case: Case, sp: int) -> Cost:
         out, cotangent = layer(case, row, grid)
         out.backward(cotangent)
     return Cost(
-        forward.events, backward.events, forward.messages, backward.messages,
+        forward.sent, backward.sent, forward.messages, backward.messages,
         flops.get_total_flops(), sum(kept.values()),
     )  # fmt: skip
 
@@ -95,26 +98,28 @@ every_cost = pytest.mark.parametrize("case", COST_CASES, ids=str)
 @every_cost
 def test_bytes_sent_are_those_of_the_formula(world_size: int, backend: str, case: Case) -> None:
     ranks = costs(world_size, backend)[case]
-    expected = forward_bytes_per_token(
-        case.seq_len, world_size, case.fold, heads=case.heads, key_heads=case.key_heads,
-        head_dim=HEAD_DIM, itemsize=case.dtype.itemsize,
-    )  # fmt: skip
     tokens = case.batch * case.seq_len
-    assert sum(sum(rank.forward_messages) for rank in ranks) == expected * tokens
-    # Backward, the positions have no gradient: 4 bytes a token, to every other rank if full.
-    positions = 4 * (world_size - 1) / (world_size if case.fold else 1)
-    assert sum(sum(rank.backward_messages) for rank in ranks) == (expected - positions) * tokens
+    for backward in (False, True):
+        expected = layer_traffic(
+            case.seq_len, world_size, case.fold, heads=case.heads, key_heads=case.key_heads,
+            head_dim=HEAD_DIM, itemsize=case.dtype.itemsize, backward=backward,
+        )  # fmt: skip
+        messages = [rank.backward_messages if backward else rank.forward_messages for rank in ranks]
+        assert sum(sum(sizes) for sizes in messages) == sum(expected) * tokens
+        sent = [sum(sizes) / tokens for sizes in zip(*messages, strict=True)]
+        order = expected[::-1] if backward else expected
+        assert sent == [size for size in order if size]
 
 
 def test_the_formula_for_one_layer_of_eight_billion_parameters() -> None:
     # 32 query and 8 key heads of 128 in bfloat16; 32,768 tokens on 8 ranks; fold [512].
-    sent = forward_bytes_per_token(32768, 8, [512], heads=32, key_heads=8, head_dim=128, itemsize=2)
-    swaps = 7 / 8 * (2 * (32 + 8) * 128 + 4 + (2 * 32 * 128 + 4 * 32) + 2 * 32 * 128)
-    halo = 7 * 511 * (8 * 128 * 2) * 2 / 32768
-    assert sent == swaps + halo
-    assert forward_bytes_per_token(
-        32768, 1, [512], heads=32, key_heads=8, head_dim=128, itemsize=2
-    ) == 0  # fmt: skip
+    shape = {"heads": 32, "key_heads": 8, "head_dim": 128, "itemsize": 2}
+    sent = layer_traffic(32768, 8, [512], **shape)
+    assert sent.queries_keys == 7 / 8 * (2 * (32 + 8) * 128 + 4)
+    assert sent.values == 7 / 8 * (2 * 32 * 128 + 4 * 32)
+    assert sent.back == 7 / 8 * 2 * 32 * 128
+    assert sent.halo == 7 * 511 * (8 * 128 * 2) * 2 / 32768
+    assert sum(layer_traffic(32768, 1, [512], **shape)) == 0
 
 
 @ranks_and_backends(2, 4)
@@ -123,11 +128,23 @@ def test_only_neighbour_exchanges_and_all_to_alls_are_used(
     world_size: int, backend: str, case: Case
 ) -> None:
     for rank in costs(world_size, backend)[case]:
-        for events in (rank.forward_events, rank.backward_events):
-            sent = [event for event in events if event != "multiply"]
+        for sent in (rank.forward_sent, rank.backward_sent):
             assert sent.count("neighbour") == (1 if case.fold else 0)
             assert sent.count("alltoall_base_") == (3 if case.fold else 2)
             assert len(sent) == (4 if case.fold else 2)
+
+
+def events_of_a_layer(case: Case, sp: int) -> list[tuple[list[str], list[str], Tensor]]:
+    """Events of forward and backward, and output: with the swap overlapping hop 1, and without."""
+    row, grid = make_row(case, HEAD_DIM), create_grid(sp)
+    results = []
+    for overlap in (True, False):
+        with Log() as forward:
+            out, cotangent = layer(case, row, grid, overlap)
+        with Log() as backward:
+            out.backward(cotangent)
+        results.append((forward.events, backward.events, result(out)))
+    return results
 
 
 @ranks_and_backends(2)
@@ -135,23 +152,28 @@ def test_only_neighbour_exchanges_and_all_to_alls_are_used(
 def test_the_swap_of_q_and_k_is_under_way_during_hop_1_forward_and_backward(
     world_size: int, backend: str, case: Case
 ) -> None:
-    hops = len(case.fold) + 1
+    swap, wait = "alltoall_base_", "wait"
     forward_hop, backward_hop = ["multiply"] * 2, ["multiply"] * 4
-    for rank in costs(world_size, backend)[case]:
-        assert rank.forward_events == [
-            "neighbour", "alltoall_base_", *forward_hop,  # halo; q, k; hop 1
-            "alltoall_base_", *forward_hop * (hops - 1), "alltoall_base_",
+    outer_forward, outer_backward = forward_hop * len(case.fold), backward_hop * len(case.fold)
+    for overlapped, serial in run_distributed(
+        events_of_a_layer, world_size, case, world_size, backend=backend
+    ):
+        assert overlapped[0] == [
+            "neighbour", swap, wait, *forward_hop,  # halo; q, k begin; halo is there; hop 1
+            wait, swap, wait, *outer_forward, swap, wait,  # q, k are there; z there; z back
         ]  # fmt: skip
-        assert rank.backward_events == [
-            "alltoall_base_", *backward_hop * (hops - 1),
-            "alltoall_base_", "alltoall_base_", *backward_hop, "neighbour",  # z; q, k; hop 1; halo
+        assert overlapped[1] == [
+            swap, wait, *outer_backward, swap, wait,  # z there and back
+            swap, *backward_hop, "neighbour", wait, wait,  # q, k begin; hop 1; halo; both are there
         ]  # fmt: skip
-        # Of the two before hop 1, which starts with z, that of z goes first.
-        sent_tokens = case.batch * case.seq_len * (world_size - 1) // world_size**2
-        size = case.dtype.itemsize
-        z_and_lse = sent_tokens * case.heads * (HEAD_DIM * size + max(4, size))
-        q_and_k = sent_tokens * (case.heads + case.key_heads) * HEAD_DIM * size
-        assert rank.backward_messages[1:3] == [z_and_lse, q_and_k]
+        # Otherwise, nothing is under way while hop 1 computes.
+        assert serial[0] == [
+            "neighbour", swap, wait, wait, *forward_hop, swap, wait, *outer_forward, swap, wait,
+        ]  # fmt: skip
+        assert serial[1] == [
+            swap, wait, *outer_backward, swap, wait, *backward_hop, "neighbour", swap, wait, wait,
+        ]  # fmt: skip
+        assert torch.equal(overlapped[2], serial[2])
 
 
 def rows_in_front(case: Case, sp: int) -> float:

@@ -1,0 +1,51 @@
+"""What one shared layer sends: the formula that docs/sequence_parallelism.md derives."""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+
+class Traffic(NamedTuple):
+    """Bytes that ranks send in one layer, one way, per token of the row; nothing to themselves."""
+
+    halo: float  # to the next rank, before hop 1
+    queries_keys: float  # swap that overlaps hop 1 (full layers: q, k and v to heads)
+    values: float  # swap of z and its log-sum-exp after hop 1
+    back: float  # swap of the output
+
+
+def layer_traffic(
+    seq_len: int,
+    sp: int,
+    fold: Sequence[int],
+    *,
+    heads: int,
+    key_heads: int,
+    head_dim: int,
+    itemsize: int,
+    backward: bool = False,
+) -> Traffic:
+    """Traffic of one layer's forward or backward (E = D; without the padding of messages).
+
+    A swap sends (P-1)/P of what a rank holds: q and k with a 4-byte position, z with a log-sum-exp
+    (4 bytes, or the itemsize if that is wider), z again. The halo is n_1 - 1 keys and values at
+    each of P - 1 borders. Backward, gradients go the other way; positions have none.
+
+    Args:
+        seq_len, sp, fold: a legal combination (`check_sizes`).
+        heads, key_heads, head_dim: H, K, D.
+        itemsize: bytes of one element of q, k, v.
+    """
+    if sp == 1:
+        return Traffic(0.0, 0.0, 0.0, 0.0)
+    swapped, per_head = (sp - 1) / sp, head_dim * itemsize
+    position = 0 if backward else 4
+    if not fold:
+        to_heads = (heads + 2 * math.lcm(key_heads, sp)) * per_head + position * sp
+        return Traffic(0.0, swapped * to_heads, 0.0, swapped * heads * per_head)
+    return Traffic(
+        halo=(sp - 1) * (fold[0] - 1) * 2 * key_heads * per_head / seq_len,
+        queries_keys=swapped * ((heads + key_heads) * per_head + position),
+        values=swapped * heads * (per_head + max(4, itemsize)),
+        back=swapped * heads * per_head,
+    )
