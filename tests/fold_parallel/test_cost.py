@@ -113,7 +113,7 @@ def test_bytes_sent_are_those_of_the_formula(world_size: int, backend: str, case
 
 def test_the_formula_for_one_layer_of_eight_billion_parameters() -> None:
     # 32 query and 8 key heads of 128 in bfloat16; 32,768 tokens on 8 ranks; fold [512].
-    shape = {"heads": 32, "key_heads": 8, "head_dim": 128, "itemsize": 2}
+    shape: dict[str, Any] = {"heads": 32, "key_heads": 8, "head_dim": 128, "itemsize": 2}
     sent = layer_traffic(32768, 8, [512], **shape)
     assert sent.queries_keys == 7 / 8 * (2 * (32 + 8) * 128 + 4)
     assert sent.values == 7 / 8 * (2 * 32 * 128 + 4 * 32)
