@@ -188,6 +188,7 @@ def backward_queries(
             hop.q, k, values, hop.reach, hop.bias, z, lse, hop.z_before, hop.lse_before,
             hop.cos, hop.sin, k_cos, k_sin, dz, dlse, dq, grads.delta, grads.dbias, dz_before,
             grads.dlse_before, *hop.walk(num_blocks), hop.scale,
-            ACCUMULATE=accumulate, BULK=tiles.bulk, PACK=tiles.pack, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n,
+            ACCUMULATE=accumulate, BULK=tiles.bulk, PACK=tiles.pack,
+            BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n,
             num_warps=tiles.warps, num_stages=tiles.stages, **hop.constants(),
         )  # fmt: skip

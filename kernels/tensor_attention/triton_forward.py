@@ -139,7 +139,8 @@ def hop_forward_kernel(
         acc, top, total = attend(
             acc, top, total, b_q, first, row - NEAREST, offset, part_begin, part_end,
             row_zero, k, values, key_head, value_head, k_cos, k_sin,
-            num_tokens, num_rows, steps, stride, scale, K, V, D, E, part != 1, BULK, STRIDED, BLOCK_N, BLOCK_D, BLOCK_E, PRECISION,
+            num_tokens, num_rows, steps, stride, scale, K, V, D, E, part != 1, BULK, STRIDED,
+            BLOCK_N, BLOCK_D, BLOCK_E, PRECISION,
         )  # fmt: skip
 
     acc = acc / tl.where(total == 0, 1.0, total)[:, None]
