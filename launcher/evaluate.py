@@ -1,68 +1,73 @@
-"""Evaluate a checkpoint: `launcher/evaluate.py --config C --lengths 4096,8192,16384`.
+"""Evaluate a checkpoint or a Hugging Face folder: perplexity, passkey, needles, RULER.
 
-On several ranks (deepspeed, torchrun, srun) `parallel.sp` of them share each window.
-Writes RUN/eval/step-N/{report.json, perplexity.png} and TensorBoard scalars into the run.
+launcher/evaluate.py --config C --lengths 4096,8192,131072 --tasks ppl,passkey,niah,ruler
+launcher/evaluate.py --compare DIR DIR ... --output DIR
+
+Writes RUN/eval/step-N/report.{json,md,html}, the plots, and TensorBoard scalars into the run.
 """
 
 import argparse
 from pathlib import Path
 
-from tensorlm.config import load_config, parse_config
+from tensorlm.config import load_config
 from tensorlm.errors import UserError, run_launcher
-from tensorlm.launch_env import read_launch_env
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--config", required=True, help="TOML file of the run")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", help="TOML file of the run")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="replace a setting")
-    parser.add_argument("--checkpoint", type=int, metavar="STEP", help="default: the newest")
-    parser.add_argument("--lengths", required=True, help="comma-separated context lengths")
-    parser.add_argument("--max-tokens", type=int, default=1 << 20, help="held-out tokens to use")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--checkpoint", type=int, metavar="STEP", help="default: the newest")
+    which.add_argument("--hf", type=Path, metavar="DIR", help="a Hugging Face folder instead")
+    which.add_argument(
+        "--random-weights", action="store_true", help="no checkpoint: for time and memory only"
+    )
+    which.add_argument(
+        "--compare", type=Path, nargs="+", metavar="DIR",
+        help="join the reports found below these folders: lengths of one model into one report, "
+        "several models side by side",
+    )  # fmt: skip
+    parser.add_argument("--lengths", help="eval.lengths, comma-separated")
+    parser.add_argument("--tasks", help="eval.tasks, comma-separated: ppl,passkey,niah,ruler")
     parser.add_argument("--output", type=Path, help="folder for the report")
-    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it
-    args = parser.parse_args()
-    config = load_config(args.config, args.overrides)
-    try:
-        lengths = [int(part) for part in args.lengths.split(",")]
-    except ValueError:
-        raise UserError(f"--lengths: {args.lengths} is not a list like 4096,8192") from None
-    if min(lengths) < 2:
-        raise UserError(f"--lengths: {min(lengths)} is too short")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed adds it
+    args = parser.parse_intermixed_args()  # settings may stand anywhere
+    if args.compare:
+        return _compare(args.compare, args.output)
+    if not args.config:
+        raise UserError("--config: missing (the TOML file of the run)")
+    overrides = list(args.overrides)
+    if args.lengths:
+        overrides.append(f"eval.lengths=[{args.lengths}]")
+    if args.tasks:
+        names = ",".join(f'"{name}"' for name in args.tasks.split(","))
+        overrides.append(f"eval.tasks=[{names}]")
+    config = load_config(args.config, overrides)
 
-    launch = read_launch_env()
-    config.check_evaluation(launch.world_size, lengths)
+    from tensorlm.evaluation.launch import evaluate_on_ranks
+    from tensorlm.launch_env import read_launch_env
 
-    import torch
+    return evaluate_on_ranks(
+        config, read_launch_env(), args.checkpoint, args.hf, args.random_weights, args.output
+    )
 
-    from fold_parallel import create_grid
-    from tensorlm.checkpoint import load_weights, select_checkpoint
-    from tensorlm.engine import init_distributed, leave_distributed
-    from tensorlm.evaluation.perplexity import evaluate_perplexity
-    from tensorlm.evaluation.report import format_table, log_to_tensorboard, write_report
-    from tensorlm.model import Llama
 
-    device = init_distributed(launch)
-    run_dir = Path(config.run.dir)
-    checkpoint = select_checkpoint(run_dir, args.checkpoint, launch.rank, launch.world_size)
-    trained = parse_config(checkpoint.manifest["config"], str(checkpoint.folder))
-    dtype = torch.bfloat16 if config.train.dtype == "bf16" else torch.float32
-    grid = create_grid(config.parallel.sp)
-    with device:
-        model = Llama(trained.model, grid, loss_chunk=config.train.loss_chunk)
-    load_weights(checkpoint, model)
-    model.to(dtype).eval()
+def _compare(folders: list[Path], output: Path | None) -> int:
+    from tensorlm.evaluation.report import format_report, write_reports
+    from tensorlm.evaluation.results import merge_reports, read_report
 
-    data = Path(config.data.path)
-    results = evaluate_perplexity(model, data, lengths, device, args.max_tokens)
-    if launch.rank == 0:
-        output = args.output or run_dir / "eval" / checkpoint.folder.name
-        facts = {"checkpoint": str(checkpoint.folder), "step": checkpoint.step, "data": str(data)}
-        write_report(output, results, facts, trained.data.seq_len)
-        log_to_tensorboard(run_dir, checkpoint.step, results)
-        print(format_table(results, trained.data.seq_len))
-        print(f"report: {output / 'report.json'}  plot: {output / 'perplexity.png'}")
-    leave_distributed()
+    if output is None:
+        raise UserError("--output: missing (a folder for the joint report)")
+    files = [file for folder in folders for file in sorted(folder.rglob("report.json"))]
+    if not files:
+        raise UserError(f"--compare: no report.json below {', '.join(map(str, folders))}")
+    reports = merge_reports([read_report(file) for file in files])
+    write_reports(output, reports)
+    print(format_report(reports))
+    print(f"report: {output / 'report.html'}")
     return 0
 
 

@@ -8,23 +8,17 @@ import difflib
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, get_args
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from fold_parallel.grid import check_sizes, check_world
 from tensor_attention import Backend, validate_fold
 
 from .errors import UserError
-
-ModelT = TypeVar("ModelT", bound=BaseModel)
-
-
-class Section(BaseModel):
-    """Base of all sections: strict types, finite numbers, no unknown keys, frozen."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+from .evaluation.settings import GENERATION_TASKS, EvalConfig
+from .section import Section, raise_all
 
 
 class RopeScaling(Section):
@@ -75,7 +69,7 @@ class ModelConfig(Section):
             validate_fold(self.fold)
         except ValueError as error:
             problems.append(str(error))
-        return _raise_all(self, problems)
+        return raise_all(self, problems)
 
     @property
     def head_size(self) -> int:
@@ -181,6 +175,7 @@ class Config(Section):
     zero: ZeroConfig = ZeroConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     guards: GuardsConfig = GuardsConfig()
+    eval: EvalConfig = EvalConfig()
 
     @model_validator(mode="after")
     def _sections_agree(self) -> "Config":
@@ -195,11 +190,17 @@ class Config(Section):
             problems.append("optim.min_lr: larger than optim.lr")
         if self.train.stop_at > self.train.steps:
             problems.append("train.stop_at: larger than train.steps")
+        generates = sorted(set(self.eval.tasks) & set(GENERATION_TASKS))
+        if self.eval.every and generates and self.zero.stage == 3:
+            problems.append(
+                f"eval.tasks: {generates[0]} in training needs zero.stage 0, 1 or 2 "
+                "(or run launcher/evaluate.py beside it)"
+            )
         try:
             self.model.check_sharing(self.data.seq_len, self.parallel.sp)
         except ValueError as error:
             problems.append(f"parallel.sp: {error}")
-        return _raise_all(self, problems)
+        return raise_all(self, problems)
 
     def check_world(self, world_size: int) -> None:
         """Raise UserError unless `world_size` ranks can share the work of this configuration."""
@@ -270,12 +271,6 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         if not isinstance(tree, dict):
             raise UserError(f"{override}: {part} is a value, not a section")
     tree[parts[-1]] = value
-
-
-def _raise_all(model: ModelT, problems: list[str]) -> ModelT:
-    if problems:
-        raise ValueError("\n".join(problems))
-    return model
 
 
 def _problem_lines(error: ValidationError, where: str) -> list[str]:

@@ -28,22 +28,22 @@ class Metrics:
         _drop_later_steps(self.run_dir / "metrics.jsonl", resumed_step)
         (self.run_dir / "config.toml").write_text(f"# commit {commit}\n{config_toml(config)}")
         self._file = open(self.run_dir / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115
-        self._writer = SummaryWriter(
+        self.writer = SummaryWriter(
             str(self.run_dir / "tensorboard"), purge_step=resumed_step + 1, flush_secs=10
         )
-        self._writer.add_text("config", f"```toml\n{config_toml(config)}```", resumed_step)
+        self.writer.add_text("config", f"```toml\n{config_toml(config)}```", resumed_step)
         self._started = time.perf_counter()
         self._first_step = resumed_step
 
     def announce(self, lines: list[str]) -> None:
         """Print the head of the log."""
-        print("\n".join(lines), f"watch: tensorboard --logdir {self._writer.log_dir}", sep="\n")
+        print("\n".join(lines), f"watch: tensorboard --logdir {self.writer.log_dir}", sep="\n")
 
     def log_step(self, step: int, record: dict[str, float]) -> None:
         """Record optimizer step `step` (from 1); keys are TensorBoard tags."""
         self._file.write(json.dumps({"step": step, **record}) + "\n")
         for tag, value in record.items():
-            self._writer.add_scalar(tag, value, step)
+            self.writer.add_scalar(tag, value, step)
         per_step = (time.perf_counter() - self._started) / (step - self._first_step)
         print(
             f"step {step:>{len(str(self.num_steps))}}/{self.num_steps} | "
@@ -57,7 +57,7 @@ class Metrics:
     def close(self) -> None:
         """Flush and close both files."""
         self._file.close()
-        self._writer.close()
+        self.writer.close()
 
 
 def git_commit() -> str:

@@ -15,7 +15,7 @@ from tensor_attention import Backend, Rotary
 from .attention import Attention
 from .config import ModelConfig
 from .layers import RMSNorm, SwiGLU, rotary_table
-from .loss import OutputHead
+from .loss import OutputHead, Reduction
 
 
 class Block(nn.Module):
@@ -60,7 +60,11 @@ class Llama(nn.Module):
             self.lm_head.weight = self.embed_tokens.weight
 
     def forward(
-        self, tokens: Tensor, doc_start: Tensor | None = None, labels: Tensor | None = None
+        self,
+        tokens: Tensor,
+        doc_start: Tensor | None = None,
+        labels: Tensor | None = None,
+        reduction: Reduction = "sum",
     ) -> Tensor:
         """Run the decoder on packed rows, or on this rank's slice of them (`grid.sp` > 1).
 
@@ -69,9 +73,10 @@ class Llama(nn.Module):
             doc_start: [B, T] int32, index in the row of the first token of each token's document;
                 None: one document.
             labels: [B, T] int64, the token to predict at each position, IGNORED where none is.
+            reduction: "sum" of the losses at the labels, or "none": each of them.
 
         Returns:
-            Logits [B, T, V]; with labels, their summed cross-entropy, a float64 scalar.
+            Logits [B, T, V]; with labels, their cross-entropy: a float64 sum, or float32 [B, T].
         """
         if doc_start is None:
             doc_start = torch.zeros_like(tokens, dtype=torch.int32)
@@ -83,7 +88,9 @@ class Llama(nn.Module):
             else:
                 x = block(x, doc_start, rotary)
         x = self.norm(x)
-        return self.lm_head(x) if labels is None else self.lm_head(x, labels, self.loss_chunk)
+        if labels is None:
+            return self.lm_head(x)
+        return self.lm_head(x, labels, self.loss_chunk, reduction)
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:

@@ -15,6 +15,8 @@ from .config import Config
 from .data.loader import PackedRows, open_rows
 from .engine import Engine, init_distributed, leave_distributed
 from .errors import EXIT_DONE, EXIT_PREEMPTED, UserError
+from .evaluation.launch import check_held_out, evaluate_in_training
+from .evaluation.model import wrap_training_model
 from .flops import num_parameters, peak_flops, train_flops
 from .guards import StepGuard, check_disk_space, check_replicas, lock_run
 from .launch_env import LaunchEnv
@@ -69,6 +71,8 @@ def train(config: Config, launch: LaunchEnv, stop: StopRequest) -> int:
     """
     if launch.rank == 0:
         lock_run(Path(config.run.dir))
+    if config.eval.every:
+        check_held_out(config)
     run = start(config, launch)
     state, watchdog = run.state, run.watchdog
     saver = checkpoint.Saver(run.dir, config.checkpoint, watchdog.progress)
@@ -99,6 +103,12 @@ def train(config: Config, launch: LaunchEnv, stop: StopRequest) -> int:
         if is_saving:
             watchdog.enter("save", state.step)
             saver.save(state.step, run.engine.parameter_slices(), describe_state(run))
+        if config.eval.every and state.step % config.eval.every == 0 and not stopping:
+            watchdog.enter("eval", state.step)
+            model = wrap_training_model(
+                config, run.engine.module, state.step, run.device, run.grid, watchdog.progress
+            )
+            evaluate_in_training(config, model, metrics.writer if metrics else None)
 
     watchdog.enter("save", state.step)
     saver.wait()

@@ -21,8 +21,8 @@ from .errors import EXIT_INTERNAL
 
 FOLDER = "hang"
 # In the order in which a rank passes them, within one step.
-PHASES = ("start", "resume", "data", "forward", "step", "log", "save")
-_SLOW_PHASES = ("start", "resume", "save")
+PHASES = ("start", "resume", "data", "forward", "step", "log", "save", "eval")
+_SLOW_PHASES = ("start", "resume", "save", "eval")
 _FEWEST_STEPS = 3  # the first ones compile kernels, open connections
 _MEDIANS = 5
 _GRACE_SECONDS = 2.0
@@ -53,7 +53,7 @@ class Watchdog:
         self._phase, self._step = phase, step
 
     def progress(self) -> None:
-        """Bytes of a checkpoint were read or written: a slow phase is not a hang."""
+        """Bytes of a checkpoint moved, or a prompt was answered: a slow phase is not a hang."""
         if self._phase in _SLOW_PHASES:
             self._progress_at = time.monotonic()
 

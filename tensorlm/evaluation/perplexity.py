@@ -1,102 +1,142 @@
-"""Perplexity by context length, on the same held-out text at every length."""
+"""Perplexity by context length and by position, on the same held-out tokens at every length.
+
+Everything is computed from one kind of table: the loss of each token of the spans, seen from
+windows of some length. `window_losses` measures such tables, the rest is arithmetic on them.
+"""
 
 import math
 import time
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator
+from itertools import pairwise
 
+import numpy as np
 import torch
-import torch.distributed as dist
-from tqdm import tqdm
+from numpy.typing import NDArray
 
-from tensorlm.data.shards import Corpus
-from tensorlm.errors import UserError
-from tensorlm.model import Llama
+from .bootstrap import mean_over_documents
+from .model import EvaluatedModel
+from .ranks import compute_and_sum, progress
+from .results import Bucket, LengthResult, Ratio
+from .text import Spans
 
+_FIRST_BUCKET = 256
+_BATCH_TOKENS = 32768  # short windows go through the model together
 
-@dataclass(frozen=True)
-class LengthResult:
-    """Perplexity with windows of `length` tokens; `loss` in nats per token."""
-
-    length: int
-    loss: float
-    perplexity: float
-    num_tokens: int
-    seconds: float
+# Loss of every token of the spans, [S, N].
+Losses = NDArray[np.float64]
 
 
-def evaluate_perplexity(
-    model: Llama,
-    data: Path,
-    lengths: list[int],
-    device: torch.device,
-    max_tokens: int = 1 << 20,
-) -> list[LengthResult]:
-    """Cut held-out documents into windows of each length and measure the loss inside them.
+def window_losses(
+    model: EvaluatedModel, spans: Spans, length: int, stride: int, title: str
+) -> Losses:
+    """The loss of every token, from windows of `length` tokens that move by `stride`.
 
-    The documents are those that hold the longest length whole, cut to a multiple of it, so that
-    every length predicts exactly the same tokens and only the context differs.
-
-    Collective: the ranks of one row (`model.grid`) share each window, and different rows take turns
-    with the documents. Every rank gets the results of all.
+    The first window of a span gives the losses of all its tokens, each later one those of its last
+    `stride` tokens. With stride = length windows do not overlap; otherwise every token but the
+    first ones has at least length - stride and at most length - 1 tokens before it.
 
     Args:
-        model: on each rank the same weights.
-        data: data set; its `valid` split is read.
-        lengths: window lengths, each a divisor of the longest.
-        device: where the model is.
-        max_tokens: stop after this many tokens.
+        model: the model.
+        spans: N must be at least `length`.
+        length: tokens of a window.
+        stride: at most `length`.
+        title: for the progress bar.
 
     Raises:
-        UserError: a length does not divide the longest, or no document is long enough.
+        DoesNotFitError: there is too little memory.
     """
-    longest = max(lengths)
-    odd = [length for length in lengths if longest % length]
-    if odd:
-        raise UserError(f"--lengths: {odd[0]} does not divide {longest}")
-    segments = _segments(Corpus(data / "valid"), longest, max_tokens)
-    if not segments:
-        available = int(Corpus(data / "valid").lengths.max())
-        raise UserError(
-            f"--lengths: no document in {data / 'valid'} has {longest} tokens "
-            f"(the longest has {available}; choose shorter lengths)"
-        )
-    return [_one_length(model, segments, length, device) for length in sorted(lengths)]
+    places = [
+        (span, start, keep)
+        for span in range(len(spans.tokens))
+        for start, keep in _windows(spans.length, length, stride)
+    ]
+    batch = max(1, min(spans.length, _BATCH_TOKENS) // length)
+    batches = [places[at : at + batch] for at in range(0, len(places), batch)]
+    mine = batches[model.grid.dp_rank :: model.grid.dp]
+
+    def measure() -> NDArray[np.float32]:
+        losses = np.zeros((len(spans.tokens), spans.length), np.float32)
+        with progress(sum(map(len, mine)) * length, "tok", title, model.grid) as bar:
+            for part in mine:
+                rows = [spans.tokens[span, start : start + length + 1] for span, start, _ in part]
+                found = model.losses(torch.from_numpy(np.stack(rows)))
+                for (span, start, keep), row in zip(part, found, strict=True):
+                    stop = start + length
+                    losses[span, stop - keep : stop] = row[length - keep :]
+                bar.update(len(part) * length)
+        return losses
+
+    return compute_and_sum(measure, model.device)
 
 
-def _segments(corpus: Corpus, longest: int, max_tokens: int) -> list[torch.Tensor]:
-    """Token spans [longest + 1] of long documents; one more token, to be predicted last."""
-    segments: list[torch.Tensor] = []
-    for document in range(len(corpus)):
-        for start in range(0, int(corpus.lengths[document]) - longest, longest):
-            if (len(segments) + 1) * longest > max_tokens and segments:
-                return segments
-            tokens = corpus.tokens(document, start, start + longest + 1)
-            segments.append(torch.from_numpy(tokens.astype("int64")))
-    return segments
+def _windows(num_tokens: int, length: int, stride: int) -> Iterator[tuple[int, int]]:
+    """(start, how many of its last tokens count) of each window."""
+    yield 0, length
+    done = length
+    while done < num_tokens:
+        keep = min(stride, num_tokens - done)
+        done += keep
+        yield done - length, keep
 
 
-@torch.no_grad()
-def _one_length(
-    model: Llama, segments: list[torch.Tensor], length: int, device: torch.device
-) -> LengthResult:
-    grid, started = model.grid, time.perf_counter()
-    here, own = grid.tokens(length), segments[grid.dp_rank :: grid.dp]
-    loss_sum, num_tokens = 0.0, 0
-    with tqdm(
-        total=sum(len(segment) - 1 for segment in own), unit=" tokens", unit_scale=True,
-        desc=f"length {length:>7,}", disable=grid.rank > 0,
-    ) as bar:  # fmt: skip
-        for segment in own:
-            for start in range(0, len(segment) - 1, length):
-                window = segment[start : start + length + 1].to(device)
-                tokens, labels = window[None, :-1][:, here], window[None, 1:][:, here]
-                loss_sum += float(model(tokens, None, labels))
-                num_tokens += labels.numel()
-                bar.update(length)
-    totals = torch.tensor([loss_sum, num_tokens], dtype=torch.float64, device=device)
-    if grid.world_size > 1:
-        dist.all_reduce(totals)
-    loss = float(totals[0] / totals[1])
-    seconds = time.perf_counter() - started
-    return LengthResult(length, loss, math.exp(min(loss, 700.0)), int(totals[1]), seconds)
+def measure_length(
+    model: EvaluatedModel, spans: Spans, length: int, slide: int, seed: int
+) -> tuple[LengthResult, Losses]:
+    """Perplexity with windows of `length`, and sliding by length / slide where slide > 1."""
+    started = time.perf_counter()
+    losses = window_losses(model, spans, length, length, f"perplexity {length:>7,}")
+    sliding = None
+    if slide > 1 and length < spans.length:
+        title = f"   sliding {length:>7,}"
+        sliding = window_losses(model, spans, length, max(1, length // slide), title)
+    loss = mean_over_documents(losses, spans.document, seed)
+    return (
+        LengthResult(
+            length=length,
+            loss=loss.mean,
+            perplexity=_exp(loss.mean),
+            low=None if loss.low is None else _exp(loss.low),
+            high=None if loss.high is None else _exp(loss.high),
+            sliding_perplexity=None if sliding is None else _exp(float(sliding.mean())),
+            num_tokens=losses.size,
+            num_documents=len(np.unique(spans.document)),
+            seconds=time.perf_counter() - started,
+            buckets=loss_by_position(losses, spans.document, length, seed),
+        ),
+        losses,
+    )
+
+
+def loss_by_position(
+    losses: Losses, document: NDArray[np.int64], length: int, seed: int
+) -> list[Bucket]:
+    """Mean loss by position in windows of `length`, in buckets that double."""
+    rows = losses.reshape(-1, length)
+    owners = np.repeat(document, losses.shape[1] // length)
+    edges = [0]
+    while edges[-1] < length:
+        edges.append(min(length, max(_FIRST_BUCKET, 2 * edges[-1])))
+    return [
+        Bucket(start=a, stop=b, loss=mean_over_documents(rows[:, a:b], owners, seed))
+        for a, b in pairwise(edges)
+    ]
+
+
+def compare_lengths(
+    tables: dict[int, Losses], document: NDArray[np.int64], trained_length: int, seed: int
+) -> list[Ratio]:
+    """Perplexity at each longer length over that at the trained length, if that was measured."""
+    if trained_length not in tables:
+        return []
+    ratios = []
+    for length, losses in sorted(tables.items()):
+        if length <= trained_length:
+            continue
+        log_ratio = mean_over_documents(losses - tables[trained_length], document, seed)
+        ratio = {k: None if v is None else _exp(v) for k, v in log_ratio.model_dump().items()}
+        ratios.append(Ratio(length=length, multiple=length / trained_length, ratio=ratio))
+    return ratios
+
+
+def _exp(value: float) -> float:
+    return math.exp(min(value, 700.0))

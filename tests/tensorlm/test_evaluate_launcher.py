@@ -23,4 +23,4 @@ def test_evaluation_writes_a_report_and_refuses_lengths_without_text(
         [*command, "--lengths", "1048576"], cwd=ROOT, capture_output=True, text=True
     )
     assert too_long.returncode == 2
-    assert too_long.stderr.splitlines()[-1].startswith("error: --lengths: no document")
+    assert too_long.stderr.splitlines()[-1].startswith("error: eval.lengths: no held-out document")

@@ -1,6 +1,5 @@
 """Training and evaluation with `parallel.sp`: the figures of one rank, also across two nodes."""
 
-import json
 import os
 import subprocess
 import sys
@@ -12,11 +11,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tensorlm.checkpoint import load_weights, select_checkpoint
+from fold_parallel import Grid
 from tensorlm.config import load_config
-from tensorlm.evaluation.perplexity import evaluate_perplexity
+from tensorlm.evaluation.model import open_checkpoint_model
+from tensorlm.evaluation.results import read_report
+from tensorlm.evaluation.run import evaluate
+from tensorlm.evaluation.text import held_out_documents
 from tensorlm.launch_env import LaunchEnv, free_port
-from tensorlm.model import Llama
 from tensorlm.preemption import StopRequest
 from tensorlm.train import train
 from tests.distributed import run_distributed
@@ -108,21 +109,24 @@ def test_ranks_that_share_windows_write_the_report_of_one_rank(
     command = [
         str(Path(sys.executable).parent / "torchrun"), "--nproc_per_node=2",
         f"--master_port={free_port()}", "launcher/evaluate.py", "--config", f"{run_dir}.toml",
-        "--lengths", ",".join(map(str, LENGTHS)), "--max-tokens", "8192",
+        "--lengths", ",".join(map(str, LENGTHS)), "eval.max_tokens=8192", "eval.near=64",
         "--output", str(tmp_path / "eval"), "parallel.sp=2",
     ]  # fmt: skip
     subprocess.run(command, cwd=ROOT, env=launch_environment(), check=True, timeout=120)
-    report = json.loads((tmp_path / "eval/report.json").read_text())
+    report = read_report(tmp_path / "eval/report.json")
 
-    config = load_config(f"{run_dir}.toml", OVERRIDES)
-    model = Llama(config.model)
-    load_weights(select_checkpoint(run_dir, None), model)
-    data, device = Path(config.data.path), torch.device("cpu")
-    expected = evaluate_perplexity(model, data, LENGTHS, device, max_tokens=8192)
-    assert [entry["length"] for entry in report["perplexity"]] == LENGTHS
-    for ours, one in zip(report["perplexity"], expected, strict=True):
-        assert ours["num_tokens"] == one.num_tokens == 8192
-        assert ours["perplexity"] == pytest.approx(one.perplexity, rel=1e-6)
+    settings = [f"eval.lengths={LENGTHS}", "eval.max_tokens=8192", "eval.near=64"]
+    config = load_config(f"{run_dir}.toml", [*OVERRIDES, *settings])
+    model = open_checkpoint_model(config, None, torch.device("cpu"), Grid())
+    documents = held_out_documents(config, model.tokenizer, Path(config.data.path) / "tokenizer")
+    expected = evaluate(config.eval, model, documents)
+    assert [entry.length for entry in report.perplexity] == LENGTHS
+    for ours, one in zip(report.perplexity, expected.perplexity, strict=True):
+        assert ours.num_tokens == one.num_tokens == 8192
+        assert ours.perplexity == pytest.approx(one.perplexity, rel=1e-6)
+        assert ours.sliding_perplexity == pytest.approx(one.sliding_perplexity, rel=1e-6)
+    (ours_gain,), (one_gain,) = report.attribution, expected.attribution
+    assert ours_gain.total.near_loss == pytest.approx(one_gain.total.near_loss, rel=1e-6)
 
 
 @pytest.mark.parametrize(

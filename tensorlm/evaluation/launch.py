@@ -1,0 +1,111 @@
+"""Evaluations as they are started: by launcher/evaluate.py, or in the middle of training."""
+
+from pathlib import Path
+
+import torch
+from torch.utils.tensorboard import SummaryWriter
+
+from fold_parallel import Grid, create_grid
+from tensorlm.config import Config
+from tensorlm.data.tokenizers import load_tokenizer
+from tensorlm.errors import EXIT_DONE, UserError
+from tensorlm.launch_env import LaunchEnv
+
+from .model import (
+    EvaluatedModel,
+    open_checkpoint_model,
+    open_hugging_face_model,
+    open_random_model,
+)
+from .report import format_report, log_to_tensorboard, write_reports
+from .run import evaluate
+from .text import choose_spans, held_out_documents
+
+
+def evaluate_on_ranks(
+    config: Config,
+    launch: LaunchEnv,
+    step: int | None,
+    hugging_face: Path | None,
+    is_random: bool,
+    output: Path | None,
+) -> int:
+    """Evaluate the checkpoint of `step`, a folder, or random weights; rank 0 writes the report.
+
+    Several ranks share prompts and windows; with `parallel.sp` > 1 they share each window too.
+
+    Raises:
+        UserError: what the user can mend; lengths that did not fit, after the report is written.
+    """
+    device, grid = _join_ranks(config, launch, is_sharded=hugging_face is None)
+    if hugging_face:
+        model = open_hugging_face_model(config, hugging_face, device)
+        tokenizer_folder, default = hugging_face, hugging_face / "eval"
+    else:
+        if is_random:
+            model = open_random_model(config, device, grid)
+        else:
+            model = open_checkpoint_model(config, step, device, grid)
+        tokenizer_folder = Path(config.data.path) / "tokenizer"
+        default = _run_output(config, model)
+    output = output or default
+    documents = held_out_documents(config, model.tokenizer, tokenizer_folder)
+    report = evaluate(config.eval, model, documents)
+    if launch.rank == 0:
+        write_reports(output, [report])
+        events = config.run.dir if model.step is not None else str(output)
+        with SummaryWriter(f"{events}/tensorboard", filename_suffix=".eval") as writer:
+            log_to_tensorboard(writer, report, model.step or 0)
+        print(format_report([report]))
+        print(*report.notes, f"report: {output / 'report.html'}", sep="\n", flush=True)
+    if launch.world_size > 1:
+        from tensorlm.engine import leave_distributed
+
+        leave_distributed()
+    if report.problems:
+        raise UserError(*report.problems)
+    return EXIT_DONE
+
+
+def check_held_out(config: Config) -> None:
+    """Raise UserError unless there is held-out text for the evaluations of a training run."""
+    folder = Path(config.data.path) / "tokenizer"
+    documents = held_out_documents(config, load_tokenizer(folder), folder)
+    if "ppl" in config.eval.tasks:
+        longest = max(config.eval.lengths or (config.data.seq_len,))
+        choose_spans(documents, config.eval.segment or longest, max_tokens=1)
+
+
+def evaluate_in_training(
+    config: Config, model: EvaluatedModel, writer: SummaryWriter | None
+) -> None:
+    """Evaluate the model that is being trained; the rank that has a `writer` reports.
+
+    Lengths that do not fit are named and left out: training goes on.
+    """
+    documents = held_out_documents(config, model.tokenizer, Path(config.data.path) / "tokenizer")
+    model.network.eval()
+    report = evaluate(config.eval, model, documents)
+    model.network.train()
+    if writer:
+        assert model.step is not None
+        write_reports(_run_output(config, model), [report])
+        log_to_tensorboard(writer, report, model.step)
+        print(format_report([report]), *report.problems, *report.notes, sep="\n", flush=True)
+
+
+def _run_output(config: Config, model: EvaluatedModel) -> Path:
+    name = "random" if model.step is None else f"step-{model.step:08d}"
+    return Path(config.run.dir) / "eval" / name
+
+
+def _join_ranks(config: Config, launch: LaunchEnv, is_sharded: bool) -> tuple[torch.device, Grid]:
+    """This rank's device, and the grid: one device alone holds whole windows, whatever `sp` is."""
+    if launch.world_size == 1:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu"), Grid()
+    lengths = config.eval.lengths or (config.data.seq_len,)
+    if is_sharded:
+        config.check_evaluation(launch.world_size, lengths if "ppl" in config.eval.tasks else ())
+    from tensorlm.engine import init_distributed
+
+    return init_distributed(launch), create_grid(config.parallel.sp if is_sharded else 1)

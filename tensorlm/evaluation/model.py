@@ -1,0 +1,260 @@
+"""The model under evaluation: losses of given tokens, greedy continuations of a prompt.
+
+A checkpoint is read into the trainer's own `Llama`, whose ranks may share a row; the generating
+model of `tensorlm.hf` is then laid over the same weights. A Hugging Face folder is one such model.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers.utils import logging
+
+from fold_parallel import Grid
+from tensorlm.checkpoint import load_weights, select_checkpoint
+from tensorlm.config import Config, ModelConfig, parse_config
+from tensorlm.data.tokenizers import load_tokenizer
+from tensorlm.errors import UserError
+from tensorlm.hf.configuration_tensorlm import TensorLMConfig
+from tensorlm.hf.export_folder import DTYPES, hf_config, hf_name
+from tensorlm.hf.modeling_tensorlm import TensorLMForCausalLM
+from tensorlm.model import Llama
+
+
+@dataclass
+class EvaluatedModel:
+    """A network with its tokenizer, and where it came from.
+
+    network: a `Llama`, on a grid of ranks, or a Hugging Face model (then `grid.sp` is 1).
+    """
+
+    network: Any
+    name: str
+    step: int | None
+    trained_length: int
+    tokenizer: Any
+    device: torch.device
+    grid: Grid
+    loss_chunk: int
+    prefill_chunk: int
+    on_progress: Callable[[], None] = lambda: None  # called after each pass, for a watchdog
+
+    @property
+    def window_unit(self) -> int:
+        """Windows must be a multiple of this many tokens, so that the ranks can share them."""
+        if self.grid.sp == 1:
+            return 1
+        assert isinstance(self.network, Llama)
+        fold = self.network.config.fold
+        return self.grid.sp * (fold[0] if fold else 1)
+
+    @torch.no_grad()
+    def losses(self, tokens: Tensor) -> NDArray[np.float32]:
+        """Loss of each token given those before it, in nats.
+
+        Args:
+            tokens: [B, L + 1] int64.
+
+        Returns:
+            [B, L]; zero at tokens of other ranks of the sequence group. Summed over ranks it is
+            whole.
+        """
+        mine = self.grid.tokens(tokens.shape[1] - 1)
+        inputs, labels = (t[:, mine].to(self.device) for t in (tokens[:, :-1], tokens[:, 1:]))
+        if isinstance(self.network, Llama):
+            found = self.network(inputs, None, labels, "none")
+        else:
+            found = self._hugging_face_losses(inputs, labels)
+        result = np.zeros((tokens.shape[0], tokens.shape[1] - 1), np.float32)
+        result[:, mine] = found.float().cpu().numpy()
+        self.on_progress()
+        return result
+
+    def _hugging_face_losses(self, inputs: Tensor, labels: Tensor) -> Tensor:
+        hidden = self.network.model(input_ids=inputs, use_cache=False).last_hidden_state
+        parts = []
+        for h, y in zip(
+            hidden.flatten(0, 1).split(self.loss_chunk), labels.flatten().split(self.loss_chunk),
+            strict=True,
+        ):  # fmt: skip
+            parts.append(F.cross_entropy(self.network.lm_head(h).float(), y, reduction="none"))
+        return torch.cat(parts).view_as(labels)
+
+    def encode(self, text: str) -> list[int]:
+        """BOS and the ids of `text`, as documents were encoded for training."""
+        ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return [self.tokenizer.bos_token_id, *ids]
+
+    @torch.no_grad()
+    def generate(self, prompt: list[int], num_tokens: int) -> str:
+        """The most likely continuation, at most `num_tokens` long, as text."""
+        tokens = torch.tensor([prompt], device=self.device)
+        whole = self.generator.generate(
+            tokens,
+            attention_mask=torch.ones_like(tokens),
+            max_new_tokens=num_tokens,
+            do_sample=False,
+            use_cache=True,
+            pad_token_id=self.tokenizer.eos_token_id,
+            eos_token_id=self.tokenizer.eos_token_id,
+            prefill_chunk_size=self.prefill_chunk if len(prompt) > self.prefill_chunk else None,
+        )
+        self.on_progress()
+        text: str = self.tokenizer.decode(whole[0, len(prompt) :], skip_special_tokens=True)
+        return text
+
+    @cached_property
+    def generator(self) -> Any:
+        """The network with a cache for decoding, on the same weights."""
+        logging.set_verbosity_error()  # else a warning that the prompt exceeds the trained length
+        if isinstance(self.network, Llama):
+            return _hugging_face_view(self.network, self.trained_length, self.device)
+        return self.network
+
+
+def _hugging_face_view(model: Llama, seq_len: int, device: torch.device) -> nn.Module:
+    """A Hugging Face model that shares the parameters of `model`."""
+    settings = hf_config(model.config, seq_len, "fp32")
+    dtype = model.embed_tokens.weight.dtype
+    with torch.device("meta"):
+        if model.config.fold:
+            view = TensorLMForCausalLM(TensorLMConfig(**settings))
+        else:
+            view = LlamaForCausalLM(LlamaConfig(**settings))
+    weights = {hf_name(name): p for name, p in model.named_parameters()}
+    view.load_state_dict(weights, strict=not model.config.tie_embeddings, assign=True)
+    view.tie_weights()
+    with device:
+        view.model.rotary_emb = LlamaRotaryEmbedding(view.config)
+    view.config.dtype = dtype
+    return view.eval()
+
+
+# -------------------------------------------------------------------------------------------- open
+
+
+def open_checkpoint_model(
+    config: Config, step: int | None, device: torch.device, grid: Grid
+) -> EvaluatedModel:
+    """The model of a checkpoint of `config.run.dir`, the newest where `step` is None.
+
+    Raises:
+        UserError: no such checkpoint, or it is damaged.
+    """
+    checkpoint = select_checkpoint(Path(config.run.dir), step, grid.rank, grid.world_size)
+    trained = parse_config(checkpoint.manifest["config"], str(checkpoint.folder))
+    model = _empty_llama(config, trained.model, device, grid)
+    load_weights(checkpoint, model)
+    name = str(checkpoint.folder.parent)
+    return _evaluated(config, model, name, checkpoint.step, trained.data.seq_len, device, grid)
+
+
+def open_random_model(config: Config, device: torch.device, grid: Grid) -> EvaluatedModel:
+    """The configured model with random weights: for the time and memory that evaluation takes."""
+    model = _empty_llama(config, config.model, device, grid)
+    torch.manual_seed(config.run.seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("hop_bias"):
+                parameter.fill_(config.model.hop_bias_init)
+            elif parameter.dim() == 1:
+                parameter.fill_(1.0)
+            else:
+                parameter.normal_(std=config.model.init_std)
+    return _evaluated(config, model, "random weights", None, config.data.seq_len, device, grid)
+
+
+def open_hugging_face_model(config: Config, folder: Path, device: torch.device) -> EvaluatedModel:
+    """A Llama or tensorlm folder; no code in it is run, this installation's is.
+
+    Raises:
+        UserError: not such a folder.
+    """
+    if not (folder / "config.json").exists():
+        raise UserError(f"{folder}: no config.json (make it with launcher/convert.py export)")
+    AutoConfig.register("tensorlm", TensorLMConfig, exist_ok=True)
+    AutoModelForCausalLM.register(TensorLMConfig, TensorLMForCausalLM, exist_ok=True)
+    tokenizer = load_tokenizer(folder)
+    network = AutoModelForCausalLM.from_pretrained(
+        folder, trust_remote_code=False, local_files_only=True, dtype=DTYPES[config.train.dtype]
+    )
+    if not isinstance(network, LlamaForCausalLM):
+        raise UserError(f"{folder}: a {type(network).__name__}, not a Llama")
+    return EvaluatedModel(
+        network=network.to(device).eval(),
+        name=folder.name,
+        step=None,
+        trained_length=network.config.max_position_embeddings,
+        tokenizer=tokenizer,
+        device=device,
+        grid=_grid_of_rows(),
+        loss_chunk=config.train.loss_chunk,
+        prefill_chunk=config.eval.prefill_chunk,
+    )
+
+
+def wrap_training_model(
+    config: Config,
+    module: nn.Module,
+    step: int,
+    device: torch.device,
+    grid: Grid,
+    on_progress: Callable[[], None],
+) -> EvaluatedModel:
+    """The model that is being trained; `on_progress` is called after each of its passes."""
+    seq_len = config.data.seq_len
+    model = _evaluated(config, module, config.run.dir, step, seq_len, device, grid)
+    return replace(model, on_progress=on_progress)
+
+
+def _evaluated(
+    config: Config,
+    network: nn.Module,
+    name: str,
+    step: int | None,
+    trained_length: int,
+    device: torch.device,
+    grid: Grid,
+) -> EvaluatedModel:
+    tokenizer = load_tokenizer(Path(config.data.path) / "tokenizer")
+    return EvaluatedModel(
+        network=network,
+        name=name,
+        step=step,
+        trained_length=trained_length,
+        tokenizer=tokenizer,
+        device=device,
+        grid=grid,
+        loss_chunk=config.train.loss_chunk,
+        prefill_chunk=config.eval.prefill_chunk,
+    )
+
+
+def _empty_llama(config: Config, model: ModelConfig, device: torch.device, grid: Grid) -> Llama:
+    """On `device` in the configured dtype from the start: an fp32 copy would take twice as much."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(DTYPES[config.train.dtype])
+    try:
+        with device:
+            return Llama(
+                model, grid, loss_chunk=config.train.loss_chunk, attention=config.train.attention
+            ).eval()
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _grid_of_rows() -> Grid:
+    """Every rank has rows of its own."""
+    if dist.is_available() and dist.is_initialized():
+        return Grid(dist.get_world_size(), dist.get_rank())
+    return Grid()

@@ -1,0 +1,166 @@
+"""The figures of a report; several reports appear side by side, or as lines of one plot."""
+
+from collections.abc import Callable
+from itertools import cycle
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from .results import Cell, LengthResult, Mean, Report
+
+_COLORS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown")
+
+
+def label(report: Report) -> str:
+    """How a report is called in legends and tables."""
+    return report.name if report.step is None else f"{report.name} step {report.step}"
+
+
+def figures(reports: list[Report]) -> dict[str, Figure]:
+    """All figures that these reports have numbers for, by file name without suffix."""
+    makers: dict[str, Callable[[list[Report]], Figure]] = {
+        "perplexity": _perplexity,
+        "positions": _positions,
+        "attribution": _attribution,
+        "passkey": lambda these: _heat_maps(these, "passkey", "Passkey"),
+        "niah": lambda these: _heat_maps(these, "niah", "Needle in a haystack"),
+        "ruler": _ruler,
+    }
+    content = {"positions": "perplexity"}
+    made = {}
+    for name, make in makers.items():
+        having = [report for report in reports if getattr(report, content.get(name, name))]
+        if having:
+            made[name] = make(having)
+    return made
+
+
+def _axes(title: str, y_label: str) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(6.8, 4.2), layout="constrained")
+    axes = figure.subplots()
+    axes.set_title(title)
+    axes.set_ylabel(y_label)
+    axes.grid(alpha=0.3)
+    return figure, axes
+
+
+def _length_axis(axes: Axes, lengths: list[int], name: str) -> None:
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(lengths, [_short(length) for length in lengths])
+    axes.minorticks_off()
+    axes.set_xlabel(name)
+
+
+def _short(length: int) -> str:
+    return f"{length // 1024}k" if length % 1024 == 0 else f"{length:,}"
+
+
+def _band(axes: Axes, x: list[int], means: list[Mean], color: str) -> None:
+    if all(mean.low is not None for mean in means):
+        low, high = [m.low for m in means], [m.high for m in means]
+        axes.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)  # type: ignore[arg-type]
+
+
+def _perplexity(reports: list[Report]) -> Figure:
+    figure, axes = _axes("Perplexity, the same held-out tokens at every length", "perplexity")
+    for report, color in zip(reports, cycle(_COLORS), strict=False):
+        found = report.perplexity
+        lengths = [r.length for r in found]
+        whole = [r.perplexity for r in found]
+        axes.plot(lengths, whole, "o-", color=color, label=label(report))
+        _band(
+            axes, lengths, [Mean(mean=r.perplexity, low=r.low, high=r.high) for r in found], color
+        )
+        slid = [(r.length, r.sliding_perplexity) for r in found if r.sliding_perplexity]
+        if slid:
+            name = f"{label(report)}, sliding"
+            axes.plot(*zip(*slid, strict=True), "o:", color=color, markersize=4, label=name)
+    for trained in sorted({report.trained_length for report in reports}):
+        axes.axvline(trained, color="tab:gray", linestyle="--", linewidth=1)
+        axes.annotate(
+            "trained length", (trained, 1), xycoords=("data", "axes fraction"), xytext=(4, -4),
+            textcoords="offset points", va="top", color="tab:gray",
+        )  # fmt: skip
+    lengths = sorted({r.length for report in reports for r in report.perplexity})
+    _length_axis(axes, lengths, "context length (tokens)")
+    axes.legend(fontsize=8)
+    return figure
+
+
+def _positions(reports: list[Report]) -> Figure:
+    figure, axes = _axes("Loss by position in the window", "loss (nats per token)")
+    edges: set[int] = set()
+    for report, color in zip(reports, cycle(_COLORS), strict=False):
+        for result in report.perplexity[:-1]:
+            stops, losses = _by_position(result)
+            axes.plot(stops, [loss.mean for loss in losses], "-", color=color, alpha=0.3)
+        longest = report.perplexity[-1]
+        stops, losses = _by_position(longest)
+        name = f"{label(report)}, {_short(longest.length)}"
+        axes.plot(stops, [loss.mean for loss in losses], "o-", color=color, label=name)
+        _band(axes, stops, losses, color)
+        edges |= set(stops)
+    _length_axis(axes, sorted(edges), "position up to (tokens); faint: shorter windows")
+    axes.legend(fontsize=8)
+    return figure
+
+
+def _by_position(result: LengthResult) -> tuple[list[int], list[Mean]]:
+    return [bucket.stop for bucket in result.buckets], [bucket.loss for bucket in result.buckets]
+
+
+def _attribution(reports: list[Report]) -> Figure:
+    figure, axes = _axes(
+        "What the context beyond the last tokens buys", "loss saved (nats per token)"
+    )
+    edges = set()
+    for report, color in zip(reports, cycle(_COLORS), strict=False):
+        last = report.attribution[-1]
+        stops = [bucket.stop for bucket in last.buckets]
+        gains = [bucket.gain for bucket in last.buckets]
+        name = f"{label(report)}: {_short(last.length)} against the last {_short(last.near)}"
+        axes.plot(stops, [gain.mean for gain in gains], "o-", color=color, label=name)
+        _band(axes, stops, gains, color)
+        edges |= set(stops)
+    axes.axhline(0, color="tab:gray", linewidth=1)
+    _length_axis(axes, sorted(edges), "position up to (tokens)")
+    axes.legend(fontsize=8)
+    return figure
+
+
+def _heat_maps(reports: list[Report], name: str, title: str) -> Figure:
+    figure = Figure(figsize=(0.6 + 4.6 * len(reports), 3.8), layout="constrained")
+    panels = figure.subplots(1, len(reports), squeeze=False)[0]
+    for axes, report in zip(panels, reports, strict=True):
+        cells: list[Cell] = getattr(report, name)
+        lengths = sorted({cell.length for cell in cells})
+        depths = sorted({cell.depth for cell in cells})
+        grid = np.full((len(depths), len(lengths)), np.nan)
+        for cell in cells:
+            grid[depths.index(cell.depth), lengths.index(cell.length)] = cell.accuracy
+        image = axes.imshow(grid, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+        for (row, column), value in np.ndenumerate(grid):
+            if not np.isnan(value):
+                axes.text(column, row, f"{value:.0%}", ha="center", va="center", fontsize=7)
+        axes.set_xticks(range(len(lengths)), [_short(length) for length in lengths])
+        axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
+        axes.set_xlabel("context length (tokens)")
+        axes.set_ylabel("depth of the needle")
+        axes.set_title(f"{title}: {label(report)}", fontsize=9)
+    figure.colorbar(image, ax=panels, label="accuracy")
+    return figure
+
+
+def _ruler(reports: list[Report]) -> Figure:
+    figure, axes = _axes("RULER, mean over the tasks", "score")
+    every = set()
+    for report, color in zip(reports, cycle(_COLORS), strict=False):
+        lengths = sorted({score.length for score in report.ruler})
+        means = [np.mean([s.score for s in report.ruler if s.length == n]) for n in lengths]
+        axes.plot(lengths, means, "o-", color=color, label=label(report))
+        every |= set(lengths)
+    axes.set_ylim(-0.02, 1.02)
+    _length_axis(axes, sorted(every), "context length (tokens)")
+    axes.legend(fontsize=8)
+    return figure

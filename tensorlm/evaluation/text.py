@@ -1,0 +1,152 @@
+"""Held-out text: the spans that perplexity predicts, and the prose that hides needles."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tensorlm.config import Config
+from tensorlm.data.prepare import find_files, read_documents
+from tensorlm.data.shards import Corpus
+from tensorlm.data.tokenizers import tokenizer_sha256
+from tensorlm.errors import UserError
+
+
+class Documents(Protocol):
+    """Encoded documents, each BOS, text, EOS; `lengths` in tokens. A `Corpus` is one."""
+
+    lengths: NDArray[np.int64]
+
+    def tokens(self, document: int, start: int, stop: int) -> NDArray[Any]:
+        """Tokens [start, stop) of one document, clipped to its length."""
+        ...
+
+
+class EncodedTexts:
+    """Text files, encoded when evaluation starts."""
+
+    def __init__(self, pattern: str, tokenizer: Any) -> None:
+        texts = list(read_documents(find_files([pattern]), "text"))
+        if not texts:
+            raise UserError(f"eval.text: {pattern} holds no text")
+        encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False)
+        bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+        self._ids = [np.array([bos, *ids, eos]) for ids in encoded["input_ids"]]
+        self.lengths = np.array([len(ids) for ids in self._ids])
+
+    def tokens(self, document: int, start: int, stop: int) -> NDArray[Any]:
+        return self._ids[document][start:stop]
+
+
+def held_out_documents(config: Config, tokenizer: Any, tokenizer_folder: Path) -> Documents:
+    """The documents of `eval.text`, or else the data set's valid split.
+
+    Raises:
+        UserError: none there, or the split was encoded with another tokenizer.
+    """
+    if config.eval.text:
+        return EncodedTexts(config.eval.text, tokenizer)
+    corpus = Corpus(Path(config.data.path) / "valid")
+    if corpus.tokenizer_sha256 != tokenizer_sha256(tokenizer_folder):
+        raise UserError(
+            f"{config.data.path}: was encoded with another tokenizer than {tokenizer_folder} "
+            "(give texts with eval.text=GLOB)"
+        )
+    return corpus
+
+
+# ------------------------------------------------------------------------------------------- spans
+
+
+@dataclass(frozen=True)
+class Spans:
+    """Equally long spans of held-out documents, none across two documents.
+
+    tokens: [S, N + 1] int64, one token more than the N that are read, to be predicted last;
+    document: [S], where each is from.
+    """
+
+    tokens: NDArray[np.int64]
+    document: NDArray[np.int64]
+
+    @property
+    def length(self) -> int:
+        """N."""
+        return self.tokens.shape[1] - 1
+
+
+def choose_spans(documents: Documents, length: int, max_tokens: int) -> Spans:
+    """Spans of `length` tokens, about `max_tokens` in all, from as many documents as possible.
+
+    Raises:
+        UserError: no document is long enough.
+    """
+    per_document = (documents.lengths - 1) // length
+    places = [
+        (part, int(document))
+        for document in np.flatnonzero(per_document)
+        for part in range(per_document[document])
+    ]
+    if not places:
+        raise UserError(
+            f"eval.lengths: no held-out document has the {length + 1} tokens that length {length} "
+            f"needs (the longest has {documents.lengths.max(initial=0)}; choose shorter lengths, "
+            "or other texts with eval.text)"
+        )
+    places = sorted(places)[: max(1, max_tokens // length)]  # first every document's first span
+    tokens = [documents.tokens(d, part * length, (part + 1) * length + 1) for part, d in places]
+    return Spans(np.stack(tokens).astype(np.int64), np.array([document for _, document in places]))
+
+
+# ------------------------------------------------------------------------------------------- prose
+
+
+class Prose:
+    """Running text in which needles hide: words with one space between, cut where wanted."""
+
+    def __init__(self, text: str, num_words: int) -> None:
+        """Keep `num_words` words of `text`, repeated where it has fewer."""
+        words = text.split()
+        if not words:
+            raise UserError("eval.text: no words to hide needles in (give texts with eval.text)")
+        words = (words * -(-num_words // len(words)))[:num_words]
+        self.text = " ".join(words)
+        self._ends = np.cumsum([len(word) + 1 for word in words]) - 1  # of each word, in characters
+        starts = [0, *(match.end() for match in re.finditer(r"[.!?][\"')\]]* ", self.text))]
+        self._sentences = np.array(starts)
+
+    def cut(self, num_words: int) -> tuple[str, NDArray[np.int64]]:
+        """The first words, and where in that text sentences start (and where it ends)."""
+        end = int(self._ends[min(num_words, len(self._ends)) - 1])
+        starts = self._sentences[: np.searchsorted(self._sentences, end)]
+        return self.text[:end], np.append(starts, end)
+
+
+def insert(text: str, places: list[int], pieces: list[str]) -> str:
+    """Put each piece where its character offset says, with a space around it."""
+    parts, last = [], 0
+    for place, piece in sorted(zip(places, pieces, strict=True)):
+        parts += [text[last:place].rstrip(" "), piece]
+        last = place
+    parts.append(text[last:])
+    return " ".join(part for part in parts if part)
+
+
+def make_prose(documents: Documents, tokenizer: Any, num_words: int) -> Prose:
+    """Prose of at least as many held-out documents as have `num_words` words together."""
+    return Prose(" ".join(_texts(documents, tokenizer, num_words)), num_words)
+
+
+def _texts(documents: Documents, tokenizer: Any, num_words: int) -> Iterator[str]:
+    found = 0
+    for document, length in enumerate(documents.lengths):
+        ids = documents.tokens(document, 0, int(length))
+        text = tokenizer.decode(ids.tolist(), skip_special_tokens=True)
+        found += len(text.split())
+        yield text
+        if found >= num_words:
+            return

@@ -1,0 +1,20 @@
+"""The base of all sections of the configuration."""
+
+from typing import TypeVar
+
+from pydantic import BaseModel, ConfigDict
+
+ModelT = TypeVar("ModelT", bound=BaseModel)
+
+
+class Section(BaseModel):
+    """Base of all sections: strict types, finite numbers, no unknown keys, frozen."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+def raise_all(model: ModelT, problems: list[str]) -> ModelT:
+    """The model itself, or one ValueError of all problems, a line each (for validators)."""
+    if problems:
+        raise ValueError("\n".join(problems))
+    return model
