@@ -17,12 +17,20 @@ def main() -> int:
     parser.add_argument("--config", required=True, help="TOML file of the run")
     parser.add_argument("--replay", type=int, metavar="STEP", help="compute one step again")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="replace a setting")
+    parser.add_argument(
+        "--dry-run", type=int, metavar="RANKS", help="check all settings for so many ranks, and end"
+    )
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     args = parser.parse_args()
     config = load_config(args.config, args.overrides)
+    # What imports torch is imported after the configuration is known to be good.
+    if args.dry_run is not None:
+        from tensorlm.dry_run import check_run
+
+        print("\n".join(check_run(config, args.dry_run)))
+        return 0
     launch = read_launch_env()
 
-    # After the configuration is known to be good: it imports torch.
     from tensorlm.replay import replay
     from tensorlm.train import train
 

@@ -1,0 +1,63 @@
+# shellcheck shell=bash
+# What the job scripts share; sourced from the top folder of the checkout.
+
+die() {
+  echo "error: $*" >&2
+  exit 2
+}
+
+# The Python environment, and what the site wants to be different.
+load_site() {
+  # Left over in the shell that submitted, these would stand in for what is found out here.
+  unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT
+  if [ -d .venv/bin ]; then PATH=$PWD/.venv/bin:$PATH; fi
+  # shellcheck source=/dev/null
+  if [ -f slurm/env.sh ]; then . slurm/env.sh; fi
+  command -v python >/dev/null ||
+    die "python: not found (make install, or activate your environment in slurm/env.sh)"
+  export PATH PYTHONUNBUFFERED=1 NCCL_DEBUG=${NCCL_DEBUG:-WARN}
+  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}
+}
+
+# need COMMAND: ends the script with one line where it is not there.
+need() {
+  command -v "$1" >/dev/null || die "$1: not found (load it in slurm/env.sh)"
+}
+
+# job_field NAME: a field of this job, as the controller sees it now.
+job_field() {
+  scontrol show job -o "$SLURM_JOB_ID" | sed -n "s/^JobId=$SLURM_JOB_ID .* $1=\([^ ]*\).*/\1/p"
+}
+
+# First lines of every log: which job this is, and where it runs.
+describe_job() {
+  local gpus=none name
+  if [ "${SLURM_GPUS_ON_NODE:-0}" -gt 0 ]; then
+    name=$(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | head -n 1)
+    gpus="$SLURM_GPUS_ON_NODE on each node (${name:-nvidia-smi finds none})"
+  fi
+  echo "=== $(date '+%F %T') job $SLURM_JOB_ID $SLURM_JOB_NAME, restart ${SLURM_RESTART_COUNT:-0}"
+  echo "nodes = $SLURM_NNODES ($SLURM_JOB_NODELIST)"
+  echo "gpus = $gpus"
+  echo "log = $(job_field StdOut)"
+}
+
+# MASTER_ADDR and MASTER_PORT: rank 0's node, which is this one, and a port that is free here.
+choose_rendezvous() {
+  local first
+  first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+  if [ -z "${MASTER_ADDR:-}" ]; then
+    MASTER_ADDR=$first
+    # A node's name in Slurm need not be one that the network knows.
+    getent hosts "$first" >/dev/null ||
+      MASTER_ADDR=$(scontrol show node -o "$first" | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p')
+  fi
+  if [ -z "${MASTER_PORT:-}" ]; then
+    # Below the ports that the system itself hands out; jobs that share a node start apart.
+    MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000))
+    while (exec 3<>"/dev/tcp/$MASTER_ADDR/$MASTER_PORT") 2>/dev/null; do
+      MASTER_PORT=$((MASTER_PORT + 1))
+    done
+  fi
+  export MASTER_ADDR MASTER_PORT
+}

@@ -1,0 +1,158 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=llama8b
+#SBATCH --nodes=4
+#SBATCH --gpus-per-node=8
+#SBATCH --ntasks-per-node=8
+#SBATCH --cpus-per-task=12
+#SBATCH --mem=0
+#SBATCH --time=24:00:00
+#SBATCH --signal=B:USR1@600
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=slurm/logs/%x-%j.out
+#
+# Trains until the run is done, from its newest checkpoint where there is one:
+#   sbatch [options of sbatch] slurm/train_llama8b.sh [--config FILE] [key=value ...]
+# Check the settings first, on the login node, for the nodes and GPUs that would be asked for:
+#   slurm/train_llama8b.sh --dry-run [options of sbatch] [--config FILE] [key=value ...]
+#
+# When its time is nearly up, or when it is preempted, the job saves, goes back into the queue and
+# continues there. LAUNCHER=deepspeed|torchrun|srun|mpirun starts the ranks, one per GPU. Settings
+# of your site: slurm/env.sh (see env.sh.example). Guide: docs/clusters.md.
+set -uo pipefail
+cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}" || exit
+if [ ! -f slurm/common.sh ]; then
+  echo "error: $PWD: not the top folder of tensorlm (submit the job from there)" >&2
+  exit 2
+fi
+. slurm/common.sh
+load_site
+export LAUNCHER=${LAUNCHER:-deepspeed}
+case $LAUNCHER in
+deepspeed | torchrun | mpirun) need "$LAUNCHER" ;;
+srun) ;;
+*) die "LAUNCHER: $LAUNCHER is unknown (deepspeed, torchrun, srun or mpirun)" ;;
+esac
+
+# `check RANKS ARGUMENTS...` prints one `key = value` line per fact, or one line per mistake.
+check() {
+  python launcher/train.py --dry-run "$@"
+}
+
+# --------------------------------------------------------------------------------------- dry run
+
+# `asked OPTION`: what sbatch would be told, by the last of its options or by the header above.
+asked() {
+  { grep "^#SBATCH --$1=" slurm/train_llama8b.sh && printf '%s\n' "${options[@]}"; } |
+    sed -n "s/.*--$1=//p" | tail -n 1
+}
+
+if [ "${1:-}" = --dry-run ]; then
+  shift
+  options=() settings=(--config configs/llama8b_32k.toml)
+  while [ $# -gt 0 ]; do
+    case $1 in
+    --config) settings+=("$1" "${2:?--config: no file}") && shift ;;
+    -*) options+=("$1") ;;
+    *) settings+=("$1") ;;
+    esac
+    shift
+  done
+  check $(($(asked nodes) * $(asked gpus-per-node))) "${settings[@]}" || exit
+  exec sbatch --test-only "${options[@]}" slurm/train_llama8b.sh
+fi
+
+# ------------------------------------------------------------------------------------- the start
+
+if [ -z "${SLURM_JOB_ID:-}" ]; then
+  die "slurm/train_llama8b.sh: is a job (sbatch slurm/train_llama8b.sh ..., or --dry-run first)"
+fi
+# A request to stop, from Slurm. Rank 0 runs on this node and reads the file after each step.
+interrupted=
+request_stop() {
+  interrupted=1
+  touch "$RUN_DIR/REQUEUE" "$RUN_DIR/STOP"
+}
+trap 'interrupted=1' USR1 TERM
+newest_step() {
+  local folder newest=0
+  for folder in "$RUN_DIR"/step-????????; do
+    if [ -d "$folder" ]; then newest=$((10#${folder##*-})); fi
+  done
+  echo "$newest"
+}
+
+describe_job
+export RANKS_PER_NODE=${SLURM_GPUS_ON_NODE:-${SLURM_NTASKS_PER_NODE:-1}}
+ranks=$((SLURM_NNODES * RANKS_PER_NODE))
+set -- --config configs/llama8b_32k.toml "$@" # the last --config counts
+facts=$(check $ranks "$@") || exit
+echo "$facts"
+RUN_DIR=$(sed -n 's/^run.dir = //p' <<<"$facts")
+export RUN_DIR
+mkdir -p "$RUN_DIR/logs" && ln -sfn "$(job_field StdOut)" "$RUN_DIR/logs/" || exit
+rm -f "$RUN_DIR"/{STOP,STOPPED,REQUEUE}
+
+# Restarts in a row that began at the same checkpoint: three such, and it stays down.
+first_step=$(newest_step) in_a_row=0
+if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] && [ -f "$RUN_DIR/restarts" ]; then
+  read -r step in_a_row <"$RUN_DIR/restarts"
+  if [ "$step" = "$first_step" ]; then in_a_row=$((in_a_row + 1)); else in_a_row=0; fi
+fi
+if [ "$in_a_row" -ge "${MAX_RESTARTS:-3}" ]; then
+  die "$RUN_DIR: $in_a_row restarts without a checkpoint after step $first_step" \
+    "(read the log above; submit again when it is mended)"
+fi
+echo "$first_step $in_a_row" >"$RUN_DIR/restarts"
+
+choose_rendezvous
+scontrol show hostnames "$SLURM_JOB_NODELIST" | sed "s/\$/ slots=$RANKS_PER_NODE/" \
+  >"$RUN_DIR/hostfile"
+echo "launcher = $LAUNCHER, $ranks ranks meet at $MASTER_ADDR:$MASTER_PORT"
+
+# -------------------------------------------------------------------------------------- training
+
+case $LAUNCHER in
+srun)
+  start=(srun --kill-on-bad-exit=1 --ntasks="$ranks" --ntasks-per-node="$RANKS_PER_NODE"
+    --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" slurm/task.sh)
+  ;;
+mpirun)
+  # Open MPI starts an agent on each node by itself, as a step of this job.
+  export OMPI_MCA_orte_launch_agent="$PWD/slurm/task.sh orted"
+  start=(mpirun -np "$ranks" --map-by "ppr:$RANKS_PER_NODE:node" --bind-to none
+    -x MASTER_ADDR -x MASTER_PORT python)
+  ;;
+*)
+  start=(srun --kill-on-bad-exit=1 --ntasks="$SLURM_NNODES" --ntasks-per-node=1
+    --cpus-per-task="$SLURM_CPUS_ON_NODE" slurm/task.sh)
+  ;;
+esac
+trap request_stop USR1 TERM
+if [ -n "$interrupted" ]; then request_stop; fi # it came while the settings were checked
+"${start[@]}" launcher/train.py "$@" &
+child=$!
+while # `wait` returns early when a signal has arrived
+  interrupted=
+  wait "$child"
+  code=$?
+  [ -n "$interrupted" ]
+do :; done
+trap '' USR1 TERM # a requeue sends TERM to this script
+
+# --------------------------------------------------------------------------------------- the end
+
+last_step=$(newest_step) reason=
+if [ $code = 0 ]; then
+  echo "done after step $last_step"
+elif [ -e "$RUN_DIR/STOPPED" ]; then # obeyed; without a request from Slurm, somebody wants it so
+  if [ -e "$RUN_DIR/REQUEUE" ]; then reason="saved on Slurm's request"; fi
+elif [ $code != 2 ] && [ "$last_step" != "$first_step" ]; then
+  reason="exit code $code, after new checkpoints"
+fi
+# A job that is being cancelled or requeued already is no longer called RUNNING.
+if [ -n "$reason" ] && [ "$(job_field JobState)" = RUNNING ]; then
+  echo "requeue: $reason; continues after step $last_step"
+  scontrol requeue "$SLURM_JOB_ID"
+fi
+exit $code
