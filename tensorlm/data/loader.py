@@ -1,11 +1,16 @@
 """Serving packed rows: which row comes when is a pure function of (seed, global row index).
 
 The whole state of the loader is how many rows the run has consumed. Neither the number of ranks nor
-the micro-batch is part of the order: they only decide who reads which row.
+the micro-batch is part of the order: they only decide who reads which row, or which slice of it.
 """
 
+import bisect
 import hashlib
+import itertools
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +22,12 @@ from tensorlm.config import Config
 from tensorlm.errors import UserError
 from tensorlm.loss import IGNORED
 
-from .packing import RowPlan, plan_rows
+from .epochs import SourceRows
+from .mixing import Mix
+from .packing import RowPlan
 from .shards import Corpus
+
+_WORD = (1 << 64) - 1
 
 
 @dataclass(frozen=True)
@@ -26,13 +35,15 @@ class Batch:
     """Rows, or one slice of them, for one forward pass.
 
     tokens, labels: [B, T] int64; doc_start: [B, T] int32, an index in the row; first_token: where
-    in the row the slice begins.
+    in the row the slice begins; digest: what the slices of all ranks add up to (modulo 2^64) tells
+    which tokens stood where in which rows.
     """
 
     tokens: Tensor
     labels: Tensor
     doc_start: Tensor
     first_token: int = 0
+    digest: int = 0
 
     @property
     def num_labels(self) -> int:
@@ -46,93 +57,205 @@ class Batch:
 
     def to(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """(tokens, doc_start, labels) on `device`: the arguments of `Llama.forward`."""
-        return self.tokens.to(device), self.doc_start.to(device), self.labels.to(device)
+        tokens, doc_start, labels = (
+            t.to(device, non_blocking=True) for t in (self.tokens, self.doc_start, self.labels)
+        )
+        return tokens, doc_start, labels
+
+
+@dataclass(frozen=True)
+class RowStage:
+    """Rows of one length: `num_rows` of them, or None for the last stage, which has no end."""
+
+    seq_len: int
+    num_rows: int | None
 
 
 class PackedRows:
-    """The rows of one split, in the run's order."""
+    """The rows of a run in order: sources mixed by weight, stages one after another.
 
-    def __init__(self, folder: str | Path, seq_len: int, packing: str, seed: int) -> None:
-        self.corpus = Corpus(folder)
-        self.plan: RowPlan = plan_rows(self.corpus.lengths, seq_len, packing, seed)
-        self.seed = seed
-        identity = f"{self.corpus.fingerprint} {seq_len} {packing} {seed}"
-        self.fingerprint = hashlib.sha256(identity.encode()).hexdigest()
-        self._order: tuple[int, NDArray[np.int64]] = (-1, np.empty(0, np.int64))
+    Args:
+        corpora: the sources.
+        weights: their shares of the rows, in any unit.
+        stages: the last one has no end.
+        packing: "best_fit" or "concat".
+        seed: of the run.
+        num_rows: how many rows the run will ask for.
+    """
 
-    def row(
-        self, index: int, tokens: slice = slice(None)
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int32]]:
-        """Tokens, labels and document starts of global row `index` (rows repeat every epoch).
+    def __init__(
+        self,
+        corpora: Sequence[Corpus],
+        weights: Sequence[float],
+        stages: Sequence[RowStage],
+        packing: str,
+        seed: int,
+        num_rows: int,
+    ) -> None:
+        self.corpora, self.stages = corpora, stages
+        self.mix = Mix(weights, num_rows)
+        sizes = [stage.num_rows or 0 for stage in stages]
+        self._stage_first = list(itertools.accumulate(sizes[:-1], initial=0))
+        self.sources = []
+        for source, corpus in enumerate(corpora):
+            counts = [self.mix.count(source, first) for first in self._stage_first]
+            own = [b - a for a, b in itertools.pairwise(counts)]
+            wanted = [(s.seq_len, n) for s, n in zip(stages, [*own, None], strict=True)]
+            self.sources.append(SourceRows(corpus.lengths, wanted, packing, seed))
+        identity = [
+            [corpus.fingerprint for corpus in corpora],
+            self.mix.shares,
+            [(stage.seq_len, stage.num_rows) for stage in stages],
+            packing,
+            seed,
+        ]
+        self.fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
 
-        Of the row, only the slice `tokens` is read.
-        """
-        epoch, position = divmod(index, self.plan.num_rows)
-        first, stop, _ = tokens.indices(self.plan.seq_len)
-        return self._fill(int(self._epoch_order(epoch)[position]), first, stop)
+    def seq_len(self, index: int) -> int:
+        """Tokens in global row `index`."""
+        return self.stages[self._stage(index)].seq_len
 
-    def batch(self, indices: range, tokens: slice = slice(None)) -> Batch:
-        """The slice `tokens` of the rows `indices` as one batch."""
-        columns = zip(*(self.row(i, tokens) for i in indices), strict=True)
-        ids, labels, doc_start = (torch.from_numpy(np.stack(c)) for c in columns)
-        return Batch(ids, labels, doc_start, first_token=tokens.start or 0)
+    def epochs(self, num_rows: int) -> list[float]:
+        """How many epochs of each source the first `num_rows` rows are."""
+        stage = self._stage(num_rows)
+        return [
+            rows.epochs(stage, self._row_of_source(source, num_rows, stage))
+            for source, rows in enumerate(self.sources)
+        ]
+
+    def batch(self, indices: range, tokens: slice = slice(None), *, pin: bool = False) -> Batch:
+        """The slice `tokens` of the global rows `indices`, all of one stage; only it is read."""
+        first, stop, _ = tokens.indices(self.seq_len(indices[0]))
+        shape = (len(indices), stop - first)
+        ids = torch.zeros(shape, dtype=torch.int64, pin_memory=pin)
+        labels = torch.full(shape, IGNORED, dtype=torch.int64, pin_memory=pin)
+        doc_start = torch.empty(shape, dtype=torch.int32, pin_memory=pin)
+        digest = 0
+        for at, index in enumerate(indices):
+            columns = (ids[at].numpy(), labels[at].numpy(), doc_start[at].numpy())
+            self._fill(index, first, *columns)
+            digest += _digest(index, first, columns[0], columns[2])
+        return Batch(ids, labels, doc_start, first, digest & _WORD)
 
     def micro_batches(
-        self, first_row: int, num_rows: int, micro_batch: int, tokens: slice = slice(None)
+        self,
+        first_row: int,
+        num_rows: int,
+        micro_batch: int,
+        tokens: slice = slice(None),
+        *,
+        pin: bool = False,
     ) -> list[Batch]:
         """Rows first_row ... first_row + num_rows, `micro_batch` rows at a time."""
         firsts = range(first_row, first_row + num_rows, micro_batch)
-        return [self.batch(range(at, at + micro_batch), tokens) for at in firsts]
+        return [self.batch(range(at, at + micro_batch), tokens, pin=pin) for at in firsts]
 
-    def documents(self, indices: range) -> list[int]:
-        """Indices in the corpus of the documents that the rows `indices` hold."""
-        found: set[int] = set()
+    def documents(self, indices: range) -> list[str]:
+        """The documents that the rows `indices` hold: their number in their source, and its name
+        where there are several."""
+        found: set[tuple[int, int]] = set()
         for index in indices:
-            epoch, position = divmod(index, self.plan.num_rows)
-            row = int(self._epoch_order(epoch)[position])
-            pieces = slice(self.plan.row_first[row], self.plan.row_first[row + 1])
-            found.update(self.plan.document[pieces].tolist())
-        return sorted(found)
+            source, plan, row = self._locate(index)
+            pieces = slice(plan.row_first[row], plan.row_first[row + 1])
+            found.update((source, document) for document in plan.pieces.document[pieces].tolist())
+        names = [f"{corpus.name}:" if len(self.corpora) > 1 else "" for corpus in self.corpora]
+        return [f"{names[source]}{document}" for source, document in sorted(found)]
 
-    def _epoch_order(self, epoch: int) -> NDArray[np.int64]:
-        if self._order[0] != epoch:
-            rng = np.random.Generator(np.random.Philox(key=[self.seed, epoch]))
-            self._order = (epoch, rng.permutation(self.plan.num_rows))
-        return self._order[1]
+    def _stage(self, index: int) -> int:
+        return bisect.bisect_right(self._stage_first, index) - 1
+
+    def _row_of_source(self, source: int, index: int, stage: int) -> int:
+        """How many rows of a source the stage has before global row `index`."""
+        count = self.mix.count
+        return count(source, index) - count(source, self._stage_first[stage])
+
+    def _locate(self, index: int) -> tuple[int, RowPlan, int]:
+        stage, source = self._stage(index), self.mix.source(index)
+        row = self._row_of_source(source, index, stage)
+        return source, *self.sources[source].locate(stage, row)
 
     def _fill(
-        self, row: int, first: int, stop: int
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int32]]:
-        tokens = np.zeros(stop - first, np.int64)
-        labels = np.full(stop - first, IGNORED, np.int64)
-        doc_start = np.arange(first, stop, dtype=np.int32)  # padding: each token is a document
-        end = 0
-        for piece in range(self.plan.row_first[row], self.plan.row_first[row + 1]):
-            document, start = int(self.plan.document[piece]), int(self.plan.start[piece])
-            begin, end = end, end + int(self.plan.length[piece])
-            low, high = max(begin, first), min(end, stop)
-            if low >= high:
-                continue
-            # One token more than is here, where the document goes on: the last label.
-            text = self.corpus.tokens(document, start + low - begin, start + high - begin + 1)
-            here = slice(low - first, high - first)
-            tokens[here] = text[: high - low]
-            labels[here.start : here.start + len(text) - 1] = text[1:]
-            doc_start[here] = begin
-        return tokens, labels, doc_start
+        self,
+        index: int,
+        first: int,
+        tokens: NDArray[np.int64],
+        labels: NDArray[np.int64],
+        doc_start: NDArray[np.int32],
+    ) -> None:
+        """Write tokens first ... first + len(tokens) of a row; where it is padded, `tokens` is 0
+        and `labels` is ignored before and after."""
+        source, plan, row = self._locate(index)
+        corpus, stop = self.corpora[source], first + len(tokens)
+        here = slice(plan.row_first[row], plan.row_first[row + 1])
+        documents = plan.pieces.document[here]
+        ends = np.cumsum(plan.pieces.length[here])
+        begins = ends - plan.pieces.length[here]
+        low, high = np.maximum(begins, first), np.minimum(ends, stop)
+        start = plan.pieces.start[here] + low - begins
+        # One token more than is here, where the document goes on: the last label.
+        num_read = np.minimum(high - low + 1, corpus.lengths[documents] - start)
+        shards, start = corpus.shard_of(documents), start + corpus.begins[documents]
+        doc_start[:] = np.arange(first, stop)  # padding: each token is a document
+        table = np.stack([begins, low - first, high - first, shards, start, num_read]).T
+        for begin, a, b, shard, at, count in table[low < high].tolist():
+            text = corpus.shards[shard].tokens[at : at + count]
+            tokens[a:b] = text[: b - a]
+            labels[a : a + count - 1] = text[1:]
+            doc_start[a:b] = begin
 
 
-def open_rows(config: Config, split: str) -> PackedRows:
-    """Open a split of the configured data set.
+def _digest(
+    index: int, first: int, tokens: NDArray[np.int64], doc_start: NDArray[np.int32]
+) -> int:
+    """Sum over tokens of (token, document start) times words that place and row determine."""
+    words = _words(first + len(tokens))[:, first:]
+    place = int(words[0] @ tokens.view(np.uint64) + words[1] @ doc_start.astype(np.uint64))
+    row = int(np.random.SeedSequence(index).generate_state(1, np.uint64)[0]) | 1
+    return place * row & _WORD
+
+
+@cache
+def _words(seq_len: int) -> NDArray[np.uint64]:
+    """[2, seq_len] odd random words, fixed for ever."""
+    return np.stack([np.random.Philox(key).random_raw(seq_len) | 1 for key in (1, 2)])
+
+
+def open_rows(config: Config, split: str, *, verify: bool) -> PackedRows:
+    """Open a split of every configured source.
 
     Raises:
-        UserError: damaged or missing shards, or token ids that the model's vocabulary lacks.
+        UserError: damaged or missing shards, sources that do not go together, token ids that the
+            model's vocabulary lacks, or more epochs than a source allows.
     """
-    data, vocab_size = config.data, config.model.vocab_size
-    rows = PackedRows(Path(data.path) / split, data.seq_len, data.packing, config.run.seed)
-    if rows.corpus.vocab_size > vocab_size:
-        raise UserError(
-            f"model.vocab_size: {vocab_size} is smaller than that of {data.path} "
-            f"({rows.corpus.vocab_size})"
-        )
+    sources, vocab_size = config.data.all_sources, config.model.vocab_size
+    corpora = [Corpus(Path(source.path) / split, verify=verify) for source in sources]
+    for source, corpus in zip(sources, corpora, strict=True):
+        if corpus.vocab_size > vocab_size:
+            raise UserError(
+                f"model.vocab_size: {vocab_size} is smaller than that of {source.path} "
+                f"({corpus.vocab_size})"
+            )
+        if corpus.tokenizer_sha256 != corpora[0].tokenizer_sha256:
+            raise UserError(
+                f"data.sources: {source.path} and {sources[0].path} were encoded with different "
+                "tokenizers (prepare both with one)"
+            )
+    *earlier, last = config.stages
+    stages = [RowStage(stage.seq_len, stage.num_rows) for stage in earlier]
+    num_rows = sum(stage.num_rows for stage in config.stages)
+    rows = PackedRows(
+        corpora,
+        [source.weight for source in sources],
+        [*stages, RowStage(last.seq_len, None)],
+        config.data.packing,
+        config.run.seed,
+        num_rows,
+    )
+    for source, epochs in zip(sources, rows.epochs(num_rows), strict=True):
+        if source.max_epochs and epochs > source.max_epochs:
+            raise UserError(
+                f"data.sources: the run takes {epochs:.2f} epochs of {source.path}, max_epochs is "
+                f"{source.max_epochs} (lower its weight below "
+                f"{source.weight * source.max_epochs / epochs:.3g}, or train.steps)"
+            )
     return rows

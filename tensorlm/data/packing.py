@@ -2,11 +2,12 @@
 
 Documents longer than a row are cut at row length. Best-fit decreasing then puts each piece, longest
 first, into the fullest row that still has room; `concat` fills rows in a shuffled document order
-and cuts at every row end. The rows are shuffled at the end, since best fit sorts by length.
+and cuts at every row end. Rows come in no useful order: whoever serves them shuffles.
 """
 
 import bisect
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,52 +16,104 @@ Int = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class RowPlan:
-    """Which pieces of which documents make up each row.
+class Pieces:
+    """Parts of documents: tokens start ... start + length of `document`, for each index."""
 
-    Pieces of row r are entries row_first[r] ... row_first[r + 1] of `document`, `start`, `length`.
-    """
-
-    seq_len: int
     document: Int
     start: Int
     length: Int
+
+    def __len__(self) -> int:
+        return len(self.document)
+
+    def __getitem__(self, which: Int | slice) -> "Pieces":
+        return Pieces(self.document[which], self.start[which], self.length[which])
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.length.sum())
+
+
+@dataclass(frozen=True)
+class RowPlan:
+    """Which pieces make up each row: those of row r are pieces[row_first[r] : row_first[r + 1]]."""
+
+    seq_len: int
+    pieces: Pieces
     row_first: Int
 
     @property
     def num_rows(self) -> int:
         return len(self.row_first) - 1
 
+    @cached_property
+    def row_tokens(self) -> Int:
+        """Tokens in each row, [num_rows]."""
+        return np.add.reduceat(self.pieces.length, self.row_first[:-1])
+
     @property
     def fill(self) -> float:
         """Share of the row slots that hold tokens."""
-        return float(self.length.sum()) / (self.num_rows * self.seq_len)
+        return self.pieces.num_tokens / (self.num_rows * self.seq_len)
+
+
+def shuffled(count: int, *key: int) -> Int:
+    """A permutation of range(count) that depends on `key` alone, in every version of numpy.
+
+    It sorts raw random words: numpy promises these to stay as they are, but not `permutation`.
+    """
+    words = np.random.Philox(np.random.SeedSequence(key)).random_raw(count)
+    return np.argsort(words, kind="stable")
 
 
 def plan_rows(lengths: Int, seq_len: int, mode: str, seed: int) -> RowPlan:
-    """Pack documents of `lengths` tokens into rows of `seq_len` ("best_fit" or "concat")."""
-    rng = np.random.Generator(np.random.Philox(seed))
+    """Pack whole documents of `lengths` tokens into rows of `seq_len`."""
+    documents = np.arange(len(lengths))
+    return pack(Pieces(documents, np.zeros_like(documents), lengths), seq_len, mode, seed)
+
+
+def pack(parts: Pieces, seq_len: int, mode: str, seed: int) -> RowPlan:
+    """Pack parts of documents into rows of `seq_len`; their order plays no role.
+
+    Args:
+        parts: at least one; none empty, and none that overlap.
+        seq_len: tokens in a row.
+        mode: "best_fit" or "concat".
+        seed: of the document order of `concat`.
+    """
+    parts = _joined(parts)
     if mode == "concat":
-        pieces, row_of_piece = _concat(lengths, seq_len, rng)
+        pieces, row_of_piece = _concat(parts, seq_len, seed)
     else:
-        pieces = _split(np.arange(len(lengths)), lengths, seq_len)
-        row_of_piece = _best_fit_decreasing(pieces[2], seq_len)
-    num_rows = int(row_of_piece.max()) + 1
-    row_of_piece = rng.permutation(num_rows)[row_of_piece]
+        pieces = _split(parts, seq_len)
+        row_of_piece = _best_fit_decreasing(pieces.length, seq_len)
     order = np.argsort(row_of_piece, kind="stable")
-    document, start, length = (part[order] for part in pieces)
+    num_rows = int(row_of_piece.max()) + 1
     row_first = np.searchsorted(row_of_piece[order], np.arange(num_rows + 1))
-    return RowPlan(seq_len, document, start, length, row_first.astype(np.int64))
+    return RowPlan(seq_len, pieces[order], row_first.astype(np.int64))
 
 
-def _split(documents: Int, lengths: Int, seq_len: int) -> tuple[Int, Int, Int]:
-    """Cut every document into pieces of at most `seq_len`: (document, start, length)."""
-    counts = -(-lengths // seq_len)
-    document = np.repeat(documents, counts)
+def _joined(parts: Pieces) -> Pieces:
+    """In document order, and what lies end to end in one document as one piece."""
+    if (np.diff(parts.document) > 0).all():
+        return parts
+    parts = parts[np.lexsort((parts.start, parts.document))]
+    ends = parts.start + parts.length
+    goes_on = (parts.document[1:] == parts.document[:-1]) & (parts.start[1:] == ends[:-1])
+    first = np.flatnonzero(np.append(True, ~goes_on))
+    return Pieces(
+        parts.document[first], parts.start[first], np.add.reduceat(parts.length, first)
+    )
+
+
+def _split(parts: Pieces, seq_len: int) -> Pieces:
+    """Cut every part into pieces of at most `seq_len`."""
+    counts = -(-parts.length // seq_len)
     first = np.repeat(np.cumsum(counts) - counts, counts)
-    start = (np.arange(len(document)) - first) * seq_len
-    length = np.minimum(np.repeat(lengths, counts) - start, seq_len)
-    return document, start, length
+    offset = (np.arange(len(first)) - first) * seq_len
+    length = np.minimum(np.repeat(parts.length, counts) - offset, seq_len)
+    start = np.repeat(parts.start, counts) + offset
+    return Pieces(np.repeat(parts.document, counts), start, length)
 
 
 def _best_fit_decreasing(lengths: Int, seq_len: int) -> Int:
@@ -90,15 +143,13 @@ def _best_fit_decreasing(lengths: Int, seq_len: int) -> Int:
     return rows
 
 
-def _concat(
-    lengths: Int, seq_len: int, rng: np.random.Generator
-) -> tuple[tuple[Int, Int, Int], Int]:
-    """Pieces of the shuffled documents laid end to end, cut at row ends; and their rows."""
-    documents = rng.permutation(len(lengths))
-    ends = np.cumsum(lengths[documents])
-    begins = ends - lengths[documents]
-    cuts = np.arange(0, int(ends[-1]), seq_len)
-    begin = np.union1d(begins[lengths[documents] > 0], cuts)
+def _concat(parts: Pieces, seq_len: int, seed: int) -> tuple[Pieces, Int]:
+    """Pieces of the shuffled parts laid end to end, cut at row ends; and their rows."""
+    parts = parts[shuffled(len(parts), seed)]
+    ends = np.cumsum(parts.length)
+    begins = ends - parts.length
+    begin = np.union1d(begins, np.arange(0, int(ends[-1]), seq_len))
     length = np.diff(np.append(begin, ends[-1]))
     at = np.searchsorted(begins, begin, side="right") - 1
-    return (documents[at], begin - begins[at], length), begin // seq_len
+    start = parts.start[at] + begin - begins[at]
+    return Pieces(parts.document[at], start, length), begin // seq_len

@@ -1,0 +1,135 @@
+"""One source through the stages of a run: every token once an epoch, whatever the row lengths.
+
+A stage takes as many shuffled documents of the current epoch as fill its rows, and packs them; the
+other documents, and what its last rows could not hold, are there for the next stage. The last stage
+has no end: it takes the rest of the epoch, then whole epochs.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from .packing import Int, Pieces, RowPlan, pack, plan_rows, shuffled
+
+_ROWS, _DOCUMENTS = 0, 1  # what a permutation is of: part of its key
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """What one stage takes from one epoch: the first `num_rows` rows of its plan, shuffled."""
+
+    stage: int
+    epoch: int
+    plan: RowPlan
+    num_rows: int
+
+
+class SourceRows:
+    """The rows of one source, in order, stage by stage.
+
+    Args:
+        lengths: tokens of each document, none of them 0.
+        stages: (seq_len, rows of this source) of each stage; None for the last, which has no end.
+        packing: "best_fit" or "concat".
+        seed: of the run.
+    """
+
+    def __init__(
+        self, lengths: Int, stages: Sequence[tuple[int, int | None]], packing: str, seed: int
+    ) -> None:
+        self._lengths, self._packing, self._seed = lengths, packing, seed
+        self._num_tokens = int(lengths.sum())
+        self._whole_plans: dict[int, RowPlan] = {}
+        self._order = lru_cache(maxsize=2)(self._shuffled_rows)
+        self._stretches: list[list[Stretch]] = []
+        epoch = 0
+        rest: Pieces | None = None  # of the epoch; None: all of it
+        for stage, (seq_len, num_rows) in enumerate(stages):
+            self._stretches.append([])
+            left = num_rows
+            while left is None or left > 0:
+                if rest is not None and not len(rest):
+                    epoch, rest = epoch + 1, None
+                stretch, rest = self._take(stage, epoch, rest, seq_len, left)
+                self._stretches[-1].append(stretch)
+                if left is None:
+                    break
+                left -= stretch.num_rows
+
+    @property
+    def last_plan(self) -> RowPlan:
+        """How the rows of the last stage are packed, to begin with."""
+        return self._stretches[-1][0].plan
+
+    def locate(self, stage: int, row: int) -> tuple[RowPlan, int]:
+        """The plan that holds row `row` of a stage (counted in this source), and its row there."""
+        stretch, row = self._stretch(stage, row)
+        order = self._order(stretch.stage, stretch.epoch, stretch.plan.num_rows)
+        return stretch.plan, int(order[row])
+
+    def epochs(self, stage: int, row: int) -> float:
+        """How many epochs the rows before row `row` of a stage are, by their tokens."""
+        if row == 0:
+            stage, row = stage - 1, sum(s.num_rows for s in self._stretches[stage - 1])
+        if stage < 0 or row == 0:
+            return 0.0
+        last, at = self._stretch(stage, row - 1)
+        order = self._order(last.stage, last.epoch, last.plan.num_rows)
+        num_tokens = int(last.plan.row_tokens[order[: at + 1]].sum())
+        for stretch in (s for stretches in self._stretches for s in stretches):
+            if stretch.epoch == last.epoch and stretch.stage < last.stage:
+                order = self._order(stretch.stage, stretch.epoch, stretch.plan.num_rows)
+                num_tokens += int(stretch.plan.row_tokens[order[: stretch.num_rows]].sum())
+        return last.epoch + num_tokens / self._num_tokens
+
+    def _stretch(self, stage: int, row: int) -> tuple[Stretch, int]:
+        for stretch in self._stretches[stage]:
+            if row < stretch.num_rows:
+                return stretch, row
+            row -= stretch.num_rows
+        assert stage == len(self._stretches) - 1, "a stage has the rows that were asked for"
+        plan = self._whole_plan(stretch.plan.seq_len)
+        epochs, row = divmod(row, plan.num_rows)
+        return Stretch(stage, stretch.epoch + 1 + epochs, plan, plan.num_rows), row
+
+    def _take(
+        self, stage: int, epoch: int, rest: Pieces | None, seq_len: int, num_rows: int | None
+    ) -> tuple[Stretch, Pieces]:
+        """Plan at most `num_rows` rows from the front of `rest`; returns what is left of it, too."""
+        num_tokens = self._num_tokens if rest is None else rest.num_tokens
+        nothing = Pieces(*np.empty((3, 0), np.int64))
+        if num_rows is None or num_rows * seq_len >= num_tokens:
+            taken, left = rest, nothing
+        else:
+            if rest is None:
+                documents = shuffled(len(self._lengths), self._seed, _DOCUMENTS, epoch)
+                rest = Pieces(documents, np.zeros_like(documents), self._lengths[documents])
+            cut = int(np.searchsorted(np.cumsum(rest.length), num_rows * seq_len)) + 1
+            taken, left = rest[:cut], rest[cut:]
+        if taken is None:
+            plan = self._whole_plan(seq_len)
+        else:
+            plan = pack(taken, seq_len, self._packing, self._seed)
+        stretch = Stretch(stage, epoch, plan, min(num_rows or plan.num_rows, plan.num_rows))
+        if stretch.num_rows < plan.num_rows:
+            is_left = np.ones(plan.num_rows, dtype=bool)
+            is_left[self._order(stage, epoch, plan.num_rows)[: stretch.num_rows]] = False
+            pieces = plan.pieces[np.repeat(is_left, np.diff(plan.row_first))]
+            left = Pieces(
+                np.concatenate([pieces.document, left.document]),
+                np.concatenate([pieces.start, left.start]),
+                np.concatenate([pieces.length, left.length]),
+            )
+        return stretch, left
+
+    def _whole_plan(self, seq_len: int) -> RowPlan:
+        """The plan of a whole epoch: the same for each, since its rows are shuffled anew."""
+        if seq_len not in self._whole_plans:
+            plan = plan_rows(self._lengths, seq_len, self._packing, self._seed)
+            self._whole_plans = {seq_len: plan}  # one is enough: stages do not come back
+        return self._whole_plans[seq_len]
+
+    def _shuffled_rows(self, stage: int, epoch: int, num_rows: int) -> Int:
+        return shuffled(num_rows, self._seed, _ROWS, stage, epoch)
