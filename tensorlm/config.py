@@ -5,6 +5,7 @@ is reported at once, each on its own line with the nearest valid key.
 """
 
 import difflib
+import itertools
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -87,12 +88,35 @@ class ModelConfig(Section):
         check_sizes(seq_len, sp, self.fold, self.num_heads if has_full_layers else None)
 
 
-class DataConfig(Section):
-    """Which prepared data set, and how its documents become rows."""
+class SourceConfig(Section):
+    """One of several prepared data sets."""
 
     path: str
-    seq_len: int = Field(gt=1, description="tokens in a packed row")
+    weight: float = Field(1.0, gt=0, description="its share of the rows, in any unit")
+    max_epochs: float = Field(0.0, ge=0, description="a run that takes more is refused; 0: none is")
+
+
+class DataConfig(Section):
+    """Which prepared data set, or sources, and how their documents become rows."""
+
+    path: str = Field(description="beside sources: whose held-out text is evaluated (the first's)")
+    sources: tuple[SourceConfig, ...] = Field((), strict=False, description="(): path alone")
+    seq_len: int = Field(gt=1, description="tokens in a packed row (of the last stage)")
     packing: Literal["best_fit", "concat"] = "best_fit"
+    verify: bool = Field(True, description="read and check every byte of the data at start")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _path_of_first_source(cls, tree: Any) -> Any:
+        match tree:
+            case {"sources": [{"path": path}, *_]} if "path" not in tree:
+                return {**tree, "path": path}
+        return tree
+
+    @property
+    def all_sources(self) -> tuple[SourceConfig, ...]:
+        """The sources; one where only `path` is given."""
+        return self.sources or (SourceConfig(path=self.path),)
 
 
 class OptimConfig(Section):
@@ -109,6 +133,20 @@ class OptimConfig(Section):
     grad_clip: float = Field(1.0, ge=0, description="largest gradient norm; 0: no clipping")
 
 
+class StageConfig(Section):
+    """Consecutive steps on rows of one length."""
+
+    steps: int = Field(gt=0)
+    seq_len: int = Field(gt=1, description="tokens in a packed row")
+    rows_per_step: int = Field(gt=0, description="packed rows in one optimizer step, all ranks")
+    micro_batch: int = Field(1, gt=0, description="rows in one forward pass of one rank")
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of all of its steps."""
+        return self.steps * self.rows_per_step
+
+
 class TrainConfig(Section):
     """Length and batch of the run, precision, memory."""
 
@@ -116,6 +154,9 @@ class TrainConfig(Section):
     stop_at: int = Field(0, ge=0, description="save and leave after this step; 0: at `steps`")
     rows_per_step: int = Field(gt=0, description="packed rows in one optimizer step, all ranks")
     micro_batch: int = Field(1, gt=0, description="rows in one forward pass of one rank")
+    earlier_stages: tuple[StageConfig, ...] = Field(
+        (), strict=False, description="first steps, with other rows than those of all the rest"
+    )
     dtype: Literal["bf16", "fp32"] = "bf16"
     attention: Backend = Field("auto", description="implementation of the operator (api.py)")
     activation_checkpointing: bool = False
@@ -196,25 +237,58 @@ class Config(Section):
                 f"eval.tasks: {generates[0]} in training needs zero.stage 0, 1 or 2 "
                 "(or run launcher/evaluate.py beside it)"
             )
-        try:
-            self.model.check_sharing(self.data.seq_len, self.parallel.sp)
-        except ValueError as error:
-            problems.append(f"parallel.sp: {error}")
+        earlier_steps = sum(stage.steps for stage in self.train.earlier_stages)
+        if earlier_steps >= self.train.steps:
+            problems.append(
+                f"train.earlier_stages: take {earlier_steps} steps of train.steps = "
+                f"{self.train.steps} (leave some for the rows of [data])"
+            )
+            return raise_all(self, problems)
+        for number, stage in enumerate(self.stages):
+            is_last = number == len(self.train.earlier_stages)
+            where = "parallel.sp" if is_last else f"train.earlier_stages.{number}"
+            try:
+                self.model.check_sharing(stage.seq_len, self.parallel.sp)
+            except ValueError as error:
+                problems.append(f"{where}: {error}")
         return raise_all(self, problems)
+
+    @property
+    def stages(self) -> tuple[StageConfig, ...]:
+        """All stages in order: the earlier ones, then what [data] and [train] say for the rest."""
+        train = self.train
+        last = StageConfig(
+            steps=train.steps - sum(stage.steps for stage in train.earlier_stages),
+            seq_len=self.data.seq_len,
+            rows_per_step=train.rows_per_step,
+            micro_batch=train.micro_batch,
+        )
+        return (*train.earlier_stages, last)
+
+    def stage_at(self, step: int) -> StageConfig:
+        """The stage of optimizer step `step` (from 0)."""
+        ends = itertools.accumulate(stage.steps for stage in self.stages)
+        return next(s for s, end in zip(self.stages, ends, strict=True) if step < end)
 
     def check_world(self, world_size: int) -> None:
         """Raise UserError unless `world_size` ranks can share the work of this configuration."""
-        sp, rows, micro = self.parallel.sp, self.train.rows_per_step, self.train.micro_batch
         try:
-            check_world(world_size, sp)
+            check_world(world_size, self.parallel.sp)
         except ValueError as error:
             raise UserError(f"parallel.sp: {error}") from None
-        dp = world_size // sp
-        if rows % (dp * micro):
-            raise UserError(
-                f"train.rows_per_step: {rows} is not a multiple of dp {dp} x micro_batch {micro} "
-                f"(nearest: {max(1, round(rows / (dp * micro))) * dp * micro})"
-            )
+        dp = world_size // self.parallel.sp
+        problems = []
+        for number, stage in enumerate(self.stages):
+            rows, micro = stage.rows_per_step, stage.micro_batch
+            is_last = number == len(self.train.earlier_stages)
+            where = "train" if is_last else f"train.earlier_stages.{number}"
+            if rows % (dp * micro):
+                problems.append(
+                    f"{where}.rows_per_step: {rows} is not a multiple of dp {dp} x micro_batch "
+                    f"{micro} (nearest: {max(1, round(rows / (dp * micro))) * dp * micro})"
+                )
+        if problems:
+            raise UserError(*problems)
 
     def check_evaluation(self, world_size: int, lengths: Sequence[int]) -> None:
         """Raise UserError unless `world_size` ranks can evaluate windows of these lengths."""
@@ -294,7 +368,9 @@ def _suggestion(location: tuple[int | str, ...]) -> str:
     """` (did you mean ...?)`, the key of the same section that looks most alike."""
     section: type[BaseModel] = Config
     for part in location[:-1]:
-        annotation = section.model_fields[str(part)].annotation
+        if isinstance(part, int):  # a place in a list of sections
+            continue
+        annotation = section.model_fields[part].annotation
         options = [annotation, *get_args(annotation)]
         section = next(o for o in options if isinstance(o, type) and issubclass(o, BaseModel))
     near = difflib.get_close_matches(str(location[-1]), list(section.model_fields), n=1, cutoff=0.5)

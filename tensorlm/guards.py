@@ -54,7 +54,7 @@ class StepGuard:
         return median + self._config.spike_threshold * deviation
 
     def judge(
-        self, step: int, loss: float, grad_norm: float, documents: Callable[[], list[int]]
+        self, step: int, loss: float, grad_norm: float, documents: Callable[[], list[str]]
     ) -> str | None:
         """After step `step`: None where it was applied, else why it was skipped.
 
@@ -73,7 +73,7 @@ class StepGuard:
             reason = f"loss {loss:.4f} is above {limit:.4f} (median {median:.4f}, {deviation:.4f})"
         else:
             reason = f"{'loss' if not math.isfinite(loss) else 'gradient'} is not finite"
-        reason = f"step {step}: {reason}; documents {', '.join(map(str, documents()))}"
+        reason = f"step {step}: {reason}; documents {', '.join(documents())}"
         if is_spike and self._config.spike == "stop":
             raise UserError(f'{reason} (look at them, or set guards.spike = "skip")')
         if self._num_skipped >= self._max_skips:

@@ -39,11 +39,12 @@ class Metrics:
         """Print the head of the log."""
         print("\n".join(lines), f"watch: tensorboard --logdir {self.writer.log_dir}", sep="\n")
 
-    def log_step(self, step: int, record: dict[str, float]) -> None:
-        """Record optimizer step `step` (from 1); keys are TensorBoard tags."""
+    def log_step(self, step: int, record: dict[str, Any]) -> None:
+        """Record optimizer step `step` (from 1); keys are TensorBoard tags, where it takes them."""
         self._file.write(json.dumps({"step": step, **record}) + "\n")
         for tag, value in record.items():
-            self.writer.add_scalar(tag, value, step)
+            if not isinstance(value, str):
+                self.writer.add_scalar(tag, value, step)
         per_step = (time.perf_counter() - self._started) / (step - self._first_step)
         print(
             f"step {step:>{len(str(self.num_steps))}}/{self.num_steps} | "

@@ -7,7 +7,7 @@ from .engine import leave_distributed
 from .errors import EXIT_DONE, UserError
 from .launch_env import LaunchEnv
 from .metrics import read_metrics
-from .train import start, step_rows, train_step
+from .train import last_rows, start, train_step
 
 
 def replay(config: Config, launch: LaunchEnv, step: int) -> int:
@@ -27,7 +27,7 @@ def replay(config: Config, launch: LaunchEnv, step: int) -> int:
     if launch.rank == 0:
         recorded = [r for r in read_metrics(run.dir) if r["step"] == step]
         print(json.dumps({"step": step, **record}))
-        print(f"documents: {run.rows.documents(step_rows(run, step))}")
+        print(f"documents: {', '.join(run.rows.documents(last_rows(run)))}")
         for key in ("train/loss", "train/grad_norm") if recorded else ():
             verdict = "as recorded" if repr(recorded[-1][key]) == repr(record[key]) else "DIFFERS"
             print(f"{key}: {record[key]!r}, then {recorded[-1][key]!r}: {verdict}")

@@ -1,5 +1,6 @@
 """The training run, in order, on one page."""
 
+import hashlib
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from fold_parallel import Grid, create_grid
 
 from . import checkpoint
 from .config import Config
+from .data.feed import Feed
 from .data.loader import PackedRows, open_rows
 from .engine import Engine, init_distributed, leave_distributed
 from .errors import EXIT_DONE, EXIT_PREEMPTED, UserError
@@ -39,6 +41,7 @@ class TrainState:
     step: int = 0
     rows: int = 0
     tokens: int = 0
+    data_hash: str = ""  # of all rows so far, their tokens and their order
 
 
 @dataclass
@@ -49,6 +52,7 @@ class Run:
     device: torch.device
     grid: Grid
     rows: PackedRows
+    feed: Feed
     engine: Engine
     guard: StepGuard
     watchdog: Watchdog
@@ -125,18 +129,20 @@ def start(config: Config, launch: LaunchEnv, before: int | None = None) -> Run:
     """Set everything up, and load the newest checkpoint (older than step `before`)."""
     config.check_world(launch.world_size)
     run_dir = Path(config.run.dir)
-    rows = open_rows(config, "train")
+    # One rank is enough to read every byte; the others wait for it to join them.
+    rows = open_rows(config, "train", verify=config.data.verify and launch.rank == 0)
     watchdog = Watchdog(config.guards, run_dir, launch.rank, launch.world_size)
     device = init_distributed(launch)
     grid = create_grid(config.parallel.sp)
     engine = Engine(build_model(config, grid, device), config)
-    run = Run(config, device, grid, rows, engine, StepGuard(config), watchdog, TrainState())
+    feed = Feed(rows, config, grid, pin=device.type == "cuda")
+    run = Run(config, device, grid, rows, feed, engine, StepGuard(config), watchdog, TrainState())
     watchdog.enter("resume", 0)
     resume(run, before)
     return run
 
 
-def train_step(run: Run, must_stop: bool) -> tuple[dict[str, float], bool]:
+def train_step(run: Run, must_stop: bool) -> tuple[dict[str, Any], bool]:
     """One optimizer step: advances the state, returns what to log and whether any rank must stop.
 
     Raises:
@@ -144,19 +150,16 @@ def train_step(run: Run, must_stop: bool) -> tuple[dict[str, float], bool]:
     """
     config, grid, device, state = run.config, run.grid, run.device, run.state
     run.watchdog.enter("data", state.step + 1)
-    share = config.train.rows_per_step // grid.dp
-    batches = run.rows.micro_batches(
-        state.rows + grid.dp_rank * share,
-        share,
-        config.train.micro_batch,
-        grid.tokens(config.data.seq_len),
-    )
+    stage = config.stage_at(state.step)
+    batches = run.feed.batches(state.step, state.rows)
     run.watchdog.enter("forward", state.step + 1)
-    num_labels, num_flops, num_stopping = sum_over_ranks(
+    digest = sum(batch.digest for batch in batches)
+    num_labels, num_flops, num_stopping, *digest_parts = sum_over_ranks(
         device,
         sum(batch.num_labels for batch in batches),
         sum(train_flops(config.model, batch.depth) for batch in batches),
         must_stop,
+        *(digest >> shift & 0xFFFF_FFFF for shift in (0, 32)),  # exact in float64
     )
 
     # DeepSpeed averages gradients over ranks; this makes them those of the mean over all labels.
@@ -178,10 +181,13 @@ def train_step(run: Run, must_stop: bool) -> tuple[dict[str, float], bool]:
     mean_loss = total_loss.item() / num_labels
 
     state.step += 1
-    state.rows += config.train.rows_per_step
-    state.tokens += config.train.rows_per_step * config.data.seq_len
+    state.rows += stage.rows_per_step
+    state.tokens += stage.rows_per_step * stage.seq_len
+    low, high = (int(part) for part in digest_parts)
+    consumed = f"{state.data_hash} {(low + (high << 32)) % (1 << 64)}"
+    state.data_hash = hashlib.sha256(consumed.encode()).hexdigest()[:16]
     skipped = run.guard.judge(
-        state.step, mean_loss, grad_norm, lambda: run.rows.documents(step_rows(run, state.step))
+        state.step, mean_loss, grad_norm, lambda: run.rows.documents(last_rows(run))
     )
     if skipped and dist.get_rank() == 0:
         print(f"skipped {skipped}", flush=True)
@@ -192,17 +198,18 @@ def train_step(run: Run, must_stop: bool) -> tuple[dict[str, float], bool]:
         "train/tokens": state.tokens,
         "train/skipped": float(skipped is not None),
         "data/labels": num_labels,
-        "step_tokens": config.train.rows_per_step * config.data.seq_len,
+        "data/seq_len": stage.seq_len,
+        "data/hash": state.data_hash,
+        "step_tokens": stage.rows_per_step * stage.seq_len,
         "step_flops": num_flops,
     }
     return record, num_stopping > 0
 
 
-def step_rows(run: Run, step: int) -> range:
-    """Global indices of the rows of a step that lies behind."""
-    num_rows = run.config.train.rows_per_step
-    last = run.state.rows - (run.state.step - step) * num_rows
-    return range(last - num_rows, last)
+def last_rows(run: Run) -> range:
+    """Global indices of the rows of the step that was done last."""
+    num_rows = run.config.stage_at(run.state.step - 1).rows_per_step
+    return range(run.state.rows - num_rows, run.state.rows)
 
 
 def build_model(config: Config, grid: Grid, device: torch.device) -> Llama:
@@ -259,7 +266,7 @@ def describe_state(run: Run) -> dict[str, Any]:
         "adam_step": run.engine.adam_step,
         "config": run.config.model_dump(mode="json", exclude_none=True),
         "data_fingerprint": run.rows.fingerprint,
-        "tokenizer_sha256": run.rows.corpus.tokenizer_sha256,
+        "tokenizer_sha256": run.rows.tokenizer_sha256,
         "world_size": run.grid.world_size,
     }
 
@@ -273,7 +280,7 @@ def sum_over_ranks(device: torch.device, *values: float) -> list[float]:
 
 def describe_run(run: Run) -> list[str]:
     """What runs where, for the first lines of the log."""
-    config, grid, plan = run.config, run.grid, run.rows.plan
+    config, grid = run.config, run.grid
     fold = list(config.model.fold) or "none (full attention)"
     begin = f"resumed after step {run.state.step}" if run.state.step else "from scratch"
     is_gpu = run.device.type == "cuda"
@@ -282,8 +289,12 @@ def describe_run(run: Run) -> list[str]:
     return [
         f"run {config.run.dir}: {begin}, {config.train.steps} steps, commit {git_commit()}",
         f"model: {num:,} parameters, fold {fold}, {config.train.dtype}",
-        f"data: {plan.num_rows:,} rows of {config.data.seq_len:,} tokens, "
-        f"{plan.fill:.2%} full; {config.train.rows_per_step} rows a step",
+        *run.rows.describe(),
+        "steps: "
+        + ", then ".join(
+            f"{stage.steps:,} of {stage.rows_per_step:,} rows of {stage.seq_len:,} tokens"
+            for stage in config.stages
+        ),
         f"ranks: {grid.world_size} x {name} (dp {grid.dp} x sp {grid.sp}), "
         f"ZeRO stage {config.zero.stage}",
     ]

@@ -71,10 +71,10 @@ class SourceRows:
 
     def epochs(self, stage: int, row: int) -> float:
         """How many epochs the rows before row `row` of a stage are, by their tokens."""
-        if row == 0:
-            stage, row = stage - 1, sum(s.num_rows for s in self._stretches[stage - 1])
-        if stage < 0 or row == 0:
+        if stage < 0:
             return 0.0
+        if row == 0:
+            return self.epochs(stage - 1, sum(s.num_rows for s in self._stretches[stage - 1]))
         last, at = self._stretch(stage, row - 1)
         order = self._order(last.stage, last.epoch, last.plan.num_rows)
         num_tokens = int(last.plan.row_tokens[order[: at + 1]].sum())
@@ -97,7 +97,7 @@ class SourceRows:
     def _take(
         self, stage: int, epoch: int, rest: Pieces | None, seq_len: int, num_rows: int | None
     ) -> tuple[Stretch, Pieces]:
-        """Plan at most `num_rows` rows from the front of `rest`; returns what is left of it, too."""
+        """Plan at most `num_rows` rows from the front of `rest`; returns what is left, too."""
         num_tokens = self._num_tokens if rest is None else rest.num_tokens
         nothing = Pieces(*np.empty((3, 0), np.int64))
         if num_rows is None or num_rows * seq_len >= num_tokens:

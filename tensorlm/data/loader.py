@@ -92,7 +92,7 @@ class PackedRows:
         seed: int,
         num_rows: int,
     ) -> None:
-        self.corpora, self.stages = corpora, stages
+        self.corpora, self.stages, self.num_rows = corpora, stages, num_rows
         self.mix = Mix(weights, num_rows)
         sizes = [stage.num_rows or 0 for stage in stages]
         self._stage_first = list(itertools.accumulate(sizes[:-1], initial=0))
@@ -114,6 +114,22 @@ class PackedRows:
     def seq_len(self, index: int) -> int:
         """Tokens in global row `index`."""
         return self.stages[self._stage(index)].seq_len
+
+    @property
+    def tokenizer_sha256(self) -> str:
+        """That of all sources."""
+        return self.corpora[0].tokenizer_sha256
+
+    def describe(self) -> list[str]:
+        """One line for each source: how much of it the run will take."""
+        total = self.mix.period
+        return [
+            f"data: {corpus.name}: {corpus.num_tokens:,} tokens, {share / total:.1%} of the rows, "
+            f"{epochs:.2f} epochs; rows are {rows.last_plan.fill:.2%} full"
+            for corpus, share, rows, epochs in zip(
+                self.corpora, self.mix.shares, self.sources, self.epochs(self.num_rows), strict=True
+            )
+        ]
 
     def epochs(self, num_rows: int) -> list[float]:
         """How many epochs of each source the first `num_rows` rows are."""
@@ -204,12 +220,10 @@ class PackedRows:
             doc_start[a:b] = begin
 
 
-def _digest(
-    index: int, first: int, tokens: NDArray[np.int64], doc_start: NDArray[np.int32]
-) -> int:
+def _digest(index: int, first: int, tokens: NDArray[np.int64], doc_start: NDArray[np.int32]) -> int:
     """Sum over tokens of (token, document start) times words that place and row determine."""
     words = _words(first + len(tokens))[:, first:]
-    place = int(words[0] @ tokens.view(np.uint64) + words[1] @ doc_start.astype(np.uint64))
+    place = int(words[0] @ tokens.view(np.uint64)) + int(words[1] @ doc_start.astype(np.uint64))
     row = int(np.random.SeedSequence(index).generate_state(1, np.uint64)[0]) | 1
     return place * row & _WORD
 

@@ -101,9 +101,7 @@ def _joined(parts: Pieces) -> Pieces:
     ends = parts.start + parts.length
     goes_on = (parts.document[1:] == parts.document[:-1]) & (parts.start[1:] == ends[:-1])
     first = np.flatnonzero(np.append(True, ~goes_on))
-    return Pieces(
-        parts.document[first], parts.start[first], np.add.reduceat(parts.length, first)
-    )
+    return Pieces(parts.document[first], parts.start[first], np.add.reduceat(parts.length, first))
 
 
 def _split(parts: Pieces, seq_len: int) -> Pieces:

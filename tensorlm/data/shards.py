@@ -70,6 +70,15 @@ def shard_name(number: int) -> str:
     return f"shard-{number:05d}"
 
 
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise UserError(f"{path}: missing ({_REPAIR})") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror} ({_REPAIR})") from None
+
+
 def read_header(path: Path) -> ShardHeader:
     """Read and check one header.
 
@@ -77,11 +86,7 @@ def read_header(path: Path) -> ShardHeader:
         UserError: it is missing, not a header, of another version, or contradicts itself.
     """
     try:
-        header = ShardHeader.model_validate_json(path.read_bytes())
-    except FileNotFoundError:
-        raise UserError(f"{path}: missing ({_REPAIR})") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+        header = ShardHeader.model_validate_json(_read(path))
     except ValidationError as error:
         where = ".".join(str(part) for part in error.errors()[0]["loc"]) or "content"
         raise UserError(
@@ -117,7 +122,7 @@ def _read_index(folder: Path) -> tuple[list[Path], str]:
             else f"{folder}: no shards (make them with launcher/prepare_data.py encode)"
         )
     try:
-        index = json.loads(path.read_bytes())
+        index = json.loads(_read(path))
         fingerprint = index.pop("sha256")
         headers: dict[str, str] = index["headers"]
         is_whole = (index["format"], index["version"], seal(index)) == (
@@ -133,9 +138,7 @@ def _read_index(folder: Path) -> tuple[list[Path], str]:
     for header, digest in digests.items():
         if not re.fullmatch(r"shard-\d{5,}\.json", header.name) or header.parent != folder:
             raise UserError(f"{path}: {header.name} is no shard ({_REPAIR})")
-        if not header.exists():
-            raise UserError(f"{header}: missing ({_REPAIR})")
-        if hashlib.sha256(header.read_bytes()).hexdigest() != digest:
+        if hashlib.sha256(_read(header)).hexdigest() != digest:
             raise UserError(f"{header}: differs from {INDEX} ({_REPAIR})")
     strangers = set(folder.glob("shard-*.json")) - set(digests)
     if strangers:
@@ -189,7 +192,7 @@ def _open_shard(path: Path) -> Shard:
     if hashlib.sha256(ends.tobytes()).hexdigest() != header.files[ends_path.name].sha256:
         raise UserError(f"{ends_path}: checksum differs ({_REPAIR})")
     tokens = (
-        np.memmap(path.with_suffix(".tokens"), dtype=header.dtype, mode="r")
+        np.memmap(path.with_suffix(".tokens"), dtype=header.dtype, mode="r").view(np.ndarray)
         if header.num_tokens
         else np.empty(0, header.dtype)
     )
@@ -240,10 +243,17 @@ class Corpus:
         ends = [shard.ends.astype(np.int64) for shard in self.shards]
         self.begins = np.concatenate([np.append(0, e)[:-1] for e in ends])
         self.lengths = np.concatenate(ends) - self.begins
+        if int(self.lengths.min()) <= 0:
+            raise UserError(f"{self.folder}: holds an empty document ({_REPAIR})")
         self.first_document = np.cumsum([0] + [len(e) for e in ends])
 
     def __len__(self) -> int:
         return len(self.lengths)
+
+    @property
+    def name(self) -> str:
+        """Name of the data set's folder."""
+        return self.folder.absolute().parent.name
 
     @property
     def num_tokens(self) -> int:

@@ -6,7 +6,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from tensorlm.data.loader import PackedRows, RowStage
 from tensorlm.data.shard_writer import ShardWriter, write_index
+from tensorlm.data.shards import Corpus
 
 
 def write_split(
@@ -25,3 +27,8 @@ def write_split(
                 shard.add(ids, num_bytes=3 * len(ids))
     write_index(folder, len(shards))
     return folder
+
+
+def rows_of(folder: Path, seq_len: int, packing: str, seed: int) -> PackedRows:
+    """The rows of one split as the only source of a run of one stage."""
+    return PackedRows([Corpus(folder)], [1.0], [RowStage(seq_len, None)], packing, seed, 1)

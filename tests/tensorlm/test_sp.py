@@ -1,5 +1,6 @@
 """Sequence parallelism through the whole model: equal to one rank, closed documents, cost."""
 
+import dataclasses
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,12 @@ from torch import Tensor
 
 from fold_parallel import Grid, create_grid
 from tensorlm.config import ModelConfig
-from tensorlm.data.loader import PackedRows
 from tensorlm.loss import IGNORED
 from tensorlm.model import Llama
 from tests.distributed import run_distributed
 from tests.fold_parallel.accounting import Log, PeakMemory
 from tests.fold_parallel.backends import device, ranks_and_backends, result
-from tests.tensorlm.documents import write_split
+from tests.tensorlm.documents import rows_of, write_split
 
 VOCAB = 64
 # Documents that begin and end inside shards, on their borders, and one token off them.
@@ -198,32 +198,36 @@ def test_peak_activation_memory_falls_with_the_number_of_ranks(
         assert alone / world_size < peak <= 1.1 * alone / world_size
 
 
+class CountedTokens:
+    """Tokens of a shard that note how many of them are read at a time."""
+
+    def __init__(self, tokens: np.ndarray) -> None:
+        self.tokens = tokens
+        self.reads: list[int] = []
+
+    def __getitem__(self, where: slice) -> np.ndarray:
+        part = self.tokens[where]
+        self.reads.append(len(part))
+        return part
+
+
 @pytest.mark.parametrize("packing", ["best_fit", "concat"])
 @pytest.mark.parametrize("sp", [2, 4, 8])
-def test_ranks_read_only_their_slice_of_a_row(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, packing: str, sp: int
-) -> None:
+def test_ranks_read_only_their_slice_of_a_row(tmp_path: Path, packing: str, sp: int) -> None:
     documents = [np.arange(n) + 40 * n for n in (200, 3, 64, 17, 90, 1, 31)]
-    write_split(tmp_path, [documents])
-    rows = PackedRows(tmp_path, 64, packing, seed=3)
+    rows = rows_of(write_split(tmp_path, [documents]), 64, packing, seed=3)
+    shards = rows.corpora[0].shards
+    counted: Any = CountedTokens(shards[0].tokens)
+    shards[0] = dataclasses.replace(shards[0], tokens=counted)
     shard = 64 // sp
-    reads: list[int] = []
-    read = rows.corpus.tokens
-
-    def counted_read(document: int, start: int, stop: int) -> np.ndarray:
-        reads.append(stop - start)
-        return read(document, start, stop)
-
-    for index in range(rows.plan.num_rows):
+    for index in range(rows.sources[0].last_plan.num_rows):
         indices = range(index, index + 1)
         whole = rows.batch(indices)
         for rank in range(sp):
-            reads.clear()
-            with monkeypatch.context() as patch:
-                patch.setattr(rows.corpus, "tokens", counted_read)
-                part = rows.batch(indices, slice(rank * shard, (rank + 1) * shard))
-            # One more token for each piece of a document: its last label.
-            assert sum(reads) <= shard + len(reads)
+            counted.reads.clear()
             own = slice(rank * shard, (rank + 1) * shard)
+            part = rows.batch(indices, own)
+            # One more token for each piece of a document: its last label.
+            assert sum(counted.reads) <= shard + len(counted.reads)
             for name in ("tokens", "labels", "doc_start", "depth"):
                 assert torch.equal(getattr(part, name), getattr(whole, name)[:, own]), name
