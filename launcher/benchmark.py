@@ -56,12 +56,13 @@ def attention(args: argparse.Namespace) -> int:
     rows = []
     for length in lengths:
         documents = bench.random_documents(length, args.documents) if args.documents else None
-        rows += bench.measure(length, folds, documents, args.full_limit)
-    print(bench.format_table(rows, ceilings))
-    if args.json:
-        args.json.write_text(json.dumps([row._asdict() for row in rows], indent=1) + "\n")
-    if args.plot:
-        bench.plot(rows, str(args.plot))
+        measured = bench.measure(length, folds, documents, args.full_limit)
+        rows += measured
+        print(bench.format_table(measured, ceilings) + "\n", flush=True)
+        if args.json:  # after each length: what was measured outlives an interruption
+            args.json.write_text(json.dumps([row._asdict() for row in rows], indent=1) + "\n")
+        if args.plot:
+            bench.plot(rows, str(args.plot))
     return 0
 
 
