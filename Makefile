@@ -41,7 +41,7 @@ check: .venv/.installed-dev ## lint, format and types
 
 .PHONY: test
 test: check ## the whole suite, on the CPU
-	$(BIN)/python -m pytest -m 'not gpu'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not gpu' -n auto --dist loadfile
 
 .PHONY: test-gpu
 test-gpu: .venv/.installed-dev ## the tests that need a GPU
