@@ -1,19 +1,29 @@
 """Measure on this machine: `launcher/benchmark.py attention --lengths 32768,131072 --folds 1024`.
 
 `attention` times tensorized attention against full attention and a window on one GPU.
+`sp` times one layer of a configuration, its rows shared by the ranks of this job (under deepspeed,
+torchrun or srun), and projects it to 8 ... 1,024 GPUs:
+
+torchrun --nproc_per_node 4 launcher/benchmark.py sp --config C parallel.sp=4 data.seq_len=65536
 """
 
 import argparse
 import json
+from dataclasses import asdict
 from pathlib import Path
 
+from tensorlm.config import load_config
 from tensorlm.errors import UserError, run_launcher
+from tensorlm.launch_env import read_launch_env
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     add_attention(commands.add_parser("attention", help="the operator against full attention"))
+    add_sp(commands.add_parser("sp", help="one layer whose rows are shared by ranks"))
     args = parser.parse_args()
     return int(args.run(args))
 
@@ -66,9 +76,49 @@ def attention(args: argparse.Namespace) -> int:
     return 0
 
 
+def add_sp(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", required=True, help="TOML file of a run")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="replace a setting")
+    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every number")
+    parser.add_argument("--only-project", action="store_true", help="measure nothing")
+    parser.add_argument("--gpus-per-node", type=int, default=8, help="assumed by the projection,")
+    parser.add_argument("--nvlink", type=float, default=360, help="GB/s of a GPU inside a node,")
+    parser.add_argument("--network", type=float, default=40, help="GB/s of a GPU between nodes,")
+    parser.add_argument("--latency", type=float, default=2, help="microseconds a message,")
+    parser.add_argument("--tflops", type=float, default=400, help="and what a GPU computes")
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it
+    parser.set_defaults(run=sp)
+
+
+def sp(args: argparse.Namespace) -> int:
+    config, launch = load_config(args.config, args.overrides), read_launch_env()
+    if not args.only_project:
+        config.check_ranks(launch.world_size)
+
+    from tensorlm.benchmarks import sp as bench
+    from tensorlm.benchmarks.sp_projection import Machine, format_projection, project_all
+
+    machine = Machine(
+        args.gpus_per_node, args.nvlink * 1e9, args.network * 1e9, args.latency * 1e-6,
+        args.tflops * 1e12,
+    )  # fmt: skip
+    cost = None if args.only_project else bench.measure(config, launch, args.repeats)
+    if launch.rank == 0:
+        projections = project_all(config, machine)
+        if cost:
+            print(bench.format_cost(cost, config), end="\n\n")
+        print(format_projection(projections, config, machine))
+        if args.json:
+            projected = [projection._asdict() for projection in projections]
+            content = {"measured": cost and asdict(cost), "projected": projected}
+            args.json.write_text(json.dumps(content, indent=1) + "\n")
+    return 0
+
+
 def _fold(text: str) -> list[int]:
     return [] if text == "full" else [int(n) for n in text.split("x")]
 
 
 if __name__ == "__main__":
-    run_launcher(main)
+    run_launcher(main, leave_at_once=True)

@@ -270,12 +270,18 @@ class Config(Section):
         ends = itertools.accumulate(stage.steps for stage in self.stages)
         return next(s for s, end in zip(self.stages, ends, strict=True) if step < end)
 
-    def check_world(self, world_size: int) -> None:
-        """Raise UserError unless `world_size` ranks can share the work of this configuration."""
+    def check_ranks(self, world_size: int, lengths: Sequence[int] = ()) -> None:
+        """Raise UserError unless `parallel.sp` of so many ranks can share rows of these lengths."""
         try:
             check_world(world_size, self.parallel.sp)
+            for length in lengths:
+                self.model.check_sharing(length, self.parallel.sp)
         except ValueError as error:
             raise UserError(f"parallel.sp: {error}") from None
+
+    def check_world(self, world_size: int) -> None:
+        """Raise UserError unless `world_size` ranks can share the work of this configuration."""
+        self.check_ranks(world_size)
         dp = world_size // self.parallel.sp
         problems = []
         for number, stage in enumerate(self.stages):
@@ -289,15 +295,6 @@ class Config(Section):
                 )
         if problems:
             raise UserError(*problems)
-
-    def check_evaluation(self, world_size: int, lengths: Sequence[int]) -> None:
-        """Raise UserError unless `world_size` ranks can evaluate windows of these lengths."""
-        try:
-            check_world(world_size, self.parallel.sp)
-            for length in lengths:
-                self.model.check_sharing(length, self.parallel.sp)
-        except ValueError as error:
-            raise UserError(f"parallel.sp: {error}") from None
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:

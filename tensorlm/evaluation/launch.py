@@ -105,7 +105,7 @@ def _join_ranks(config: Config, launch: LaunchEnv, is_sharded: bool) -> tuple[to
         return torch.device("cuda" if torch.cuda.is_available() else "cpu"), Grid()
     lengths = config.eval.lengths or (config.data.seq_len,)
     if is_sharded:
-        config.check_evaluation(launch.world_size, lengths if "ppl" in config.eval.tasks else ())
+        config.check_ranks(launch.world_size, lengths if "ppl" in config.eval.tasks else ())
     from tensorlm.engine import init_distributed
 
     return init_distributed(launch), create_grid(config.parallel.sp if is_sharded else 1)
