@@ -24,6 +24,21 @@ need() {
   command -v "$1" >/dev/null || die "$1: not found (load it in slurm/env.sh)"
 }
 
+# need_job SCRIPT: ends a script that was not started by sbatch.
+need_job() {
+  [ -n "${SLURM_JOB_ID:-}" ] || die "slurm/$1: is a job (start it with sbatch slurm/$1)"
+}
+
+# run_dir_of CONFIG SETTINGS...: the folder of the run, or one line per mistake.
+run_dir_of() {
+  python - "$@" <<'PYTHON'
+import sys
+from tensorlm.config import load_config
+from tensorlm.errors import run_launcher
+run_launcher(lambda: print(load_config(sys.argv[1], sys.argv[2:]).run.dir))
+PYTHON
+}
+
 # job_field NAME: a field of this job, as the controller sees it now.
 job_field() {
   scontrol show job -o "$SLURM_JOB_ID" | sed -n "s/^JobId=$SLURM_JOB_ID .* $1=\([^ ]*\).*/\1/p"
@@ -40,6 +55,15 @@ describe_job() {
   echo "nodes = $SLURM_NNODES ($SLURM_JOB_NODELIST)"
   echo "gpus = $gpus"
   echo "log = $(job_field StdOut)"
+}
+
+# newest_step RUN: step of its newest checkpoint; 0 where there is none.
+newest_step() {
+  local folder newest=0
+  for folder in "$1"/step-????????; do
+    if [ -d "$folder" ]; then newest=$((10#${folder##*-})); fi
+  done
+  echo "$newest"
 }
 
 # MASTER_ADDR and MASTER_PORT: rank 0's node, which is this one, and a port that is free here.

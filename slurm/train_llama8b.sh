@@ -64,9 +64,7 @@ fi
 
 # ------------------------------------------------------------------------------------- the start
 
-if [ -z "${SLURM_JOB_ID:-}" ]; then
-  die "slurm/train_llama8b.sh: is a job (sbatch slurm/train_llama8b.sh ..., or --dry-run first)"
-fi
+need_job train_llama8b.sh
 # A request to stop, from Slurm. Rank 0 runs on this node and reads the file after each step.
 interrupted=
 request_stop() {
@@ -74,13 +72,6 @@ request_stop() {
   touch "$RUN_DIR/REQUEUE" "$RUN_DIR/STOP"
 }
 trap 'interrupted=1' USR1 TERM
-newest_step() {
-  local folder newest=0
-  for folder in "$RUN_DIR"/step-????????; do
-    if [ -d "$folder" ]; then newest=$((10#${folder##*-})); fi
-  done
-  echo "$newest"
-}
 
 describe_job
 export RANKS_PER_NODE=${SLURM_GPUS_ON_NODE:-${SLURM_NTASKS_PER_NODE:-1}}
@@ -94,7 +85,7 @@ mkdir -p "$RUN_DIR/logs" && ln -sfn "$(job_field StdOut)" "$RUN_DIR/logs/" || ex
 rm -f "$RUN_DIR"/{STOP,STOPPED,REQUEUE}
 
 # Restarts in a row that began at the same checkpoint: three such, and it stays down.
-first_step=$(newest_step) in_a_row=0
+first_step=$(newest_step "$RUN_DIR") in_a_row=0
 if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] && [ -f "$RUN_DIR/restarts" ]; then
   read -r step in_a_row <"$RUN_DIR/restarts"
   if [ "$step" = "$first_step" ]; then in_a_row=$((in_a_row + 1)); else in_a_row=0; fi
@@ -142,7 +133,7 @@ trap '' USR1 TERM # a requeue sends TERM to this script
 
 # --------------------------------------------------------------------------------------- the end
 
-last_step=$(newest_step) reason=
+last_step=$(newest_step "$RUN_DIR") reason=
 if [ $code = 0 ]; then
   echo "done after step $last_step"
 elif [ -e "$RUN_DIR/STOPPED" ]; then # obeyed; without a request from Slurm, somebody wants it so

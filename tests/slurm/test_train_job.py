@@ -94,7 +94,7 @@ def test_head_of_the_log_says_what_runs_where_and_the_run_keeps_a_link_to_it(
         "start = from scratch, of 3 steps",
         f"commit = {git_commit()}",
         f"config = {digest}",
-        "ranks = 4 (dp 2 x sp 2), 4 rows a step",
+        "ranks = 4 (dp 2 x sp 2)",
     ):
         assert line in head.splitlines(), line
     assert re.search(r"^launcher = deepspeed, 4 ranks meet at 127.0.0.1:\d+$", head, re.MULTILINE)
@@ -129,7 +129,7 @@ def test_bad_settings_are_one_line_each_before_the_queue_and_in_the_job(
 
     good = dry_run("parallel.sp=2")
     assert good.returncode == 0, good.stderr
-    assert "ranks = 2 (dp 1 x sp 2), 4 rows a step" in good.stdout.splitlines()
+    assert "ranks = 2 (dp 1 x sp 2)" in good.stdout.splitlines()
     bad = dry_run("train.stepz=3", "parallel.sp=two")
     assert bad.returncode == 2
     errors = [line for line in bad.stderr.splitlines() if line.startswith("error: ")]
