@@ -74,6 +74,46 @@ def test_contradictions_are_reported_together() -> None:
     assert len(lines) == 2
 
 
+def stage(**changes: int) -> str:
+    values = {"steps": 10, "seq_len": 1024, "rows_per_step": 8, **changes}
+    return "{" + ", ".join(f"{key} = {value}" for key, value in values.items()) + "}"
+
+
+def test_stages_follow_one_another_and_the_last_takes_the_rest() -> None:
+    overrides = [f"train.earlier_stages=[{stage()}, {stage(steps=5, seq_len=2048)}]"]
+    config = load_config(ROOT / "configs/demo.toml", overrides)
+    steps = config.train.steps
+    assert [s.steps for s in config.stages] == [10, 5, steps - 15]
+    lengths = [config.stage_at(step).seq_len for step in range(steps)]
+    assert lengths == [1024] * 10 + [2048] * 5 + [4096] * (steps - 15)
+    assert config.stages[-1].num_rows == (steps - 15) * config.train.rows_per_step
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        (f"train.earlier_stages=[{stage(step=1)}]", "earlier_stages.0.step: unknown key"),
+        (f"train.earlier_stages=[{stage(step=1)}]", "did you mean steps?"),
+        (f"train.earlier_stages=[{stage(steps=9999)}]", "train.earlier_stages: take 9999 steps"),
+        (f"train.earlier_stages=[{stage(seq_len=1)}]", "earlier_stages.0.seq_len"),
+        ("data.sources=[{path='a', wieght=2}]", "did you mean weight?"),
+        ("data.sources=[{path='a', weight=0}]", "data.sources.0.weight"),
+        ("data.sources=[{weight=1}]", "data.sources.0.path: missing"),
+    ],
+)
+def test_wrong_stage_or_source_is_named_in_one_line(override: str, words: str) -> None:
+    assert any(words in line for line in problems(override))
+
+
+def test_every_stage_is_checked_for_sharing() -> None:
+    lines = problems(f"train.earlier_stages=[{stage(seq_len=768)}]", "parallel.sp=2")
+    assert any("train.earlier_stages.0: sp = 2 cannot share rows" in line for line in lines)
+    override = f"train.earlier_stages=[{stage(rows_per_step=3)}]"
+    config = load_config(ROOT / "configs/demo.toml", [override])
+    with pytest.raises(UserError, match=r"train\.earlier_stages\.0\.rows_per_step: 3 is not"):
+        config.check_world(2)
+
+
 def test_rows_that_ranks_cannot_share_are_refused() -> None:
     config: Config = load_config(ROOT / "configs/demo.toml")
     config.check_world(2)

@@ -1,0 +1,129 @@
+"""Three sources, prepared, mixed and trained on in stages of 64, 128 and 256 tokens a row."""
+
+import ast
+import asyncio
+import email
+import gzip
+import hashlib
+import json
+import unittest
+from pathlib import Path
+from types import ModuleType
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from tensorlm.checkpoint import newest_checkpoint
+from tensorlm.config import load_config
+from tensorlm.data.loader import open_rows
+from tensorlm.data.prepare import encode, find_files, read_documents
+from tensorlm.data.tokenizers import train_tokenizer
+from tensorlm.metrics import read_metrics
+from tests.tensorlm.launching import TINY, RunTraining, losses
+
+DATA = """[data]
+seq_len = 256
+[[data.sources]]
+path = "{data}/code"
+weight = 0.5
+[[data.sources]]
+path = "{data}/prose"
+weight = 0.2
+max_epochs = 1.5
+[[data.sources]]
+path = "{data}/table"
+weight = 0.3
+"""
+STAGES = """[[train.earlier_stages]]
+steps = 3
+seq_len = 64
+rows_per_step = 8
+micro_batch = 2
+[[train.earlier_stages]]
+steps = 2
+seq_len = 128
+rows_per_step = 4
+"""
+
+
+def sources(package: ModuleType) -> list[Path]:
+    return sorted(Path(str(package.__file__)).parent.glob("*.py"))
+
+
+def prose() -> list[str]:
+    """Every docstring of two packages: text in plain English."""
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    trees = [ast.parse(file.read_bytes()) for file in sources(unittest) + sources(asyncio)]
+    nodes = (node for tree in trees for node in ast.walk(tree) if isinstance(node, kinds))
+    return [text for node in nodes if (text := ast.get_docstring(node))]
+
+
+@pytest.fixture
+def mixed(tmp_path: Path, config: Path) -> Path:
+    """The tiny configuration on three sources: source files, JSONL of prose, a Parquet table."""
+    data = tmp_path / "data"
+    data.mkdir()
+    with gzip.open(data / "prose.jsonl.gz", "wt") as file:
+        file.writelines(json.dumps({"body": text}) + "\n" for text in prose())
+    table = pa.table({"content": [file.read_text() for file in sources(unittest)]})
+    pq.write_table(table, data / "table.parquet")
+    code = find_files([str(file) for file in sources(email)])
+    train_tokenizer(read_documents(code, "text"), 512, data / "tokenizer")
+    for name, files, field in (
+        ("code", code, "text"),
+        ("prose", [str(data / "prose.jsonl.gz")], "body"),
+        ("table", [str(data / "table.parquet")], "content"),
+    ):
+        encode(files, data / "tokenizer", data / name, text_field=field, shard_bytes=100_000)
+    head, tail = TINY.format(run=tmp_path / "run", data=data).split("[data]")
+    tail = "[optim]" + tail.split("[optim]")[1]
+    config.write_text(head + DATA.format(data=data) + tail + STAGES)
+    return config
+
+
+def test_three_sources_are_mixed_and_trained_on_in_stages(
+    tmp_path: Path, mixed: Path, run_training: RunTraining
+) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    shown = run_training(f"run.dir={whole}", ranks=1, launcher="python").stdout
+    assert "data: code: " in shown
+    assert "50.0% of the rows" in shown
+    assert "3 of 8 rows of 64 tokens, then 2 of 4 rows of 128 tokens, then 3 of 4" in shown
+
+    # Stopped inside the first stage, it goes on across both borders on two ranks that share rows.
+    run_training(f"run.dir={broken}", "train.stop_at=2", ranks=1, launcher="python")
+    run_training(f"run.dir={broken}", "parallel.sp=2", ranks=2)
+    assert losses(broken) == pytest.approx(losses(whole), rel=1e-5)
+    records = read_metrics(whole)
+    assert [r["data/seq_len"] for r in records] == [64] * 3 + [128] * 2 + [256] * 3
+    assert records[-1]["train/tokens"] == 3 * 8 * 64 + 2 * 4 * 128 + 3 * 4 * 256
+    hashes = [r["data/hash"] for r in records]
+    assert [r["data/hash"] for r in read_metrics(broken)] == hashes
+
+    # They are those of the rows in their order, and the checkpoint knows the last one.
+    config = load_config(mixed)
+    rows = open_rows(config, "train", verify=True)
+    running, first = "", 0
+    for step, expected in enumerate(hashes):
+        indices = range(first, first + config.stage_at(step).rows_per_step)
+        text = f"{running} {rows.batch(indices).digest}"
+        running, first = hashlib.sha256(text.encode()).hexdigest()[:16], indices.stop
+        assert running == expected
+    found = newest_checkpoint(whole)
+    assert found is not None
+    assert found.manifest["state"]["data_hash"] == running
+    assert [rows.mix.count(source, first) for source in range(3)] == [22, 9, 13]
+
+
+def test_a_flipped_bit_stops_training_before_it_starts(
+    tmp_path: Path, mixed: Path, run_training: RunTraining
+) -> None:
+    tokens = tmp_path / "data/prose/train/shard-00000.tokens"
+    content = bytearray(tokens.read_bytes())
+    content[4321] ^= 2
+    tokens.write_bytes(content)
+    result = run_training(ranks=1, launcher="python", code=2)
+    assert result.stderr.splitlines()[-1] == (
+        f"error: {tokens}: checksum differs (restore the file, or prepare the data again)"
+    )
