@@ -130,6 +130,7 @@ class OptimConfig(Section):
     betas: tuple[float, float] = Field((0.9, 0.95), strict=False)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.1, ge=0)
+    state_dtype: Literal["fp32", "bf16"] = Field("fp32", description="of Adam's two moments")
     grad_clip: float = Field(1.0, ge=0, description="largest gradient norm; 0: no clipping")
 
 
@@ -162,6 +163,9 @@ class TrainConfig(Section):
     activation_checkpointing: bool = False
     loss_chunk: int = Field(2048, gt=0, description="tokens whose logits exist at one time")
     max_skips: int = Field(10, gt=0, description="non-finite steps in a row before the run stops")
+    profile: tuple[int, int] | None = Field(
+        None, strict=False, description="trace rank 0's steps [start, stop) into RUN/profile/"
+    )
 
 
 class ParallelConfig(Section):

@@ -19,9 +19,10 @@ import torch.distributed as dist
 from deepspeed.utils import logger as deepspeed_logger
 from torch import Tensor, nn
 
+from .adamw import new_state
 from .config import Config
 from .launch_env import LaunchEnv
-from .optim import parameter_groups
+from .optim import create_optimizer
 
 ADAM_STATE = ("exp_avg", "exp_avg_sq")
 STATE = ("master", *ADAM_STATE)
@@ -29,13 +30,13 @@ STATE = ("master", *ADAM_STATE)
 
 @dataclass(frozen=True)
 class ParameterSlice:
-    """This rank's share [start, stop) of one flattened parameter, as live fp32 views."""
+    """This rank's share [start, stop) of one flattened parameter, as live views."""
 
     name: str
     shape: tuple[int, ...]
     start: int
     stop: int
-    state: dict[str, Tensor]  # by the names in STATE, each [stop - start]
+    state: dict[str, Tensor]  # by the names in STATE, each [stop - start]; fp32, moments maybe bf16
     is_owned: bool = True  # False where another rank holds, and saves, the same values
 
 
@@ -101,13 +102,8 @@ class Engine:
         self._stage = config.zero.stage
         self._grad_clip = config.optim.grad_clip
         self._unsharded_norm = float("nan")
-        adamw = torch.optim.AdamW(
-            parameter_groups(model, config.optim),
-            lr=config.optim.lr,
-            betas=config.optim.betas,
-            eps=config.optim.eps,
-            fused=torch.cuda.is_available() and not config.zero.offload_optimizer,
-        )
+        self._moment_dtype = torch.bfloat16 if config.optim.state_dtype == "bf16" else torch.float32
+        adamw = create_optimizer(model, config)
         if self._stage == 0:
             adamw.register_step_pre_hook(self._clip_unsharded)
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
@@ -206,10 +202,8 @@ class Engine:
             held = [p for group in self._adamw.param_groups for p in group["params"]]
         for p in held:
             if not self._adamw.state[p]:
-                step_device = p.device if self._adamw.defaults["fused"] else "cpu"
-                self._adamw.state[p]["step"] = torch.zeros((), device=step_device)
-                for key in ADAM_STATE:
-                    self._adamw.state[p][key] = torch.zeros_like(p, requires_grad=False)
+                step_device = p.device if self._adamw.defaults.get("fused") else torch.device("cpu")
+                self._adamw.state[p].update(new_state(p, self._moment_dtype, step_device))
 
     def _unsharded_slice(self, parameter: nn.Parameter, name: str, index: int) -> ParameterSlice:
         """Stage 0: every rank holds all of it, and the ranks take turns in owning parameters."""

@@ -53,6 +53,18 @@ def train_flops(config: ModelConfig, depth: Tensor) -> int:
     return 3 * (forward + attention_flops(config, depth))
 
 
+def recomputed_flops(config: ModelConfig, depth: Tensor, activation_checkpointing: bool) -> int:
+    """FLOPs that the backward pass spends on computing again: the output head's product always,
+    all of each layer but its last product with activation checkpointing. Arguments as in
+    `train_flops`.
+    """
+    if not activation_checkpointing:
+        return 2 * config.hidden_size * config.vocab_size * depth.numel()
+    last_products = 2 * config.num_layers * config.hidden_size * config.intermediate_size
+    linear = linear_flops_per_token(config) - last_products
+    return linear * depth.numel() + attention_flops(config, depth)
+
+
 def num_parameters(model: torch.nn.Module) -> int:
     """Number of distinct parameters (tied ones count once)."""
     return sum(p.numel() for p in model.parameters())

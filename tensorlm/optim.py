@@ -1,11 +1,22 @@
-"""AdamW parameter groups and the learning-rate schedule, a pure function of the step."""
+"""AdamW, its parameter groups, and the learning-rate schedule, a pure function of the step."""
 
 import math
 from typing import Any
 
+import torch
 from torch import nn
 
-from .config import OptimConfig
+from .adamw import LowMemoryAdamW
+from .config import Config, OptimConfig
+
+
+def create_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
+    """AdamW over `model`, before DeepSpeed partitions it."""
+    groups, optim = parameter_groups(model, config.optim), config.optim
+    if optim.state_dtype == "bf16":
+        return LowMemoryAdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps)
+    on_gpu = torch.cuda.is_available() and not config.zero.offload_optimizer
+    return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=on_gpu)
 
 
 def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:

@@ -19,13 +19,14 @@ from .engine import Engine, init_distributed, leave_distributed
 from .errors import EXIT_DONE, EXIT_PREEMPTED, UserError
 from .evaluation.launch import check_held_out, evaluate_in_training
 from .evaluation.model import wrap_training_model
-from .flops import num_parameters, peak_flops, train_flops
+from .flops import num_parameters, peak_flops, recomputed_flops, train_flops
 from .guards import StepGuard, check_disk_space, check_replicas, lock_run
 from .launch_env import LaunchEnv
 from .metrics import Metrics, git_commit, peak_memory_gib
 from .model import Llama
 from .optim import learning_rate
 from .preemption import StopRequest
+from .profiler import start_profiler
 from .publish import sweep
 from .watchdog import Watchdog
 
@@ -85,6 +86,8 @@ def train(config: Config, launch: LaunchEnv, stop: StopRequest) -> int:
         sweep(run.dir)
         metrics.announce(describe_run(run))
     stop_file = run.dir / STOP_FILE
+    traced = config.train.profile if launch.rank == 0 else None
+    profiler = start_profiler(run.dir, traced, state.step) if traced else None
 
     peak = peak_flops(run.device) * launch.world_size
     last_step = config.train.stop_at or config.train.steps
@@ -94,10 +97,14 @@ def train(config: Config, launch: LaunchEnv, stop: StopRequest) -> int:
         must_stop = stop.is_asked or (launch.rank == 0 and stop_file.exists()) or saver.has_failed
         record, stopping = train_step(run, must_stop)
         watchdog.enter("log", state.step)
+        if profiler:
+            profiler.step()
         if metrics:
             seconds = time.perf_counter() - started
             record["perf/tokens_per_second"] = record.pop("step_tokens") / seconds
-            record["perf/mfu"] = record.pop("step_flops") / seconds / peak
+            model_flops, recomputed = record.pop("step_flops"), record.pop("recomputed_flops")
+            record["perf/mfu"] = model_flops / seconds / peak
+            record["perf/hfu"] = (model_flops + recomputed) / seconds / peak
             record["perf/memory_gib"] = peak_memory_gib(run.device)
             metrics.log_step(state.step, record)
         is_saving = stopping or state.step % config.checkpoint.every == 0 or state.step == last_step
@@ -116,6 +123,8 @@ def train(config: Config, launch: LaunchEnv, stop: StopRequest) -> int:
 
     watchdog.enter("save", state.step)
     saver.wait()
+    if profiler:
+        profiler.stop()
     if metrics:
         metrics.close()
         if stop_file.exists():
@@ -154,10 +163,12 @@ def train_step(run: Run, must_stop: bool) -> tuple[dict[str, Any], bool]:
     batches = run.feed.batches(state.step, state.rows)
     run.watchdog.enter("forward", state.step + 1)
     digest = sum(batch.digest for batch in batches)
-    num_labels, num_flops, num_stopping, *digest_parts = sum_over_ranks(
+    recompute = config.train.activation_checkpointing
+    num_labels, num_flops, num_recomputed, num_stopping, *digest_parts = sum_over_ranks(
         device,
         sum(batch.num_labels for batch in batches),
         sum(train_flops(config.model, batch.depth) for batch in batches),
+        sum(recomputed_flops(config.model, batch.depth, recompute) for batch in batches),
         must_stop,
         *(digest >> shift & 0xFFFF_FFFF for shift in (0, 32)),  # exact in float64
     )
@@ -202,6 +213,7 @@ def train_step(run: Run, must_stop: bool) -> tuple[dict[str, Any], bool]:
         "data/hash": state.data_hash,
         "step_tokens": stage.rows_per_step * stage.seq_len,
         "step_flops": num_flops,
+        "recomputed_flops": num_recomputed,
     }
     return record, num_stopping > 0
 

@@ -32,7 +32,7 @@ def test_run_killed_after_a_checkpoint_continues_bit_for_bit(
         [*command, "train.steps=40"], cwd=ROOT, env=launch_environment(), start_new_session=True,
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     ) as process:  # fmt: skip
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 120
         while not (broken / "step-00000003/manifest.json").exists():
             assert time.monotonic() < deadline
             time.sleep(0.002)
@@ -75,9 +75,13 @@ def test_every_zero_stage_trains_like_stage_2_and_resumes_exactly(
 def test_ranks_micro_batches_and_sequence_shards_give_the_same_losses(
     tmp_path: Path, run_training: RunTraining
 ) -> None:
-    run_training(f"run.dir={tmp_path / 'one'}", ranks=1, launcher="python")
+    run_training(f"run.dir={tmp_path / 'one'}", "train.profile=[2, 4]", ranks=1, launcher="python")
     expected = losses(tmp_path / "one")
     assert expected[-1] < expected[0] - 0.1  # it learns
+    (trace,) = (tmp_path / "one/profile").glob("*.pt.trace.json")
+    events = {event["name"] for event in json.loads(trace.read_text())["traceEvents"]}
+    assert {"ProfilerStep#1", "ProfilerStep#2"} < events  # counted from 0: steps 2 and 3
+    assert not {"ProfilerStep#0", "ProfilerStep#3"} & events
     for name, ranks, *overrides in (
         ("dp2", 2),
         ("accumulated", 1, "train.micro_batch=2"),
@@ -88,11 +92,13 @@ def test_ranks_micro_batches_and_sequence_shards_give_the_same_losses(
 
 
 def test_bf16_follows_fp32_and_resumes_exactly(tmp_path: Path, run_training: RunTraining) -> None:
-    for name, *overrides in (("fp32", "train.dtype=fp32"), ("bf16", "train.dtype=bf16")):
+    bf16 = ("train.dtype=bf16", "optim.state_dtype=bf16")
+    for name, *overrides in (("fp32", "train.dtype=fp32"), ("bf16", *bf16)):
         run_training(f"run.dir={tmp_path / name}", *overrides)
     for stop in (4, 8):
-        run_training(f"run.dir={tmp_path / 'cut'}", "train.dtype=bf16", f"train.stop_at={stop}")
+        run_training(f"run.dir={tmp_path / 'cut'}", *bf16, f"train.stop_at={stop}")
     assert losses(tmp_path / "cut") == losses(tmp_path / "bf16")
+    assert final_hashes(tmp_path / "cut") == final_hashes(tmp_path / "bf16")
     assert losses(tmp_path / "bf16") == pytest.approx(losses(tmp_path / "fp32"), rel=5e-3)
 
 
