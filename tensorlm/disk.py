@@ -8,7 +8,7 @@ import contextlib
 import hashlib
 import os
 import stat
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 
@@ -52,15 +52,11 @@ class Disk:
 _disk = Disk()
 
 
-@contextlib.contextmanager
-def use(disk: Disk) -> Iterator[None]:
-    """Let `disk` stand for the operating system."""
+def use(disk: Disk) -> Disk:
+    """Let `disk` stand for the operating system; returns the one that did."""
     global _disk
     previous, _disk = _disk, disk
-    try:
-        yield
-    finally:
-        _disk = previous
+    return previous
 
 
 def make_folder(path: Path) -> None:

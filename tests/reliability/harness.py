@@ -1,0 +1,191 @@
+"""Thousands of training runs for the price of forks: the ranks are children of the test process.
+
+The test process imports torch and DeepSpeed once (`warm_up`). A `Job` then forks its ranks, which
+run the real `train` over gloo and a file store. A test may `prepare` them, kill them at any time,
+and compares what is left in the run's folder.
+"""
+
+import ctypes
+import functools
+import importlib
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from tensorlm.checkpoint import newest_checkpoint
+from tensorlm.config import Config
+from tensorlm.errors import run_launcher
+from tensorlm.flops import peak_flops
+from tensorlm.launch_env import LaunchEnv
+from tensorlm.preemption import StopRequest
+from tests.tensorlm.launching import losses
+
+_PR_SET_PDEATHSIG = 1
+# What DeepSpeed and torch import late: seconds, in each rank, if they were not here already.
+_LATE_IMPORTS = (
+    "setuptools",
+    "torch._inductor.compile_fx",
+    "torch.utils.tensorboard",
+    "deepspeed.runtime.zero.muon.original_muon",
+)
+
+Prepare = Callable[[int], None]
+Run = Callable[[Config, LaunchEnv, StopRequest], int]
+
+
+@functools.cache
+def warm_up() -> None:
+    """Import and measure once what every rank would."""
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    torch.set_num_threads(1)
+    importlib.import_module("tensorlm.train")
+    for name in _LATE_IMPORTS:
+        importlib.import_module(name)
+    ops = importlib.import_module("deepspeed.ops")
+    ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    peak_flops(torch.device("cpu"))
+
+
+class Job:
+    """One start of a run: its ranks begin at once."""
+
+    def __init__(
+        self,
+        config: Config,
+        world: int = 1,
+        prepare: Prepare = lambda rank: None,
+        run: Run | None = None,
+    ) -> None:
+        self.config = config
+        self.dir = Path(config.run.dir)
+        self._scratch = self.dir.with_name(f"{self.dir.name}.job")
+        shutil.rmtree(self._scratch, ignore_errors=True)
+        self._scratch.mkdir(parents=True)
+        self.pids = []
+        for rank in range(world):
+            pid = os.fork()
+            if pid == 0:
+                self._run_rank(rank, world, prepare, run)
+            self.pids.append(pid)
+        self._codes: dict[int, int] = {}
+
+    def kill(self, rank: int, number: int = signal.SIGKILL) -> None:
+        """Send a signal to one rank."""
+        os.kill(self.pids[rank], number)
+
+    def poll(self) -> list[int | None]:
+        """Exit codes so far, -9 for killed by SIGKILL, None where a rank is still there."""
+        for rank, pid in enumerate(self.pids):
+            if rank not in self._codes:
+                done, status = os.waitpid(pid, os.WNOHANG)
+                if done:
+                    self._codes[rank] = os.waitstatus_to_exitcode(status)
+        return [self._codes.get(rank) for rank in range(len(self.pids))]
+
+    def wait(self, limit: float = 120.0) -> list[int | None]:
+        """Exit codes of all ranks when all have ended; at the limit the rest is killed."""
+        deadline = time.monotonic() + limit
+        while None in self.poll() and time.monotonic() < deadline:
+            time.sleep(0.002)
+        self.end()
+        return self.poll()
+
+    def end(self) -> None:
+        """Kill what is left, as a launcher does when a rank has failed."""
+        for pid, code in zip(self.pids, self.poll(), strict=True):
+            if code is None:
+                os.kill(pid, signal.SIGKILL)
+        while None in self.poll():
+            time.sleep(0.001)
+
+    def output(self) -> str:
+        """What the ranks printed, and their errors."""
+        paths = sorted(self._scratch.glob("*.log"))
+        return "\n".join(path.read_text(errors="replace") for path in paths)
+
+    def errors(self) -> list[str]:
+        """The `error:` lines."""
+        return [line for line in self.output().splitlines() if line.startswith("error: ")]
+
+    def _run_rank(self, rank: int, world: int, prepare: Prepare, run: Run | None) -> None:
+        # Nobody outlives the test process.
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        log = os.open(self._scratch / f"{rank}.log", os.O_WRONLY | os.O_CREAT, 0o666)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+        os.environ["RANK"] = str(rank)
+        from tensorlm.train import train
+
+        def main() -> int:
+            stop = StopRequest().listen()
+            prepare(rank)
+            store = dist.FileStore(str(self._scratch / "store"), world)
+            dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
+            launch = LaunchEnv(rank, world, rank, world, "127.0.0.1", 1)
+            return (run or train)(self.config, launch, stop)
+
+        try:
+            run_launcher(main, leave_at_once=True)
+        except BaseException:
+            import traceback
+
+            traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
+
+
+def final_state(config: Config) -> tuple[list[float], list[str]]:
+    """All that a run comes to: every loss, and sha256 of all ranks' weights and Adam state."""
+    found = newest_checkpoint(Path(config.run.dir))
+    assert found is not None
+    assert found.step == config.train.steps
+    hashes = [entry["sha256"] for entry in found.manifest["files"]]
+    return losses(Path(config.run.dir)), hashes
+
+
+def kill_sweep(config: Config, world: int, num_kills: int, seed: int) -> int:
+    """Kill runs at random instants, continue them, compare each that comes to its end.
+
+    Every run must end with the losses and the final state of the undisturbed one.
+
+    Returns:
+        How many runs were compared.
+    """
+    rng = random.Random(seed)
+    folder = Path(config.run.dir)
+    started = time.monotonic()
+    undisturbed = Job(config, world)
+    assert undisturbed.wait() == [0] * world, undisturbed.output()
+    seconds = time.monotonic() - started
+    expected = final_state(config)
+    num_kills_left, num_compared = num_kills, 0
+    shutil.rmtree(folder)
+    while num_kills_left:
+        job = Job(config, world)
+        time.sleep(rng.uniform(0, seconds))
+        if None in job.poll():
+            job.kill(rng.randrange(world))
+            time.sleep(rng.uniform(0, 0.05) if world > 1 else 0)  # launchers need a while, too
+            job.end()
+        codes = job.poll()
+        if set(codes) == {0}:
+            assert final_state(config) == expected
+            shutil.rmtree(folder)
+            num_compared += 1
+        else:
+            assert -signal.SIGKILL in codes, job.output()
+            num_kills_left -= 1
+    job = Job(config, world)
+    assert job.wait() == [0] * world, job.output()
+    assert final_state(config) == expected
+    return num_compared + 1

@@ -1,0 +1,207 @@
+"""The power goes out at every operation of a save, and takes what was not synced with it.
+
+A recorder notes what the disk was asked to do. From each prefix of its notes a file system is
+rebuilt in memory as it may be found afterwards: a synced file is whole, any other may be whole,
+absent, empty, half there or zeros; the names in a folder are those of its last sync, and any first
+part of what was done to them since. Each of these must load, exactly, as some saved step that is
+not older than the last one that `save` had returned from.
+"""
+
+import random
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from tensorlm import disk
+from tensorlm.checkpoint import newest_checkpoint
+from tensorlm.config import Config
+from tensorlm.launch_env import LaunchEnv
+from tests.distributed import run_distributed
+from tests.reliability.conftest import TinyRuns
+from tests.reliability.saves import holds_its_step, save_steps
+
+Notes = list[tuple]  # (operation, argument, ...), in order
+
+
+class Recorder(disk.Disk):
+    """Does what it is told, and notes it."""
+
+    def __init__(self) -> None:
+        self.notes: Notes = []
+        self._paths: dict[int, Path] = {}
+
+    def make_folder(self, path: Path) -> None:
+        super().make_folder(path)
+        self.notes.append(("make_folder", path))
+
+    def create(self, path: Path) -> int:
+        descriptor = super().create(path)
+        self._paths[descriptor] = path
+        self.notes.append(("create", path))
+        return descriptor
+
+    def write(self, descriptor: int, data: memoryview) -> int:
+        self.notes.append(("write", self._paths[descriptor], bytes(data)))
+        return super().write(descriptor, data)
+
+    def sync(self, descriptor: int) -> None:
+        super().sync(descriptor)
+        self.notes.append(("sync", self._paths[descriptor]))
+
+    def sync_folder(self, path: Path) -> None:
+        super().sync_folder(path)
+        self.notes.append(("sync_folder", path))
+
+    def rename(self, old: Path, new: Path) -> None:
+        super().rename(old, new)
+        self.notes.append(("rename", old, new))
+
+    def unlink(self, path: Path) -> None:
+        super().unlink(path)
+        self.notes.append(("unlink", path))
+
+    def remove_folder(self, path: Path) -> None:
+        super().remove_folder(path)
+        self.notes.append(("unlink", path))
+
+
+@dataclass
+class File:
+    data: bytes = b""
+    synced: bytes | None = None
+
+
+@dataclass
+class Folder:
+    """`names` as they are now; `synced` are those on the disk, `since` what was done after."""
+
+    names: dict[str, "File | Folder"] = field(default_factory=dict)
+    synced: dict[str, "File | Folder"] = field(default_factory=dict)
+    since: list[tuple[str, "File | Folder | None", str | None]] = field(default_factory=list)
+
+    def set(self, name: str, node: "File | Folder | None", gone: str | None = None) -> None:
+        """`name` stands for `node` from now on (None: for nothing), and `gone` for nothing."""
+        apply(self.names, name, node, gone)
+        self.since.append((name, node, gone))
+
+
+def apply(names: dict, name: str, node: "File | Folder | None", gone: str | None) -> None:
+    if node is None:
+        names.pop(name, None)
+    else:
+        names[name] = node
+    names.pop(gone, None)
+
+
+def replay(notes: Notes, root: Path) -> Folder:
+    """The file system after `notes`, with what of it is durable."""
+    top = Folder()
+
+    def find(path: Path) -> "File | Folder":
+        node: File | Folder = top
+        for part in path.relative_to(root).parts:
+            assert isinstance(node, Folder)
+            node = node.names[part]
+        return node
+
+    for operation, path, *arguments in notes:
+        parent = find(path.parent) if path != root else top
+        assert isinstance(parent, Folder)
+        if operation == "make_folder":
+            parent.set(path.name, Folder())
+        elif operation == "create":
+            parent.set(path.name, File())
+        elif operation == "write":
+            find(path).data += arguments[0]
+        elif operation == "sync":
+            node = find(path)
+            node.synced = node.data
+        elif operation == "sync_folder":
+            node = find(path)
+            node.synced, node.since = dict(node.names), []
+        elif operation == "rename":
+            parent.set(arguments[0].name, find(path), gone=path.name)
+        elif operation == "unlink":
+            parent.set(path.name, None)
+    return top
+
+
+def write_out(folder: Folder, path: Path, rng: random.Random, mode: str) -> None:
+    """One state in which `folder` may be found after the power went out.
+
+    `mode`: what was not synced is "lost", all there ("kept"), names without data ("empty", "zeros")
+    or a "mixed" lot.
+    """
+    path.mkdir()
+    if mode == "mixed":
+        num_kept = rng.randint(0, len(folder.since))
+    else:
+        num_kept = 0 if mode == "lost" else len(folder.since)
+    names = dict(folder.synced)
+    for name, node, gone in folder.since[:num_kept]:
+        apply(names, name, node, gone)
+    for name, node in names.items():
+        if isinstance(node, Folder):
+            write_out(node, path / name, rng, mode)
+            continue
+        data = node.data
+        if node.synced is None:
+            fate = rng.choice(["kept", "empty", "zeros", "half"]) if mode == "mixed" else mode
+            data = {
+                "lost": b"", "empty": b"", "zeros": bytes(len(data)), "half": data[: len(data) // 2],
+            }.get(fate, data)  # fmt: skip
+        (path / name).write_bytes(data)
+
+
+def record(config: Config) -> tuple[Notes, list[int]]:
+    """The notes of a run of saves in one process, and where in them each `save` returned."""
+    recorder, marks = Recorder(), []
+
+    def on_rank() -> tuple[Notes, list[int]]:
+        disk.use(recorder)
+        launch = LaunchEnv(0, 1, 0, 1, "127.0.0.1", 1)
+        save_steps(config, launch, lambda step: marks.append(len(recorder.notes)))
+        return recorder.notes, marks
+
+    (result,) = run_distributed(on_rank, 1)
+    return result
+
+
+def crash_states(config: Config, num_mixed: int) -> Iterator[tuple[Folder, int, str, int]]:
+    """(file system, last step that `save` returned from, mode, seed) of every possible crash."""
+    root = Path(config.run.dir).parent
+    notes, marks = record(config)
+    assert len(marks) >= 3
+    for length in range(len(notes) + 1):
+        returned = sum(mark <= length for mark in marks)
+        top = replay(notes[:length], root)
+        for mode in ("lost", "kept", "empty", "zeros", *["mixed"] * num_mixed):
+            yield top, returned, mode, length
+
+
+def check_crash_states(config: Config, num_mixed: int) -> int:
+    """All of them load as a whole saved step; returns how many there were."""
+    run = Path(config.run.dir)
+    found_at = run.with_name("after")
+    rng = random.Random(0)
+    num_states = 0
+    for top, returned, mode, length in crash_states(config, num_mixed):
+        write_out(top, found_at, rng, mode)
+        newest = newest_checkpoint(found_at / run.name)
+        assert (newest.step if newest else 0) >= returned, (mode, length)
+        assert newest is None or holds_its_step(newest)
+        shutil.rmtree(found_at)
+        num_states += 1
+    return num_states
+
+
+def test_every_state_that_a_power_cut_can_leave_loads(tiny: TinyRuns) -> None:
+    assert check_crash_states(tiny("run"), num_mixed=3) > 400
+
+
+@pytest.mark.faults
+def test_many_mixed_states_that_a_power_cut_can_leave_load(tiny: TinyRuns) -> None:
+    assert check_crash_states(tiny("run"), num_mixed=100) > 5000
