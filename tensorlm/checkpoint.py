@@ -46,8 +46,12 @@ class Saver:
     """
 
     def __init__(
-        self, run_dir: Path, config: CheckpointConfig, progress: Callable[[], None] = lambda: None
+        self,
+        run_dir: Path,
+        config: CheckpointConfig,
+        progress: Callable[[str], None] = lambda part: None,
     ) -> None:
+        """`progress("save")` is called as bytes are written, "agree" when others are waited for."""
         self._run_dir = run_dir
         self._config = config
         self._progress = progress
@@ -130,7 +134,8 @@ class Saver:
         name = f"rank-{self._rank:05d}.safetensors"
 
         def write_slices() -> dict[str, Any]:
-            size, sha256 = write_safetensors(temporary / name, tensors, self._progress)
+            path = temporary / name
+            size, sha256 = write_safetensors(path, tensors, lambda: self._progress("save"))
             return {"name": name, "bytes": size, "sha256": sha256, **layout}
 
         def seal() -> None:
@@ -163,10 +168,12 @@ class Saver:
 
     def _agree(self, action: Callable[[], _Result]) -> list[_Result]:
         """Do it on every rank; all learn all results, or all raise what went wrong on any."""
+        self._progress("save")
         try:
             outcome: dict[str, Any] = {"result": action()}
         except OSError as error:
             outcome = {"error": f"rank {self._rank}: {describe_os_error(error, self._run_dir)}"}
+        self._progress("agree")
         outcomes: list[dict[str, Any]] = gather_json(outcome, self._group)
         errors = [o["error"] for o in outcomes if "error" in o]
         if errors:

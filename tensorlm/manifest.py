@@ -94,6 +94,10 @@ class Checkpoint:
             shapes.update({name: tuple(shape) for name, shape in entry["shapes"].items()})
         return shapes
 
+    def num_elements(self, name: str) -> int:
+        """Number of elements of one parameter."""
+        return torch.Size(self.shapes[name]).numel()
+
     def bad_files(
         self, part: int = 0, num_parts: int = 1, progress: Callable[[], None] = lambda: None
     ) -> list[str]:

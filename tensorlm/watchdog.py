@@ -21,11 +21,12 @@ from .errors import EXIT_INTERNAL
 
 FOLDER = "hang"
 # In the order in which a rank passes them, within one step.
-PHASES = ("start", "resume", "data", "forward", "step", "log", "save", "eval")
+PHASES = ("start", "resume", "data", "forward", "step", "log", "save", "agree", "eval")
 _SLOW_PHASES = ("start", "resume", "save", "eval")
 _FEWEST_STEPS = 3  # the first ones compile kernels, open connections
 _MEDIANS = 5
 _GRACE_SECONDS = 2.0
+_COLLECTIVES = os.path.join("torch", "distributed")
 
 
 class Watchdog:
@@ -37,6 +38,7 @@ class Watchdog:
         self._rank = rank
         self._world_size = world_size
         self._phase, self._step = PHASES[0], 0
+        self._part_of_save = "save"
         self._progress_at = self._step_began_at = time.monotonic()
         self._step_seconds: deque[float] = deque(maxlen=64)
         self._is_done = threading.Event()
@@ -52,8 +54,10 @@ class Watchdog:
             self._step_began_at = now
         self._phase, self._step = phase, step
 
-    def progress(self) -> None:
-        """Bytes of a checkpoint moved, or a prompt was answered: a slow phase is not a hang."""
+    def progress(self, part_of_save: str = "save") -> None:
+        """A slow phase is no hang: bytes moved, a prompt was answered, or this rank's part of a save
+        is done ("agree")."""
+        self._part_of_save = part_of_save
         if self._phase in _SLOW_PHASES:
             self._progress_at = time.monotonic()
 
@@ -90,7 +94,13 @@ class Watchdog:
         name = f"rank-{self._rank:05d}"
         with open(self._folder / f"{name}.stacks", "w") as file:
             faulthandler.dump_traceback(file, all_threads=True)
-        report = {"rank": self._rank, "phase": self._phase, "step": self._step}
+        phase = self._part_of_save if self._phase == "save" else self._phase
+        report = {
+            "rank": self._rank,
+            "phase": phase,
+            "step": self._step,
+            "waits": _is_waiting(),
+        }
         temporary = self._folder / f".{name}"
         temporary.write_text(json.dumps(report))
         temporary.rename(self._folder / f"{name}.json")
@@ -103,22 +113,35 @@ class Watchdog:
             time.sleep(_GRACE_SECONDS / 2)  # launchers end the others when the first has left
 
 
+def _is_waiting() -> bool:
+    """The main thread is inside a collective: it waits for another rank (not seen on NCCL, whose
+    collectives return at once)."""
+    frame = sys._current_frames()[threading.main_thread().ident or 0]
+    return _COLLECTIVES in frame.f_code.co_filename
+
+
 def describe_hang(reports: list[dict[str, Any]], world_size: int, seconds: float) -> str:
-    """Which rank stands still, in which phase, and where those are that wait for it."""
+    """Which rank stands still, in which phase, and where those are that wait for it.
+
+    It is one that left no report; else one outside a collective while others are inside; else one
+    of the fewest that are in the same place; else the last of all.
+    """
     places = {r["rank"]: (r["step"], PHASES.index(r["phase"])) for r in reports}
     silent = [rank for rank in range(world_size) if rank not in places]
-    counts = Counter(places.values())
+    idle = {r["rank"] for r in reports if r["waits"]}
+    suspects = {rank: place for rank, place in places.items() if rank not in idle} or places
+    counts = Counter(suspects.values())
     step, phase = min(counts, key=lambda place: (counts[place], place))
     if silent:
         odd, where = silent, "stopped, or stuck in native code"
     else:
-        odd = sorted(rank for rank, place in places.items() if place == (step, phase))
+        odd = sorted(rank for rank, place in suspects.items() if place == (step, phase))
         where = f'in phase "{PHASES[phase]}" of step {step}'
-    others = sorted(places.keys() - set(odd))
     text = f"rank {_join(odd)}: no progress for {seconds:.0f} s, {where}"
+    others = sorted(places.keys() - set(odd))
     if not others:
         return text
-    step, phase = counts.most_common(1)[0][0]
+    step, phase = Counter(places[rank] for rank in others).most_common(1)[0][0]
     return f'{text}; rank {_join(others)} in phase "{PHASES[phase]}" of step {step}'
 
 

@@ -37,7 +37,7 @@ _LATE_IMPORTS = (
     "deepspeed.runtime.zero.muon.original_muon",
 )
 
-Prepare = Callable[[int], None]
+Prepare = Callable[[int], object]
 Run = Callable[[Config, LaunchEnv, StopRequest], int]
 
 
@@ -66,9 +66,9 @@ class Job:
     ) -> None:
         self.config = config
         self.dir = Path(config.run.dir)
-        self._scratch = self.dir.with_name(f"{self.dir.name}.job")
-        shutil.rmtree(self._scratch, ignore_errors=True)
-        self._scratch.mkdir(parents=True)
+        self.scratch = self.dir.with_name(f"{self.dir.name}.job")
+        shutil.rmtree(self.scratch, ignore_errors=True)
+        self.scratch.mkdir(parents=True)
         self.pids = []
         for rank in range(world):
             pid = os.fork()
@@ -77,9 +77,20 @@ class Job:
             self.pids.append(pid)
         self._codes: dict[int, int] = {}
 
+    def wait_for(self, *paths: Path) -> None:
+        """Until all of them exist; no rank may have ended before."""
+        while not all(path.exists() for path in paths):
+            assert set(self.poll()) == {None}, self.output()
+            time.sleep(0.005)
+
+    def wait_for_listeners(self) -> None:
+        """Until every rank has taken its signals over, the first thing that it does."""
+        self.wait_for(*(self.scratch / f"{rank}.listens" for rank in range(len(self.pids))))
+
     def kill(self, rank: int, number: int = signal.SIGKILL) -> None:
-        """Send a signal to one rank."""
-        os.kill(self.pids[rank], number)
+        """Send a signal to one rank, if it is still there."""
+        if self.poll()[rank] is None:
+            os.kill(self.pids[rank], number)
 
     def poll(self) -> list[int | None]:
         """Exit codes so far, -9 for killed by SIGKILL, None where a rank is still there."""
@@ -108,7 +119,7 @@ class Job:
 
     def output(self) -> str:
         """What the ranks printed, and their errors."""
-        paths = sorted(self._scratch.glob("*.log"))
+        paths = sorted(self.scratch.glob("*.log"))
         return "\n".join(path.read_text(errors="replace") for path in paths)
 
     def errors(self) -> list[str]:
@@ -118,7 +129,7 @@ class Job:
     def _run_rank(self, rank: int, world: int, prepare: Prepare, run: Run | None) -> None:
         # Nobody outlives the test process.
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        log = os.open(self._scratch / f"{rank}.log", os.O_WRONLY | os.O_CREAT, 0o666)
+        log = os.open(self.scratch / f"{rank}.log", os.O_WRONLY | os.O_CREAT, 0o666)
         os.dup2(log, 1)
         os.dup2(log, 2)
         sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
@@ -127,8 +138,9 @@ class Job:
 
         def main() -> int:
             stop = StopRequest().listen()
+            (self.scratch / f"{rank}.listens").touch()
             prepare(rank)
-            store = dist.FileStore(str(self._scratch / "store"), world)
+            store = dist.FileStore(str(self.scratch / "store"), world)
             dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
             launch = LaunchEnv(rank, world, rank, world, "127.0.0.1", 1)
             return (run or train)(self.config, launch, stop)
@@ -172,17 +184,22 @@ def kill_sweep(config: Config, world: int, num_kills: int, seed: int) -> int:
     shutil.rmtree(folder)
     while num_kills_left:
         job = Job(config, world)
-        time.sleep(rng.uniform(0, seconds))
+        kill_at = time.monotonic() + rng.uniform(0, seconds)
+        while None in job.poll() and time.monotonic() < kill_at:
+            time.sleep(0.001)
         if None in job.poll():
             job.kill(rng.randrange(world))
             time.sleep(rng.uniform(0, 0.05) if world > 1 else 0)  # launchers need a while, too
             job.end()
         codes = job.poll()
+        # The machine may be slower or faster now: some runs are to come to their end, most not.
         if set(codes) == {0}:
+            seconds *= 0.8
             assert final_state(config) == expected
             shutil.rmtree(folder)
             num_compared += 1
         else:
+            seconds *= 1.05
             assert -signal.SIGKILL in codes, job.output()
             num_kills_left -= 1
     job = Job(config, world)

@@ -96,36 +96,40 @@ def apply(names: dict, name: str, node: "File | Folder | None", gone: str | None
     names.pop(gone, None)
 
 
-def replay(notes: Notes, root: Path) -> Folder:
+def rebuild(notes: Notes, root: Path) -> Folder:
     """The file system after `notes`, with what of it is durable."""
     top = Folder()
 
-    def find(path: Path) -> "File | Folder":
-        node: File | Folder = top
+    def folder(path: Path) -> Folder:
+        node = top
         for part in path.relative_to(root).parts:
-            assert isinstance(node, Folder)
-            node = node.names[part]
+            child = node.names[part]
+            assert isinstance(child, Folder)
+            node = child
+        return node
+
+    def file(path: Path) -> File:
+        node = folder(path.parent).names[path.name]
+        assert isinstance(node, File)
         return node
 
     for operation, path, *arguments in notes:
-        parent = find(path.parent) if path != root else top
-        assert isinstance(parent, Folder)
         if operation == "make_folder":
-            parent.set(path.name, Folder())
+            folder(path.parent).set(path.name, Folder())
         elif operation == "create":
-            parent.set(path.name, File())
+            folder(path.parent).set(path.name, File())
         elif operation == "write":
-            find(path).data += arguments[0]
+            file(path).data += arguments[0]
         elif operation == "sync":
-            node = find(path)
-            node.synced = node.data
+            file(path).synced = file(path).data
         elif operation == "sync_folder":
-            node = find(path)
+            node = folder(path)
             node.synced, node.since = dict(node.names), []
         elif operation == "rename":
-            parent.set(arguments[0].name, find(path), gone=path.name)
+            parent = folder(path.parent)
+            parent.set(arguments[0].name, parent.names[path.name], gone=path.name)
         elif operation == "unlink":
-            parent.set(path.name, None)
+            folder(path.parent).set(path.name, None)
     return top
 
 
@@ -150,9 +154,8 @@ def write_out(folder: Folder, path: Path, rng: random.Random, mode: str) -> None
         data = node.data
         if node.synced is None:
             fate = rng.choice(["kept", "empty", "zeros", "half"]) if mode == "mixed" else mode
-            data = {
-                "lost": b"", "empty": b"", "zeros": bytes(len(data)), "half": data[: len(data) // 2],
-            }.get(fate, data)  # fmt: skip
+            zeros, half = bytes(len(data)), data[: len(data) // 2]
+            data = {"lost": b"", "empty": b"", "zeros": zeros, "half": half}.get(fate, data)
         (path / name).write_bytes(data)
 
 
@@ -177,7 +180,7 @@ def crash_states(config: Config, num_mixed: int) -> Iterator[tuple[Folder, int, 
     assert len(marks) >= 3
     for length in range(len(notes) + 1):
         returned = sum(mark <= length for mark in marks)
-        top = replay(notes[:length], root)
+        top = rebuild(notes[:length], root)
         for mode in ("lost", "kept", "empty", "zeros", *["mixed"] * num_mixed):
             yield top, returned, mode, length
 

@@ -1,0 +1,271 @@
+"""Bad steps are skipped on all ranks, replicas that drift apart and second jobs are found out."""
+
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tensorlm import disk
+from tensorlm.checkpoint import newest_checkpoint
+from tensorlm.config import Config
+from tensorlm.data.loader import open_rows
+from tensorlm.engine import Engine
+from tensorlm.errors import EXIT_INTERNAL, EXIT_USER_ERROR, UserError
+from tensorlm.guards import StepGuard, check_disk_space
+from tensorlm.launch_env import LaunchEnv
+from tensorlm.manifest import open_checkpoint, step_folder
+from tensorlm.preemption import StopRequest
+from tensorlm.replay import replay
+from tests.reliability.conftest import TinyRuns
+from tests.reliability.harness import Job, Prepare, final_state
+from tests.reliability.test_elastic import assembled
+from tests.tensorlm.launching import losses
+
+BATCHES_PER_STEP = 2  # of one process: rows_per_step / micro_batch
+
+
+def spoil(bad: dict[int, str], on_rank: int = 0, world: int = 1) -> Prepare:
+    """At the steps in `bad`, one rank's loss is "nan", "inf", a "spike", or its gradient is nan."""
+
+    def prepare(rank: int) -> None:
+        if rank != on_rank:
+            return
+        real, calls = Engine.forward, [0]
+
+        def forward(self: Engine, *inputs: torch.Tensor) -> torch.Tensor:
+            loss = real(self, *inputs)
+            calls[0] += 1
+            batches = BATCHES_PER_STEP // world
+            kind = bad.get(first_step + (calls[0] - 1) // batches)
+            if kind is None:
+                return loss
+            if kind == "gradient":
+                loss.register_hook(lambda grad: grad * torch.nan)
+                return loss
+            return loss * {"nan": torch.nan, "inf": torch.inf, "spike": 50.0}[kind]
+
+        newest = newest_checkpoint(Path(os.environ["RUN_DIR"]))
+        first_step = newest.step + 1 if newest else 1
+        Engine.forward = forward  # type: ignore[method-assign]
+
+    return prepare
+
+
+def skipped_lines(job: Job) -> list[str]:
+    return [line for line in job.output().splitlines() if line.startswith("skipped ")]
+
+
+def train_spoiled(
+    config: Config, world: int, bad: dict[int, str], monkeypatch: pytest.MonkeyPatch, on_rank: int
+) -> Job:
+    monkeypatch.setenv("RUN_DIR", config.run.dir)
+    job = Job(config, world, spoil(bad, on_rank, world))
+    assert job.wait() == [0] * world, job.output()
+    return job
+
+
+@pytest.mark.parametrize(
+    ("stage", "world", "dtype"),
+    [(0, 1, "fp32"), (1, 2, "fp32"), (1, 1, "bf16"), (2, 2, "bf16"), (3, 2, "fp32")],
+)
+def test_bad_step_is_skipped_once_on_all_ranks(
+    tiny: TinyRuns, monkeypatch: pytest.MonkeyPatch, stage: int, world: int, dtype: str
+) -> None:
+    config = tiny(
+        "run", f"zero.stage={stage}", f"train.dtype={dtype}", "train.steps=12",
+        "checkpoint.every=1", "checkpoint.keep_last=20", 'guards.spike="skip"',
+        "guards.spike_window=8",
+    )  # fmt: skip
+    bad = {3: "nan", 5: "inf", 6: "gradient", 10: "spike"}
+    job = train_spoiled(config, world, bad, monkeypatch, on_rank=world - 1)
+    lines = skipped_lines(job)
+    reasons = ["loss is not finite", "loss is not finite", "gradient is not finite", "loss "]
+    assert len(lines) == len(bad), job.output()
+    rows = open_rows(config, "train")
+    for line, step, reason in zip(lines, bad, reasons, strict=True):
+        assert line.startswith(f"skipped step {step}: {reason}"), line
+        documents = rows.documents(range((step - 1) * 4, step * 4))
+        assert line.endswith("; documents " + ", ".join(map(str, documents)))
+    run = Path(config.run.dir)
+    states = [assembled(open_checkpoint(step_folder(run, step))) for step in range(1, 13)]
+    unchanged = {step for step in range(2, 13) if states[step - 1] == states[step - 2]}
+    assert unchanged == set(bad)
+
+
+def test_resumed_run_skips_the_same_steps(tiny: TinyRuns, monkeypatch: pytest.MonkeyPatch) -> None:
+    guards = ('guards.spike="skip"', "guards.spike_window=8", "train.steps=12")
+    bad = {9: "spike", 11: "nan"}
+    whole, cut = tiny("whole", *guards), tiny("cut", *guards)
+    train_spoiled(whole, 1, bad, monkeypatch, 0)
+    for stop in (7, 9, 12):
+        # The window lies before the cut: without it, nothing would be a spike after it.
+        config = tiny("cut", *guards, f"train.stop_at={stop}")
+        train_spoiled(config, 1, bad, monkeypatch, 0)
+    assert final_state(cut) == final_state(whole)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("seed", range(50))
+def test_twenty_bad_steps(tiny: TinyRuns, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    rng = random.Random(seed)
+    world, stage = rng.choice([1, 2]), rng.randrange(4)
+    config = tiny(
+        "run", f"zero.stage={stage}", "train.steps=60", 'guards.spike="skip"',
+        "guards.spike_window=8",
+    )  # fmt: skip
+    kinds = ["nan", "inf", "gradient", "spike"]
+    bad = {step: rng.choice(kinds) for step in rng.sample(range(10, 61), 20)}
+    job = train_spoiled(config, world, bad, monkeypatch, rng.randrange(world))
+    assert [int(line.split()[2].rstrip(":")) for line in skipped_lines(job)] == sorted(bad)
+
+
+def test_too_many_skips_in_a_row_end_the_run_in_one_line(
+    tiny: TinyRuns, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny("run", "train.max_skips=3")
+    monkeypatch.setenv("RUN_DIR", config.run.dir)
+    job = Job(config, 1, spoil(dict.fromkeys((3, 5, 6, 7), "nan")))
+    assert job.wait() == [EXIT_USER_ERROR]
+    (line,) = job.errors()
+    assert "step 7: loss is not finite" in line
+    assert "3 steps in a row" in line
+
+
+def test_spike_can_end_the_run(tiny: TinyRuns, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny("run", 'guards.spike="stop"', "guards.spike_window=8")
+    monkeypatch.setenv("RUN_DIR", config.run.dir)
+    job = Job(config, 2, spoil({7: "spike"}, 1, 2))
+    assert job.wait() == [EXIT_USER_ERROR] * 2
+    (line,) = job.errors()
+    assert "error: step 7: loss " in line
+    assert "documents" in line
+
+
+def test_window_takes_the_median_and_forgets_nothing_over_a_restart(tiny: TinyRuns) -> None:
+    config = tiny("run", 'guards.spike="skip"', "guards.spike_window=8")
+    guard = StepGuard(config)
+    for step, loss in enumerate([4.0, 3.0, 2.0], 1):
+        assert guard.judge(step, loss, 1.0, list) is None
+        assert guard.loss_limit() == sys.float_info.max
+    guard.judge(4, 100.0, 1.0, list)  # applied, and still not what the limit follows
+    assert guard.loss_limit() == pytest.approx(3.5 + 10 * 1.4826 * 1.0)  # of 4, 3, 2, 100
+    assert guard.judge(5, float("nan"), float("nan"), list) is not None
+    again = StepGuard(config)
+    again.restore(guard.state())
+    assert again.loss_limit() == guard.loss_limit()
+    assert again.state() == guard.state() == {"losses": [4.0, 3.0, 2.0, 100.0], "num_skipped": 1}
+
+
+def flip_bit_at(step: int, on_rank: int) -> Prepare:
+    """One bit of a working weight of one rank flips before the replicas of `step` are compared."""
+
+    def prepare(rank: int) -> None:
+        real, calls = Engine.replicas, [0]
+
+        def replicas(self: Engine) -> dict[str, torch.Tensor]:
+            tensors = real(self)
+            calls[0] += 1
+            if calls[0] == step:
+                weight = next(iter(tensors.values()))
+                weight.view(-1)[5:6].view(torch.uint8)[1] ^= 1
+            return tensors
+
+        if rank == on_rank:
+            Engine.replicas = replicas  # type: ignore[method-assign]
+
+    return prepare
+
+
+@pytest.mark.parametrize(("stage", "world", "odd"), [(0, 3, 2), (2, 3, 0), (3, 3, 1), (1, 2, 1)])
+def test_flipped_bit_in_a_replica_names_its_rank(
+    tiny: TinyRuns, stage: int, world: int, odd: int
+) -> None:
+    config = tiny(
+        "run", f"zero.stage={stage}", "guards.replica_every=1", "train.rows_per_step=6",
+        "train.micro_batch=1",
+    )  # fmt: skip
+    job = Job(config, world, flip_bit_at(3, odd))
+    assert job.wait() == [EXIT_INTERNAL] * world, job.output()
+    (line,) = job.errors()
+    who = f"rank {odd}: step 3" if world > 2 else "rank 0, 1: step 3"
+    assert line.startswith(f"error: {who}: weights differ")
+    found = newest_checkpoint(Path(config.run.dir))
+    assert found is not None
+    assert found.step == 2  # from before
+
+
+def test_second_job_on_a_run_is_refused_until_the_first_is_gone(tiny: TinyRuns) -> None:
+    config = tiny("run", "train.steps=100000")
+    first = Job(config, 1)
+    first.wait_for(Path(config.run.dir) / "metrics.jsonl")
+    other = tiny("other", f'run.dir="{config.run.dir}"')
+    second = Job(other, 1)
+    assert second.wait() == [EXIT_USER_ERROR]
+    assert f"is in use by job  pid {first.pids[0]} on " in second.errors()[0]
+    first.kill(0, signal.SIGKILL)
+    first.end()
+    assert Job(other, 1).wait() in ([0], [EXIT_USER_ERROR])
+
+
+def test_checkpoint_that_cannot_fit_is_refused_at_start(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    with pytest.raises(UserError, match=r"run\.dir: .* GiB are free, one checkpoint takes"):
+        check_disk_space(tmp_path, 1 << 60, 2)
+    check_disk_space(tmp_path, 1 << 10, 2)
+    assert capsys.readouterr().out == ""
+    check_disk_space(tmp_path, 1 << 10, 1 << 50)
+    assert capsys.readouterr().out.startswith("warning: ")
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {str(p): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@pytest.mark.parametrize("step", [1, 5])
+def test_replay_gives_the_recorded_step_and_writes_nothing(tiny: TinyRuns, step: int) -> None:
+    config = tiny("run", "checkpoint.keep_every=2")
+    tiny.finish(config, 2)
+    run = Path(config.run.dir)
+    before = snapshot(run)
+
+    def replay_step(config: Config, launch: LaunchEnv, stop: StopRequest) -> int:
+        return replay(config, launch, step)
+
+    job = Job(config, 2, run=replay_step)
+    assert job.wait() == [0, 0], job.output()
+    lines = job.output().splitlines()
+    recorded = losses(run)[step - 1]
+    assert f"train/loss: {recorded!r}, then {recorded!r}: as recorded" in lines
+    assert sum(line.endswith(": as recorded") for line in lines) == 2
+    assert any(line.startswith("documents: [") for line in lines)
+    assert snapshot(run) == before
+
+
+class SlowDisk(disk.Disk):
+    """A disk so slow that training overtakes the save."""
+
+    def write(self, descriptor: int, data: memoryview) -> int:
+        time.sleep(0.01)
+        return super().write(descriptor, data)
+
+
+def test_background_save_writes_the_state_of_its_step(tiny: TinyRuns) -> None:
+    runs = []
+    for name, background in (("plain", "false"), ("slow", "true")):
+        config = tiny(name, f"checkpoint.background={background}", "checkpoint.keep_last=9")
+        job = Job(config, 2, lambda rank: disk.use(SlowDisk()))
+        assert job.wait() == [0, 0], job.output()
+        runs.append(final_state(config))
+    assert runs[0] == runs[1]
+    for step in (2, 4, 6, 8):
+        plain, slow = (
+            open_checkpoint(step_folder(Path(tiny(name).run.dir), step))
+            for name in ("plain", "slow")
+        )
+        assert assembled(plain) == assembled(slow)

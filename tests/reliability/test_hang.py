@@ -1,0 +1,180 @@
+"""One rank stands still: every rank ends with 70, and one line says which it was, and where."""
+
+import ctypes
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tensorlm import disk
+from tensorlm.config import GuardsConfig
+from tensorlm.data.loader import PackedRows
+from tensorlm.engine import Engine
+from tensorlm.errors import EXIT_INTERNAL
+from tensorlm.watchdog import Watchdog, describe_hang
+from tests.reliability.conftest import TinyRuns
+from tests.reliability.harness import Job, Prepare, final_state
+
+HANGING_RANK = 1
+FIRST_CALLS = 6  # steps before the hang, so that the usual length of a step is known
+
+
+def stop(*_: Any) -> None:
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def hold_the_interpreter(*_: Any) -> None:
+    ctypes.PyDLL(None).sleep(1000)
+
+
+def spin(*_: Any) -> None:
+    while True:
+        pass
+
+
+def sleep(*_: Any) -> None:
+    time.sleep(1000)
+
+
+class DeadDisk(disk.Disk):
+    """A disk that does not answer."""
+
+    def write(self, descriptor: int, data: memoryview) -> int:
+        time.sleep(1000)
+        return 0
+
+
+def hang_in(owner: type, name: str, how: Any) -> Prepare:
+    """The hanging rank does `how` at a call of `owner.name`, some steps into the run."""
+
+    def prepare(rank: int) -> None:
+        if rank != HANGING_RANK:
+            return
+        real, calls = getattr(owner, name), [0]
+
+        def call(*args: Any, **options: Any) -> Any:
+            calls[0] += 1
+            if calls[0] > FIRST_CALLS:
+                how()
+            return real(*args, **options)
+
+        setattr(owner, name, call)
+
+    return prepare
+
+
+def dead_disk(rank: int) -> None:
+    if rank == HANGING_RANK:
+        disk.use(DeadDisk())
+
+
+SILENT = "stopped, or stuck in native code"
+KINDS: dict[str, tuple[Prepare, str, bool]] = {
+    # name: (how, what the line says of the rank, does the rank itself notice)
+    "loader": (hang_in(PackedRows, "micro_batches", sleep), 'in phase "data" of step 7', True),
+    "forward": (hang_in(Engine, "forward", sleep), 'in phase "forward" of step 7', True),
+    "loop": (hang_in(Engine, "step", spin), 'in phase "step" of step 7', True),
+    "stopped": (hang_in(Engine, "forward", stop), SILENT, False),
+    "interpreter": (hang_in(Engine, "step", hold_the_interpreter), SILENT, False),
+    "save": (dead_disk, 'in phase "save" of step 20', True),
+}
+
+
+def check_hang(tiny: TinyRuns, kind: str, world: int) -> None:
+    prepare, where, notices = KINDS[kind]
+    config = tiny(
+        "run", "train.steps=40", "train.rows_per_step=6", f"train.micro_batch={6 // world}",
+        "checkpoint.every=20", "guards.hang_seconds=2.0", "guards.slow_phase_seconds=6.0",
+    )  # fmt: skip
+    job = Job(config, world, prepare)
+    deadline = time.monotonic() + 60
+    able = [rank for rank in range(world) if notices or rank != HANGING_RANK]
+    while any(job.poll()[rank] is None for rank in able) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    codes = job.poll()
+    job.end()
+    assert [codes[rank] for rank in able] == [EXIT_INTERNAL] * len(able), job.output()
+    (line,) = job.errors()
+    assert line.startswith(f"error: rank {HANGING_RANK}: no progress for "), line
+    assert where in line, line
+    stacks = (Path(config.run.dir) / "hang" / f"rank-{able[-1]:05d}.stacks").read_text()
+    assert "in train_step" in stacks or "in save" in stacks
+    # The run goes on as if nothing had been.
+    tiny.finish(config, world)
+    undisturbed = tiny("undisturbed", *config_overrides(world))
+    tiny.finish(undisturbed, world)
+    assert final_state(config) == final_state(undisturbed)
+
+
+def config_overrides(world: int) -> list[str]:
+    return ["train.steps=40", "train.rows_per_step=6", f"train.micro_batch={6 // world}"]
+
+
+@pytest.mark.parametrize("kind", ["loader", "stopped", "save"])
+def test_hang_of_one_rank_of_two_ends_both(tiny: TinyRuns, kind: str) -> None:
+    check_hang(tiny, kind, 2)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("trial", range(10))
+@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_hang(tiny: TinyRuns, kind: str, world: int, trial: int) -> None:
+    check_hang(tiny, kind, world)
+
+
+def test_limit_follows_the_median_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [1000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    watchdog = Watchdog(GuardsConfig(hang_seconds=30, slow_phase_seconds=900), tmp_path, 0, 1)
+    watchdog.stop()
+    assert watchdog.limit() == 900  # starting
+    for step, seconds in enumerate([500.0, 2.0, 3.0, 2.5, 2.0, 50.0], 1):
+        watchdog.enter("data", step)
+        now[0] += seconds / 2
+        watchdog.enter("forward", step)
+        now[0] += seconds / 2
+    watchdog.enter("data", 7)
+    assert watchdog.limit() == 30  # 5 medians are 13.75 s
+    for step in range(8, 30):
+        now[0] += 20
+        watchdog.enter("data", step)
+    assert watchdog.limit() == 100
+    watchdog.enter("save", 30)
+    assert watchdog.limit() == 900
+    now[0] += 400
+    watchdog.enter("data", 31)
+    assert watchdog.limit() == 100  # the save was no step
+
+
+@pytest.mark.parametrize(
+    ("places", "world", "line"),
+    [
+        # (step, phase, inside a collective) of each rank that left a report
+        ({0: (7, "forward", 0), 1: (7, "data", 0), 2: (7, "forward", 0), 3: (7, "forward", 0)}, 4,
+         'rank 1: no progress for 31 s, in phase "data" of step 7; '
+         'rank 0, 2, 3 in phase "forward" of step 7'),
+        ({0: (7, "step", 1), 2: (7, "step", 1)}, 3,
+         "rank 1: no progress for 31 s, stopped, or stuck in native code; "
+         'rank 0, 2 in phase "step" of step 7'),
+        ({0: (8, "forward", 0), 1: (7, "save", 0)}, 2,
+         'rank 1: no progress for 31 s, in phase "save" of step 7; '
+         'rank 0 in phase "forward" of step 8'),
+        ({0: (7, "step", 0), 1: (7, "step", 1), 2: (7, "step", 1)}, 3,
+         'rank 0: no progress for 31 s, in phase "step" of step 7; '
+         'rank 1, 2 in phase "step" of step 7'),
+        ({0: (7, "step", 1), 1: (7, "step", 1)}, 2,
+         'rank 0, 1: no progress for 31 s, in phase "step" of step 7'),
+    ],
+)  # fmt: skip
+def test_line_names_the_odd_rank(
+    places: dict[int, tuple[int, str, int]], world: int, line: str
+) -> None:
+    reports = [
+        {"rank": rank, "step": step, "phase": phase, "waits": bool(waits)}
+        for rank, (step, phase, waits) in places.items()
+    ]
+    assert describe_hang(reports, world, 31.2) == line

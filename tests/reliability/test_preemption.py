@@ -1,0 +1,120 @@
+"""Asked to stop: all ranks save the same step and exit with 75; asked twice, they leave at once."""
+
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from tensorlm import disk
+from tensorlm.checkpoint import newest_checkpoint
+from tensorlm.config import Config
+from tensorlm.errors import EXIT_DONE, EXIT_PREEMPTED
+from tests.reliability.conftest import TinyRuns
+from tests.reliability.harness import Job, final_state
+from tests.tensorlm.launching import losses
+
+
+def interrupt_until_done(config: Config, world: int, seed: int) -> int:
+    """Signals one random rank of each start at a random instant; returns how many were obeyed."""
+    rng = random.Random(seed)
+    run, num_obeyed = Path(config.run.dir), 0
+    while True:
+        job = Job(config, world)
+        job.wait_for_listeners()
+        time.sleep(rng.uniform(0, 0.4))
+        if None in job.poll():
+            job.kill(rng.randrange(world), rng.choice([signal.SIGUSR1, signal.SIGTERM]))
+        codes = job.wait()
+        assert len(set(codes)) == 1, job.output()
+        newest = newest_checkpoint(run)
+        assert newest is not None
+        assert newest.step == len(losses(run))  # nothing is computed again
+        if codes[0] == EXIT_DONE:
+            return num_obeyed
+        assert codes[0] == EXIT_PREEMPTED, job.output()
+        num_obeyed += 1
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_signal_to_any_rank_at_any_time_loses_no_step(tiny: TinyRuns, world: int) -> None:
+    config = tiny("run", f"checkpoint.background={'true' if world == 1 else 'false'}")
+    assert interrupt_until_done(config, world, seed=0) >= 1
+    undisturbed = tiny("undisturbed")
+    tiny.finish(undisturbed, world)
+    assert final_state(config) == final_state(undisturbed)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("seed", range(1, 51))
+def test_signals_to_many_runs(tiny: TinyRuns, seed: int) -> None:
+    world = 1 + seed % 2
+    config = tiny("run", f"zero.stage={seed % 4}")
+    interrupt_until_done(config, world, seed)
+    undisturbed = tiny("undisturbed", f"zero.stage={seed % 4}")
+    tiny.finish(undisturbed, world)
+    assert final_state(config) == final_state(undisturbed)
+
+
+class SlowDisk(disk.Disk):
+    """A disk whose writes take long."""
+
+    def write(self, descriptor: int, data: memoryview) -> int:
+        time.sleep(100)
+        return super().write(descriptor, data)
+
+
+def test_second_signal_ends_at_once_in_the_middle_of_a_save(tiny: TinyRuns) -> None:
+    config = tiny("run", "train.stop_at=4")
+    tiny.finish(config)
+    longer = tiny("run")
+
+    def prepare(rank: int) -> None:
+        disk.use(SlowDisk())
+
+    job = Job(longer, 1, prepare)
+    job.wait_for(Path(config.run.dir) / ".tmp-step-00000006")
+    job.kill(0, signal.SIGUSR1)
+    job.kill(0, signal.SIGTERM)  # a scheduler and a launcher that pass on the same request
+    time.sleep(1.2)
+    assert job.poll() == [None]
+    job.kill(0, signal.SIGTERM)
+    assert job.wait(10) == [EXIT_PREEMPTED]
+    found = newest_checkpoint(Path(config.run.dir))
+    assert found is not None
+    assert found.step == 4
+    tiny.finish(longer)
+    tiny.finish(tiny("undisturbed"))
+    assert final_state(longer) == final_state(tiny("undisturbed"))
+
+
+def test_second_signal_ends_a_rank_that_waits_for_another_for_ever(tiny: TinyRuns) -> None:
+    def prepare(rank: int) -> None:
+        if rank == 1:
+            os.kill(os.getpid(), signal.SIGSTOP)  # never joins
+
+    job = Job(tiny("run"), 2, prepare)
+    job.wait_for_listeners()
+    job.kill(0, signal.SIGTERM)
+    time.sleep(1.2)
+    assert job.poll() == [None, None]
+    job.kill(0, signal.SIGTERM)
+    while job.poll()[0] is None:
+        time.sleep(0.01)
+    assert job.poll()[0] == EXIT_PREEMPTED
+    job.end()
+
+
+def test_stop_file_ends_all_ranks_and_is_gone(tiny: TinyRuns) -> None:
+    config = tiny("run", "train.steps=100000", "checkpoint.every=100000")
+    job = Job(config, 2)
+    run = Path(config.run.dir)
+    job.wait_for(run / "metrics.jsonl")
+    (run / "STOP").touch()
+    assert job.wait() == [EXIT_PREEMPTED] * 2
+    assert not (run / "STOP").exists()
+    found = newest_checkpoint(run)
+    assert found is not None
+    assert found.step == len(losses(run))
