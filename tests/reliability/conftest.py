@@ -6,7 +6,6 @@ import pytest
 
 from tensorlm.config import Config, load_config
 from tests.reliability.harness import Job, warm_up
-from tests.tensorlm.conftest import data  # noqa: F401
 
 TINY = """
 [run]
@@ -41,7 +40,7 @@ keep_last = 2
 class TinyRuns:
     """Configurations of tiny runs: `tiny("name", "key.sub=value", ...)` has the folder `name`."""
 
-    def __init__(self, folder: Path, data: Path) -> None:  # noqa: F811
+    def __init__(self, folder: Path, data: Path) -> None:
         self.folder = folder
         self._data = data
 
@@ -58,6 +57,6 @@ class TinyRuns:
 
 
 @pytest.fixture
-def tiny(tmp_path: Path, data: Path) -> TinyRuns:  # noqa: F811
+def tiny(tmp_path: Path, data: Path) -> TinyRuns:
     warm_up()
     return TinyRuns(tmp_path, data)
