@@ -41,7 +41,11 @@ check: .venv/.installed-dev ## lint, format and types
 
 .PHONY: test
 test: check ## the whole suite, on the CPU
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not gpu' -n auto --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not gpu and not faults' -n auto --dist loadfile
+
+.PHONY: test-faults
+test-faults: .venv/.installed-dev ## the long tier of fault injection (docs/reliability.md; hours)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m faults -n auto tests/reliability
 
 .PHONY: test-gpu
 test-gpu: .venv/.installed-dev ## the tests that need a GPU

@@ -133,7 +133,8 @@ class Job:
         os.dup2(log, 1)
         os.dup2(log, 2)
         sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
-        os.environ["RANK"] = str(rank)
+        launch = LaunchEnv(rank, world, rank, world, "127.0.0.1", 1)
+        launch.export()
         from tensorlm.train import train
 
         def main() -> int:
@@ -142,7 +143,6 @@ class Job:
             prepare(rank)
             store = dist.FileStore(str(self.scratch / "store"), world)
             dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
-            launch = LaunchEnv(rank, world, rank, world, "127.0.0.1", 1)
             return (run or train)(self.config, launch, stop)
 
         try:
