@@ -55,8 +55,7 @@ class Watchdog:
         self._phase, self._step = phase, step
 
     def progress(self, part_of_save: str = "save") -> None:
-        """A slow phase is no hang: bytes moved, a prompt was answered, or this rank's part of a save
-        is done ("agree")."""
+        """A slow phase is no hang: bytes moved, a prompt was answered, a part of a save is done."""
         self._part_of_save = part_of_save
         if self._phase in _SLOW_PHASES:
             self._progress_at = time.monotonic()
