@@ -86,7 +86,7 @@ def test_bad_step_is_skipped_once_on_all_ranks(
     lines = skipped_lines(job)
     reasons = ["loss is not finite", "loss is not finite", "gradient is not finite", "loss "]
     assert len(lines) == len(bad), job.output()
-    rows = open_rows(config, "train")
+    rows = open_rows(config, "train", verify=False)
     for line, step, reason in zip(lines, bad, reasons, strict=True):
         assert line.startswith(f"skipped step {step}: {reason}"), line
         documents = rows.documents(range((step - 1) * 4, step * 4))
@@ -243,7 +243,7 @@ def test_replay_gives_the_recorded_step_and_writes_nothing(tiny: TinyRuns, step:
     recorded = losses(run)[step - 1]
     assert f"train/loss: {recorded!r}, then {recorded!r}: as recorded" in lines
     assert sum(line.endswith(": as recorded") for line in lines) == 2
-    assert any(line.startswith("documents: [") for line in lines)
+    assert any(line.startswith("documents: ") for line in lines)
     assert snapshot(run) == before
 
 
