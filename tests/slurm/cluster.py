@@ -69,8 +69,8 @@ PartitionName=urgent Nodes=node1,node2 MaxTime=INFINITE PriorityTier=10 PreemptM
 
 
 def missing_commands() -> list[str]:
-    """What a cluster needs and this machine lacks."""
-    needed = ("munged", "slurmctld", "slurmd", "sbatch")
+    """What a cluster and its jobs need and this machine lacks."""
+    needed = ("munged", "slurmctld", "slurmd", "sbatch", "mpirun")
     return [name for name in needed if shutil.which(name, path=PATH) is None]
 
 
@@ -143,7 +143,7 @@ class Cluster:
             states.update(shown)
             return bool(shown) and states <= ENDED
 
-        self.wait_until(has_ended, f"job {job} has ended")
+        self.wait_until(has_ended, f"job {job} has ended", limit=300)
         return "+".join(sorted(states))
 
     def wait_for_restart(self, job: str, number: int) -> None:

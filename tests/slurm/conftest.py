@@ -52,7 +52,7 @@ class Site:
 def cluster() -> Iterator[Cluster]:
     missing = missing_commands()
     if missing:
-        pytest.skip(f"no {', '.join(missing)} here (apt-get install slurm-wlm munge)")
+        pytest.skip(f"no {', '.join(missing)} here (apt-get install slurm-wlm munge openmpi-bin)")
     with Cluster() as running:
         yield running
 

@@ -52,6 +52,10 @@ def launch_command(launcher: str, ranks: int) -> list[str]:
     if launcher == "torchrun":
         command = [str(binaries / "torchrun"), f"--nproc_per_node={ranks}"]
         return [*command, f"--master_port={port}", "launcher/train.py"]
+    if launcher == "mpirun":
+        allow = ["--allow-run-as-root"] * (os.geteuid() == 0)
+        command = ["mpirun", *allow, "--oversubscribe", "--bind-to", "none", "-np", str(ranks)]
+        return [*command, sys.executable, "launcher/train.py"]
     return [sys.executable, "launcher/train.py"]
 
 

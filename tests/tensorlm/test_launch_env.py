@@ -1,9 +1,13 @@
-"""Every launcher's ranks know their place. The real launchers run in tests/slurm and test_train."""
+"""Every launcher's ranks know their place. More of the real launchers run in tests/slurm."""
+
+import shutil
+from pathlib import Path
 
 import pytest
 
 from tensorlm.errors import UserError
 from tensorlm.launch_env import LaunchEnv, launched_rank, read_launch_env
+from tests.tensorlm.launching import RunTraining, losses
 
 MASTER = {"MASTER_ADDR": "node1", "MASTER_PORT": "10042"}
 # What each launcher sets for rank 5 of 8, the second of four on its node.
@@ -44,3 +48,14 @@ def test_no_launcher_is_a_world_of_one_even_in_a_batch_script() -> None:
 def test_ranks_that_cannot_meet_are_told_what_is_missing() -> None:
     with pytest.raises(UserError, match="MASTER_ADDR and MASTER_PORT: not set for 8 ranks"):
         read_launch_env(ENVIRONMENTS["srun"])
+
+
+@pytest.mark.skipif(
+    shutil.which("mpirun") is None, reason="no mpirun here (apt-get install openmpi-bin)"
+)
+def test_ranks_of_mpirun_that_meet_through_mpi_train_like_plain_python(
+    tmp_path: Path, run_training: RunTraining
+) -> None:
+    run_training("train.stop_at=3", f"run.dir={tmp_path / 'one'}", ranks=1, launcher="python")
+    run_training("train.stop_at=3", f"run.dir={tmp_path / 'two'}", ranks=2, launcher="mpirun")
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-6)
