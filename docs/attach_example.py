@@ -1,0 +1,71 @@
+"""Adapt a stock Llama to a fold with Hugging Face's Trainer, optionally with LoRA.
+
+    python docs/attach_example.py --model LLAMA_FOLDER --text FILE.txt --fold 1024 --output DIR
+
+The folder DIR then loads with AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True).
+"""
+
+import argparse
+
+from datasets import load_dataset
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DataCollatorForLanguageModeling,
+    Trainer,
+    TrainingArguments,
+)
+
+from tensorlm.hf import attach
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--text", required=True, help="one document per line")
+    parser.add_argument("--fold", type=int, nargs="+", default=[1024])
+    parser.add_argument("--output", required=True)
+    parser.add_argument("--length", type=int, default=8192, help="tokens of a document, at most")
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--lora", action="store_true", help="train adapters and hop biases alone")
+    args = parser.parse_args()
+
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    model = AutoModelForCausalLM.from_pretrained(args.model)
+    attach(model, fold=args.fold)  # in place, before PEFT and before the optimizer
+    if args.lora:
+        from peft import LoraConfig, get_peft_model
+
+        model = get_peft_model(model, LoraConfig(target_modules=["q_proj", "v_proj"]))
+        for name, parameter in model.named_parameters():
+            if name.endswith("hop_bias"):  # PEFT froze them with the rest
+                parameter.requires_grad = True
+
+    def encode(lines: dict[str, list[str]]) -> dict[str, list[list[int]]]:
+        return dict(tokenizer(lines["text"], truncation=True, max_length=args.length))
+
+    texts = load_dataset("text", data_files=args.text, split="train")
+    trainer = Trainer(
+        model=model,
+        args=TrainingArguments(
+            output_dir=f"{args.output}-trainer",
+            max_steps=args.steps,
+            per_device_train_batch_size=2,
+            learning_rate=1e-4,
+            logging_steps=10,
+            save_strategy="no",
+            report_to=[],
+        ),
+        train_dataset=texts.map(encode, batched=True, remove_columns=["text"]),
+        data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
+    )
+    trainer.train()
+    if args.lora:
+        model = model.merge_and_unload()  # an adapter alone would not hold the hop biases
+    model.save_pretrained(args.output)
+    tokenizer.save_pretrained(args.output)
+
+
+if __name__ == "__main__":
+    main()

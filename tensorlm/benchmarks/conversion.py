@@ -1,0 +1,130 @@
+"""Peak memory and time of importing and exporting a model, on random weights of its shape."""
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tensorlm.config import Config
+from tensorlm.errors import UserError
+from tensorlm.hf.export_folder import hf_config, hf_name, write_json
+from tensorlm.model import Llama
+
+_FILE_BYTES = 10**9
+_LAUNCHER = Path(__file__).parents[2] / "launcher/convert.py"
+
+
+class Conversion(NamedTuple):
+    """What one run of `launcher/convert.py` took."""
+
+    name: str
+    seconds: float
+    peak_gib: float  # of the process's resident memory, mapped files included
+    disk_gib: float  # of what it wrote
+
+
+def measure(config_file: Path, config: Config, folder: Path) -> list[Conversion]:
+    """Import random bf16 weights into a checkpoint and export them again; bytes must be the same.
+
+    Args:
+        config_file: TOML file of the run, for the launcher.
+        config: what it says, for the shape.
+        folder: a new one, for 6 bytes a parameter at a time; removed at the end.
+
+    Raises:
+        UserError: the folder exists, a conversion failed, or bytes differ.
+    """
+    if folder.exists():
+        raise UserError(f"{folder}: exists (choose a new --folder)")
+    try:
+        folder.mkdir(parents=True)
+        source, run_dir, output = folder / "llama", folder / "run", folder / "hf"
+        wanted = write_random_llama(config, source)
+        common = ["--config", str(config_file), f"run.dir={run_dir}"]
+        imported = _convert("import", run_dir, [*common, "--hf", str(source)])
+        shutil.rmtree(source)
+        exported = _convert("export", output, [*common, "--output", str(output)])
+        found = weight_sha256s(output)
+        different = [name for name, sha256 in wanted.items() if found.get(name) != sha256]
+        if different:
+            raise UserError(f"{output}: {len(different)} weights differ, first {different[0]}")
+        return [imported, exported]
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def write_random_llama(config: Config, folder: Path) -> dict[str, str]:
+    """A Llama folder of bf16 weights in files of about 1 GB; returns each weight's sha256."""
+    folder.mkdir()
+    with torch.device("meta"):
+        shapes = {n: p.shape for n, p in Llama(config.model).named_parameters()}
+    names = [hf_name(name) for name in shapes if not name.endswith("hop_bias")]
+    sizes = [shape for name, shape in shapes.items() if not name.endswith("hop_bias")]
+    model = config.model.model_copy(update={"fold": ()})
+    write_json(folder / "config.json", hf_config(model, config.data.seq_len, "bf16"))
+    block = torch.randn(1 << 22, generator=torch.Generator().manual_seed(0))
+    weight_map: dict[str, str] = {}
+    sha256s: dict[str, str] = {}
+    held: dict[str, Tensor] = {}
+    for index, (name, shape) in enumerate(zip(names, sizes, strict=True)):
+        repeats = -(-shape.numel() // block.numel())
+        values = (block * (1 + index / 64)).to(torch.bfloat16).repeat(repeats)
+        held[name] = values[: shape.numel()].view(shape).clone()
+        sha256s[name] = _sha256(held[name])
+        if sum(t.nbytes for t in held.values()) >= _FILE_BYTES or index == len(names) - 1:
+            file = f"model-{len(set(weight_map.values())) + 1:05d}.safetensors"
+            save_file(held, folder / file)
+            weight_map |= dict.fromkeys(held, file)
+            held = {}
+    index_path = folder / "model.safetensors.index.json"
+    write_json(index_path, {"metadata": {}, "weight_map": weight_map})
+    return sha256s
+
+
+def weight_sha256s(folder: Path) -> dict[str, str]:
+    """sha256 of every weight in a folder's safetensors files."""
+    return {name: _sha256(tensor) for name, tensor in _weights(folder)}
+
+
+def _weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118 (not a dict)
+                yield name, file.get_tensor(name)
+
+
+def _sha256(tensor: Tensor) -> str:
+    return hashlib.sha256(tensor.view(torch.uint8).numpy().data).hexdigest()
+
+
+def _convert(command: str, written: Path, arguments: list[str]) -> Conversion:
+    """Run the launcher as its user would, and ask the kernel what it took."""
+    started = time.perf_counter()
+    process = subprocess.Popen([sys.executable, str(_LAUNCHER), command, *arguments])
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise UserError(f"convert {command}: left with exit code {process.returncode}")
+    num_bytes = sum(path.stat().st_size for path in written.rglob("*") if path.is_file())
+    seconds = time.perf_counter() - started
+    return Conversion(command, seconds, usage.ru_maxrss / 2**20, num_bytes / 2**30)
+
+
+def format_table(rows: list[Conversion]) -> str:
+    """The measurements as a table."""
+    head = f"{'':8} {'peak memory':>12} {'written':>12} {'time':>9}"
+    lines = [
+        f"{row.name:8} {row.peak_gib:8.2f} GiB {row.disk_gib:8.2f} GiB {row.seconds:7.0f} s"
+        for row in rows
+    ]
+    return "\n".join([head, *lines])
