@@ -129,7 +129,6 @@ def add_conversion(parser: argparse.ArgumentParser) -> None:
 
 def conversion(args: argparse.Namespace) -> int:
     from tensorlm.benchmarks import conversion as bench
-    from tensorlm.config import load_config
 
     print(bench.format_table(bench.measure(args.config, load_config(args.config), args.folder)))
     return 0

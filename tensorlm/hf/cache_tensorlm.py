@@ -56,7 +56,7 @@ class FoldLayer(CacheLayerMixin):
     """
 
     is_sliding = False
-    is_croppable = False  # values that left the window do not come back
+    is_croppable = False
 
     def __init__(self, fold: list[int]) -> None:
         super().__init__()
@@ -98,6 +98,10 @@ class FoldLayer(CacheLayerMixin):
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """(key length, offset) for masks, which this model does not build."""
         return self.num_tokens + query_length, 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Refused: values that left the window do not come back."""
+        raise ValueError("assisted generation needs a cache that can be cut back: this one cannot")
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Follow the beams."""

@@ -22,9 +22,10 @@ from .cache_tensorlm import FoldCache, FoldLayer, new_document_starts
 from .configuration_tensorlm import AUTO_MAP, TensorLMConfig
 
 try:
-    from tensor_attention import Axis, Rotary, apply_rotary, fold_axes, hop
+    from tensor_attention import Axis, Rotary, apply_rotary, fold_axes, hop, tensor_attention
     from tensor_attention.cached import hop_cached
 except ImportError:
+    tensor_attention = None  # type: ignore[assignment]
     from .blocked import hop  # type: ignore[import-not-found, no-redef]
     from .cached import hop_cached  # type: ignore[import-not-found, no-redef]
     from .fold import (  # type: ignore[import-not-found, no-redef]
@@ -91,6 +92,11 @@ class TensorLMAttention(LlamaAttention):
         rotary: Rotary,
         memory: FoldLayer | None,
     ) -> Tensor:
+        if memory is None and tensor_attention is not None:
+            return tensor_attention(
+                q, k, v, self.fold, doc_start=doc_start, hop_bias=self.hop_bias, rotary=rotary,
+                scale=self.scaling,
+            )  # fmt: skip
         num_new = q.shape[1]
         if memory is not None:
             k, v = memory.update(k, v)
@@ -158,24 +164,25 @@ def _hop_new(
     """One hop for the last Q of T tokens; arguments as in `hop_cached`.
 
     Few queries gather the entries that they visit. Many (the prompt, or a long piece of it) run the
-    kernel on the tokens within reach, with rows in front that nobody reads: positions count in
-    strides and only their differences matter, so the hop may start at any whole stride.
+    kernel on the tokens within reach, with rows in front that nobody reads: a hop goes a whole
+    number of strides, and only differences of positions matter, so it may start at any token.
     """
     num_tokens, num_new = k.shape[1], q.shape[1]
     first = max(0, num_tokens - num_new - (axis.length - 1) * axis.stride)
-    first -= first % axis.stride
     pad = num_tokens - num_new - first
     if pad > num_new:
         return hop_cached(
             q, k, values, stride=axis.stride, length=axis.length, reach=reach, bias=bias,
             state=state, rotary=rotary, scale=scale,
         )  # fmt: skip
-    if state is not None:
-        state = (F.pad(state[0], (0, 0, 0, 0, pad, 0)), F.pad(state[1], (0, 0, pad, 0)))
+    if pad or first:
+        q, reach = F.pad(q, (0, 0, 0, 0, pad, 0)), F.pad(reach, (pad, 0))
+        k, values = k[:, first:], values[:, -pad - num_new :]
+        if state is not None:
+            state = (F.pad(state[0], (0, 0, 0, 0, pad, 0)), F.pad(state[1], (0, 0, pad, 0)))
     z, lse = hop(
-        F.pad(q, (0, 0, 0, 0, pad, 0)), k[:, first:], values[:, values.shape[1] - pad - num_new :],
-        stride=axis.stride, length=axis.length, reach=F.pad(reach, (pad, 0)), bias=bias,
-        state=state, rotary=rotary, scale=scale,
+        q, k, values, stride=axis.stride, length=axis.length, reach=reach, bias=bias, state=state,
+        rotary=rotary, scale=scale,
     )  # fmt: skip
     return z[:, pad:], lse[:, pad:]
 

@@ -121,6 +121,8 @@ def test_what_has_no_meaning_is_refused(model: TensorLMForCausalLM, batch: dict[
         model(tokens, output_attentions=True)
     with pytest.raises(ValueError, match="not a FoldCache"):
         model(tokens, past_key_values=DynamicCache())
+    with pytest.raises(ValueError, match="assisted generation"):
+        generate(model, input_ids=tokens[:1], prompt_lookup_num_tokens=3)
 
 
 def test_hidden_states_are_those_between_the_layers(model: TensorLMForCausalLM) -> None:
