@@ -1,10 +1,12 @@
 """Tiny random models and checkpoints for the Hugging Face tests, and an interpreter without us."""
 
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
@@ -14,6 +16,7 @@ from tensorlm.config import Config, load_config
 from tensorlm.manifest import Checkpoint, open_checkpoint
 from tensorlm.model import Llama
 from tensorlm.publish import write_weights
+from tests.tensorlm.launching import ROOT
 
 # An interpreter that cannot import this project: -I, and a finder that refuses its packages.
 WITHOUT_US = """
@@ -30,6 +33,15 @@ def run_without_us(code: str, *arguments: str | Path, cwd: Path) -> None:
     """Run `code` where neither tensorlm nor its kernels can be imported."""
     command = [sys.executable, "-I", "-c", WITHOUT_US + code, *map(str, arguments)]
     subprocess.run(command, check=True, cwd=cwd, timeout=300)
+
+
+def launcher_here(name: str, *arguments: str | Path) -> int:
+    """Run a launcher as a script in this process, without the seconds of its imports; its code."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [name, *map(str, arguments)])
+        with pytest.raises(SystemExit) as left:
+            runpy.run_path(str(ROOT / "launcher" / name), run_name="__main__")
+    return int(left.value.code or 0)
 
 
 def tiny_llama(**changes: Any) -> LlamaForCausalLM:

@@ -25,12 +25,13 @@ from tests.distributed import run_distributed
 from tests.tensorlm.hf_models import (
     assert_same_bytes,
     folder_weights,
+    launcher_here,
     random_checkpoint,
     relative_error,
     run_without_us,
 )
 from tests.tensorlm.launching import ROOT, RunTraining
-from tests.tensorlm.stand_in_hub import StandInHub, hub_environment
+from tests.tensorlm.stand_in_hub import StandInHub
 
 LOAD = """
 import torch
@@ -225,9 +226,9 @@ def hub(tmp_path: Path) -> Iterator[StandInHub]:
     server.close()
 
 
-def export_command(config: Path, output: Path, *options: str) -> list[str]:
-    command = [sys.executable, "launcher/convert.py", "export", "--config", str(config)]
-    return [*command, "--output", str(output), "--push-to-hub", "someone/tiny", *options]
+def export_arguments(config: Path, output: Path) -> list[str]:
+    command = ["export", "--config", str(config), "--output", str(output)]
+    return [*command, "--push-to-hub", "someone/tiny"]
 
 
 def test_upload_reaches_the_hub_as_one_commit(
@@ -235,7 +236,7 @@ def test_upload_reaches_the_hub_as_one_commit(
 ) -> None:
     random_checkpoint(config, "model.fold=[4,8]")
     result = subprocess.run(
-        export_command(config, tmp_path / "hf"),
+        [sys.executable, "launcher/convert.py", *export_arguments(config, tmp_path / "hf")],
         cwd=ROOT, env=hub.environment, capture_output=True, text=True,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
@@ -244,16 +245,16 @@ def test_upload_reaches_the_hub_as_one_commit(
     assert hub.commit_url in result.stdout
 
 
-def test_hub_that_refuses_is_one_line_before_any_work(tmp_path: Path, config: Path) -> None:
+def test_hub_that_refuses_is_one_line_before_any_work(
+    tmp_path: Path,
+    config: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     random_checkpoint(config, "model.fold=[4,8]")
-    nobody_listens = {"HF_ENDPOINT": "http://127.0.0.1:9"}
-    result = subprocess.run(
-        export_command(config, tmp_path / "hf"),
-        cwd=ROOT, env=hub_environment(tmp_path / "home") | nobody_listens,
-        capture_output=True, text=True,
-    )  # fmt: skip
-    assert result.returncode == 2
-    (line,) = result.stderr.splitlines()
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    assert launcher_here("convert.py", *export_arguments(config, tmp_path / "hf")) == 2
+    (line,) = capsys.readouterr().err.splitlines()
     assert re.match(r"error: --push-to-hub someone/tiny: .*Connection refused \(.*HF_TOKEN", line)
     assert not (tmp_path / "hf").exists()
     with pytest.raises(UserError, match="--push-to-hub some one/tiny: "):

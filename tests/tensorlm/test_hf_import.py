@@ -1,8 +1,6 @@
 """Import: every Llama's shape gives its logits and its bytes back; what is not ours is refused."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +20,12 @@ from tensorlm.model import Llama
 from tests.tensorlm.hf_models import (
     assert_same_bytes,
     folder_weights,
+    launcher_here,
     random_checkpoint,
     relative_error,
     tiny_llama,
 )
-from tests.tensorlm.launching import ROOT, RunTraining
+from tests.tensorlm.launching import RunTraining
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -225,21 +224,20 @@ def test_damaged_and_absent_files_are_named(tmp_path: Path, config: Path) -> Non
 
 
 def test_training_starts_from_imported_weights_and_exports_their_tokenizer(
-    tmp_path: Path, config: Path, data: Path, run_training: RunTraining
+    tmp_path: Path,
+    config: Path,
+    data: Path,
+    run_training: RunTraining,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     reference = tiny_llama()
     folder = tmp_path / "Tiny-Llama"
     reference.generation_config.eos_token_id = [2, 7]
     reference.save_pretrained(folder)
     load_tokenizer(data / "tokenizer").save_pretrained(folder)
-    command = [sys.executable, "launcher/convert.py"]
-    imported = subprocess.run(
-        [*command, "import", "--config", str(config), "--hf", str(folder)],
-        cwd=ROOT, capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    assert (
-        "was encoded with another tokenizer" in imported.stdout
-    )  # tokenizer.json instead of .model
+    assert launcher_here("convert.py", "import", "--config", config, "--hf", folder) == 0
+    # It was saved as tokenizer.json, the data set's is a tokenizer.model.
+    assert "was encoded with another tokenizer" in capsys.readouterr().out
     assert imported_folder(tmp_path / "run") == tmp_path / "run/imported/Tiny-Llama"
     run_training("train.stop_at=1", "optim.lr=1e-12", ranks=1, launcher="python")
     after = select_checkpoint(tmp_path / "run", 1)
@@ -247,8 +245,8 @@ def test_training_starts_from_imported_weights_and_exports_their_tokenizer(
     wanted = reference.state_dict()[f"model.{name}"]
     torch.testing.assert_close(after.read_parameter(name), wanted, rtol=0, atol=1e-6)
 
-    export = [*command, "export", "--config", str(config), "--output", str(tmp_path / "hf")]
-    subprocess.run([*export, "data.path=elsewhere"], cwd=ROOT, check=True)
+    export = ("export", "--config", config, "--output", tmp_path / "hf", "data.path=elsewhere")
+    assert launcher_here("convert.py", *export) == 0
     text = "def main():\n    return 'ünïcode'"
     wanted_ids = load_tokenizer(folder).encode(text)
     assert load_tokenizer(tmp_path / "hf").encode(text) == wanted_ids

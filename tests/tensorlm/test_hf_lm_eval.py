@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ doc_to_target: 0
 target_delimiter: ""
 metric_list: [{{metric: acc}}]
 """
-QUESTIONS = [
+QUESTIONS: list[dict[str, Any]] = [
     {"question": "import os\nimport sys\ndef main", "choices": ["(argv):", " = 1 + 1", " banana"]},
     {"question": "class Stack:\n    def", "choices": [" push(self, item):", "return", " 7 7 7 7"]},
 ]
@@ -45,7 +46,8 @@ def test_lm_eval_scores_an_exported_folder_with_a_local_task(
     task = TASK.format(file=tmp_path / "questions.jsonl")
     (tmp_path / "tasks/local_choice.yaml").write_text(task)
     command = [sys.executable, "-m", "lm_eval", "--model", "hf", "--tasks", "local_choice"]
-    command += ["--model_args", f"pretrained={tmp_path / 'hf'},trust_remote_code=True,dtype=float32"]
+    model_args = f"pretrained={tmp_path / 'hf'},trust_remote_code=True,dtype=float32"
+    command += ["--model_args", model_args]
     command += ["--include_path", str(tmp_path / "tasks"), "--batch_size", "2", "--device", "cpu"]
     command += ["--output_path", str(tmp_path / "out"), "--log_samples"]
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
