@@ -5,8 +5,6 @@
 torchrun or srun), and projects it to 8 ... 1,024 GPUs:
 
 torchrun --nproc_per_node 4 launcher/benchmark.py sp --config C parallel.sp=4 data.seq_len=65536
-
-`conversion` takes a model's shape through import and export and tells their peak memory.
 """
 
 import argparse
@@ -26,7 +24,6 @@ def main() -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     add_attention(commands.add_parser("attention", help="the operator against full attention"))
     add_sp(commands.add_parser("sp", help="one layer whose rows are shared by ranks"))
-    add_conversion(commands.add_parser("conversion", help="memory of import and export"))
     args = parser.parse_args()
     return int(args.run(args))
 
@@ -116,21 +113,6 @@ def sp(args: argparse.Namespace) -> int:
             projected = [projection._asdict() for projection in projections]
             content = {"measured": cost and asdict(cost), "projected": projected}
             args.json.write_text(json.dumps(content, indent=1) + "\n")
-    return 0
-
-
-def add_conversion(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", type=Path, required=True, help="TOML file with the shape")
-    parser.add_argument(
-        "--folder", type=Path, required=True, help="new folder, for 6 bytes a parameter; removed"
-    )
-    parser.set_defaults(run=conversion)
-
-
-def conversion(args: argparse.Namespace) -> int:
-    from tensorlm.benchmarks import conversion as bench
-
-    print(bench.format_table(bench.measure(args.config, load_config(args.config), args.folder)))
     return 0
 
 
