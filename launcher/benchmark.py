@@ -1,6 +1,7 @@
 """Measure on this machine: `launcher/benchmark.py attention --lengths 32768,131072 --folds 1024`.
 
 `attention` times tensorized attention against full attention and a window on one GPU.
+`train` times forward and backward of a model against full attention and Hugging Face's Llama.
 `sp` times one layer of a configuration, its rows shared by the ranks of this job (under deepspeed,
 torchrun or srun), and projects it to 8 ... 1,024 GPUs:
 
@@ -23,6 +24,7 @@ def main() -> int:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     add_attention(commands.add_parser("attention", help="the operator against full attention"))
+    add_train(commands.add_parser("train", help="a model, folded and not, and Hugging Face's"))
     add_sp(commands.add_parser("sp", help="one layer whose rows are shared by ranks"))
     args = parser.parse_args()
     return int(args.run(args))
@@ -113,6 +115,35 @@ def sp(args: argparse.Namespace) -> int:
             projected = [projection._asdict() for projection in projections]
             content = {"measured": cost and asdict(cost), "projected": projected}
             args.json.write_text(json.dumps(content, indent=1) + "\n")
+    return 0
+
+
+def add_train(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", required=True, help="TOML file; its shape, fold and dtype")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="replace a setting")
+    parser.add_argument("--lengths", default="32768,131072", help="tokens of the one document")
+    parser.add_argument("--methods", default="tensorized,full,huggingface")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every number")
+    parser.set_defaults(run=train)
+
+
+def train(args: argparse.Namespace) -> int:
+    config = load_config(args.config, args.overrides)
+    lengths = [int(part) for part in args.lengths.split(",") if part.isdigit()]
+    if not lengths or len(lengths) != len(args.lengths.split(",")):
+        raise UserError(f"--lengths: {args.lengths} is not a list like 32768,131072")
+
+    from tensorlm.benchmarks import train as bench
+
+    methods = args.methods.split(",")
+    unknown = [method for method in methods if method not in bench.METHODS]
+    if unknown:
+        raise UserError(f"--methods: {unknown[0]} is none of {', '.join(bench.METHODS)}")
+    rows = bench.measure(config, lengths, methods, args.repeats)
+    print(bench.format_table(rows))
+    if args.json:
+        args.json.write_text(json.dumps([row._asdict() for row in rows], indent=1) + "\n")
     return 0
 
 

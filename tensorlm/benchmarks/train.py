@@ -1,0 +1,170 @@
+"""Forward and backward of a whole model on one device: folded, full attention, Hugging Face's.
+
+Every method trains the same decoder shape on one document of random tokens, with activation
+checkpointing, in the configuration's dtype. The optimizer is left out: its cost does not depend on
+the length, and with it fewer layers would fit.
+"""
+
+import gc
+import math
+import statistics
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from tensor_attention import Rotary, apply_rotary
+from tensorlm.attention import Attention
+from tensorlm.config import Config, ModelConfig
+from tensorlm.flops import num_parameters, peak_flops, train_flops
+from tensorlm.hf.export_folder import hf_config
+from tensorlm.model import Block, Llama
+
+METHODS = ("tensorized", "full", "huggingface")
+
+
+class TrainMeasurement(NamedTuple):
+    """One method at one length; NaN where it does not fit.
+
+    `mfu` counts the method's own model FLOPs (recomputation is none) against the peak of the data
+    sheet; `memory_gib` is allocated at the peak, weights and their gradients included.
+    """
+
+    method: str
+    length: int
+    parameters: int
+    seconds: float
+    tokens_per_second: float
+    mfu: float
+    memory_gib: float
+
+
+class SdpaAttention(nn.Module):
+    """An `Attention` layer's weights under PyTorch's full attention (cuDNN on GPUs): no documents,
+    one rank.
+    """
+
+    def __init__(self, attention: Attention) -> None:
+        super().__init__()
+        self.attention = attention
+
+    def forward(self, x: Tensor, doc_start: Tensor, rotary: Rotary) -> Tensor:
+        projections = (self.attention.q_proj, self.attention.k_proj, self.attention.v_proj)
+        q, k, v = (f(x).unflatten(-1, (-1, self.attention.head_dim)) for f in projections)
+        position = torch.arange(x.shape[1], device=x.device)
+        q, k = apply_rotary(q, rotary, position), apply_rotary(k, rotary, position)
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION) if x.is_cuda else nullcontext():
+            out = F.scaled_dot_product_attention(
+                q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
+                is_causal=True, enable_gqa=True,
+            )  # fmt: skip
+        return self.attention.o_proj(out.transpose(1, 2).flatten(-2))
+
+
+def measure(
+    config: Config, lengths: Sequence[int], methods: Sequence[str], repeats: int
+) -> list[TrainMeasurement]:
+    """Every method at every length, on a GPU where there is one."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    peak = peak_flops(device)
+    rows = []
+    for method in methods:
+        model = build(config, method, max(lengths), device)
+        counted = config.model if method == "tensorized" else full_attention(config.model)
+        for length in lengths:
+            seconds, memory = _time_step(model, method, config, length, repeats, device)
+            flops = train_flops(counted, torch.arange(length)[None])
+            rows.append(
+                TrainMeasurement(
+                    method, length, num_parameters(model), seconds, length / seconds,
+                    flops / seconds / peak, memory,
+                )
+            )  # fmt: skip
+        del model
+        _release()
+    return rows
+
+
+def full_attention(model: ModelConfig) -> ModelConfig:
+    """The same shape with full attention in every layer."""
+    return model.model_copy(update={"fold": (), "full_every": 0})
+
+
+def build(config: Config, method: str, longest: int, device: torch.device) -> nn.Module:
+    """The model of one method, in the dtype of training, in training mode."""
+    dtype = torch.bfloat16 if config.train.dtype == "bf16" else torch.float32
+    if method == "huggingface":
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        shape = hf_config(full_attention(config.model), longest, "fp32")
+        with device:
+            theirs = LlamaForCausalLM(LlamaConfig(**shape, attn_implementation="sdpa")).to(dtype)
+        theirs.gradient_checkpointing_enable()
+        return theirs.train()
+    shape_of = config.model if method == "tensorized" else full_attention(config.model)
+    with device:
+        model = Llama(
+            shape_of, attention=config.train.attention, activation_checkpointing=True,
+            loss_chunk=config.train.loss_chunk,
+        )  # fmt: skip
+    model.init_weights(config.run.seed)
+    if method == "full":
+        for block in model.layers:
+            assert isinstance(block, Block)
+            block.self_attn = SdpaAttention(block.self_attn)  # type: ignore[assignment]
+    return model.to(dtype)
+
+
+def _time_step(
+    model: nn.Module, method: str, config: Config, length: int, repeats: int, device: torch.device
+) -> tuple[float, float]:
+    """(median seconds, peak GiB) of forward and backward; NaN where memory does not suffice."""
+    tokens = torch.randint(0, config.model.vocab_size, (1, length), device=device)
+    _release()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    times = []
+    try:
+        for _ in range(repeats + 1):  # the first one compiles kernels
+            started = time.perf_counter()
+            if method == "huggingface":
+                loss = model(tokens, labels=tokens, use_cache=False).loss
+            else:
+                loss = model(tokens, None, tokens) / length
+            loss.backward()
+            model.zero_grad()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - started)
+    except torch.OutOfMemoryError:
+        model.zero_grad()
+        return math.nan, math.nan
+    memory = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else math.nan
+    return statistics.median(times[1:]), memory
+
+
+def _release() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def format_table(rows: Sequence[TrainMeasurement]) -> str:
+    """A Markdown table, with the speed relative to full attention at the same length."""
+    full = {row.length: row.tokens_per_second for row in rows if row.method == "full"}
+    lines = [
+        "| tokens | method | parameters | seconds | tokens/s | MFU | peak GiB | vs full |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in sorted(rows, key=lambda row: (row.length, METHODS.index(row.method))):
+        ratio = row.tokens_per_second / full.get(row.length, math.nan)
+        lines.append(
+            f"| {row.length:,} | {row.method} | {row.parameters:,} | {row.seconds:.3f} "
+            f"| {row.tokens_per_second:,.0f} | {row.mfu:.1%} | {row.memory_gib:.2f} | {ratio:.2f} |"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,47 @@
+"""Benchmarks compare like with like."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from tensorlm.benchmarks import train
+from tensorlm.config import Config, load_config
+
+
+@pytest.fixture
+def tiny(config: Path) -> Config:
+    return load_config(config, ["train.dtype=fp32"])
+
+
+def test_all_methods_train_the_same_model_where_one_window_holds_the_row(tiny: Config) -> None:
+    length = tiny.model.fold[0]  # the first hop sees it whole, so folding changes nothing
+    tokens = torch.randint(0, tiny.model.vocab_size, (1, length))
+    ours = train.build(tiny, "tensorized", length, torch.device("cpu"))
+    full = train.build(tiny, "full", length, torch.device("cpu"))
+    theirs = train.build(tiny, "huggingface", length, torch.device("cpu"))
+    weights = {
+        n.replace("self_attn.attention", "self_attn"): p for n, p in full.state_dict().items()
+    }
+    missing, unexpected = ours.load_state_dict(weights, strict=False)
+    assert not unexpected
+    assert all(name.endswith("hop_bias") for name in missing)
+    heads = {n if n.startswith("lm_head") else f"model.{n}": p for n, p in weights.items()}
+    theirs.load_state_dict(heads)
+    expected = ours(tokens, None, tokens) / length
+    torch.testing.assert_close(full(tokens, None, tokens) / length, expected)
+    logits = theirs(tokens).logits
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens.flatten())
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
+
+
+def test_every_method_is_measured_at_every_length(tiny: Config) -> None:
+    rows = train.measure(tiny, [32, 64], train.METHODS, 1)
+    assert {(row.method, row.length) for row in rows} == {
+        (method, length) for method in train.METHODS for length in (32, 64)
+    }
+    assert all(math.isfinite(row.mfu) and row.seconds > 0 for row in rows)
+    table = train.format_table(rows)
+    assert len(table.splitlines()) == 2 + len(rows)
+    assert "| full |" in table
