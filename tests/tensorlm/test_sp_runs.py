@@ -1,6 +1,7 @@
 """Training and evaluation with `parallel.sp`: the figures of one rank, also across two nodes."""
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -36,6 +37,14 @@ def train_rank(config: Path, overrides: list[str]) -> None:
     assert train(load_config(config, overrides), launch, StopRequest()) == 0
 
 
+def train_on_ranks(config: Path, sp: int, *overrides: str, backend: str = "gloo") -> None:
+    """Train, or go on, with rows that are shared by `sp` ranks."""
+    run_distributed(
+        train_rank, sp, config, [*OVERRIDES, f"parallel.sp={sp}", *overrides],
+        backend=backend, time_limit=300,
+    )  # fmt: skip
+
+
 Trained = Callable[[int, str], Path]
 
 
@@ -49,10 +58,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Trained:
         run_dir = folder / f"{backend}-{sp}"
         config = folder / f"{backend}-{sp}.toml"
         config.write_text(TINY.format(run=run_dir, data=data))
-        run_distributed(
-            train_rank, sp, config, [*OVERRIDES, f"parallel.sp={sp}"],
-            backend=backend, time_limit=300,
-        )  # fmt: skip
+        train_on_ranks(config, sp, backend=backend)
         return run_dir
 
     return run
@@ -74,6 +80,16 @@ def test_equal_weights_have_bitwise_equal_losses(world_size: int, trained: Train
     assert losses(trained(world_size, "gloo"))[0] == losses(trained(1, "gloo"))[0]
 
 
+@ranks_and_backends(4)
+def test_a_run_goes_on_with_another_number_of_ranks_to_a_row(
+    tmp_path: Path, world_size: int, backend: str, config: Path, trained: Trained
+) -> None:
+    train_on_ranks(config, 2, "train.stop_at=7", backend=backend)
+    train_on_ranks(config, world_size, "train.stop_at=10", backend=backend)
+    expected = losses(trained(1, backend))[:10]
+    assert losses(tmp_path / "run") == pytest.approx(expected, rel=2e-6)
+
+
 def test_rows_shared_by_two_nodes_have_the_losses_of_one_node(
     tmp_path: Path, trained: Trained
 ) -> None:
@@ -91,14 +107,19 @@ def test_rows_shared_by_two_nodes_have_the_losses_of_one_node(
     nodes = [
         subprocess.Popen(
             [*command, "--node_rank", str(node), *job], cwd=ROOT, env=launch_environment(),
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
         )
         for node in range(2)
     ]  # fmt: skip
-    for node in nodes:
-        output, _ = node.communicate(timeout=120)
-        assert node.returncode == 0, output
-        assert "nnodes=2, num_local_procs=1" in output
+    try:
+        for node in nodes:
+            output, _ = node.communicate(timeout=300)
+            assert node.returncode == 0, output
+            assert "nnodes=2, num_local_procs=1" in output
+    finally:
+        for node in nodes:
+            if node.poll() is None:
+                os.killpg(node.pid, signal.SIGKILL)
     assert losses(tmp_path / "run") == losses(one_node)[:6]
 
 
@@ -109,13 +130,13 @@ def test_ranks_that_share_windows_write_the_report_of_one_rank(
     command = [
         str(Path(sys.executable).parent / "torchrun"), "--nproc_per_node=2",
         f"--master_port={free_port()}", "launcher/evaluate.py", "--config", f"{run_dir}.toml",
-        "--lengths", ",".join(map(str, LENGTHS)), "eval.max_tokens=8192", "eval.near=64",
+        "--lengths", ",".join(map(str, LENGTHS)), "eval.max_tokens=8192", "eval.near=128",
         "--output", str(tmp_path / "eval"), "parallel.sp=2",
     ]  # fmt: skip
-    subprocess.run(command, cwd=ROOT, env=launch_environment(), check=True, timeout=120)
+    subprocess.run(command, cwd=ROOT, env=launch_environment(), check=True, timeout=300)
     report = read_report(tmp_path / "eval/report.json")
 
-    settings = [f"eval.lengths={LENGTHS}", "eval.max_tokens=8192", "eval.near=64"]
+    settings = [f"eval.lengths={LENGTHS}", "eval.max_tokens=8192", "eval.near=128"]
     config = load_config(f"{run_dir}.toml", [*OVERRIDES, *settings])
     model = open_checkpoint_model(config, None, torch.device("cpu"), Grid())
     documents = held_out_documents(config, model.tokenizer, Path(config.data.path) / "tokenizer")
@@ -154,7 +175,7 @@ def test_illegal_sizes_are_one_line_before_ranks_meet(
     place = {"RANK": "0", "WORLD_SIZE": "6", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
     result = subprocess.run(
         [sys.executable, f"launcher/{script[0]}", "--config", str(config), *script[1:]],
-        cwd=ROOT, env={**os.environ, **place}, capture_output=True, text=True, timeout=60,
+        cwd=ROOT, env={**os.environ, **place}, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert result.returncode == 2
     (line,) = result.stderr.splitlines()
