@@ -64,7 +64,6 @@ def export_checkpoint(
         UserError: the output folder is not empty, or cannot be written.
     """
     with _published(output) as folder:
-        _write_shards(checkpoint, folder, DTYPES[dtype], shard_bytes)
         generation = _read_generation_config(imported)
         if tokenizer is not None:
             copy_tokenizer(tokenizer, folder)
@@ -73,6 +72,7 @@ def export_checkpoint(
             loaded = load_tokenizer(folder)  # before config.json, whose auto_map asks for trust
             ids = {"bos_token_id": loaded.bos_token_id, "eos_token_id": loaded.eos_token_id}
             generation = ids | generation
+        _write_shards(checkpoint, folder, DTYPES[dtype], shard_bytes)
         ids = {key: generation[key] for key in _TOKEN_IDS if key in generation}
         fields = hf_config(config.model, config.data.seq_len, dtype) | ids
         write_json(folder / "config.json", fields)
@@ -177,8 +177,10 @@ def _write_shards(
 def _write_shard(
     checkpoint: Checkpoint, path: Path, shapes: dict[str, torch.Size], dtype: torch.dtype
 ) -> None:
-    """One safetensors file: 8 bytes of header size, JSON header, tensors. Never one in memory whole
-    (`safetensors.torch.save_file` would take a shard's worth)."""
+    """One safetensors file: 8 bytes of header size, JSON header, tensors.
+
+    No tensor is ever in memory whole; `safetensors.torch.save_file` would take all of them.
+    """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, shape in shapes.items():

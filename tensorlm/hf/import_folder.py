@@ -79,9 +79,8 @@ def import_weights(folder: Path, config: Config) -> Path:
         "data_fingerprint": "",
         "imported_from": folder.resolve().name,
     }
-    target = write_weights(run_dir, parameters(), info)
     _carry(folder, run_dir / "imported" / folder.resolve().name)
-    return target
+    return write_weights(run_dir, parameters(), info)
 
 
 def imported_folder(run_dir: Path) -> Path | None:
@@ -90,7 +89,8 @@ def imported_folder(run_dir: Path) -> Path | None:
 
 
 def _carry(folder: Path, target: Path) -> None:
-    target.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(target.parent, ignore_errors=True)  # of an import that failed
+    target.mkdir(parents=True)
     for name in _CARRIED:
         if (folder / name).exists():
             shutil.copyfile(folder / name, target / name)
