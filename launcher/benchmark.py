@@ -6,6 +6,8 @@
 torchrun or srun), and projects it to 8 ... 1,024 GPUs:
 
 torchrun --nproc_per_node 4 launcher/benchmark.py sp --config C parallel.sp=4 data.seq_len=65536
+
+`conversion` takes a model's shape through import and export and tells their peak memory.
 """
 
 import argparse
@@ -26,6 +28,7 @@ def main() -> int:
     add_attention(commands.add_parser("attention", help="the operator against full attention"))
     add_train(commands.add_parser("train", help="a model, folded and not, and Hugging Face's"))
     add_sp(commands.add_parser("sp", help="one layer whose rows are shared by ranks"))
+    add_conversion(commands.add_parser("conversion", help="memory of import and export"))
     args = parser.parse_args()
     return int(args.run(args))
 
@@ -144,6 +147,21 @@ def train(args: argparse.Namespace) -> int:
     print(bench.format_table(rows))
     if args.json:
         args.json.write_text(json.dumps([row._asdict() for row in rows], indent=1) + "\n")
+    return 0
+
+
+def add_conversion(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", type=Path, required=True, help="TOML file with the shape")
+    parser.add_argument(
+        "--folder", type=Path, required=True, help="new folder, for 6 bytes a parameter; removed"
+    )
+    parser.set_defaults(run=conversion)
+
+
+def conversion(args: argparse.Namespace) -> int:
+    from tensorlm.benchmarks import conversion as bench
+
+    print(bench.format_table(bench.measure(args.config, load_config(args.config), args.folder)))
     return 0
 
 
