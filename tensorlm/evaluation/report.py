@@ -11,6 +11,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from .plots import figures, label
 from .results import Mean, Report
+from .settings import RULER_TASKS
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,8 @@ def _attribution_table(reports: list[Report]) -> Table:
     rows = []
     for report in reports:
         for found in report.attribution:
-            for gain in (*found.buckets, found.total):
+            totals = [found.total] if len(found.buckets) > 1 else []
+            for gain in (*found.buckets, *totals):
                 where = f"{gain.start:,} - {gain.stop:,}"
                 rows.append(
                     _row(
@@ -165,7 +167,7 @@ def _ruler_table(reports: list[Report]) -> Table:
     rows = []
     for report in reports:
         scores = {(s.task, s.length): s.score for s in report.ruler}
-        tasks = list(dict.fromkeys(score.task for score in report.ruler))
+        tasks = sorted({score.task for score in report.ruler}, key=RULER_TASKS.index)
         for task in tasks:
             cells = [scores.get((task, length)) for length in lengths]
             texts = ["-" if score is None else f"{100 * score:.1f}" for score in cells]
@@ -177,7 +179,8 @@ def _ruler_table(reports: list[Report]) -> Table:
                 means.append(f"{100 * sum(these) / len(these):.1f}" if these else "-")
             rows.append(_row(reports, report, "mean", *means))
     header = ["task", *(f"{length:,}" for length in lengths)]
-    return Table("RULER", "Scores from 0 to 100.", _named(reports, header), rows, ("ruler",))
+    text = "Scores from 0 to 100; the mean is over the tasks that were measured."
+    return Table("RULER", text, _named(reports, header), rows, ("ruler",))
 
 
 def _mean_by_length(report: Report, name: str) -> dict[int, float]:

@@ -2,9 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,65 +12,16 @@ import torch
 from tensorlm.metrics import git_commit
 
 from .attribution import attribute, near_losses
+from .limits import Limits
 from .model import EvaluatedModel
 from .perplexity import Losses, compare_lengths, measure_length
 from .prompts import Task
-from .ranks import DoesNotFitError
 from .results import Attribution, Cell, Example, LengthResult, Ratio, Report, TaskScore
 from .retrieval import needle_task, passkey_task
 from .ruler import ruler_tasks
 from .scoring import score_tasks
 from .settings import EvalConfig
 from .text import Documents, Prose, choose_spans, make_prose
-
-
-@dataclass
-class _Fit:
-    """What fits: the longest length that did, and what it needed beyond the weights, in bytes.
-
-    problems: lengths that did not fit; notes: what else a reader must know.
-    """
-
-    device: torch.device
-    weights: int = 0
-    length: int = 0
-    needed: int = 0
-    problems: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        if self.device.type == "cuda":
-            self.weights = torch.cuda.memory_allocated(self.device)
-
-    @contextmanager
-    def trying(self, what: str, length: int) -> Iterator[None]:
-        """Note what `length` needs, or that there is too little memory for it."""
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-        try:
-            yield
-        except DoesNotFitError:
-            self.problems.append(
-                f"eval.lengths: {what} at {length} tokens does not fit into {self._size()} "
-                f"({self._advice(length)})"
-            )
-        else:
-            if self.device.type == "cuda" and length >= self.length:
-                self.needed = torch.cuda.max_memory_allocated(self.device) - self.weights
-            self.length = max(self.length, length)
-
-    def _size(self) -> str:
-        if self.device.type == "cuda":
-            properties = torch.cuda.get_device_properties(self.device)
-            return f"{properties.name}'s {properties.total_memory / 2**30:.1f} GiB"
-        return "memory"
-
-    def _advice(self, length: int) -> str:
-        if self.device.type == "cuda" and self.needed > 0:
-            total = torch.cuda.get_device_properties(self.device).total_memory
-            room = int(0.95 * (total - self.weights) / self.needed * self.length)
-            return f"about {max(self.length, min(room, length - 1) // 1024 * 1024)} tokens would"
-        return f"{self.length} did" if self.length else f"try {length // 2}"
 
 
 def evaluate(settings: EvalConfig, model: EvaluatedModel, documents: Documents) -> Report:
@@ -85,18 +34,18 @@ def evaluate(settings: EvalConfig, model: EvaluatedModel, documents: Documents) 
     """
     started = time.perf_counter()
     lengths = sorted(settings.lengths or (model.trained_length,))
-    fit = _Fit(model.device)
+    limits = Limits(model.device)
     found: dict[str, Any] = {"examples": []}
     if "ppl" in settings.tasks:
-        found |= _perplexity(settings, model, documents, lengths, fit)
+        found |= _perplexity(settings, model, documents, lengths, limits)
     if set(settings.tasks) - {"ppl"}:
         prose = make_prose(documents, model.tokenizer, max(lengths))
         for name in ("passkey", "niah"):
             if name in settings.tasks:
-                found[name], examples = _heat_map(name, settings, model, lengths, prose, fit)
+                found[name], examples = _heat_map(name, settings, model, lengths, prose, limits)
                 found["examples"] += examples
         if "ruler" in settings.tasks:
-            found["ruler"], examples = _ruler(settings, model, lengths, prose, fit)
+            found["ruler"], examples = _ruler(settings, model, lengths, prose, limits)
             found["examples"] += examples
     facts = {
         "seconds": round(time.perf_counter() - started, 1),
@@ -112,8 +61,8 @@ def evaluate(settings: EvalConfig, model: EvaluatedModel, documents: Documents) 
         step=model.step,
         trained_length=model.trained_length,
         facts=facts,
-        problems=fit.problems,
-        notes=fit.notes,
+        problems=limits.problems,
+        notes=limits.notes(),
         **found,
     )
 
@@ -123,13 +72,13 @@ def _perplexity(
     model: EvaluatedModel,
     documents: Documents,
     lengths: list[int],
-    fit: _Fit,
+    limits: Limits,
 ) -> dict[str, Any]:
     spans = choose_spans(documents, settings.segment or max(lengths), settings.max_tokens)
     results: list[LengthResult] = []
     tables: dict[int, Losses] = {}
     for length in lengths:
-        with fit.trying("ppl", length):
+        with limits.trying("ppl", length):
             result, table = measure_length(model, spans, length, settings.slide, settings.seed)
             results.append(result)
             tables[length] = table
@@ -138,7 +87,7 @@ def _perplexity(
     gains: list[Attribution] = []
     longer = [length for length in tables if 0 < settings.near < length]
     if longer:
-        with fit.trying("attribution", settings.near):
+        with limits.trying("attribution", settings.near):
             near = near_losses(model, spans, settings.near)
             gains = [
                 attribute(near, tables[length], owner, length, settings.near, seed)
@@ -153,7 +102,7 @@ def _heat_map(
     model: EvaluatedModel,
     lengths: list[int],
     prose: Prose,
-    fit: _Fit,
+    limits: Limits,
 ) -> tuple[list[Cell], list[Example]]:
     depths = np.linspace(0, 1, settings.depths).tolist() if settings.depths > 1 else [0.5]
     make: Callable[[float], Task] = (
@@ -162,14 +111,14 @@ def _heat_map(
     cells: list[Cell] = []
     examples: list[Example] = []
     for length in lengths:
-        with fit.trying(name, length):
+        with limits.trying(name, length):
             tasks = [make(depth) for depth in depths]
             found = score_tasks(
                 model, tasks, length, settings.repeats, settings.seed, f"{name} {length:>7,}"
             )
             examples += found.examples
             if len(found.too_long) == len(tasks):
-                fit.notes.append(f"{name}: its shortest prompt has more than {length} tokens")
+                limits.too_short(length, name)
             cells += [
                 Cell(length=length, depth=d, accuracy=a, num_samples=settings.repeats)
                 for d, a in zip(depths, found.scores.mean(axis=1).tolist(), strict=True)
@@ -183,7 +132,7 @@ def _ruler(
     model: EvaluatedModel,
     lengths: list[int],
     prose: Prose,
-    fit: _Fit,
+    limits: Limits,
 ) -> tuple[list[TaskScore], list[Example]]:
     qa_files = [Path(file) for file in settings.qa]
     scores: list[TaskScore] = []
@@ -193,15 +142,13 @@ def _ruler(
             if settings.ruler and task.name not in settings.ruler:
                 continue
             started = time.perf_counter()
-            with fit.trying("ruler", length):
+            with limits.trying("ruler", length):
                 found = score_tasks(
                     model, [task], length, settings.samples, settings.seed,
                     f"{task.name:>15} {length:>7,}",
                 )  # fmt: skip
                 if found.too_long:
-                    fit.notes.append(
-                        f"{task.name}: its shortest prompt has more than {length} tokens"
-                    )
+                    limits.too_short(length, task.name)
                     continue
                 examples += found.examples
                 scores.append(

@@ -35,6 +35,8 @@ def score_tasks(
     units = [fit_units(task, seed, length, model.encode) for task in tasks]
     fitting = [t for t in range(len(tasks)) if units[t] is not None]
     jobs = [(t, index) for t in fitting for index in range(num_prompts)]
+    if not jobs:
+        return Scores(np.full((len(tasks), num_prompts), np.nan), tasks, [])
     mine = jobs[model.grid.rank :: model.grid.world_size]
     examples: list[Example] = []
 

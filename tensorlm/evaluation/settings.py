@@ -51,7 +51,7 @@ class EvalConfig(Section):
         problems += [
             f"lengths: {n} does not divide {longest} (every length predicts the same tokens)"
             for n in self.lengths
-            if n >= 2 and longest % n
+            if "ppl" in self.tasks and n >= 2 and longest % n
         ]
         for name in set(self.ruler) - set(RULER_TASKS):
             problems.append(f"ruler: no task {name} (tasks: {', '.join(RULER_TASKS)})")

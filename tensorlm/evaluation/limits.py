@@ -1,0 +1,67 @@
+"""Which lengths an evaluation could not measure, and why: in one line each, with what would fit."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from .ranks import DoesNotFitError
+
+_USABLE = 0.95  # of the memory that the weights leave; the rest is lost between allocations
+
+
+class Limits:
+    """Collects the lengths that need too much memory, and those too short for a task's prompts."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.problems: list[str] = []
+        self._device = device
+        self._is_cuda = device.type == "cuda"
+        self._weights = torch.cuda.memory_allocated(device) if self._is_cuda else 0
+        self._longest: dict[str, tuple[int, int]] = {}  # what: (length that fitted, its bytes)
+        self._without_room: dict[int, list[str]] = {}
+
+    @contextmanager
+    def trying(self, what: str, length: int) -> Iterator[None]:
+        """Measure `what` at `length`: too little memory becomes a problem and not an exception."""
+        if self._is_cuda:
+            torch.cuda.reset_peak_memory_stats(self._device)
+        try:
+            yield
+        except DoesNotFitError:
+            problem = (
+                f"eval.lengths: {what} at {length} tokens does not fit into {self._memory()} "
+                f"({self._advice(what, length)})"
+            )
+            if problem not in self.problems:
+                self.problems.append(problem)
+        else:
+            peak = torch.cuda.max_memory_allocated(self._device) if self._is_cuda else 0
+            self._longest[what] = max(self._longest.get(what, (0, 0)), (length, peak))
+
+    def too_short(self, length: int, task: str) -> None:
+        """Not even the shortest prompt of `task` has room in `length` tokens."""
+        self._without_room.setdefault(length, []).append(task)
+
+    def notes(self) -> list[str]:
+        """A line for each length without room for some prompts."""
+        return [
+            f"at {length} tokens there is no room for a prompt of: {', '.join(tasks)}"
+            for length, tasks in self._without_room.items()
+        ]
+
+    def _memory(self) -> str:
+        if not self._is_cuda:
+            return "memory"
+        properties = torch.cuda.get_device_properties(self._device)
+        return f"the {properties.total_memory / 2**30:.1f} GiB of {properties.name}"
+
+    def _advice(self, what: str, length: int) -> str:
+        fitted, peak = self._longest.get(what, (0, 0))
+        if not fitted:
+            return f"try {length // 2}"
+        if peak <= self._weights:
+            return f"{fitted} did"
+        total = torch.cuda.get_device_properties(self._device).total_memory
+        room = (total - self._weights) * _USABLE / (peak - self._weights) * fitted
+        return f"about {max(fitted, min(int(room), length - 1) // 1024 * 1024)} would"

@@ -1,0 +1,146 @@
+"""The evaluation launcher and the evaluations of a training run, as users start them."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from fold_parallel import Grid
+from tensorlm.checkpoint import select_checkpoint
+from tensorlm.config import load_config
+from tensorlm.evaluation.model import open_checkpoint_model
+from tensorlm.evaluation.results import read_report
+from tensorlm.evaluation.run import evaluate
+from tensorlm.evaluation.text import held_out_documents
+from tensorlm.hf.export_folder import export_checkpoint
+from tests.evaluation.solver import SPAN
+from tests.tensorlm.launching import ROOT, TINY, launch_command, launch_environment
+
+SMALL = ["eval.near=64", "eval.depths=2", "eval.repeats=2"]
+
+
+def launch(*arguments: str, code: int = 0) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "launcher/evaluate.py", *arguments]
+    result = subprocess.run(
+        command, cwd=ROOT, env=launch_environment(), capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == code, result.stdout + result.stderr
+    return result
+
+
+def test_checkpoint_and_exported_folder_have_one_report(solver: Path, tmp_path: Path) -> None:
+    config = load_config(solver)
+    run_dir = Path(config.run.dir)
+    settings = ["--config", str(solver), *SMALL]
+    tasks = ["--lengths", f"90,{SPAN}", "--tasks", "ppl,passkey"]
+    ours = launch(*settings, *tasks)
+    assert "Perplexity by length" in ours.stdout
+    folder = run_dir / "eval/step-00000000"
+    assert {"report.json", "report.md", "report.html", "passkey.png"} <= {
+        path.name for path in folder.iterdir()
+    }
+    events = EventAccumulator(str(run_dir / "tensorboard")).Reload()
+    assert f"eval/ppl/{SPAN}" in events.Tags()["scalars"]
+
+    checkpoint = select_checkpoint(run_dir, 0)
+    tokenizer = Path(config.data.path) / "tokenizer"
+    export_checkpoint(checkpoint, config, tmp_path / "hf", "fp32", tokenizer)
+    launch(*settings, *tasks, "--hf", str(tmp_path / "hf"), "--output", str(tmp_path / "report"))
+    checkpoint_report = read_report(folder / "report.json")
+    exported_report = read_report(tmp_path / "report/report.json")
+    assert exported_report.trained_length == checkpoint_report.trained_length == 96
+    for a, b in zip(checkpoint_report.perplexity, exported_report.perplexity, strict=True):
+        assert a.perplexity == pytest.approx(b.perplexity, rel=1e-5)
+    assert checkpoint_report.passkey == exported_report.passkey
+    assert checkpoint_report.passkey[-1].accuracy == 1
+
+    joint = launch(
+        "--compare", str(folder), str(tmp_path / "report"), "--output", str(tmp_path / "joint")
+    )
+    assert "run step 0" in joint.stdout
+    page = (tmp_path / "joint/report.html").read_text()
+    assert page.count("data:image/png;base64,") == 4
+
+
+def test_mistakes_are_one_line(solver: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", MISTAKES, str(solver), str(tmp_path)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    found = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    expected = [
+        "error: eval.lengths: no held-out document has the 1048577 tokens",
+        "eval: lengths: 60 does not divide 90",
+        "eval.tasks.0: input should be 'ppl', 'passkey', 'niah' or 'ruler'",
+        "eval: ruler: no task vtt",
+        "eval: ruler: qa_1 and qa_2 need files (eval.qa)",
+        "no config.json (make it with launcher/convert.py export)",
+        "--config: missing",
+        "--compare: no report.json below",
+    ]
+    assert len(found) == len(expected), result.stderr
+    for line, part in zip(found, expected, strict=True):
+        assert part in line
+
+
+# Several mistakes in one process: importing torch takes longer than all of them.
+MISTAKES = """
+import runpy, sys
+from tensorlm.errors import UserError
+config, folder = sys.argv[1:]
+for arguments in (
+    ["--config", config, "--lengths", "1048576"],
+    ["--config", config, "--lengths", "60,90"],
+    ["--config", config, "--tasks", "pll"],
+    ["--config", config, 'eval.ruler=["vtt"]'],
+    ["--config", config, 'eval.ruler=["qa_1"]'],
+    ["--config", config, "--hf", folder],
+    [],
+    ["--compare", folder, "--output", folder],
+):
+    sys.argv = ["launcher/evaluate.py", *arguments]
+    try:
+        runpy.run_path("launcher/evaluate.py")["main"]()
+    except UserError as error:
+        for problem in error.problems:
+            print("error:", problem, file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize(
+    ("launcher", "ranks", "stage", "tasks"),
+    [("torchrun", 2, 3, '["ppl"]'), ("python", 1, 2, '["ppl","passkey"]')],
+    ids=["zero 3", "zero 2"],
+)
+def test_training_evaluates_every_few_steps(
+    data: Path, tmp_path: Path, launcher: str, ranks: int, stage: int, tasks: str
+) -> None:
+    config = tmp_path / "config.toml"
+    config.write_text(TINY.format(run=tmp_path / "run", data=data))
+    command = [
+        *launch_command(launcher, ranks), "--config", str(config), "train.stop_at=4",
+        "eval.every=2", f"zero.stage={stage}", f"eval.tasks={tasks}", "eval.lengths=[128,256]",
+        "eval.near=64", "eval.max_tokens=2048", "eval.depths=1", "eval.repeats=2",
+        "checkpoint.every=4",
+    ]  # fmt: skip
+    subprocess.run(
+        command, cwd=ROOT, env=launch_environment(), capture_output=True, check=True, timeout=300
+    )
+    steps = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert len(steps) == 4
+    reports = [read_report(tmp_path / f"run/eval/step-0000000{n}/report.json") for n in (2, 4)]
+    assert reports[1].perplexity[0].loss < reports[0].perplexity[0].loss  # it learned in between
+    events = EventAccumulator(str(tmp_path / "run/tensorboard")).Reload()
+    assert [point.step for point in events.Scalars("eval/ppl/128")] == [2, 4]
+
+    # The same checkpoint, evaluated afterwards on one process.
+    overrides = ["eval.lengths=[128,256]", "eval.near=64", "eval.max_tokens=2048"]
+    settings = load_config(config, overrides)
+    model = open_checkpoint_model(settings, 4, torch.device("cpu"), Grid())
+    documents = held_out_documents(settings, model.tokenizer, Path(data) / "tokenizer")
+    after = evaluate(settings.eval, model, documents)
+    for a, b in zip(reports[1].perplexity, after.perplexity, strict=True):
+        assert a.perplexity == pytest.approx(b.perplexity, rel=1e-5)

@@ -1,0 +1,113 @@
+"""The report: complete, readable by itself, joined from parts, refused when damaged."""
+
+import re
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.tensorboard import SummaryWriter
+
+from tensorlm.errors import UserError
+from tensorlm.evaluation.report import format_report, log_to_tensorboard, write_reports
+from tensorlm.evaluation.results import (
+    Attribution,
+    Bucket,
+    Cell,
+    Example,
+    Gain,
+    LengthResult,
+    Mean,
+    Ratio,
+    Report,
+    TaskScore,
+    merge_reports,
+    read_report,
+)
+
+
+def make_report(name: str, lengths: tuple[int, ...], accuracy: float = 0.5) -> Report:
+    """A report with something in every section."""
+    mean = Mean(mean=2.0, low=1.9, high=2.1)
+    gain = Gain(start=4096, stop=8192, near_loss=2.1, full_loss=2.0, gain=mean)
+    return Report(
+        name=name,
+        step=30,
+        trained_length=4096,
+        facts={"device": "<CPU & more>"},
+        perplexity=[
+            LengthResult(
+                length=n, loss=2.0, perplexity=7.389, low=7.0, high=7.7,
+                sliding_perplexity=None if n == lengths[-1] else 7.2, num_tokens=1 << 20,
+                num_documents=9, seconds=1.5, buckets=[Bucket(start=0, stop=n, loss=mean)],
+            )
+            for n in lengths
+        ],
+        ratios=[Ratio(length=8192, multiple=2, ratio=mean)],
+        attribution=[Attribution(length=8192, near=4096, total=gain, buckets=[gain, gain])],
+        passkey=[Cell(length=n, depth=0.5, accuracy=accuracy, num_samples=4) for n in lengths],
+        niah=[Cell(length=n, depth=d, accuracy=d, num_samples=4) for n in lengths for d in (0, 1)],
+        ruler=[
+            TaskScore(task="vt", length=n, score=0.25, num_samples=8, seconds=1) for n in lengths
+        ],
+        examples=[Example(task="vt", length=64, answers=["<a>"], prediction="&\n", score=0)],
+    )  # fmt: skip
+
+
+def test_page_is_whole_without_any_other_file(tmp_path: Path) -> None:
+    write_reports(tmp_path, [make_report("runs/a", (4096, 8192))])
+    page = (tmp_path / "report.html").read_text()
+    assert not re.search(r"""(?:src|href)=["'](?!data:image/png;base64,)""", page)
+    assert "http" not in page
+    assert "<script" not in page
+    assert page.count("<img ") == 6
+    assert "&lt;CPU &amp; more&gt;" in page
+    assert "expected: &lt;a&gt;" in page
+    text = (tmp_path / "report.md").read_text()
+    assert text.startswith("# Evaluation of runs/a step 30")
+    for name in re.findall(r"\]\((\w+\.png)\)", text):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    assert "| 8,192 | 2.00 | 2.0000 | 7.389 | 7.000 - 7.700 |" in text
+
+
+def test_json_comes_back_as_it_was(tmp_path: Path) -> None:
+    report = make_report("a", (4096,))
+    diverged = report.model_copy(
+        update={"ratios": [Ratio(length=8192, multiple=2, ratio=Mean(mean=float("nan")))]}
+    )
+    diverged.write(tmp_path)
+    assert "NaN" in (tmp_path / "report.json").read_text()
+    assert repr(read_report(tmp_path / "report.json")) == repr(diverged)
+
+
+@pytest.mark.parametrize(
+    "content", ["{", '{"name": "a"}', '{"name": "a", "trained_length": 1, "x": 2}']
+)
+def test_damaged_report_is_one_line(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "report.json"
+    path.write_text(content)
+    with pytest.raises(UserError, match=r"report.json: not a report \(") as caught:
+        read_report(path)
+    assert len(caught.value.problems) == 1
+
+
+def test_lengths_of_one_model_join_and_models_stay_apart() -> None:
+    parts = [make_report("a", (8192,)), make_report("a", (4096,)), make_report("b", (4096,), 1.0)]
+    first, second = merge_reports(parts)
+    assert [result.length for result in first.perplexity] == [4096, 8192]
+    assert [score.length for score in first.ruler] == [4096, 8192]
+    assert second == parts[2]
+    table = format_report([first, second])
+    assert re.search(r"a step 30 +passkey +8,192 +50.0%", table)
+    assert re.search(r"b step 30 +passkey +4,096 +100.0%", table)
+
+
+def test_tensorboard_has_the_scalars_and_figures(tmp_path: Path) -> None:
+    with SummaryWriter(str(tmp_path)) as writer:
+        log_to_tensorboard(writer, make_report("a", (4096, 8192)), 30)
+    events = EventAccumulator(str(tmp_path)).Reload()
+    (point,) = events.Scalars("eval/ppl/8192")
+    assert (point.step, point.value) == (30, pytest.approx(7.389))
+    assert {"eval/gain/8192", "eval/ruler/vt/4096", "eval/passkey/4096"} <= set(
+        events.Tags()["scalars"]
+    )
+    assert {"eval/needle", "eval/perplexity", "eval/attribution"} <= set(events.Tags()["images"])
