@@ -17,8 +17,6 @@ from .data.feed import Feed
 from .data.loader import PackedRows, open_rows
 from .engine import Engine, init_distributed, leave_distributed
 from .errors import EXIT_DONE, EXIT_PREEMPTED, UserError
-from .evaluation.launch import check_held_out, evaluate_in_training
-from .evaluation.model import wrap_training_model
 from .flops import num_parameters, peak_flops, recomputed_flops, train_flops
 from .guards import StepGuard, check_disk_space, check_replicas, lock_run
 from .launch_env import LaunchEnv
@@ -77,6 +75,8 @@ def train(config: Config, launch: LaunchEnv, stop: StopRequest) -> int:
     if launch.rank == 0:
         lock_run(Path(config.run.dir))
     if config.eval.every:
+        from .evaluation.launch import check_held_out  # see evaluate_run
+
         check_held_out(config)
     run = start(config, launch)
     state, watchdog = run.state, run.watchdog
@@ -116,10 +116,7 @@ def train(config: Config, launch: LaunchEnv, stop: StopRequest) -> int:
             saver.save(state.step, run.engine.parameter_slices(), describe_state(run))
         if config.eval.every and state.step % config.eval.every == 0 and not stopping:
             watchdog.enter("eval", state.step)
-            model = wrap_training_model(
-                config, run.engine.module, state.step, run.device, run.grid, watchdog.progress
-            )
-            evaluate_in_training(config, model, metrics.writer if metrics else None)
+            evaluate_run(run, metrics)
 
     watchdog.enter("save", state.step)
     saver.wait()
@@ -132,6 +129,18 @@ def train(config: Config, launch: LaunchEnv, stop: StopRequest) -> int:
     leave_distributed()
     watchdog.stop()
     return EXIT_PREEMPTED if stopping and state.step < last_step else EXIT_DONE
+
+
+def evaluate_run(run: Run, metrics: Metrics | None) -> None:
+    """Evaluate the model as it is now; all ranks together."""
+    # They import transformers: a quarter of the time that a rank takes to start.
+    from .evaluation.launch import evaluate_in_training
+    from .evaluation.model import wrap_training_model
+
+    model = wrap_training_model(
+        run.config, run.engine.module, run.state.step, run.device, run.grid, run.watchdog.progress
+    )
+    evaluate_in_training(run.config, model, metrics.writer if metrics else None)
 
 
 def start(config: Config, launch: LaunchEnv, before: int | None = None) -> Run:
