@@ -2,6 +2,7 @@
 
 `attention` times tensorized attention against full attention and a window on one GPU.
 `train` times forward and backward of a model against full attention and Hugging Face's Llama.
+`data` times preparing, planning and serving data, one process on any machine.
 `sp` times one layer of a configuration, its rows shared by the ranks of this job (under deepspeed,
 torchrun or srun), and projects it to 8 ... 1,024 GPUs:
 
@@ -12,6 +13,7 @@ torchrun --nproc_per_node 4 launcher/benchmark.py sp --config C parallel.sp=4 da
 
 import argparse
 import json
+import os
 from dataclasses import asdict
 from pathlib import Path
 
@@ -29,6 +31,7 @@ def main() -> int:
     add_train(commands.add_parser("train", help="a model, folded and not, and Hugging Face's"))
     add_sp(commands.add_parser("sp", help="one layer whose rows are shared by ranks"))
     add_conversion(commands.add_parser("conversion", help="memory of import and export"))
+    add_data(commands.add_parser("data", help="preparing, planning and serving data"))
     args = parser.parse_args()
     return int(args.run(args))
 
@@ -43,6 +46,24 @@ def add_attention(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every number")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="plot time against length")
     parser.set_defaults(run=attention)
+
+
+def add_data(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--documents", type=int, default=10_000_000, help="to plan")
+    parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="default: one made for this")
+    parser.add_argument("--max-bytes", type=int, default=20_000_000, help="text to encode")
+    parser.set_defaults(run=data)
+
+
+def data(args: argparse.Namespace) -> int:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core
+    from tensorlm.benchmarks import data as bench
+
+    for line in bench.measure_planning(args.documents):
+        print(line, flush=True)
+    for line in bench.measure_data(args.tokenizer, args.max_bytes):
+        print(line, flush=True)
+    return 0
 
 
 def attention(args: argparse.Namespace) -> int:

@@ -13,6 +13,7 @@ import fnmatch
 import glob
 import io
 import json
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -25,6 +26,7 @@ import pyarrow.parquet as pq
 from tensorlm.errors import UserError
 
 HUB = "hf:"
+_KINDS = {".json": "json", ".jsonl": "jsonl", ".parquet": "parquet", ".arrow": "arrow"}
 _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 _BATCH_ROWS = 256
 
@@ -140,12 +142,11 @@ def read_part(part: Part, text_field: str) -> Iterator[str]:
 def _kind(source: str) -> str:
     if source.startswith(HUB):
         return "dataset"
-    suffix = Path(source.removesuffix(".gz").removesuffix(".zst")).suffix
-    kind = {".json": "json", ".jsonl": "jsonl", ".parquet": "parquet", ".arrow": "arrow"}
-    is_packed = Path(source).suffix in _COMPRESSIONS
-    if suffix == ".jsonl" and is_packed:
-        return "json"
-    return kind.get(suffix, "text")
+    name, suffix = os.path.splitext(source)
+    if suffix not in _COMPRESSIONS:
+        return _KINDS.get(suffix, "text")
+    kind = _KINDS.get(os.path.splitext(name)[1], "text")
+    return "json" if kind == "jsonl" else kind  # packed, it cannot be cut
 
 
 def _extent(source: str, text_field: str) -> tuple[int, int, bool]:
@@ -184,7 +185,7 @@ def _column(names: Iterable[str], text_field: str, source: str) -> int:
 
 def _open_bytes(source: str) -> Any:
     """The file's content as a buffered stream, decompressed where its name says so."""
-    compression = _COMPRESSIONS.get(Path(source).suffix)
+    compression = _COMPRESSIONS.get(os.path.splitext(source)[1])
     if compression is None:
         return open(source, "rb")
     return io.BufferedReader(pa.input_stream(source, compression=compression), 1 << 20)

@@ -7,6 +7,7 @@ never made again; the index that makes a split readable is written when all of i
 
 import contextlib
 import hashlib
+import itertools
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -202,16 +203,18 @@ def encode_shard(job: _Job, progress: Progress) -> None:
         }
         for part in job.parts:
             left = part.num_bytes
-            for texts in _batches(read_part(part, job.text_field)):
-                num_tokens, num_bytes = 0, 0
-                for text, ids in zip(texts, encoder(texts), strict=True):
-                    content = text.encode()
-                    split = "valid" if _place(content) < job.holdout else "train"
-                    writers[split].add(ids, len(content))
-                    num_tokens += len(ids)
-                    num_bytes += len(content)
-                progress.add(len(texts), num_tokens, min(left, num_bytes))
-                left -= min(left, num_bytes)
+            for texts in batches(read_part(part, job.text_field)):
+                documents, contents = encoder(texts), [text.encode() for text in texts]
+                is_held_out = [job.holdout > 0 and _place(c) < job.holdout for c in contents]
+                for split, writer in writers.items():
+                    here = [held == (split == "valid") for held in is_held_out]
+                    writer.add(
+                        list(itertools.compress(documents, here)),
+                        sum(map(len, itertools.compress(contents, here))),
+                    )
+                num_bytes = min(left, sum(map(len, contents)))
+                progress.add(len(texts), sum(map(len, documents)), num_bytes)
+                left -= num_bytes
             progress.add(0, 0, left)  # a compressed or half empty part is done, too
 
 
@@ -220,7 +223,7 @@ def _place(content: bytes) -> float:
     return float(int.from_bytes(hashlib.sha256(content).digest()[:8]) / 2**64)
 
 
-def _batches(texts: Iterator[str]) -> Iterator[list[str]]:
+def batches(texts: Iterator[str]) -> Iterator[list[str]]:
     """Group documents so that the tokenizer can use its threads, and memory stays small."""
     batch: list[str] = []
     num_characters = 0

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -118,9 +119,12 @@ class ShardWriter:
         self._num_tokens = self._num_bytes = self._max_id = 0
         self._tokens = _AtomicFile(self._path.with_suffix(".tokens"))
 
-    def add(self, ids: NDArray[Any], num_bytes: int = 0) -> None:
-        """Append one document of `num_bytes` bytes of text."""
-        largest = int(ids.max()) if ids.size else 0
+    def add(self, documents: Sequence[NDArray[Any]], num_bytes: int = 0) -> None:
+        """Append documents, none of them empty, that are `num_bytes` bytes of text together."""
+        if not documents:
+            return
+        ids = np.concatenate(documents)
+        largest = int(ids.max())
         if largest >= self._header["vocab_size"]:
             raise UserError(
                 f"{self._path}: token id {largest} is outside the vocabulary of "
@@ -128,9 +132,9 @@ class ShardWriter:
             )
         self._tokens.write(ids.astype(self._header["dtype"]).tobytes())
         self._max_id = max(self._max_id, largest)
+        self._ends += (self._num_tokens + np.cumsum([len(d) for d in documents])).tolist()
         self._num_tokens += len(ids)
         self._num_bytes += num_bytes
-        self._ends.append(self._num_tokens)
 
     def __enter__(self) -> "ShardWriter":
         return self

@@ -6,6 +6,7 @@ end-of-document ids are placed here by id, never by the tokenizer's own template
 
 import hashlib
 import json
+from array import array
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -146,4 +147,6 @@ class DocumentEncoder:
     def __call__(self, texts: list[str]) -> list[NDArray[np.uint32]]:
         """Encode documents; the same ids for any grouping of them."""
         encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
-        return [np.array([self.bos_id, *e.ids, self.eos_id], dtype=np.uint32) for e in encodings]
+        # An array of the standard library takes a list three times as fast as one of numpy.
+        lists = (array("I", [self.bos_id, *e.ids, self.eos_id]) for e in encodings)
+        return [np.frombuffer(ids, np.uint32) for ids in lists]

@@ -45,8 +45,8 @@ def test_a_writer_that_fails_leaves_nothing(tmp_path: Path) -> None:
 
     def write() -> None:
         with ShardWriter(tmp_path, 0, vocab_size=12, **options) as shard:
-            shard.add(np.arange(12))
-            shard.add(np.arange(13))
+            shard.add([np.arange(12)])
+            shard.add([np.arange(5), np.arange(13)])
 
     with pytest.raises(UserError, match="token id 12 is outside the vocabulary of 12"):
         write()
@@ -155,7 +155,7 @@ def rewritten(**options: Any) -> Callable[[Path], None]:
     def damage(folder: Path) -> None:
         values = {"vocab_size": 1000, "bos_id": 1, "eos_id": 2, "tokenizer_sha256": "tokenizer"}
         with ShardWriter(folder, 1, **{**values, **options}) as shard:
-            shard.add(np.arange(7))
+            shard.add([np.arange(7)])
         write_index(folder, 2)
 
     return damage

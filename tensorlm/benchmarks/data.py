@@ -1,0 +1,90 @@
+"""How fast data is prepared, planned and served, by one process on this machine.
+
+Seconds are of this process's CPU time, so that a busy machine tells the same as an idle one.
+"""
+
+import resource
+import sysconfig
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from tensorlm.data.loader import PackedRows, RowStage
+from tensorlm.data.packing import plan_rows
+from tensorlm.data.prepare import batches, encode, find_files, read_documents
+from tensorlm.data.shards import Corpus
+from tensorlm.data.tokenizers import load_tokenizer, train_tokenizer
+
+SEQ_LENS = (4096, 32_768, 131_072)
+_MEAN_LENGTH, _SIGMA = 3000, 1.0
+_SERVE_SECONDS = 2.0
+
+
+def measure_planning(num_documents: int) -> Iterator[str]:
+    """Pack documents of log-normal length (mean 3,000 tokens, sigma 1)."""
+    rng = np.random.default_rng(0)
+    mean = np.log(_MEAN_LENGTH) - _SIGMA**2 / 2
+    lengths = np.maximum(rng.lognormal(mean, _SIGMA, num_documents), 1).astype(np.int64)
+    for seq_len in SEQ_LENS:
+        started = time.process_time()
+        plan = plan_rows(lengths, seq_len, "best_fit", 0)
+        seconds = time.process_time() - started
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        yield (
+            f"plan: {num_documents:,} documents into {plan.num_rows:,} rows of {seq_len:,}: "
+            f"{seconds:.1f} s, {plan.fill:.3%} full, {peak:.2f} GiB at most in this process"
+        )
+
+
+def measure_data(tokenizer: Path | None, num_bytes: int) -> Iterator[str]:
+    """Prepare source files of the standard library, and serve them."""
+    stdlib = sysconfig.get_path("stdlib")
+    files = find_files([f"{stdlib}/**/*.py"], ["*/site-packages/*", "*/test/*", "*/tests/*"])
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        if tokenizer is None:
+            tokenizer = folder / "tokenizer"
+            train_tokenizer(read_documents(files, "text", 4_000_000), 4096, tokenizer)
+        yield _measure_preparing(files, tokenizer, folder / "data", num_bytes)
+        corpus = Corpus(folder / "data/train")
+        for seq_len in SEQ_LENS:
+            yield _measure_serving(corpus, seq_len)
+
+
+def _measure_preparing(files: list[str], tokenizer: Path, output: Path, num_bytes: int) -> str:
+    texts = list(read_documents(files, "text", num_bytes))
+    backend = load_tokenizer(tokenizer).backend_tokenizer
+    alone = prepared = float("inf")
+    for attempt in range(4):
+        started = time.process_time()
+        for batch in batches(iter(texts)):
+            for encoding in backend.encode_batch_fast(batch, add_special_tokens=False):
+                assert encoding.ids is not None
+        alone = min(alone, time.process_time() - started)
+        started = time.process_time()
+        encode(files[:1], tokenizer, output.with_name(f"start-{attempt}"))
+        starting = time.process_time() - started
+        folder = output if attempt == 0 else output.with_name(f"again-{attempt}")
+        encode(files, tokenizer, folder, max_bytes=num_bytes)
+        prepared = min(prepared, time.process_time() - started - 2 * starting)
+    size = sum(len(text.encode()) for text in texts) / 1e6
+    return (
+        f"prepare: {size:.1f} MB, tokenizer alone {size / alone:.2f} MB/s, encode "
+        f"{size / prepared:.2f} MB/s a core: {alone / prepared:.1%}"
+    )
+
+
+def _measure_serving(corpus: Corpus, seq_len: int) -> str:
+    rows = PackedRows([corpus], [1.0], [RowStage(seq_len, None)], "best_fit", 0, 1)
+    num_rows = rows.sources[0].last_plan.num_rows
+    for index in range(num_rows):  # into the page cache
+        rows.batch(range(index, index + 1))
+    started, served = time.process_time(), 0
+    while (seconds := time.process_time() - started) < _SERVE_SECONDS:
+        rows.batch(range(served, served + 1))
+        served += 1
+    rate = served * seq_len / seconds / 1e6
+    return f"serve: rows of {seq_len:,}: {rate:.0f} M tokens/s"
