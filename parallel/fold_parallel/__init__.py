@@ -1,22 +1,16 @@
 """Fold-sharded sequence parallelism: tensorized attention over a row shared by several ranks."""
 
-from .attention import (
-    LocalAttention,
-    sharded_full_attention,
-    sharded_tensor_attention,
-)
+from .attention import sharded_tensor_attention
 from .grid import Grid, check_sizes, check_world, create_grid, legal_degrees
 from .traffic import Traffic, layer_traffic
 
 __all__ = [
     "Grid",
-    "LocalAttention",
     "Traffic",
     "check_sizes",
     "check_world",
     "create_grid",
     "layer_traffic",
     "legal_degrees",
-    "sharded_full_attention",
     "sharded_tensor_attention",
 ]

@@ -5,7 +5,7 @@ travels, per token and layer, is in `traffic`.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -24,10 +24,6 @@ from .swap import (
     start_rows_to_columns,
     tokens_to_heads,
 )
-
-# Full attention over whole rows with some of the heads: (q [B,T,h,D], k [B,T,g,D], v [B,T,g,E],
-# doc_start [B,T]) -> [B,T,h,E].
-LocalAttention = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 def sharded_tensor_attention(
@@ -76,21 +72,14 @@ def sharded_tensor_attention(
             q, k, v, fold, doc_start=doc_start, hop_bias=hop_bias, rotary=rotary, scale=scale,
             backend=backend,
         )  # fmt: skip
-    if not fold:
-
-        def attend(q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor) -> Tensor:
-            return tensor_attention(
-                q, k, v, [], doc_start=doc_start, rotary=rotary, scale=scale, backend=backend
-            )
-
-        return sharded_full_attention(q, k, v, attend, grid=grid, doc_start=doc_start)
-
-    seq_len = q.shape[1] * grid.sp
     _check(q, k, v, fold, grid, hop_bias, rotary)
-    assert grid.sp_group is not None
-    assert grid.swap_group is not None
     if doc_start is None:
         doc_start = torch.zeros(q.shape[:2], dtype=torch.int32, device=q.device)
+    if not fold:
+        return _full_attention(q, k, v, doc_start, grid, rotary, scale, backend)
+    seq_len = q.shape[1] * grid.sp
+    assert grid.sp_group is not None
+    assert grid.swap_group is not None
     depth = _depth_in_document(doc_start, grid)
 
     # Both exchanges are under way before hop 1 starts; only the halo is waited for.
@@ -112,41 +101,29 @@ def sharded_tensor_attention(
     return z
 
 
-def sharded_full_attention(
+def _full_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    attend: LocalAttention,
-    *,
+    doc_start: Tensor,
     grid: Grid,
-    doc_start: Tensor | None = None,
+    rotary: Rotary | None,
+    scale: float | None,
+    backend: Backend,
 ) -> Tensor:
-    """Full attention of a shared row: each rank attends over all tokens with H / P of the heads.
+    """Each rank attends over the whole row with H / P of the heads.
 
     Key heads are repeated until P divides them, so that P may exceed them.
-
-    Args:
-        q, k, v, doc_start: this rank's slices, as in `sharded_tensor_attention`.
-        attend: attention over whole rows; rotates q and k itself where that is wanted.
-        grid: the rank grid.
-
-    Returns:
-        [B, T/P, H, E].
-
-    Raises:
-        ValueError: if P does not divide the query heads.
     """
-    if doc_start is None:
-        doc_start = torch.zeros(q.shape[:2], dtype=torch.int32, device=q.device)
-    if grid.sp == 1:
-        return attend(q, k, v, doc_start)
-    check_sizes(q.shape[1] * grid.sp, grid.sp, [], full_attention_heads=q.shape[2])
     assert grid.swap_group is not None
     repeats = math.lcm(k.shape[2], grid.sp) // k.shape[2]
     k, v = (x.repeat_interleave(repeats, dim=2) if repeats > 1 else x for x in (k, v))
     everywhere = doc_start.to(torch.int32)[..., None].expand(-1, -1, grid.sp)
     q, k, v, doc_start = tokens_to_heads((q, k, v, everywhere), grid.swap_group)
-    (out,) = heads_to_tokens((attend(q, k, v, doc_start[..., 0]),), grid.swap_group)
+    out = tensor_attention(
+        q, k, v, [], doc_start=doc_start[..., 0], rotary=rotary, scale=scale, backend=backend
+    )
+    (out,) = heads_to_tokens((out,), grid.swap_group)
     return out
 
 
@@ -208,7 +185,7 @@ def _check(
     rotary: Rotary | None,
 ) -> None:
     seq_len, num_heads = q.shape[1] * grid.sp, q.shape[2]
-    check_sizes(seq_len, grid.sp, fold)
+    check_sizes(seq_len, grid.sp, fold, full_attention_heads=None if fold else num_heads)
     if k.shape[:2] != q.shape[:2] or v.shape[:3] != k.shape[:3] or num_heads % k.shape[2]:
         shapes = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
         raise ValueError(f"{shapes} do not match (H % K must be 0)")

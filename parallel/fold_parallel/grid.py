@@ -61,11 +61,15 @@ def create_grid(sp: int) -> Grid:
     check_world(world_size, sp)
     if sp == 1:
         return Grid(world_size, rank)
+    options = None
+    if dist.get_backend() == "nccl":
+        # Exchanges that hop 1 is to hide must not queue behind its blocks for a multiprocessor.
+        options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
     own: dict[str, dist.ProcessGroup] = {}
     for first in range(0, world_size, sp):
         members = list(range(first, first + sp))
         for name in ("sp", "swap"):
-            group = dist.new_group(members, group_desc=name)
+            group = dist.new_group(members, pg_options=options, group_desc=name)
             if rank in members:
                 own[name] = group
     return Grid(world_size, rank, sp, own["sp"], own["swap"])

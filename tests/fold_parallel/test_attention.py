@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from fold_parallel import Grid, create_grid, sharded_full_attention, sharded_tensor_attention
+from fold_parallel import Grid, create_grid, sharded_tensor_attention
 from tensor_attention import tensor_attention
 from tests.distributed import run_distributed
 from tests.fold_parallel.backends import device, ranks_and_backends, result
@@ -158,28 +158,6 @@ def test_rows_of_different_sequence_groups_do_not_meet(world_size: int, backend:
             torch.testing.assert_close(ours[name], x, rtol=1e-10, atol=1e-12)
 
 
-def attend_and_count(q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor) -> Tensor:
-    """A local attention of the caller's: must see whole rows, some heads, global documents."""
-    out = tensor_attention(q, k, v, [], doc_start=doc_start)
-    return torch.cat((out, torch.full_like(out[..., :1], q.shape[1])), dim=-1)
-
-
-def full_with_own_attention(sp: int) -> Tensor:
-    case, grid = FULL_CASES[0], create_grid(sp)
-    row, tokens = make_row(case), grid.tokens(case.seq_len)
-    q, k, v, doc_start = (x[:, tokens].to(device()) for x in (row.q, row.k, row.v, row.doc_start))
-    return result(sharded_full_attention(q, k, v, attend_and_count, grid=grid, doc_start=doc_start))
-
-
-@ranks_and_backends(4)
-def test_full_layers_use_the_attention_they_are_given(world_size: int, backend: str) -> None:
-    ranks = run_distributed(full_with_own_attention, world_size, world_size, backend=backend)
-    out = torch.cat(ranks, dim=1)
-    row = make_row(FULL_CASES[0])
-    expected = attend_and_count(row.q, row.k, row.v, row.doc_start)
-    torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-13)
-
-
 @pytest.mark.parametrize("case", [CASES[4], FULL_CASES[1]], ids=str)
 def test_one_rank_is_the_plain_operator_and_needs_no_process_group(case: Case) -> None:
     assert not dist.is_initialized()
@@ -191,10 +169,6 @@ def test_one_rank_is_the_plain_operator_and_needs_no_process_group(case: Case) -
     }  # fmt: skip
     ours = sharded_tensor_attention(row.q, row.k, row.v, case.fold, grid=Grid(), **options)
     assert torch.equal(ours, tensor_attention(row.q, row.k, row.v, case.fold, **options))
-    full = sharded_full_attention(
-        row.q, row.k, row.v, attend_and_count, grid=Grid(), doc_start=row.doc_start
-    )
-    assert torch.equal(full, attend_and_count(row.q, row.k, row.v, row.doc_start))
 
 
 @pytest.mark.parametrize(
