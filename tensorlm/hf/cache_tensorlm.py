@@ -95,6 +95,10 @@ class FoldLayer(CacheLayerMixin):
         """No limit."""
         return -1
 
+    def get_max_cache_shape(self) -> int:
+        """As `get_max_length`, by its name in transformers 4."""
+        return -1
+
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """(key length, offset) for masks, which this model does not build."""
         return self.num_tokens + query_length, 0
