@@ -104,7 +104,7 @@ def test_gradient_checkpointing_changes_no_gradient() -> None:
         model = tiny_llama().train()
         attach(model, fold=[8])
         if checkpointing:
-            model.gradient_checkpointing_enable()
+            model.activation_checkpointing_enable()
         model(tokens, labels=tokens).loss.backward()
         gradients.append({n: p.grad for n, p in model.named_parameters()})
     assert gradients[0].keys() == gradients[1].keys()
