@@ -178,23 +178,28 @@ class Cluster:
     def kill_node(self, node: str) -> None:
         """A node loses power: its daemon and all that it runs are gone, and Slurm notices."""
         self._daemons.pop(node).kill()
-        for process in self.processes():
+        for process in self._processes_on(node):
             with suppress(psutil.Error):
-                if process.environ().get("SLURMD_NODENAME") == node:
-                    for doomed in (process.parent(), process):
-                        if doomed and (doomed == process or doomed.name() == "slurmstepd"):
-                            doomed.kill()
+                for doomed in (process.parent(), process):
+                    if doomed and (doomed == process or doomed.name() == "slurmstepd"):
+                        doomed.kill()
         # Slurm would find out by itself after SlurmdTimeout.
         self.run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=power")
 
+    def kill_rank(self, node: str) -> None:
+        """A rank on that node dies."""
+        for process in self._processes_on(node):
+            with suppress(psutil.Error):
+                if _variable(process, "RANK"):
+                    process.kill()
+
+    def _processes_on(self, node: str) -> list[psutil.Process]:
+        return [p for p in self.processes() if _variable(p, "SLURMD_NODENAME") == node]
+
     def processes(self) -> list[psutil.Process]:
         """Everything alive that belongs to this cluster: daemons, job scripts, ranks."""
-        found = []
-        for process in psutil.process_iter():
-            with suppress(psutil.Error):
-                if process.environ().get("SLURM_CONF") == self.environment["SLURM_CONF"]:
-                    found.append(process)
-        return found
+        conf = self.environment["SLURM_CONF"]
+        return [p for p in psutil.process_iter() if _variable(p, "SLURM_CONF") == conf]
 
     def leftovers(self) -> list[str]:
         """What is alive besides the daemons themselves: nothing, when no job is there."""
@@ -245,3 +250,11 @@ class Cluster:
             claims="CPUs=64 RealMemory=1024000 Gres=gpu:2 State=UNKNOWN",
         )
         (self.folder / "slurm.conf").write_text(text)
+
+
+def _variable(process: psutil.Process, name: str) -> str | None:
+    """A variable of a process's environment; None also where it may not be read."""
+    try:
+        return process.environ().get(name)
+    except (psutil.Error, OSError):
+        return None

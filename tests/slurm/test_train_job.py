@@ -16,8 +16,6 @@ from tensorlm.metrics import git_commit
 from tests.slurm.conftest import Site
 from tests.tensorlm.launching import losses
 
-STEPS = ("train.steps=150", "checkpoint.every=10")
-
 
 def hashes(run: Path) -> list[str]:
     """sha256 of each rank's weights and Adam state at the newest checkpoint."""
@@ -26,16 +24,39 @@ def hashes(run: Path) -> list[str]:
     return [entry["sha256"] for entry in found.manifest["files"]]
 
 
+def check_head_of_log(log: Path, run: Path) -> None:
+    """Its first lines say what runs where; the run holds a link to it."""
+    head = log.read_text().partition("\nrun ")[0]
+    digest = hashlib.sha256(config_toml(load_config(run / "config.toml")).encode()).hexdigest()
+    for line in (
+        "nodes = 2 (node[1-2])",
+        "gpus = 1 on each node (nvidia-smi finds none)",
+        f"log = {log}",
+        f"run.dir = {run}",
+        "start = from scratch, of 80 steps",
+        f"commit = {git_commit()}",
+        f"config = {digest[:12]}",
+        "ranks = 2 (dp 1 x sp 2)",
+    ):
+        assert line in head.splitlines(), line
+    (port,) = re.findall(r"^launcher = srun, 2 ranks meet at 127.0.0.1:(\d+)$", head, re.MULTILINE)
+    with socket.socket() as probe:
+        assert probe.connect_ex(("127.0.0.1", int(port))) != 0  # nobody listens any more
+    assert (run / f"logs/{log.name}").read_text() == log.read_text()
+
+
 def test_job_disturbed_under_every_launcher_ends_like_an_undisturbed_one(
     site: Site, tmp_path: Path
 ) -> None:
     cluster, whole, broken = site.cluster, tmp_path / "whole", tmp_path / "broken"
     site.set_site("export LAUNCHER=srun")
-    job = site.train(whole, *STEPS)
+    steps = ("train.steps=80", "checkpoint.every=5")
+    job = site.train(whole, *steps)
     assert cluster.wait_for(job) == "COMPLETED", site.log(job)
+    check_head_of_log(site.folder / f"slurm/logs/llama8b-{job}.out", whole)
 
     site.set_site("export LAUNCHER=deepspeed")
-    job = site.train(broken, *STEPS)
+    job = site.train(broken, *steps)
 
     def preempt() -> None:
         size = ("--nodes=2", "--gpus-per-node=2", "--output=/dev/null")
@@ -51,12 +72,15 @@ def test_job_disturbed_under_every_launcher_ends_like_an_undisturbed_one(
         (preempt, "mpirun"),
         (lambda: cluster.run("scontrol", "requeue", job), "srun"),
         (kill_node, "deepspeed"),
+        (lambda: cluster.kill_rank("node1"), "srun"),
     ]
     for number, (disturb, next_launcher) in enumerate(disturbances, start=1):
+        # A rank that dies is made good for where there was progress, and only there.
+        sign = "\ncheckpoint " if number == 5 else "\nstep "
 
-        def is_training(starts: int = number) -> bool:
+        def is_training(starts: int = number, sign: str = sign) -> bool:
             parts = site.log(job).split("\n=== ")
-            return len(parts) == starts and "\nstep " in parts[-1]
+            return len(parts) == starts and sign in parts[-1]
 
         cluster.wait_until(is_training, f"steps of start {number}")
         site.set_site(f"export LAUNCHER={next_launcher}")
@@ -66,44 +90,16 @@ def test_job_disturbed_under_every_launcher_ends_like_an_undisturbed_one(
 
     log = site.log(job)
     launchers = re.findall(r"^launcher = (\w+), 2 ranks", log, re.MULTILINE)
-    assert launchers == ["deepspeed", "torchrun", "mpirun", "srun", "deepspeed"]
-    starts = re.findall(r"^start = (.*), of 150 steps$", log, re.MULTILINE)
+    assert launchers == ["deepspeed", "torchrun", "mpirun", "srun", "deepspeed", "srun"]
+    starts = re.findall(r"^start = (.*), of 80 steps$", log, re.MULTILINE)
     saved = re.findall(r"^requeue: saved .* continues (after step \d+)$", log, re.MULTILINE)
     # Asked to go, it saved where it was: no step is done twice.
     assert starts[:3] == ["from scratch", *saved]
+    assert re.search(r"^requeue: exit code \d+, after new checkpoints;", log, re.MULTILINE)
     assert hashes(broken) == hashes(whole)
     assert losses(broken) == losses(whole)
-
-
-def test_head_of_the_log_says_what_runs_where_and_the_run_keeps_a_link_to_it(
-    site: Site, tmp_path: Path
-) -> None:
-    # Four ranks, two on each node, to see that they are counted and placed.
-    size = ("--gpus-per-node=2", "--ntasks-per-node=2")
-    job = site.train(tmp_path / "run", "train.steps=3", options=size)
-    assert site.cluster.wait_for(job) == "COMPLETED", site.log(job)
-    log = site.folder / f"slurm/logs/llama8b-{job}.out"
-    head = log.read_text().partition("\nrun ")[0]
-    config = load_config(tmp_path / "run/config.toml")
-    digest = hashlib.sha256(config_toml(config).encode()).hexdigest()[:12]
-    for line in (
-        "nodes = 2 (node[1-2])",
-        "gpus = 2 on each node (nvidia-smi finds none)",
-        f"log = {log}",
-        f"run.dir = {tmp_path}/run",
-        "start = from scratch, of 3 steps",
-        f"commit = {git_commit()}",
-        f"config = {digest}",
-        "ranks = 4 (dp 2 x sp 2)",
-    ):
-        assert line in head.splitlines(), line
-    assert re.search(r"^launcher = deepspeed, 4 ranks meet at 127.0.0.1:\d+$", head, re.MULTILINE)
-    assert (tmp_path / f"run/logs/{log.name}").read_text() == log.read_text()
-    # The rendezvous and all else that was made for the job is gone.
-    port = int(head.rpartition(":")[2])
-    with socket.socket() as probe:
-        assert probe.connect_ex(("127.0.0.1", port)) != 0
-    left = [path.name for path in (tmp_path / "run").iterdir()]
+    # What was made for the job alone is gone.
+    left = [path.name for path in broken.iterdir()]
     assert not [name for name in left if name.startswith((".", "STOP", "REQUEUE"))]
 
 
