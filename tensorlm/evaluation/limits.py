@@ -1,29 +1,32 @@
-"""Which lengths an evaluation could not measure, and why: in one line each, with what would fit."""
+"""What an evaluation took, and which lengths it could not measure: a line each, with what fits."""
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
 from .ranks import DoesNotFitError
+from .results import Cost
 
 _USABLE = 0.95  # of the memory that the weights leave; the rest is lost between allocations
 
 
 class Limits:
-    """Collects the lengths that need too much memory, and those too short for a task's prompts."""
+    """Collects costs, lengths that need too much memory, and lengths too short for a prompt."""
 
     def __init__(self, device: torch.device) -> None:
         self.problems: list[str] = []
         self._device = device
         self._is_cuda = device.type == "cuda"
         self._weights = torch.cuda.memory_allocated(device) if self._is_cuda else 0
-        self._longest: dict[str, tuple[int, int]] = {}  # what: (length that fitted, its bytes)
+        self._costs: dict[tuple[str, int], tuple[float, int]] = {}  # seconds, bytes at the peak
         self._without_room: dict[int, list[str]] = {}
 
     @contextmanager
     def trying(self, what: str, length: int) -> Iterator[None]:
         """Measure `what` at `length`: too little memory becomes a problem and not an exception."""
+        started = time.perf_counter()
         if self._is_cuda:
             torch.cuda.reset_peak_memory_stats(self._device)
         try:
@@ -37,7 +40,21 @@ class Limits:
                 self.problems.append(problem)
         else:
             peak = torch.cuda.max_memory_allocated(self._device) if self._is_cuda else 0
-            self._longest[what] = max(self._longest.get(what, (0, 0)), (length, peak))
+            seconds, before = self._costs.get((what, length), (0.0, 0))
+            seconds += time.perf_counter() - started
+            self._costs[what, length] = (seconds, max(before, peak))
+
+    def costs(self) -> list[Cost]:
+        """Seconds and memory of all that was measured."""
+        return [
+            Cost(
+                what=what,
+                length=length,
+                seconds=round(seconds, 2),
+                memory_gib=round(peak / 2**30, 2) if self._is_cuda else None,
+            )
+            for (what, length), (seconds, peak) in self._costs.items()
+        ]
 
     def too_short(self, length: int, task: str) -> None:
         """Not even the shortest prompt of `task` has room in `length` tokens."""
@@ -57,9 +74,10 @@ class Limits:
         return f"the {properties.total_memory / 2**30:.1f} GiB of {properties.name}"
 
     def _advice(self, what: str, length: int) -> str:
-        fitted, peak = self._longest.get(what, (0, 0))
-        if not fitted:
+        measured = [(n, peak) for (name, n), (_, peak) in self._costs.items() if name == what]
+        if not measured:
             return f"try {length // 2}"
+        fitted, peak = max(measured)
         if peak <= self._weights:
             return f"{fitted} did"
         total = torch.cuda.get_device_properties(self._device).total_memory

@@ -5,7 +5,6 @@ windows of some length. `window_losses` measures such tables, the rest is arithm
 """
 
 import math
-import time
 from collections.abc import Iterator
 from itertools import pairwise
 
@@ -83,7 +82,6 @@ def measure_length(
     model: EvaluatedModel, spans: Spans, length: int, slide: int, seed: int
 ) -> tuple[LengthResult, Losses]:
     """Perplexity with windows of `length`, and sliding by length / slide where slide > 1."""
-    started = time.perf_counter()
     losses = window_losses(model, spans, length, length, f"perplexity {length:>7,}")
     sliding = None
     if slide > 1 and length < spans.length:
@@ -100,7 +98,6 @@ def measure_length(
             sliding_perplexity=None if sliding is None else _exp(float(sliding.mean())),
             num_tokens=losses.size,
             num_documents=len(np.unique(spans.document)),
-            seconds=time.perf_counter() - started,
             buckets=loss_by_position(losses, spans.document, length, seed),
         ),
         losses,

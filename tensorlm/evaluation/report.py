@@ -75,7 +75,14 @@ def format_report(reports: list[Report]) -> str:
 
 def make_tables(reports: list[Report]) -> list[Table]:
     """The numbers of one or several reports; with several, the first column names them."""
-    makers = (_perplexity_table, _ratio_table, _attribution_table, _retrieval_table, _ruler_table)
+    makers = (
+        _perplexity_table,
+        _ratio_table,
+        _attribution_table,
+        _retrieval_table,
+        _ruler_table,
+        _cost_table,
+    )
     tables = [make(reports) for make in makers]
     return [table for table in tables if table.rows]
 
@@ -94,13 +101,13 @@ def _perplexity_table(reports: list[Report]) -> Table:
             reports, report, f"{r.length:,}", f"{r.length / report.trained_length:.2f}",
             f"{r.loss:.4f}", f"{r.perplexity:.3f}", _interval(r.low, r.high, ".3f"),
             "-" if r.sliding_perplexity is None else f"{r.sliding_perplexity:.3f}",
-            f"{r.num_tokens:,}", f"{r.num_documents:,}", f"{r.seconds:.1f}",
+            f"{r.num_tokens:,}", f"{r.num_documents:,}",
         )
         for report in reports
         for r in report.perplexity
     ]  # fmt: skip
     header = ["length", "x trained", "loss", "perplexity", "95 %", "sliding", "tokens",
-              "documents", "seconds"]  # fmt: skip
+              "documents"]  # fmt: skip
     text = (
         "Every length predicts the same held-out tokens, in windows that do not overlap; the "
         "sliding windows give each token more context. Interval: bootstrap over documents."
@@ -181,6 +188,20 @@ def _ruler_table(reports: list[Report]) -> Table:
     header = ["task", *(f"{length:,}" for length in lengths)]
     text = "Scores from 0 to 100; the mean is over the tasks that were measured."
     return Table("RULER", text, _named(reports, header), rows, ("ruler",))
+
+
+def _cost_table(reports: list[Report]) -> Table:
+    rows = [
+        _row(
+            reports, report, cost.what, f"{cost.length:,}", f"{cost.seconds:.1f}",
+            "-" if cost.memory_gib is None else f"{cost.memory_gib:.1f}",
+        )
+        for report in reports
+        for cost in report.costs
+    ]  # fmt: skip
+    text = "Wall-clock time on the devices named above; GPU memory at its peak, weights included."
+    header = ["task", "length", "seconds", "GiB"]
+    return Table("Time and memory", text, _named(reports, header), rows)
 
 
 def _mean_by_length(report: Report, name: str) -> dict[int, float]:

@@ -45,7 +45,6 @@ class LengthResult(Result):
     sliding_perplexity: float | None
     num_tokens: int
     num_documents: int
-    seconds: float
     buckets: list[Bucket]
 
 
@@ -95,7 +94,15 @@ class TaskScore(Result):
     length: int
     score: float
     num_samples: int
+
+
+class Cost(Result):
+    """What one kind of measurement took at one length; GPU memory at its peak (CPU: None)."""
+
+    what: str
+    length: int
     seconds: float
+    memory_gib: float | None
 
 
 class Example(Result):
@@ -121,6 +128,7 @@ class Report(Result):
     passkey: list[Cell] = []
     niah: list[Cell] = []
     ruler: list[TaskScore] = []
+    costs: list[Cost] = []
     examples: list[Example] = []
     notes: list[str] = []
     problems: list[str] = []  # lengths that were asked for and needed too much memory
@@ -167,6 +175,7 @@ def _join(first: Report, second: Report) -> Report:
         "passkey": lambda r: (r.length, r.depth),
         "niah": lambda r: (r.length, r.depth),
         "ruler": lambda r: (r.task, r.length),
+        "costs": lambda r: (r.what, r.length),
     }
     lists: dict[str, Any] = {}
     for name, key in keys.items():
@@ -175,4 +184,19 @@ def _join(first: Report, second: Report) -> Report:
     for name in ("examples", "notes", "problems"):
         both = [*getattr(first, name), *getattr(second, name)]
         lists[name] = [entry for i, entry in enumerate(both) if entry not in both[:i]]
-    return second.model_copy(update=lists)
+    joined = second.model_copy(update=lists)
+    return joined.model_copy(update={"ratios": _with_missing_ratios(joined)})
+
+
+def _with_missing_ratios(report: Report) -> list[Ratio]:
+    """Ratios to a trained length that another report measured, on the same tokens: no interval."""
+    ratios = {ratio.length: ratio for ratio in report.ratios}
+    base = next((r for r in report.perplexity if r.length == report.trained_length), None)
+    for found in report.perplexity:
+        if base and found.length > base.length and found.num_tokens == base.num_tokens:
+            multiple = found.length / base.length
+            mean = Mean(mean=found.perplexity / base.perplexity)
+            ratios.setdefault(
+                found.length, Ratio(length=found.length, multiple=multiple, ratio=mean)
+            )
+    return [ratios[length] for length in sorted(ratios)]

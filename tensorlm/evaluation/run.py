@@ -63,6 +63,7 @@ def evaluate(settings: EvalConfig, model: EvaluatedModel, documents: Documents) 
         facts=facts,
         problems=limits.problems,
         notes=limits.notes(),
+        costs=limits.costs(),
         **found,
     )
 
@@ -141,7 +142,6 @@ def _ruler(
         for task in ruler_tasks(length, prose, qa_files, model.encode):
             if settings.ruler and task.name not in settings.ruler:
                 continue
-            started = time.perf_counter()
             with limits.trying("ruler", length):
                 found = score_tasks(
                     model, [task], length, settings.samples, settings.seed,
@@ -157,7 +157,6 @@ def _ruler(
                         length=length,
                         score=float(found.scores.mean()),
                         num_samples=settings.samples,
-                        seconds=time.perf_counter() - started,
                     )
                 )
     return scores, examples

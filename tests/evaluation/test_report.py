@@ -13,6 +13,7 @@ from tensorlm.evaluation.results import (
     Attribution,
     Bucket,
     Cell,
+    Cost,
     Example,
     Gain,
     LengthResult,
@@ -38,7 +39,7 @@ def make_report(name: str, lengths: tuple[int, ...], accuracy: float = 0.5) -> R
             LengthResult(
                 length=n, loss=2.0, perplexity=7.389, low=7.0, high=7.7,
                 sliding_perplexity=None if n == lengths[-1] else 7.2, num_tokens=1 << 20,
-                num_documents=9, seconds=1.5, buckets=[Bucket(start=0, stop=n, loss=mean)],
+                num_documents=9, buckets=[Bucket(start=0, stop=n, loss=mean)],
             )
             for n in lengths
         ],
@@ -47,8 +48,9 @@ def make_report(name: str, lengths: tuple[int, ...], accuracy: float = 0.5) -> R
         passkey=[Cell(length=n, depth=0.5, accuracy=accuracy, num_samples=4) for n in lengths],
         niah=[Cell(length=n, depth=d, accuracy=d, num_samples=4) for n in lengths for d in (0, 1)],
         ruler=[
-            TaskScore(task="vt", length=n, score=0.25, num_samples=8, seconds=1) for n in lengths
+            TaskScore(task="vt", length=n, score=0.25, num_samples=8) for n in lengths
         ],
+        costs=[Cost(what="niah", length=n, seconds=61.5, memory_gib=70.25) for n in lengths],
         examples=[Example(task="vt", length=64, answers=["<a>"], prediction="&\n", score=0)],
     )  # fmt: skip
 
@@ -96,6 +98,10 @@ def test_lengths_of_one_model_join_and_models_stay_apart() -> None:
     assert [result.length for result in first.perplexity] == [4096, 8192]
     assert [score.length for score in first.ruler] == [4096, 8192]
     assert second == parts[2]
+    assert [cost.length for cost in first.costs] == [4096, 8192]
+    alone = [part.model_copy(update={"ratios": []}) for part in parts[:2]]
+    (joined,) = merge_reports(alone)
+    assert [(r.length, r.multiple, r.ratio.mean) for r in joined.ratios] == [(8192, 2, 1)]
     table = format_report([first, second])
     assert re.search(r"a step 30 +passkey +8,192 +50.0%", table)
     assert re.search(r"b step 30 +passkey +4,096 +100.0%", table)
