@@ -1,6 +1,6 @@
 """Generation: the cache changes no token, and a new token reads n_1 + T / n_1 entries of it."""
 
-import os
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -200,18 +200,14 @@ def test_launcher_streams_what_plain_generation_gives(
     export_checkpoint(checkpoint, settings, folder, "fp32", data / "tokenizer")
     prompt = "import os\n\n\ndef main(argv):\n" * 5
     command = [sys.executable, "launcher/generate.py", "--model", str(folder), "--prompt", "-"]
-    process = subprocess.Popen(
-        [*command, "--max-new-tokens", "40", "--prefill-chunk", "17"],
-        cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-    )  # fmt: skip
-    assert process.stdin
-    assert process.stdout
-    out = process.stdout.fileno()
-    process.stdin.write(prompt.encode())
-    process.stdin.close()
-    pieces = list(iter(lambda: os.read(out, 1 << 16), b""))
-    assert process.wait(timeout=60) == 0
-    assert len(pieces) > 1  # it came as it was made
+    command += ["--max-new-tokens", "40", "--prefill-chunk", "17"]
+    # Unlike a pipe, it keeps the writes apart, however late they are read.
+    reader, writer = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with reader, writer:
+        subprocess.run(command, cwd=ROOT, input=prompt.encode(), stdout=writer.fileno(), check=True)
+        writer.send(b"END")
+        pieces = list(filter(None, iter(lambda: reader.recv(1 << 16), b"END")))
+    assert len(pieces) > 5  # it came as it was made
     tokenizer = load_tokenizer(folder)
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
     model = TensorLMForCausalLM.from_pretrained(folder)
