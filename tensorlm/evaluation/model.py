@@ -25,6 +25,7 @@ from tensorlm.checkpoint import load_weights, select_checkpoint
 from tensorlm.config import Config, ModelConfig, parse_config
 from tensorlm.data.tokenizers import load_tokenizer
 from tensorlm.errors import UserError
+from tensorlm.hf.cache_tensorlm import FoldCache
 from tensorlm.hf.configuration_tensorlm import TensorLMConfig
 from tensorlm.hf.export_folder import DTYPES, hf_config, hf_name
 from tensorlm.hf.modeling_tensorlm import TensorLMForCausalLM
@@ -99,8 +100,12 @@ class EvaluatedModel:
     def generate(self, prompt: list[int], num_tokens: int) -> str:
         """The most likely continuation, at most `num_tokens` long, as text."""
         tokens = torch.tensor([prompt], device=self.device)
+        cache = None
+        if isinstance(self.generator, TensorLMForCausalLM):
+            cache = FoldCache(self.generator.config, expected=len(prompt) + num_tokens)
         whole = self.generator.generate(
             tokens,
+            past_key_values=cache,
             attention_mask=torch.ones_like(tokens),
             max_new_tokens=num_tokens,
             do_sample=False,

@@ -18,10 +18,13 @@ _SPARE_MINIMUM = 64
 
 
 class Rows:
-    """The rows of successive tokens [B, T, ...], appended in place; only the last `keep` stay."""
+    """The rows of successive tokens [B, T, ...], appended in place; only the last `keep` stay.
 
-    def __init__(self, keep: int | None = None) -> None:
-        self.keep = keep
+    The buffer grows by a quarter when it is full; it has room for `expected` rows from the start.
+    """
+
+    def __init__(self, keep: int | None = None, expected: int = 0) -> None:
+        self.keep, self.expected = keep, expected
         self.buffer: Tensor | None = None
         self.start = self.stop = 0
 
@@ -32,6 +35,7 @@ class Rows:
         size = self.stop - self.start + new.shape[1]
         if self.buffer is None or self.start + size > self.buffer.shape[1]:
             room = size + max(_SPARE_MINIMUM, size // _SPARE_FRACTION)
+            room = self.expected if self.expected >= size else room
             buffer = new.new_empty(new.shape[0], room, *new.shape[2:])
             if self.buffer is not None:
                 buffer[:, : size - new.shape[1]] = self.buffer[:, self.start : self.stop]
@@ -58,16 +62,16 @@ class FoldLayer(CacheLayerMixin):
     is_sliding = False
     is_croppable = False
 
-    def __init__(self, fold: list[int]) -> None:
+    def __init__(self, fold: list[int], expected: int = 0) -> None:
         super().__init__()
-        self.fold = fold
+        self.fold, self.expected = fold, expected
         self.reset()
 
     def reset(self) -> None:
         """Forget everything."""
-        self.key_rows = Rows()
-        self.value_rows = Rows(keep=self.fold[0] if self.fold else None)
-        self.states = [Rows() for _ in self.fold]
+        self.key_rows = Rows(expected=self.expected)
+        self.value_rows = Rows(self.fold[0]) if self.fold else Rows(expected=self.expected)
+        self.states = [Rows(expected=self.expected) for _ in self.fold]
         self.num_tokens = 0
         self.is_initialized = False
 
@@ -125,11 +129,11 @@ class FoldLayer(CacheLayerMixin):
 
 
 class FoldCache(Cache):
-    """One FoldLayer per decoder layer."""
+    """One FoldLayer per decoder layer; `expected` tokens fit without a copy, and without spare."""
 
-    def __init__(self, config: TensorLMConfig) -> None:
+    def __init__(self, config: TensorLMConfig, expected: int = 0) -> None:
         layers = range(config.num_hidden_layers)
-        super().__init__(layers=[FoldLayer(config.layer_fold(i)) for i in layers])
+        super().__init__(layers=[FoldLayer(config.layer_fold(i), expected) for i in layers])
 
 
 def new_document_starts(

@@ -190,6 +190,12 @@ def test_rows_hold_what_was_appended_and_copy_little() -> None:
             num_buffers += rows.buffer.data_ptr() != last
             last = rows.buffer.data_ptr()
         assert num_buffers < 12
+    rows = Rows(expected=100)
+    for size in (60, 39, 1):
+        rows.append(torch.randn(1, size))
+        assert rows.buffer is not None
+        assert rows.buffer.shape[1] == 100
+    assert rows.append(torch.randn(1, 1)).shape[1] == 101
 
 
 def test_launcher_streams_what_plain_generation_gives(
