@@ -75,6 +75,9 @@ trap 'interrupted=1' USR1 TERM
 
 describe_job
 export RANKS_PER_NODE=${SLURM_GPUS_ON_NODE:-${SLURM_NTASKS_PER_NODE:-1}}
+if [ "$RANKS_PER_NODE" -gt "${SLURM_NTASKS_PER_NODE:-$RANKS_PER_NODE}" ]; then
+  die "--ntasks-per-node: $SLURM_NTASKS_PER_NODE tasks for $RANKS_PER_NODE GPUs (ask for as many)"
+fi
 ranks=$((SLURM_NNODES * RANKS_PER_NODE))
 set -- --config configs/llama8b_32k.toml "$@" # the last --config counts
 facts=$(check $ranks "$@") || exit

@@ -54,7 +54,8 @@ def test_transformers_llama_imports_from_the_repository_root() -> None:
 
 def test_files_that_the_readme_names_exist() -> None:
     text = (ROOT / "README.md").read_text()
-    named = set(re.findall(r"\b(?:launcher|configs|kernels|tests|tensorlm)/[\w/]+\.\w+", text))
+    folders = "launcher|configs|docs|kernels|slurm|tests|tensorlm"
+    named = set(re.findall(rf"\b(?:{folders})/[\w/]+\.\w+", text))
     assert len(named) > 5
     assert [name for name in named if not (ROOT / name).exists()] == []
 

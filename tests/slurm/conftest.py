@@ -13,6 +13,8 @@ from tests.tensorlm.launching import ROOT, TINY
 
 SITE = """
 export PATH="{binaries}:$PATH" DS_ACCELERATOR=cpu OMP_NUM_THREADS=1
+# Open MPI leaves its session folder behind when it is killed.
+export TMPDIR={temporary}
 # The tests may run as root, and their nodes are one machine, whose shared memory they would mix up.
 export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 OMPI_MCA_btl=self,tcp
 """
@@ -39,7 +41,9 @@ class Site:
 
     def set_site(self, *settings: str) -> None:
         """Write slurm/env.sh, with these lines at its end; jobs read it whenever they start."""
-        common = SITE.format(binaries=Path(sys.executable).parent)
+        temporary = self.cluster.folder / "tmp"
+        temporary.mkdir(exist_ok=True)
+        common = SITE.format(binaries=Path(sys.executable).parent, temporary=temporary)
         (self.folder / "slurm/env.sh").write_text("\n".join((common, *settings, "")))
 
     def log(self, job: str) -> str:
