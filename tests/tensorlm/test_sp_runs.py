@@ -13,7 +13,9 @@ import torch
 import torch.distributed as dist
 
 from fold_parallel import Grid
-from tensorlm.config import load_config
+from tensorlm.config import Config, load_config
+from tensorlm.errors import UserError
+from tensorlm.evaluation.launch import evaluate_on_ranks
 from tensorlm.evaluation.model import open_checkpoint_model
 from tensorlm.evaluation.results import read_report
 from tensorlm.evaluation.run import evaluate
@@ -38,9 +40,10 @@ def train_rank(config: Path, overrides: list[str]) -> None:
 
 
 def train_on_ranks(config: Path, sp: int, *overrides: str, backend: str = "gloo") -> None:
-    """Train, or go on, with rows that are shared by `sp` ranks."""
+    """Train, or go on, with rows that are shared by `sp` ranks, which recompute activations."""
+    shared = [f"parallel.sp={sp}", f"train.activation_checkpointing={str(sp > 1).lower()}"]
     run_distributed(
-        train_rank, sp, config, [*OVERRIDES, f"parallel.sp={sp}", *overrides],
+        train_rank, sp, config, [*OVERRIDES, *shared, *overrides],
         backend=backend, time_limit=300,
     )  # fmt: skip
 
@@ -84,9 +87,9 @@ def test_equal_weights_have_bitwise_equal_losses(world_size: int, trained: Train
 def test_a_run_goes_on_with_another_number_of_ranks_to_a_row(
     tmp_path: Path, world_size: int, backend: str, config: Path, trained: Trained
 ) -> None:
-    train_on_ranks(config, 2, "train.stop_at=7", backend=backend)
-    train_on_ranks(config, world_size, "train.stop_at=10", backend=backend)
-    expected = losses(trained(1, backend))[:10]
+    train_on_ranks(config, 2, "train.stop_at=3", backend=backend)
+    train_on_ranks(config, world_size, "train.stop_at=5", backend=backend)
+    expected = losses(trained(1, backend))[:5]
     assert losses(tmp_path / "run") == pytest.approx(expected, rel=2e-6)
 
 
@@ -102,7 +105,7 @@ def test_rows_shared_by_two_nodes_have_the_losses_of_one_node(
     ]  # fmt: skip
     job = [
         "launcher/train.py", "--config", f"{one_node}.toml", *OVERRIDES, "parallel.sp=2",
-        f"run.dir={tmp_path / 'run'}", "train.stop_at=6",
+        "train.activation_checkpointing=true", "train.stop_at=6", f"run.dir={tmp_path / 'run'}",
     ]  # fmt: skip
     nodes = [
         subprocess.Popen(
@@ -123,21 +126,24 @@ def test_rows_shared_by_two_nodes_have_the_losses_of_one_node(
     assert losses(tmp_path / "run") == losses(one_node)[:6]
 
 
+def evaluate_rank(config: Config, output: Path) -> None:
+    """What launcher/evaluate.py runs, on ranks that exist already."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    launch = LaunchEnv(rank, size, rank, size, "127.0.0.1", 0)
+    assert evaluate_on_ranks(config, launch, None, None, False, output) == 0
+
+
+@ranks_and_backends(2)
 def test_ranks_that_share_windows_write_the_report_of_one_rank(
-    tmp_path: Path, trained: Trained
+    tmp_path: Path, world_size: int, backend: str, trained: Trained
 ) -> None:
     run_dir = trained(4, "gloo")
-    command = [
-        str(Path(sys.executable).parent / "torchrun"), "--nproc_per_node=2",
-        f"--master_port={free_port()}", "launcher/evaluate.py", "--config", f"{run_dir}.toml",
-        "--lengths", ",".join(map(str, LENGTHS)), "eval.max_tokens=8192", "eval.near=128",
-        "--output", str(tmp_path / "eval"), "parallel.sp=2",
-    ]  # fmt: skip
-    subprocess.run(command, cwd=ROOT, env=launch_environment(), check=True, timeout=300)
+    settings = [*OVERRIDES, f"eval.lengths={LENGTHS}", "eval.max_tokens=8192", "eval.near=128"]
+    shared = load_config(f"{run_dir}.toml", [*settings, f"parallel.sp={world_size}"])
+    run_distributed(evaluate_rank, world_size, shared, tmp_path / "eval", backend=backend)
     report = read_report(tmp_path / "eval/report.json")
 
-    settings = [f"eval.lengths={LENGTHS}", "eval.max_tokens=8192", "eval.near=128"]
-    config = load_config(f"{run_dir}.toml", [*OVERRIDES, *settings])
+    config = load_config(f"{run_dir}.toml", settings)
     model = open_checkpoint_model(config, None, torch.device("cpu"), Grid())
     documents = held_out_documents(config, model.tokenizer, Path(config.data.path) / "tokenizer")
     expected = evaluate(config.eval, model, documents)
@@ -152,32 +158,14 @@ def test_ranks_that_share_windows_write_the_report_of_one_rank(
     assert ours_gain.total.near_loss == pytest.approx(one_gain.total.near_loss, rel=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("script", "message"),
-    [
-        (
-            ["train.py", "parallel.sp=3"],
-            "sp = 3 cannot share rows with seq_len = 128, fold = [16] (legal: sp in [1, 2, 4, 8]; ",
-        ),
-        (
-            ["evaluate.py", "--lengths", "48,96", "parallel.sp=2"],
-            "sp = 2 cannot share rows with seq_len = 48, fold = [16] (legal: sp in [1]; ",
-        ),
-    ],
-    ids=["train", "evaluate"],
-)
-def test_illegal_sizes_are_one_line_before_ranks_meet(
-    tmp_path: Path, data: Path, script: list[str], message: str
-) -> None:
-    config = tmp_path / "config.toml"
-    config.write_text(TINY.format(run=tmp_path / "run", data=data))
-    # One of six ranks: it would wait for the others if it tried to form a group.
-    place = {"RANK": "0", "WORLD_SIZE": "6", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
-    result = subprocess.run(
-        [sys.executable, f"launcher/{script[0]}", "--config", str(config), *script[1:]],
-        cwd=ROOT, env={**os.environ, **place}, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert result.returncode == 2
-    (line,) = result.stderr.splitlines()
-    assert line.startswith("error: ")
-    assert message in line
+def test_lengths_that_ranks_cannot_share_are_one_line_before_they_meet(config: Path) -> None:
+    shared = load_config(config, ["eval.lengths=[48,96]", "parallel.sp=2"])
+    # One of two ranks: it would wait for the other if it tried to form a group.
+    launch = LaunchEnv(0, 2, 0, 2, "127.0.0.1", 1)
+    with pytest.raises(UserError) as caught:
+        evaluate_on_ranks(shared, launch, None, None, False, None)
+    assert caught.value.problems == (
+        "parallel.sp: sp = 2 cannot share rows with seq_len = 48, fold = [16] (legal: sp in [1]; "
+        "or seq_len a multiple of 32, such as 32 or 64)",
+    )
+    assert not dist.is_initialized()
