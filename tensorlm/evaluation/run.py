@@ -1,6 +1,5 @@
 """One evaluation, in order: perplexity, attribution, passkey, needles, RULER."""
 
-import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from tensorlm.errors import UserError
 from tensorlm.metrics import git_commit
 
 from .attribution import attribute, near_losses
@@ -16,10 +16,10 @@ from .limits import Limits
 from .model import EvaluatedModel
 from .perplexity import Losses, compare_lengths, measure_length
 from .prompts import Task
-from .results import Attribution, Cell, Example, LengthResult, Ratio, Report, TaskScore
+from .results import Cell, Example, LengthResult, Report, TaskScore
 from .retrieval import needle_task, passkey_task
 from .ruler import ruler_tasks
-from .scoring import score_tasks
+from .scoring import Scores, score_tasks
 from .settings import EvalConfig
 from .text import Documents, Prose, choose_spans, make_prose
 
@@ -33,23 +33,22 @@ def evaluate(settings: EvalConfig, model: EvaluatedModel, documents: Documents) 
         UserError: the held-out documents are too short for perplexity.
     """
     started = time.perf_counter()
-    lengths = sorted(settings.lengths or (model.trained_length,))
-    limits = Limits(model.device)
-    found: dict[str, Any] = {"examples": []}
+    evaluation = _Evaluation(settings, model)
+    found: dict[str, Any] = {}
     if "ppl" in settings.tasks:
-        found |= _perplexity(settings, model, documents, lengths, limits)
+        found |= evaluation.perplexity(documents)
     if set(settings.tasks) - {"ppl"}:
-        prose = make_prose(documents, model.tokenizer, max(lengths))
-        for name in ("passkey", "niah"):
-            if name in settings.tasks:
-                found[name], examples = _heat_map(name, settings, model, lengths, prose, limits)
-                found["examples"] += examples
+        prose = make_prose(documents, model.tokenizer, max(evaluation.lengths))
+        if "passkey" in settings.tasks:
+            found["passkey"] = evaluation.heat_map("passkey", passkey_task)
+        if "niah" in settings.tasks:
+            found["niah"] = evaluation.heat_map("niah", lambda depth: needle_task(depth, prose))
         if "ruler" in settings.tasks:
-            found["ruler"], examples = _ruler(settings, model, lengths, prose, limits)
-            found["examples"] += examples
+            found["ruler"] = evaluation.ruler(prose)
+    is_cuda = model.device.type == "cuda"
     facts = {
         "seconds": round(time.perf_counter() - started, 1),
-        "device": _device_name(model.device),
+        "device": torch.cuda.get_device_name(model.device) if is_cuda else "CPU",
         "ranks": model.grid.world_size,
         "sp": model.grid.sp,
         "torch": torch.__version__,
@@ -61,106 +60,87 @@ def evaluate(settings: EvalConfig, model: EvaluatedModel, documents: Documents) 
         step=model.step,
         trained_length=model.trained_length,
         facts=facts,
-        problems=limits.problems,
-        notes=limits.notes(),
-        costs=limits.costs(),
+        examples=evaluation.examples,
+        costs=evaluation.limits.costs(),
+        notes=evaluation.limits.notes(),
+        problems=evaluation.limits.problems,
         **found,
     )
 
 
-def _perplexity(
-    settings: EvalConfig,
-    model: EvaluatedModel,
-    documents: Documents,
-    lengths: list[int],
-    limits: Limits,
-) -> dict[str, Any]:
-    spans = choose_spans(documents, settings.segment or max(lengths), settings.max_tokens)
-    results: list[LengthResult] = []
-    tables: dict[int, Losses] = {}
-    for length in lengths:
-        with limits.trying("ppl", length):
-            result, table = measure_length(model, spans, length, settings.slide, settings.seed)
-            results.append(result)
-            tables[length] = table
-    seed, owner = settings.seed, spans.document
-    ratios: list[Ratio] = compare_lengths(tables, owner, model.trained_length, seed)
-    gains: list[Attribution] = []
-    longer = [length for length in tables if 0 < settings.near < length]
-    if longer:
-        with limits.trying("attribution", settings.near):
-            near = near_losses(model, spans, settings.near)
-            gains = [
-                attribute(near, tables[length], owner, length, settings.near, seed)
-                for length in longer
-            ]
-    return {"perplexity": results, "ratios": ratios, "attribution": gains}
+class _Evaluation:
+    """What the parts of one evaluation share."""
 
+    def __init__(self, settings: EvalConfig, model: EvaluatedModel) -> None:
+        self.settings, self.model = settings, model
+        self.lengths = sorted(settings.lengths or (model.trained_length,))
+        self.limits = Limits(model.device)
+        self.examples: list[Example] = []
 
-def _heat_map(
-    name: str,
-    settings: EvalConfig,
-    model: EvaluatedModel,
-    lengths: list[int],
-    prose: Prose,
-    limits: Limits,
-) -> tuple[list[Cell], list[Example]]:
-    depths = np.linspace(0, 1, settings.depths).tolist() if settings.depths > 1 else [0.5]
-    make: Callable[[float], Task] = (
-        passkey_task if name == "passkey" else lambda depth: needle_task(depth, prose)
-    )
-    cells: list[Cell] = []
-    examples: list[Example] = []
-    for length in lengths:
-        with limits.trying(name, length):
-            tasks = [make(depth) for depth in depths]
-            found = score_tasks(
-                model, tasks, length, settings.repeats, settings.seed, f"{name} {length:>7,}"
-            )
-            examples += found.examples
-            if len(found.too_long) == len(tasks):
-                limits.too_short(length, name)
-            cells += [
-                Cell(length=length, depth=d, accuracy=a, num_samples=settings.repeats)
-                for d, a in zip(depths, found.scores.mean(axis=1).tolist(), strict=True)
-                if not math.isnan(a)
-            ]
-    return cells, examples
+    def perplexity(self, documents: Documents) -> dict[str, Any]:
+        """The report's `perplexity`, `ratios` and `attribution`."""
+        settings, model = self.settings, self.model
+        segment = settings.segment or max(self.lengths)
+        if any(segment % length for length in self.lengths):
+            raise UserError(f"eval.segment: {segment} is no multiple of {self.lengths}")
+        spans = choose_spans(documents, segment, settings.max_tokens)
+        results: list[LengthResult] = []
+        tables: dict[int, Losses] = {}
+        for length in self.lengths:
+            with self.limits.trying("ppl", length):
+                result, table = measure_length(model, spans, length, settings.slide, settings.seed)
+                results.append(result)
+                tables[length] = table
+        owner, near, seed = spans.document, settings.near, settings.seed
+        gains = []
+        longer = [length for length in tables if 0 < near < length]
+        if longer:
+            with self.limits.trying("attribution", near):
+                table = near_losses(model, spans, near)
+                gains = [attribute(table, tables[n], owner, n, near, seed) for n in longer]
+        ratios = compare_lengths(tables, owner, model.trained_length, seed)
+        return {"perplexity": results, "ratios": ratios, "attribution": gains}
 
+    def heat_map(self, name: str, make_task: Callable[[float], Task]) -> list[Cell]:
+        """Accuracy of `make_task(depth)` over length and depth."""
+        num = self.settings.depths
+        depths = [depth / (num - 1) for depth in range(num)] if num > 1 else [0.5]
+        tasks = [make_task(depth) for depth in depths]
+        cells = []
+        for length in self.lengths:
+            found = self._score(name, name, tasks, length, self.settings.repeats)
+            if found is not None:
+                cells += [
+                    Cell(length=length, depth=d, accuracy=a, num_samples=self.settings.repeats)
+                    for d, a in zip(depths, found.scores.mean(axis=1).tolist(), strict=True)
+                ]
+        return cells
 
-def _ruler(
-    settings: EvalConfig,
-    model: EvaluatedModel,
-    lengths: list[int],
-    prose: Prose,
-    limits: Limits,
-) -> tuple[list[TaskScore], list[Example]]:
-    qa_files = [Path(file) for file in settings.qa]
-    scores: list[TaskScore] = []
-    examples: list[Example] = []
-    for length in lengths:
-        for task in ruler_tasks(length, prose, qa_files, model.encode):
-            if settings.ruler and task.name not in settings.ruler:
-                continue
-            with limits.trying("ruler", length):
-                found = score_tasks(
-                    model, [task], length, settings.samples, settings.seed,
-                    f"{task.name:>15} {length:>7,}",
-                )  # fmt: skip
-                if found.too_long:
-                    limits.too_short(length, task.name)
+    def ruler(self, prose: Prose) -> list[TaskScore]:
+        """Mean scores of the RULER tasks that are asked for."""
+        qa_files, num = [Path(file) for file in self.settings.qa], self.settings.samples
+        scores = []
+        for length in self.lengths:
+            for task in ruler_tasks(length, prose, qa_files, self.model.encode):
+                if self.settings.ruler and task.name not in self.settings.ruler:
                     continue
-                examples += found.examples
-                scores.append(
-                    TaskScore(
-                        task=task.name,
-                        length=length,
-                        score=float(found.scores.mean()),
-                        num_samples=settings.samples,
-                    )
-                )
-    return scores, examples
+                found = self._score("ruler", task.name, [task], length, num)
+                if found is not None:
+                    mean = float(np.mean(found.scores))
+                    score = TaskScore(task=task.name, length=length, score=mean, num_samples=num)
+                    scores.append(score)
+        return scores
 
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    def _score(
+        self, part: str, name: str, tasks: list[Task], length: int, num_prompts: int
+    ) -> Scores | None:
+        """Scores, or None where there is no room in the length, or too little memory."""
+        found = None
+        with self.limits.trying(part, length):
+            title = f"{name:>15} {length:>7,}"
+            found = score_tasks(self.model, tasks, length, num_prompts, self.settings.seed, title)
+            if found is None:
+                self.limits.too_short(length, name)
+            else:
+                self.examples += found.examples
+        return found

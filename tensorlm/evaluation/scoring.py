@@ -15,28 +15,35 @@ _EXAMPLES = 2  # prompts of each task that the report shows
 
 @dataclass(frozen=True)
 class Scores:
-    """scores: [tasks, prompts], NaN in the rows of tasks that are too long for the length."""
+    """scores: [tasks, prompts], of all ranks; examples: some answers that this rank saw."""
 
     scores: NDArray[np.float64]
-    too_long: list[Task]
     examples: list[Example]
 
 
 def score_tasks(
     model: EvaluatedModel, tasks: list[Task], length: int, num_prompts: int, seed: int, title: str
-) -> Scores:
+) -> Scores | None:
     """Let the model answer `num_prompts` prompts of each task in contexts of `length` tokens.
 
-    The examples are those of this rank.
+    Args:
+        model: the model.
+        tasks: alike in size: as much filler as fits into a prompt of the first is tried in all.
+        length: tokens of a prompt and its answer, at most.
+        num_prompts: for each task.
+        seed: of the prompts.
+        title: for the progress bar.
+
+    Returns:
+        None where even the shortest prompt is too long.
 
     Raises:
         DoesNotFitError: there is too little memory.
     """
-    units = [fit_units(task, seed, length, model.encode) for task in tasks]
-    fitting = [t for t in range(len(tasks)) if units[t] is not None]
-    jobs = [(t, index) for t in fitting for index in range(num_prompts)]
-    if not jobs:
-        return Scores(np.full((len(tasks), num_prompts), np.nan), tasks, [])
+    units = fit_units(tasks[0], seed, length, model.encode)
+    if units is None:
+        return None
+    jobs = [(t, index) for t in range(len(tasks)) for index in range(num_prompts)]
     mine = jobs[model.grid.rank :: model.grid.world_size]
     examples: list[Example] = []
 
@@ -44,24 +51,20 @@ def score_tasks(
         scores = np.zeros((len(tasks), num_prompts))
         with progress(len(mine), "prompt", title, model.grid) as bar:
             for t, index in mine:
-                example = _answer(model, tasks[t], units[t], length, index, seed)
+                example = _answer(model, tasks[t], units, length, index, seed)
                 scores[t, index] = example.score
                 if index < _EXAMPLES:
                     examples.append(example)
                 bar.update()
         return scores
 
-    scores = compute_and_sum(measure, model.device)
-    too_long = [task for task, most in zip(tasks, units, strict=True) if most is None]
-    scores[[most is None for most in units]] = np.nan
-    return Scores(scores, too_long, examples)
+    return Scores(compute_and_sum(measure, model.device), examples)
 
 
 def _answer(
-    model: EvaluatedModel, task: Task, units: int | None, length: int, index: int, seed: int
+    model: EvaluatedModel, task: Task, units: int, length: int, index: int, seed: int
 ) -> Example:
-    assert units is not None
-    prompt, ids, _ = fit_prompt(task, seed, length, index, units, model.encode)
+    prompt, ids = fit_prompt(task, seed, length, index, units, model.encode)[:2]
     prediction = model.generate(ids, task.new_tokens)
     return Example(
         task=task.name,

@@ -41,7 +41,7 @@ class EvalConfig(Section):
         (), strict=False, description="SQuAD or HotpotQA JSON files, for RULER's qa_1 and qa_2"
     )
     prefill_chunk: int = Field(
-        32768, gt=0, description="prompt tokens that are read in one forward pass"
+        65536, gt=0, description="prompt tokens that are read in one forward pass"
     )
 
     @model_validator(mode="after")
