@@ -119,6 +119,9 @@ def add_sp(parser: argparse.ArgumentParser) -> None:
 
 def sp(args: argparse.Namespace) -> int:
     config, launch = load_config(args.config, args.overrides), read_launch_env()
+    for name in ("repeats", "gpus_per_node", "nvlink", "network", "latency", "tflops"):
+        if getattr(args, name) <= 0:
+            raise UserError(f"--{name.replace('_', '-')}: must be positive")
     if not args.only_project:
         config.check_ranks(launch.world_size)
 

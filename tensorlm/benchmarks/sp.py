@@ -175,6 +175,6 @@ def format_cost(cost: LayerCost, config: Config) -> str:
         f"{cost.backward_bytes:,.0f} backward",
     ]
     if SWAP in cost.milliseconds:
-        saved = cost.milliseconds[SERIAL][1] - cost.milliseconds[ATTENTION][1]
-        lines[-1] += f"; attention with the swap before hop 1 takes {saved:+.2f} ms"
+        change = cost.milliseconds[ATTENTION][1] - cost.milliseconds[SERIAL][1]
+        lines[-1] += f"; overlapping the swap of q and k changes attention by {change:+.2f} ms"
     return "\n".join(lines)
