@@ -56,7 +56,11 @@ class _Route:
 
 
 class _Flight:
-    """The work under way, forward or backward, shared by the two ends of one exchange."""
+    """The work under way, forward or backward, shared by the two ends of one exchange.
+
+    On CUDA, landing makes the current stream wait, not the host. NCCL sends on a stream of its own;
+    until the wait the work itself holds the message, so the allocator cannot give it away.
+    """
 
     def __init__(self, route: _Route) -> None:
         self.route = route
