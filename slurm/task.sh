@@ -9,7 +9,8 @@ interrupted=
 # shellcheck disable=SC2317  # called by the trap
 request_stop() {
   interrupted=1
-  touch "$RUN_DIR/REQUEUE" "$RUN_DIR/STOP"
+  # When one task has left, srun sends SIGTERM to the others: that is no request.
+  if [ ! -e "$RUN_DIR/STOPPED" ]; then touch "$RUN_DIR/REQUEUE" "$RUN_DIR/STOP"; fi
 }
 trap request_stop USR1 TERM
 

@@ -14,7 +14,7 @@
 # Trains until the run is done, from its newest checkpoint where there is one:
 #   sbatch [options of sbatch] slurm/train_llama8b.sh [--config FILE] [key=value ...]
 # Check the settings first, on the login node, for the nodes and GPUs that would be asked for:
-#   slurm/train_llama8b.sh --dry-run [options of sbatch] [--config FILE] [key=value ...]
+#   slurm/train_llama8b.sh --dry-run [--nodes=N ...] [--config FILE] [key=value ...]
 #
 # When its time is nearly up, or when it is preempted, the job saves, goes back into the queue and
 # continues there. LAUNCHER=deepspeed|torchrun|srun|mpirun starts the ranks, one per GPU. Settings
@@ -44,7 +44,7 @@ check() {
 # `asked OPTION`: what sbatch would be told, by the last of its options or by the header above.
 asked() {
   { grep "^#SBATCH --$1=" slurm/train_llama8b.sh && printf '%s\n' "${options[@]}"; } |
-    sed -n "s/.*--$1=//p" | tail -n 1
+    sed -n "s/.*--$1=//p" | sed "s/.*://" | tail -n 1 # of h100:8 the 8
 }
 
 if [ "${1:-}" = --dry-run ]; then

@@ -113,6 +113,19 @@ def test_job_that_restarts_without_progress_stays_down(site: Site, tmp_path: Pat
     assert "1 restarts without a checkpoint after step 0" in site.log(job)
 
 
+def test_job_that_is_stopped_by_hand_stays_down(site: Site, tmp_path: Path) -> None:
+    site.set_site("export LAUNCHER=torchrun")
+    job = site.train(tmp_path / "run", "train.steps=2000")
+    site.cluster.wait_until(lambda: "\nstep " in site.log(job), "steps")
+    (tmp_path / "run/STOP").touch()
+    assert site.cluster.wait_for(job) == "FAILED"
+    assert "requeue: " not in site.log(job)
+    assert site.cluster.field(job, "Restarts") == "0"
+    found = newest_checkpoint(tmp_path / "run")
+    assert found is not None
+    assert found.step == len(losses(tmp_path / "run"))
+
+
 def test_bad_settings_are_one_line_each_before_the_queue_and_in_the_job(
     site: Site, tmp_path: Path
 ) -> None:
