@@ -55,6 +55,9 @@ def init_distributed(launch: LaunchEnv) -> torch.device:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         torch.set_num_threads(max(1, torch.get_num_threads() // launch.local_world_size))
     backend = "nccl" if device.type == "cuda" else "gloo"
+    if launch.world_size == 1 and not dist.is_initialized():
+        # Nobody to meet, so no port is opened.
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     deepspeed.init_distributed(dist_backend=backend, verbose=False)
     return device
 

@@ -8,6 +8,7 @@ import shutil
 import socket
 import statistics
 import sys
+import time
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +24,7 @@ from .errors import MachineError, UserError
 
 _DEVIATION_OF_MAD = 1.4826  # standard deviation of a normal distribution, in its MADs
 _LOCK = "lock"
+_LOCK_PATIENCE_SECONDS = 3.0
 
 
 class StepGuard:
@@ -138,7 +140,7 @@ def lock_run(run_dir: Path) -> int:
     except OSError as error:
         raise UserError(f"run.dir: {error.filename}: {error.strerror}") from None
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _lock(descriptor)
     except BlockingIOError:
         holder = os.read(descriptor, 200).decode(errors="replace").strip()
         if own_job and holder.startswith(f"job {own_job} "):  # this job, before it was requeued
@@ -153,6 +155,18 @@ def lock_run(run_dir: Path) -> int:
     os.ftruncate(descriptor, 0)
     os.write(descriptor, f"job {own_job} pid {os.getpid()} on {socket.gethostname()}\n".encode())
     return descriptor
+
+
+def _lock(descriptor: int) -> None:
+    """Take the lock. A child that a killed holder was just starting may have it a moment longer."""
+    deadline = time.monotonic() + _LOCK_PATIENCE_SECONDS
+    while True:
+        try:
+            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)
 
 
 def check_disk_space(run_dir: Path, num_bytes: int, num_kept: int) -> None:

@@ -135,8 +135,8 @@ class Checkpoint:
                     with safe_open(path, "pt") as file:
                         part = file.get_slice(f"{name}/{key}")[begin - first : end - first]
                     result[begin - start : end - start] = part
-                except (SafetensorError, RuntimeError, OSError) as error:
-                    problem = str(error).splitlines()[0]
+                except (SafetensorError, RuntimeError, OSError, ValueError, LookupError) as error:
+                    problem = str(error).splitlines()[0][:120]
                     raise UserError(f"{path}: {name}/{key} cannot be read ({problem})") from None
         return result
 
