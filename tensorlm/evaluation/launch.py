@@ -1,5 +1,6 @@
 """Evaluations as they are started: by launcher/evaluate.py, or in the middle of training."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ from .model import (
 )
 from .report import format_report, log_to_tensorboard, write_reports
 from .run import evaluate
-from .text import choose_spans, held_out_documents
+from .text import Documents, choose_spans, held_out_documents
 
 
 def evaluate_on_ranks(
@@ -37,19 +38,19 @@ def evaluate_on_ranks(
     Raises:
         UserError: what the user can mend; lengths that did not fit, after the report is written.
     """
+    if hugging_face and not (hugging_face / "config.json").exists():
+        raise UserError(f"{hugging_face}: no config.json (make it with launcher/convert.py export)")
+    folder = hugging_face or Path(config.data.path) / "tokenizer"
+    documents = _open_documents(config, config.eval.lengths, folder)
     device, grid = _join_ranks(config, launch, is_sharded=hugging_face is None)
     if hugging_face:
-        model = open_hugging_face_model(config, hugging_face, device)
-        tokenizer_folder, default = hugging_face, hugging_face / "eval"
+        model = open_hugging_face_model(config, hugging_face, device, grid)
+        output = output or hugging_face / "eval"
+    elif is_random:
+        model = open_random_model(config, device, grid)
     else:
-        if is_random:
-            model = open_random_model(config, device, grid)
-        else:
-            model = open_checkpoint_model(config, step, device, grid)
-        tokenizer_folder = Path(config.data.path) / "tokenizer"
-        default = _run_output(config, model)
-    output = output or default
-    documents = held_out_documents(config, model.tokenizer, tokenizer_folder)
+        model = open_checkpoint_model(config, step, device, grid)
+    output = output or _run_output(config, model)
     report = evaluate(config.eval, model, documents)
     if launch.rank == 0:
         write_reports(output, [report])
@@ -69,11 +70,16 @@ def evaluate_on_ranks(
 
 def check_held_out(config: Config) -> None:
     """Raise UserError unless there is held-out text for the evaluations of a training run."""
-    folder = Path(config.data.path) / "tokenizer"
-    documents = held_out_documents(config, load_tokenizer(folder), folder)
-    if "ppl" in config.eval.tasks:
-        longest = max(config.eval.lengths or (config.data.seq_len,))
-        choose_spans(documents, config.eval.segment or longest, max_tokens=1)
+    lengths = config.eval.lengths or (config.data.seq_len,)
+    _open_documents(config, lengths, Path(config.data.path) / "tokenizer")
+
+
+def _open_documents(config: Config, lengths: Sequence[int], tokenizer_folder: Path) -> Documents:
+    """The held-out documents; UserError now, not after the model is loaded, if they are short."""
+    documents = held_out_documents(config, load_tokenizer(tokenizer_folder), tokenizer_folder)
+    if "ppl" in config.eval.tasks and lengths:
+        choose_spans(documents, config.eval.span_length(lengths), max_tokens=1)
+    return documents
 
 
 def evaluate_in_training(

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -179,20 +178,24 @@ def open_random_model(config: Config, device: torch.device, grid: Grid) -> Evalu
     return _evaluated(config, model, "random weights", None, config.data.seq_len, device, grid)
 
 
-def open_hugging_face_model(config: Config, folder: Path, device: torch.device) -> EvaluatedModel:
+def open_hugging_face_model(
+    config: Config, folder: Path, device: torch.device, grid: Grid
+) -> EvaluatedModel:
     """A Llama or tensorlm folder; no code in it is run, this installation's is.
 
     Raises:
         UserError: not such a folder.
     """
-    if not (folder / "config.json").exists():
-        raise UserError(f"{folder}: no config.json (make it with launcher/convert.py export)")
     AutoConfig.register("tensorlm", TensorLMConfig, exist_ok=True)
     AutoModelForCausalLM.register(TensorLMConfig, TensorLMForCausalLM, exist_ok=True)
     tokenizer = load_tokenizer(folder)
-    network = AutoModelForCausalLM.from_pretrained(
-        folder, trust_remote_code=False, local_files_only=True, dtype=DTYPES[config.train.dtype]
-    )
+    dtype = DTYPES[config.train.dtype]
+    try:
+        network = AutoModelForCausalLM.from_pretrained(
+            folder, trust_remote_code=False, local_files_only=True, dtype=dtype
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder}: {str(error).strip().splitlines()[0]}") from None
     if not isinstance(network, LlamaForCausalLM):
         raise UserError(f"{folder}: a {type(network).__name__}, not a Llama")
     return EvaluatedModel(
@@ -202,7 +205,7 @@ def open_hugging_face_model(config: Config, folder: Path, device: torch.device) 
         trained_length=network.config.max_position_embeddings,
         tokenizer=tokenizer,
         device=device,
-        grid=_grid_of_rows(),
+        grid=grid,
         loss_chunk=config.train.loss_chunk,
         prefill_chunk=config.eval.prefill_chunk,
     )
@@ -256,10 +259,3 @@ def _empty_llama(config: Config, model: ModelConfig, device: torch.device, grid:
             ).eval()
     finally:
         torch.set_default_dtype(before)
-
-
-def _grid_of_rows() -> Grid:
-    """Every rank has rows of its own."""
-    if dist.is_available() and dist.is_initialized():
-        return Grid(dist.get_world_size(), dist.get_rank())
-    return Grid()

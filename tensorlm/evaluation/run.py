@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from tensorlm.errors import UserError
 from tensorlm.metrics import git_commit
 
 from .attribution import attribute, near_losses
@@ -80,10 +79,8 @@ class _Evaluation:
     def perplexity(self, documents: Documents) -> dict[str, Any]:
         """The report's `perplexity`, `ratios` and `attribution`."""
         settings, model = self.settings, self.model
-        segment = settings.segment or max(self.lengths)
-        if any(segment % length for length in self.lengths):
-            raise UserError(f"eval.segment: {segment} is no multiple of {self.lengths}")
-        spans = choose_spans(documents, segment, settings.max_tokens)
+        longest = settings.span_length(self.lengths)
+        spans = choose_spans(documents, longest, settings.max_tokens)
         results: list[LengthResult] = []
         tables: dict[int, Losses] = {}
         for length in self.lengths:

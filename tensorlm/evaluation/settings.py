@@ -1,9 +1,11 @@
 """The `[eval]` section of the configuration."""
 
+from collections.abc import Sequence
 from typing import Literal
 
 from pydantic import Field, model_validator
 
+from tensorlm.errors import UserError
 from tensorlm.section import Section, raise_all
 
 GENERATION_TASKS = ("passkey", "niah", "ruler")
@@ -43,6 +45,18 @@ class EvalConfig(Section):
     prefill_chunk: int = Field(
         65536, gt=0, description="prompt tokens that are read in one forward pass"
     )
+
+    def span_length(self, lengths: Sequence[int]) -> int:
+        """Tokens of the spans whose tokens windows of all these lengths predict.
+
+        Raises:
+            UserError: `segment` is not a multiple of each.
+        """
+        longest = self.segment or max(lengths)
+        for length in lengths:
+            if longest % length:
+                raise UserError(f"eval.segment: {longest} is no multiple of length {length}")
+        return longest
 
     @model_validator(mode="after")
     def _names_and_lengths(self) -> "EvalConfig":
