@@ -3,20 +3,30 @@
 Seconds are of this process's CPU time, so that a busy machine tells the same as an idle one.
 """
 
+import multiprocessing
 import resource
 import sysconfig
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 
+from tensorlm.data.inputs import plan_shards
 from tensorlm.data.loader import PackedRows, RowStage
 from tensorlm.data.packing import plan_rows
-from tensorlm.data.prepare import batches, encode, find_files, read_documents
+from tensorlm.data.prepare import (
+    ShardJob,
+    batches,
+    encode,
+    encode_shard,
+    find_files,
+    read_documents,
+)
 from tensorlm.data.shards import Corpus
-from tensorlm.data.tokenizers import load_tokenizer, train_tokenizer
+from tensorlm.data.tokenizers import copy_tokenizer, load_tokenizer, train_tokenizer
+from tensorlm.data.workers import Progress
 
 SEQ_LENS = (4096, 32_768, 131_072)
 _MEAN_LENGTH, _SIGMA = 3000, 1.0
@@ -55,26 +65,37 @@ def measure_data(tokenizer: Path | None, num_bytes: int) -> Iterator[str]:
 
 
 def _measure_preparing(files: list[str], tokenizer: Path, output: Path, num_bytes: int) -> str:
+    encode(files, tokenizer, output, max_bytes=num_bytes)
+    parts = [part for shard in plan_shards(files, "text", num_bytes, num_bytes) for part in shard]
+    scratch = output.with_name("scratch")
+    (scratch / "train").mkdir(parents=True)
+    copy_tokenizer(tokenizer, scratch / "tokenizer")
+    job = ShardJob(scratch, ("train",), "text", 0.0, "", 0, tuple(parts))
     texts = list(read_documents(files, "text", num_bytes))
-    backend = load_tokenizer(tokenizer).backend_tokenizer
-    alone = prepared = float("inf")
-    for attempt in range(4):
-        started = time.process_time()
+    backend = load_tokenizer(scratch / "tokenizer").backend_tokenizer
+    progress = Progress(multiprocessing.get_context("forkserver"))
+
+    def tokenize() -> None:
         for batch in batches(iter(texts)):
             for encoding in backend.encode_batch_fast(batch, add_special_tokens=False):
                 assert encoding.ids is not None
-        alone = min(alone, time.process_time() - started)
-        started = time.process_time()
-        encode(files[:1], tokenizer, output.with_name(f"start-{attempt}"))
-        starting = time.process_time() - started
-        folder = output if attempt == 0 else output.with_name(f"again-{attempt}")
-        encode(files, tokenizer, folder, max_bytes=num_bytes)
-        prepared = min(prepared, time.process_time() - started - 2 * starting)
+
+    encode_shard(job, progress)  # loads the tokenizer
+    alone, prepared = float("inf"), float("inf")
+    for _ in range(4):
+        alone = min(alone, _seconds(tokenize))
+        prepared = min(prepared, _seconds(lambda: encode_shard(job, progress)))
     size = sum(len(text.encode()) for text in texts) / 1e6
     return (
-        f"prepare: {size:.1f} MB, tokenizer alone {size / alone:.2f} MB/s, encode "
-        f"{size / prepared:.2f} MB/s a core: {alone / prepared:.1%}"
+        f"prepare: {size:.1f} MB, tokenizer alone {size / alone:.2f} MB/s, a worker "
+        f"{size / prepared:.2f} MB/s: {alone / prepared:.1%}"
     )
+
+
+def _seconds(work: Callable[[], None]) -> float:
+    started = time.process_time()
+    work()
+    return time.process_time() - started
 
 
 def _measure_serving(corpus: Corpus, seq_len: int) -> str:

@@ -34,7 +34,7 @@ _BATCH_DOCUMENTS, _BATCH_CHARACTERS = 64, 1 << 21
 
 
 @dataclass(frozen=True)
-class _Job:
+class ShardJob:
     """What every worker has to know, and the shard that it is to make."""
 
     output: Path
@@ -84,7 +84,7 @@ def encode(
     """
     splits = ("train", "valid") if holdout > 0 else ("train",)
 
-    def begin() -> tuple[list[_Job], int]:
+    def begin() -> tuple[list[ShardJob], int]:
         plan = plan_shards(files, text_field, shard_bytes, max_bytes)
         if not plan:
             raise UserError(f"{files[0]}: nothing to read (empty, or longer than --max-bytes)")
@@ -93,7 +93,7 @@ def encode(
         copy_tokenizer(tokenizer, output / "tokenizer")
         _encoder(output / "tokenizer")  # a bad one is told now, and once
         jobs = [
-            _Job(output, splits, text_field, holdout, sha256, number, tuple(parts))
+            ShardJob(output, splits, text_field, holdout, sha256, number, tuple(parts))
             for number, parts in enumerate(plan)
         ]
         return [job for job in jobs if not job.is_done], len(jobs)
@@ -109,7 +109,7 @@ def encode(
 
 
 @contextlib.contextmanager
-def _progress_bar(jobs: list[_Job], is_shown: bool) -> Iterator[Callable[[list[int]], None]]:
+def _progress_bar(jobs: list[ShardJob], is_shown: bool) -> Iterator[Callable[[list[int]], None]]:
     """Yields what shows (documents, tokens, bytes) done so far, with rates and the time left."""
     total = sum(part.num_bytes for job in jobs for part in job.parts)
     started = time.monotonic()
@@ -184,7 +184,7 @@ def _encoder(folder: Path) -> DocumentEncoder:
     return DocumentEncoder(folder)
 
 
-def encode_shard(job: _Job, progress: Progress) -> None:
+def encode_shard(job: ShardJob, progress: Progress) -> None:
     """Make the shard of each split: the work of one worker."""
     encoder = _encoder(job.output / "tokenizer")
     with contextlib.ExitStack() as stack:
@@ -201,21 +201,20 @@ def encode_shard(job: _Job, progress: Progress) -> None:
             )
             for split in job.splits
         }
-        for part in job.parts:
-            left = part.num_bytes
-            for texts in batches(read_part(part, job.text_field)):
-                documents, contents = encoder(texts), [text.encode() for text in texts]
-                is_held_out = [job.holdout > 0 and _place(c) < job.holdout for c in contents]
-                for split, writer in writers.items():
-                    here = [held == (split == "valid") for held in is_held_out]
-                    writer.add(
-                        list(itertools.compress(documents, here)),
-                        sum(map(len, itertools.compress(contents, here))),
-                    )
-                num_bytes = min(left, sum(map(len, contents)))
-                progress.add(len(texts), sum(map(len, documents)), num_bytes)
-                left -= num_bytes
-            progress.add(0, 0, left)  # a compressed or half empty part is done, too
+        left = sum(part.num_bytes for part in job.parts)
+        for texts in batches(t for part in job.parts for t in read_part(part, job.text_field)):
+            documents, contents = encoder(texts), [text.encode() for text in texts]
+            is_held_out = [job.holdout > 0 and _place(c) < job.holdout for c in contents]
+            for split, writer in writers.items():
+                here = [held == (split == "valid") for held in is_held_out]
+                writer.add(
+                    list(itertools.compress(documents, here)),
+                    sum(map(len, itertools.compress(contents, here))),
+                )
+            num_bytes = min(left, sum(map(len, contents)))
+            progress.add(len(texts), sum(map(len, documents)), num_bytes)
+            left -= num_bytes
+        progress.add(0, 0, left)  # what compressed or half empty parts were taken for
 
 
 def _place(content: bytes) -> float:

@@ -136,6 +136,8 @@ class DocumentEncoder:
 
     def __init__(self, folder: Path) -> None:
         tokenizer = load_tokenizer(folder)
+        if not hasattr(tokenizer, "backend_tokenizer"):
+            raise UserError(f"{folder}: has no fast form (save it with a tokenizer.json)")
         self.vocab_size = len(tokenizer)
         self.bos_id: int = tokenizer.bos_token_id
         self.eos_id: int = tokenizer.eos_token_id

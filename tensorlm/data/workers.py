@@ -139,6 +139,8 @@ def run_tasks(
         UserError: the problems that tasks met; tasks that had begun elsewhere are cancelled.
     """
     own = tasks[ranks.rank :: ranks.size]
+    if ranks.size > 1:
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the other ranks are on the other cores
     # A fork server starts clean processes: no threads or MPI state of this one is inherited.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([work.__module__, "transformers.models.auto"])

@@ -17,6 +17,7 @@ NUM_PARAMETERS = {
     "demo.toml": 1_311_888,
     # Llama-3-8B has 8,030,261,248; 32 layers x 32 heads x 1 hop bias come on top.
     "llama8b_32k.toml": 8_030_261_248 + 32 * 32,
+    "llama8b_128k.toml": 8_030_261_248 + 32 * 32,
 }
 
 
@@ -28,8 +29,9 @@ def test_shipped_configuration_builds_on_the_meta_device(path: Path) -> None:
     assert sum(p.numel() for p in model.parameters()) == NUM_PARAMETERS[path.name]
 
 
-def test_resolved_configuration_reads_back_equal(tmp_path: Path) -> None:
-    config = load_config(SHIPPED[0], ["run.seed=7"])
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
+def test_resolved_configuration_reads_back_equal(tmp_path: Path, path: Path) -> None:
+    config = load_config(path, ["run.seed=7"])
     (tmp_path / "config.toml").write_text(config_toml(config))
     assert load_config(tmp_path / "config.toml") == config
     assert config.run.seed == 7
