@@ -11,28 +11,39 @@ from collections.abc import Sequence
 from fractions import Fraction
 
 import numpy as np
-from numpy.typing import NDArray
+
+from .packing import Int
 
 
 class Mix:
-    """An infinite sequence of sources; `num_rows` is how far it will be asked for."""
+    """An infinite sequence of sources; `num_rows` is how far it is likely to be asked for."""
 
     def __init__(self, weights: Sequence[float], num_rows: int) -> None:
         self.shares = _integers(weights)
         self.period = sum(self.shares)
-        self._source = _tijdeman(self.shares, min(self.period, num_rows))
-        # [K, n + 1]: rows of each source among the first n of a period.
-        is_source = self._source == np.arange(len(weights))[:, None]
-        self._before = np.cumsum(np.pad(is_source, ((0, 0), (1, 0))), axis=1)
+        self._known = self._first_rows(num_rows)
 
     def source(self, row: int) -> int:
         """Index of the source of row `row`."""
-        return int(self._source[row % self.period])
+        place = row % self.period
+        return int(self._reaching(place + 1)[0][place])
 
     def count(self, source: int, num_rows: int) -> int:
         """How many of the first `num_rows` rows are of `source`."""
         periods, rest = divmod(num_rows, self.period)
-        return periods * self.shares[source] + int(self._before[source, rest])
+        return periods * self.shares[source] + int(self._reaching(rest)[1][source, rest])
+
+    def _reaching(self, num_rows: int) -> tuple[Int, Int]:
+        if num_rows > len(self._known[0]):
+            self._known = self._first_rows(2 * num_rows)
+        return self._known
+
+    def _first_rows(self, num_rows: int) -> tuple[Int, Int]:
+        """Of the first rows of a period, n of them: sources [n], and how many rows of each source
+        come before each place [K, n + 1]."""
+        sources = _tijdeman(self.shares, min(self.period, num_rows))
+        is_source = sources == np.arange(len(self.shares))[:, None]
+        return sources, np.cumsum(np.pad(is_source, ((0, 0), (1, 0))), axis=1)
 
 
 def _integers(weights: Sequence[float]) -> list[int]:
@@ -44,7 +55,7 @@ def _integers(weights: Sequence[float]) -> list[int]:
     return [number // divisor for number in numbers]
 
 
-def _tijdeman(shares: list[int], num_rows: int) -> NDArray[np.int64]:
+def _tijdeman(shares: list[int], num_rows: int) -> Int:
     """Source of each of the first rows; all in integers, so exact."""
     total, slack = sum(shares), max(1, 2 * len(shares) - 2)
     counts = [0] * len(shares)
