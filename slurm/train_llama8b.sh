@@ -53,6 +53,7 @@ if [ "${1:-}" = --dry-run ]; then
   while [ $# -gt 0 ]; do
     case $1 in
     --config) settings+=("$1" "${2:?--config: no file}") && shift ;;
+    --config=*) settings+=("$1") ;;
     -*) options+=("$1") ;;
     *) settings+=("$1") ;;
     esac
@@ -144,6 +145,7 @@ elif [ -e "$RUN_DIR/STOPPED" ]; then # obeyed; without a request from Slurm, som
 elif [ $code != 2 ] && [ "$last_step" != "$first_step" ]; then
   reason="exit code $code, after new checkpoints"
 fi
+rm -f "$RUN_DIR"/{STOP,REQUEUE} # a request that nobody obeyed is no request to the next start
 # A job that is being cancelled or requeued already is no longer called RUNNING.
 if [ -n "$reason" ] && [ "$(job_field JobState)" = RUNNING ]; then
   echo "requeue: $reason; continues after step $last_step"
