@@ -292,12 +292,24 @@ def load(checkpoint: Checkpoint, slices: Iterable[ParameterSlice]) -> None:
             piece.state[key].copy_(checkpoint.read(piece.name, key, piece.start, piece.stop))
 
 
+def check_names(checkpoint: Checkpoint, names: Iterable[str]) -> None:
+    """Every parameter of a checkpoint is one of the model's, `names`.
+
+    Raises:
+        UserError: naming one that is not.
+    """
+    strange = sorted(checkpoint.shapes.keys() - set(names))
+    if strange:
+        raise UserError(f"{checkpoint.folder}: holds {strange[0]}, which the model has not")
+
+
 def load_weights(checkpoint: Checkpoint, model: nn.Module) -> None:
     """Copy the fp32 weights of a checkpoint into a plain model (no engine, one process).
 
     Raises:
         UserError: names or shapes are not those of this model.
     """
+    check_names(checkpoint, (name for name, _ in model.named_parameters()))
     shapes = checkpoint.shapes
     for name, parameter in model.named_parameters():
         if shapes.get(name) != tuple(parameter.shape):

@@ -33,12 +33,11 @@ def run_launcher(main: Callable[[], int | None], *, leave_at_once: bool = False)
     `leave_at_once` is for ranks of a process group that are done with one another: gloo's threads
     may abort a process that is taken down piece by piece after its work is done.
     """
-    from .launch_env import launched_rank  # which raises UserError itself
-
     try:
         code = main()
-    except UserError as error:
-        if launched_rank() == 0:
+    except (UserError, OSError) as caught:
+        error = caught if isinstance(caught, UserError) else _file_error(caught)
+        if _is_first_rank():
             for problem in error.problems:
                 print(f"error: {problem}", file=sys.stderr, flush=True)
         else:
@@ -53,3 +52,19 @@ def run_launcher(main: Callable[[], int | None], *, leave_at_once: bool = False)
             sys.modules["mpi4py.MPI"].Finalize()
         os._exit(code or EXIT_DONE)
     sys.exit(code or EXIT_DONE)
+
+
+def _file_error(error: OSError) -> UserError:
+    """Of a file that cannot be used, as a user's mistake; any other error of the system goes on."""
+    if error.filename is None:
+        raise error
+    return UserError(f"{error.filename}: {error.strerror}")
+
+
+def _is_first_rank() -> bool:
+    from .launch_env import launched_rank  # which raises UserError itself
+
+    try:
+        return launched_rank() == 0
+    except UserError:  # told by every rank that cannot say which it is
+        return True

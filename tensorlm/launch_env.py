@@ -87,7 +87,13 @@ def _place(env: Mapping[str, str]) -> tuple[int, int, int, int] | None:
         values = [env["SLURM_PROCID"], size, env["SLURM_LOCALID"], local_size]
     else:
         return None
-    rank, world_size, local_rank, local_world_size = map(int, values)
+    try:
+        rank, world_size, local_rank, local_world_size = map(int, values)
+    except ValueError:
+        raise UserError(
+            f"the launcher's environment: rank, world size, local rank, local world size are "
+            f"{', '.join(values)} (whole numbers are expected)"
+        ) from None
     return rank, world_size, local_rank, local_world_size
 
 
