@@ -1,9 +1,15 @@
-"""A tiny prepared data set, for all tests that train."""
+"""For all tests: Triton's interpreter where there is no GPU, and a tiny prepared data set."""
 
 import email
+import os
 from pathlib import Path
 
 import pytest
+import torch
+
+# Triton reads it when kernels, its own too, are defined: before anything below imports it.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from tensorlm.data.prepare import encode, find_files, read_documents
 from tensorlm.data.tokenizers import train_tokenizer
