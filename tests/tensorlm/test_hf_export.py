@@ -172,7 +172,9 @@ def test_plain_llama_reads_the_weights_by_their_names(tmp_path: Path, config: Pa
         assert relative_error(inside, ours(tokens[:, :8])) < 1e-5  # within the first axis: equal
         assert relative_error(beyond, ours(tokens)) > 1e-3
         full = Llama(load_config(config, ["model.fold=[]"]).model)
-        load_weights(checkpoint, full)
+        full.load_state_dict(
+            {name: p for name, p in ours.state_dict().items() if not name.endswith("hop_bias")}
+        )
         assert relative_error(beyond, full(tokens)) < 1e-5
 
 
