@@ -161,6 +161,10 @@ class TrainConfig(Section):
     dtype: Literal["bf16", "fp32"] = "bf16"
     attention: Backend = Field("auto", description="implementation of the operator (api.py)")
     activation_checkpointing: bool = False
+    activation_offload: bool = Field(
+        False, description="what a checkpointed block keeps goes to host memory"
+    )
+    mlp_chunk: int = Field(0, ge=0, description="tokens through SwiGLU at one time; 0: all")
     loss_chunk: int = Field(2048, gt=0, description="tokens whose logits exist at one time")
     max_skips: int = Field(10, gt=0, description="non-finite steps in a row before the run stops")
     profile: tuple[int, int] | None = Field(

@@ -10,7 +10,7 @@ from tensor_attention import fold_axes
 from .config import ModelConfig
 
 # Dense bf16 peak in FLOP/s by a fragment of the device name; vendors' data sheets, no sparsity.
-_GPU_PEAKS = {
+GPU_PEAKS = {
     "B200": 2250e12, "GH200": 989e12, "H200": 989e12, "H100": 989e12, "A100": 312e12,
     "L40S": 362e12, "RTX 4090": 165e12, "MI300X": 1307e12,
 }  # fmt: skip
@@ -74,7 +74,7 @@ def peak_flops(device: torch.device) -> float:
     """Peak FLOP/s of one device: the data sheet for known GPUs, else a measured matrix product."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-        for fragment, peak in _GPU_PEAKS.items():
+        for fragment, peak in GPU_PEAKS.items():
             if fragment in name:
                 return peak
     return _measured_flops(device)
