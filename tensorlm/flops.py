@@ -58,11 +58,16 @@ def recomputed_flops(config: ModelConfig, depth: Tensor, activation_checkpointin
     all of each layer but its last product with activation checkpointing. Arguments as in
     `train_flops`.
     """
+    linear = recomputed_linear_flops_per_token(config, activation_checkpointing) * depth.numel()
+    return linear + (attention_flops(config, depth) if activation_checkpointing else 0)
+
+
+def recomputed_linear_flops_per_token(config: ModelConfig, activation_checkpointing: bool) -> int:
+    """Of `recomputed_flops`, those of products with weights, for one token."""
     if not activation_checkpointing:
-        return 2 * config.hidden_size * config.vocab_size * depth.numel()
+        return 2 * config.hidden_size * config.vocab_size
     last_products = 2 * config.num_layers * config.hidden_size * config.intermediate_size
-    linear = linear_flops_per_token(config) - last_products
-    return linear * depth.numel() + attention_flops(config, depth)
+    return linear_flops_per_token(config) - last_products
 
 
 def num_parameters(model: torch.nn.Module) -> int:

@@ -137,6 +137,11 @@ def embedding_peak(job: Job) -> int:
     return hidden_state(job) + job.itemsize * job.table
 
 
+def shared_gradient(job: Job) -> int:
+    """A tied table: the head's part of its gradient waits for the embedding's."""
+    return job.itemsize * job.table if job.config.model.tie_embeddings else 0
+
+
 def rotary_table(job: Job) -> int:
     """4 D per position of the whole row: a cosine and a sine for each pair."""
     return MASTER * job.config.model.head_size * job.stage.seq_len

@@ -7,7 +7,8 @@ bytes; letters as in `job.py`.
 
 from .job import MASTER, Job
 
-_CHUNK = 1 << 25  # elements that LowMemoryAdamW updates at one time (adamw.py)
+DOUBLE = 8  # DeepSpeed takes the norms of stages 2 and 3 in float64, parameter by parameter
+_ADAM_CHUNK = 1 << 25  # elements that LowMemoryAdamW updates at one time (adamw.py)
 
 
 def weights(job: Job) -> int:
@@ -35,44 +36,57 @@ def moments(job: Job) -> int:
     return 0 if job.offloads_optimizer else moment_bytes(job) * job.shard
 
 
-def gradients(job: Job, computed: int) -> int:
-    """Gradients of weights that exist when those of `computed` elements have been computed.
+def gradients(job: Job, computed: int, reduced: bool = False) -> int:
+    """Gradients of weights, when those of `computed` elements have been computed.
 
-    Stage 0: w of each. Stage 1: 4 P from the start, and w of each until the update. Stage 2:
-    4 P / N once any were reduced. Stage 3: 4 P / N from the start.
+    Stages 0 and 1: w of each until the update, and stage 1 in bf16 4 P from the start. Stage 2:
+    4 P / N once any were `reduced`, as the bucket was full. Stage 3: 4 P / N from the start, on the
+    host if offloaded.
     """
-    if job.zero == 0:
-        return job.itemsize * (computed if job.micro_batches == 1 else job.parameters)
-    if job.zero == 1:
-        return MASTER * job.shard * job.gpus + job.itemsize * computed
+    if job.zero == 3:
+        return 0 if job.offloads_optimizer else MASTER * job.shard
     if job.zero == 2:
-        return MASTER * job.shard if computed > job.limits.reduce_bucket else 0
-    return 0 if job.offloads_optimizer else MASTER * job.shard
+        return MASTER * job.shard if reduced or computed > job.limits.reduce_bucket else 0
+    if accumulates_apart(job):
+        return MASTER * job.shard * job.gpus + job.itemsize * computed
+    return MASTER * computed
+
+
+def accumulates_apart(job: Job) -> bool:
+    """Stage 1 in bf16 is DeepSpeed's BF16_Optimizer: a float32 gradient of every weight."""
+    return job.zero == 1 and job.itemsize < MASTER and not job.offloads_optimizer
 
 
 def reduce_bucket(job: Job) -> int:
-    """Stage 3: 4 bytes of each element of the bucket, for good. Stage 2: w, in the backward."""
-    if job.zero == 3:
-        return MASTER * job.limits.reduce_bucket
-    return job.itemsize * job.limits.reduce_bucket if job.zero == 2 else 0
+    """Stage 3: 4 bytes of each element of the bucket, for good; other stages, in the backward:
+    stage 2 w bytes, stage 1 4 bytes where it does not accumulate apart.
+    """
+    if job.zero == 0 or accumulates_apart(job):
+        return 0
+    return (job.itemsize if job.zero == 2 else MASTER) * job.limits.reduce_bucket
+
+
+def offload_buffer(job: Job) -> int:
+    """Stages 1 and 2 with an offloaded optimizer: w bytes of the largest parameter."""
+    return job.itemsize * job.largest if job.offloads_optimizer and job.zero < 3 else 0
 
 
 def reduction(job: Job, elements: int) -> int:
-    """What reducing the gradients of `elements` elements of one bucket needs beside it.
+    """What reducing `elements` elements needs beside the bucket, if that many fit.
 
-    Stage 3 orders them by rank, in float32. Stage 2 does so in w bytes, then casts. A gradient that
-    is larger than the bucket is cast alone.
+    Stage 3 orders them by rank in float32; stage 2 orders them in w bytes and casts that to
+    float32. A gradient larger than the bucket is cast alone.
     """
+    if job.zero < 2:
+        return 0
     if elements > job.limits.reduce_bucket:
         return (job.itemsize + MASTER) * elements
-    if job.zero == 3:
-        return MASTER * elements
-    return (job.itemsize + MASTER) * elements if job.zero == 2 else 0
+    return (MASTER if job.zero == 3 else job.itemsize + MASTER) * elements
 
 
 def gathered_weights(job: Job, needed: int) -> int:
-    """Stage 3: whole weights while they are used: `needed` elements, some fetched ahead, twice for
-    a moment, and those of the last blocks, which stay from forward to backward.
+    """Stage 3: whole weights while they are used: `needed` elements, some fetched ahead (twice for
+    a moment), and those of the last blocks, which stay from forward to backward.
     """
     if job.zero < 3 or job.gpus == 1:
         return 0
@@ -81,3 +95,29 @@ def gathered_weights(job: Job, needed: int) -> int:
     passes = 3 if job.recomputes else 2
     kept = max(0, limits.max_reuse - 2 * job.table) // passes
     return job.itemsize * min(job.parameters, needed + 2 * ahead + kept)
+
+
+def update_workspace(job: Job) -> int:
+    """Temporary tensors of the update: a norm in float64, gradients in one piece, AdamW's own."""
+    norm = 0
+    if job.zero == 3:
+        norm = DOUBLE * -(-job.largest // job.gpus)
+    elif job.zero and not accumulates_apart(job):
+        norm = DOUBLE * min(job.largest, job.shard)
+    if job.offloads_optimizer:
+        return norm
+    together = {0: job.largest, 3: min(job.shard, job.limits.sub_group)}.get(job.zero, job.shard)
+    is_copied = job.zero == 3 or (job.zero and job.itemsize == MASTER)
+    return max(norm, (MASTER * together if is_copied else 0) + adam_workspace(job, together))
+
+
+def adam_workspace(job: Job, elements: int) -> int:
+    """Two float32 tensors where AdamW is not fused, and where its moments are bf16 (by chunks)."""
+    if job.config.optim.state_dtype == "bf16":
+        return 2 * MASTER * min(elements, _ADAM_CHUNK)
+    return 0 if job.platform.fused_adam else 2 * MASTER * elements
+
+
+def initialisation(job: Job) -> int:
+    """The whole model in float32, and one parameter in w bytes, before DeepSpeed divides it."""
+    return MASTER * job.parameters + job.itemsize * job.largest
