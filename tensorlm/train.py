@@ -233,8 +233,10 @@ def last_rows(run: Run) -> range:
     return range(run.state.rows - num_rows, run.state.rows)
 
 
-def build_model(config: Config, grid: Grid, device: torch.device) -> Llama:
-    """The model of `config` with its initial weights, fp32, on `device`."""
+def build_model(
+    config: Config, grid: Grid, device: torch.device, *, initialize: bool = True
+) -> Llama:
+    """The model of `config`, fp32, on `device`, with its initial weights (if `initialize`)."""
     with device:
         model = Llama(
             config.model,
@@ -243,7 +245,8 @@ def build_model(config: Config, grid: Grid, device: torch.device) -> Llama:
             activation_checkpointing=config.train.activation_checkpointing,
             loss_chunk=config.train.loss_chunk,
         )
-    model.init_weights(config.run.seed)
+    if initialize:
+        model.init_weights(config.run.seed)
     return model
 
 

@@ -24,7 +24,9 @@ def saved_by_norm(job: Job) -> int:
     """RMSNorm keeps its input in float32, that normalized, the product with the weight, and one
     float32 a token.
     """
-    return MASTER * job.config.model.hidden_size * job.tokens + 2 * hidden_state(job) + 4 * job.tokens
+    return (
+        MASTER * job.config.model.hidden_size * job.tokens + 2 * hidden_state(job) + 4 * job.tokens
+    )
 
 
 def saved_by_first_norm(job: Job) -> int:

@@ -149,7 +149,9 @@ class Job:
         if self.zero == 3:  # each parameter is cut into equal parts
             return sum(w.count * -(-w.numel // self.gpus) for w in self.weights)
         align = 2 * self.gpus  # each of the two groups is one flat buffer
-        groups = [sum(w.total for w in self.weights if w.decays == which) for which in (True, False)]
+        groups = [
+            sum(w.total for w in self.weights if w.decays == which) for which in (True, False)
+        ]
         return sum(-(-numel // align) * 2 for numel in groups)
 
 
@@ -157,7 +159,7 @@ def plan_jobs(
     config: Config,
     gpus: int,
     platform: Platform = CUDA,
-    limits: ZeroLimits = ZeroLimits(),  # noqa: B008 (frozen)
+    limits: ZeroLimits = ZeroLimits(),
 ) -> list[Job]:
     """One job for each stage of the run.
 

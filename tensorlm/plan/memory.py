@@ -119,9 +119,7 @@ def _loss(job: Job, operators: dict[Fold, OperatorMemory]) -> Phase:
     )
 
 
-def _block(
-    job: Job, operators: dict[Fold, OperatorMemory], left: int, reduced: int = 0
-) -> Phase:
+def _block(job: Job, operators: dict[Fold, OperatorMemory], left: int, reduced: int = 0) -> Phase:
     """Backward of block `left` (from 1): `left - 1` blocks have theirs before them."""
     layers = len(job.folds)
     computed = job.table + (layers - left) * job.block

@@ -43,7 +43,9 @@ def chain(job: Job, fold: Sequence[int]) -> OperatorMemory:
     peaks = []
     for i, axis in enumerate(axes):
         is_last = i == hops - 1
-        gradients = q + k + (q if i else k) + (0 if is_last else q)  # dq, dk, dvalues, dz of hop i+1
+        gradients = (
+            q + k + (q if i else k) + (0 if is_last else q)
+        )  # dq, dk, dvalues, dz of hop i+1
         # <dz, z>, then of hop i + 1: dlse; of hop i: dbias, dlse and <dz, z> of the hop before
         rows = 1 + (not is_last) + (3 if i else 0)
         peaks.append(gradients + _rotated(job, axis.stride, axis.length) + rows * lse)
@@ -56,16 +58,16 @@ def shared(job: Job, fold: Sequence[int]) -> OperatorMemory:
     axes = fold_axes(fold, job.stage.seq_len)
     outer = len(axes) - 1
     longer = 1 + job.stage.micro_batch * fold[0] / job.tokens  # the inner row in front
-    in_rows = longer * (2 * q + 2 * k + lse + token)
     # Rank 0 makes a rotary table of its own: positions before the row have none.
-    in_rows += 4 * job.config.model.head_size * (job.stage.seq_len // job.sp + fold[0])
+    table = 4 * job.config.model.head_size * (job.stage.seq_len // job.sp + fold[0])
+    in_rows = longer * (2 * q + 2 * k + lse + token) + table
     in_columns = 2 * q + k + lse + outer * (q + lse + token)
 
-    peaks = []
+    peaks: list[float] = []
     for done, axis in enumerate(reversed(axes[1:])):  # hops whose backward is over
         summed = q + k if done else 0  # dq, dk of the hops before, until these are there
         rows = 5 if done else 4
-        work = 3 * q + k + rows * lse + _rotated(job, axis.stride // job.sp, axis.length)
+        work: float = 3 * q + k + rows * lse + _rotated(job, axis.stride // job.sp, axis.length)
         peaks.append(in_rows + in_columns - done * (q + lse + token) + summed + work)
     # Hop 1, while the gradients of q and k travel: sent and received.
     work = longer * (2 * q + 2 * k + 3 * lse + _rotated(job, 1, fold[0]))
@@ -90,7 +92,12 @@ def _sizes(job: Job) -> tuple[int, int, int, int]:
     """Bytes of t tokens of q (or z), of k (or v), of a log-sum-exp, and of a reach."""
     m = job.config.model
     q = job.tokens * m.num_heads * m.head_size * job.itemsize
-    return q, q * m.num_kv_heads // m.num_heads, job.tokens * m.num_heads * STATE, job.tokens * STATE
+    return (
+        q,
+        q * m.num_kv_heads // m.num_heads,
+        job.tokens * m.num_heads * STATE,
+        job.tokens * STATE,
+    )
 
 
 def _rotated(job: Job, stride: int, length: int) -> int:

@@ -1,4 +1,4 @@
-"""A whole plan: does this configuration fit these GPUs, with what margin, and how long may rows be."""
+"""A whole plan: whether a configuration fits these GPUs, what is left, how long rows may be."""
 
 import math
 from dataclasses import dataclass

@@ -84,7 +84,7 @@ def _options(plan: Plan) -> dict[str, list[Any]]:
         gpus = [plan.gpus // n for n in (2, 4, 8) if plan.gpus % n == 0]
     else:
         gpus = [plan.gpus * n for n in (2, 4, 8)]
-    options = {
+    options: dict[str, list[Any]] = {
         "train.activation_checkpointing": [not train.activation_checkpointing],
         "train.mlp_chunk": list({0, tokens // 4, tokens // 8} - {train.mlp_chunk}),
         "train.activation_offload": [not train.activation_offload],

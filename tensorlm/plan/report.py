@@ -31,7 +31,10 @@ def _gpu_table(plan: Plan) -> str:
     rows = [(name, size) for name, size in peak.parts.items() if size >= _SMALL * needed]
     rows = sorted(rows, key=lambda row: -row[1])
     rest = peak.total - sum(size for _, size in rows)
-    lines = [f"GPU memory of a rank, largest in: {peak.name}", f"{'part':<24}{'GiB':>8}{'share':>8}"]
+    lines = [
+        f"GPU memory of a rank, largest in: {peak.name}",
+        f"{'part':<24}{'GiB':>8}{'share':>8}",
+    ]
     for part, size in [*rows, ("others", rest), ("overhead", plan.memory.overhead)]:
         lines.append(f"{part:<24}{size / GIB:>8.2f}{size / needed:>8.0%}")
     lines.append(f"{'all':<24}{needed / GIB:>8.2f}")
@@ -46,8 +49,8 @@ def _verdict(plan: Plan) -> str:
     row = longest_row(plan)
     longest = f"longest row that fits: {row:,} tokens" if row else "no row fits"
     return (
-        f"{word}: {needed:.1f} of {capacity:.0f} GiB, {abs(plan.margin) / GIB:.1f} GiB {left}; "
-        f"{dominating} weighs most ({peak.parts[dominating] / memory.needed:.0%})\n"
+        f"{word}: {needed:.1f} of {capacity:g} GiB, {abs(plan.margin) / GIB:.1f} GiB {left}; the "
+        f"largest part is {dominating} ({peak.parts[dominating] / memory.needed:.0%})\n"
         f"{longest}, all else as it is"
     )
 
@@ -64,10 +67,10 @@ def _host(plan: Plan) -> str:
 
 def _time(plan: Plan) -> str:
     time, stage = plan.time, plan.jobs[-1].stage
+    rate = time.tokens_per_second
     lines = [
         f"step of {stage.rows_per_step} rows of {stage.seq_len:,} tokens: {time.seconds:.2f} s, "
-        f"{time.tokens_per_second:,.0f} tokens/s ({time.tokens_per_second / plan.gpus:,.0f} a GPU), "
-        f"MFU {time.mfu:.0%}",
+        f"{rate:,.0f} tokens/s ({rate / plan.gpus:,.0f} a GPU), MFU {time.mfu:.0%}",
         f"{'part':<24}{'s':>8}{'share':>8}",
     ]
     for part, seconds in sorted(time.parts.items(), key=lambda item: -item[1]):

@@ -28,7 +28,7 @@ from .gpus import (
 )
 from .job import MASTER, Job
 
-# The operator's backward has 10 H D FLOPs for each pair where its forward has 4 (kernels/README.md).
+# 10 H D FLOPs for each (query, key) pair, where the forward has 4 (kernels/README.md).
 BACKWARD_PER_FORWARD = 2.5
 # Bytes that operations other than products read and write in bf16, forward and backward, counted
 # in layers.py, model.py and loss.py: for each element of the hidden size (two norms, residuals),
@@ -171,7 +171,7 @@ def _row_exchange(job: Job, gpu: Gpu) -> float:
 
 
 def _update(job: Job, gpu: Gpu) -> float:
-    """AdamW over this rank's shard; offloaded, on the host, with its gradients and weights moved."""
+    """AdamW over this rank's shard; on the host if offloaded, with gradients and weights moved."""
     if job.offloads_optimizer:
         moved = (MASTER + job.itemsize) * job.shard / (gpu.host_link * LINK_SHARE)
         return moved + HOST_UPDATE_TRAFFIC * job.shard / HOST_BANDWIDTH
