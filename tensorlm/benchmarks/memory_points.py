@@ -105,7 +105,7 @@ def read_points(path: Path) -> list[Point]:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"{path}: not valid TOML ({error})") from None
-    except KeyError:
+    except (KeyError, TypeError):
         raise UserError(f"{path}: has no [[points]]") from None
     except ValidationError as error:
         raise UserError(

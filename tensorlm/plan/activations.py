@@ -120,7 +120,8 @@ def head_peak(job: Job) -> int:
     """The last norm and the output head's backward, one chunk of logits at a time.
 
     12 V chunk: float32 logits' log-softmax and two gradients of it. With several chunks the
-    gradient of the head's weight is added up: three of them for a moment.
+    gradient of the head's weight is added up, three of them for a moment, and the gradients of
+    hidden states gather.
     """
     chunk = min(job.config.train.loss_chunk, job.tokens)
     logits = job.config.model.vocab_size * chunk
@@ -128,10 +129,10 @@ def head_peak(job: Job) -> int:
     if chunk == job.tokens:
         peak = max(3 * MASTER * logits, job.itemsize * logits + gradient)
     else:
-        peak = max(
+        peak = hidden_state(job) + max(
             3 * MASTER * logits + gradient, job.itemsize * logits + 2 * gradient, 3 * gradient
         )
-    return saved_by_norm(job) + hidden_state(job) + peak
+    return saved_by_norm(job) + peak
 
 
 def embedding_peak(job: Job) -> int:

@@ -8,6 +8,7 @@ bytes; letters as in `job.py`.
 from .job import MASTER, Job
 
 DOUBLE = 8  # DeepSpeed takes the norms of stages 2 and 3 in float64, parameter by parameter
+_ALL_REDUCE = 500_000_000  # elements of a message of stage 0 (DeepSpeed's engine)
 _ADAM_CHUNK = 1 << 25  # elements that LowMemoryAdamW updates at one time (adamw.py)
 
 
@@ -106,8 +107,11 @@ def update_workspace(job: Job) -> int:
         norm = DOUBLE * min(job.largest, job.shard)
     if job.offloads_optimizer:
         return norm
-    together = {0: job.largest, 3: min(job.shard, job.limits.sub_group)}.get(job.zero, job.shard)
-    is_copied = job.zero == 3 or (job.zero and job.itemsize == MASTER)
+    if job.zero == 0:
+        copied = MASTER * min(job.parameters, _ALL_REDUCE)
+        return max(copied, adam_workspace(job, job.largest))
+    together = min(job.shard, job.limits.sub_group) if job.zero == 3 else job.shard
+    is_copied = job.zero == 3 or job.itemsize == MASTER
     return max(norm, (MASTER * together if is_copied else 0) + adam_workspace(job, together))
 
 
