@@ -20,7 +20,7 @@ LONG = ("tests/slurm/", "tests/reliability/")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: not item.nodeid.startswith(LONG))
+    items.sort(key=lambda item: [not item.nodeid.startswith(folder) for folder in LONG])
 
 
 @pytest.fixture(scope="session")
