@@ -9,7 +9,7 @@ import itertools
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import tomli_w
 from pydantic import BaseModel, Field, ValidationError, model_validator
@@ -119,6 +119,9 @@ class DataConfig(Section):
         return self.sources or (SourceConfig(path=self.path),)
 
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
 class OptimConfig(Section):
     """AdamW and its learning-rate schedule."""
 
@@ -127,7 +130,7 @@ class OptimConfig(Section):
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
     warmup_steps: int = Field(0, ge=0)
     decay_steps: int = Field(0, ge=0, description="last steps of schedule wsd")
-    betas: tuple[float, float] = Field((0.9, 0.95), strict=False)
+    betas: tuple[Beta, Beta] = Field((0.9, 0.95), strict=False)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.1, ge=0)
     state_dtype: Literal["fp32", "bf16"] = Field("fp32", description="of Adam's two moments")
@@ -205,7 +208,7 @@ class RunConfig(Section):
     """Where the run lives and its one seed."""
 
     dir: str
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
 
 
 class Config(Section):
@@ -233,6 +236,11 @@ class Config(Section):
             problems.append("optim: warmup_steps + decay_steps exceed train.steps")
         if self.optim.min_lr > self.optim.lr:
             problems.append("optim.min_lr: larger than optim.lr")
+        if self.optim.schedule == "wsd" and not self.optim.decay_steps:
+            problems.append("optim.decay_steps: schedule wsd needs them (a tenth of train.steps)")
+        if self.train.profile and not 0 <= self.train.profile[0] < self.train.profile[1]:
+            first, stop = self.train.profile
+            problems.append(f"train.profile: [{first}, {stop}] holds no step (like [10, 13])")
         if self.train.stop_at > self.train.steps:
             problems.append("train.stop_at: larger than train.steps")
         generates = sorted(set(self.eval.tasks) & set(GENERATION_TASKS))

@@ -95,6 +95,8 @@ def train(config: Config, launch: LaunchEnv, stop: StopRequest) -> int:
     while state.step < last_step and not stopping:
         started = time.perf_counter()
         must_stop = stop.is_asked or (launch.rank == 0 and stop_file.exists()) or saver.has_failed
+        if must_stop:
+            print("stop requested: saving after this step", flush=True)
         record, stopping = train_step(run, must_stop)
         watchdog.enter("log", state.step)
         if profiler:
@@ -151,6 +153,8 @@ def start(config: Config, launch: LaunchEnv, before: int | None = None) -> Run:
     rows = open_rows(config, "train", verify=config.data.verify and launch.rank == 0)
     watchdog = Watchdog(config.guards, run_dir, launch.rank, launch.world_size)
     device = init_distributed(launch)
+    if config.train.attention == "triton" and device.type == "cpu":
+        raise UserError("train.attention: triton needs a GPU (auto, blocked and dense do not)")
     grid = create_grid(config.parallel.sp)
     engine = Engine(build_model(config, grid, device), config)
     feed = Feed(rows, config, grid, pin=device.type == "cuda")
@@ -182,8 +186,9 @@ def train_step(run: Run, must_stop: bool) -> tuple[dict[str, Any], bool]:
         *(digest >> shift & 0xFFFF_FFFF for shift in (0, 32)),  # exact in float64
     )
 
+    num_losses = max(1, num_labels)  # rows of single-token documents have no label
     # DeepSpeed averages gradients over ranks; this makes them those of the mean over all labels.
-    loss_scale = torch.full((), grid.world_size / num_labels, device=device)
+    loss_scale = torch.full((), grid.world_size / num_losses, device=device)
     total_loss = torch.zeros((), device=device, dtype=torch.float64)
     for index, batch in enumerate(batches, start=1):
         loss = run.engine.forward(*batch.to(device))
@@ -192,13 +197,13 @@ def train_step(run: Run, must_stop: bool) -> tuple[dict[str, Any], bool]:
             dist.all_reduce(total_loss)
             # All ranks agree on the loss before the last backward pass. Gradients of a bad step
             # become non-finite there, and DeepSpeed applies no such step, on any rank.
-            is_bad = ~(total_loss / num_labels <= run.guard.loss_limit())
+            is_bad = ~(total_loss / num_losses <= run.guard.loss_limit())
             loss_scale.masked_fill_(is_bad, torch.nan)
         run.engine.backward(loss * loss_scale)
     run.watchdog.enter("step", state.step + 1)
     lr = learning_rate(state.step, config.train.steps, config.optim)
     grad_norm = run.engine.step(lr)
-    mean_loss = total_loss.item() / num_labels
+    mean_loss = total_loss.item() / num_losses
 
     state.step += 1
     state.rows += stage.rows_per_step
