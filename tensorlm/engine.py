@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from .adamw import new_state
 from .config import Config
 from .launch_env import LaunchEnv
+from .layers import SwiGLU
 from .optim import create_optimizer
 
 ADAM_STATE = ("exp_avg", "exp_avg_sq")
@@ -79,6 +80,9 @@ def deepspeed_config(config: Config) -> dict[str, Any]:
         "reduce_scatter": True,
         "memory_efficient_linear": False,  # it would replace F.linear for the whole process
     }
+    if config.train.mlp_chunk:
+        # Its function takes the weights of its linear layers: they are gathered for all of it.
+        zero["leaf_module"] = {"classes": [f"{SwiGLU.__module__}.{SwiGLU.__name__}"]}
     if config.zero.offload_optimizer:
         pin_memory = torch.cuda.is_available()
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": pin_memory}
@@ -90,7 +94,8 @@ def deepspeed_config(config: Config) -> dict[str, Any]:
         "steps_per_print": 10**9,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
-        "bf16": {"enabled": config.train.dtype == "bf16"},
+        # Stage 1: gradients become fp32 one by one, not all at the end of backward.
+        "bf16": {"enabled": config.train.dtype == "bf16", "immediate_grad_update": True},
         "communication_data_type": "fp32",
         "data_types": {"grad_accum_dtype": "fp32"},
         "zero_optimization": zero,

@@ -18,6 +18,7 @@ from .data.loader import PackedRows, open_rows
 from .engine import Engine, init_distributed, leave_distributed
 from .errors import EXIT_DONE, EXIT_PREEMPTED, UserError
 from .flops import num_parameters, peak_flops, recomputed_flops, train_flops
+from .fused import check_layers
 from .guards import StepGuard, check_disk_space, check_replicas, lock_run
 from .launch_env import LaunchEnv
 from .metrics import Metrics, git_commit, peak_memory_gib
@@ -146,6 +147,7 @@ def evaluate_run(run: Run, metrics: Metrics | None) -> None:
 def start(config: Config, launch: LaunchEnv, before: int | None = None) -> Run:
     """Set everything up, and load the newest checkpoint (older than step `before`)."""
     config.check_world(launch.world_size)
+    check_layers(config.train.fused_layers)
     run_dir = Path(config.run.dir)
     # One rank is enough to read every byte; the others wait for it to join them.
     rows = open_rows(config, "train", verify=config.data.verify and launch.rank == 0)
@@ -172,12 +174,12 @@ def train_step(run: Run, must_stop: bool) -> tuple[dict[str, Any], bool]:
     batches = run.feed.batches(state.step, state.rows)
     run.watchdog.enter("forward", state.step + 1)
     digest = sum(batch.digest for batch in batches)
-    recompute = config.train.activation_checkpointing
+    recompute, chunk = config.train.activation_checkpointing, config.train.mlp_chunk
     num_labels, num_flops, num_recomputed, num_stopping, *digest_parts = sum_over_ranks(
         device,
         sum(batch.num_labels for batch in batches),
         sum(train_flops(config.model, batch.depth) for batch in batches),
-        sum(recomputed_flops(config.model, batch.depth, recompute) for batch in batches),
+        sum(recomputed_flops(config.model, batch.depth, recompute, chunk) for batch in batches),
         must_stop,
         *(digest >> shift & 0xFFFF_FFFF for shift in (0, 32)),  # exact in float64
     )
@@ -241,7 +243,10 @@ def build_model(config: Config, grid: Grid, device: torch.device) -> Llama:
             grid,
             attention=config.train.attention,
             activation_checkpointing=config.train.activation_checkpointing,
+            activation_offload=config.train.activation_offload,
             loss_chunk=config.train.loss_chunk,
+            mlp_chunk=config.train.mlp_chunk,
+            fused_layers=config.train.fused_layers,
         )
     model.init_weights(config.run.seed)
     return model

@@ -255,7 +255,8 @@ def _empty_llama(config: Config, model: ModelConfig, device: torch.device, grid:
     try:
         with device:
             return Llama(
-                model, grid, loss_chunk=config.train.loss_chunk, attention=config.train.attention
-            ).eval()
+                model, grid, attention=config.train.attention, loss_chunk=config.train.loss_chunk,
+                mlp_chunk=config.train.mlp_chunk,
+            ).eval()  # fmt: skip
     finally:
         torch.set_default_dtype(before)
