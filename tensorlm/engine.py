@@ -7,6 +7,7 @@ and write this rank's share of the fp32 weights and Adam state, for every ZeRO s
 
 import logging
 import math
+import os
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -48,6 +49,9 @@ def init_distributed(launch: LaunchEnv) -> torch.device:
     warnings.filterwarnings("ignore", r"`torch\.distributed\..*` is deprecated", FutureWarning)
     deepspeed_logger.setLevel(logging.WARNING)
     if torch.cuda.is_available():
+        if "PYTORCH_ALLOC_CONF" not in os.environ:
+            # Else large blocks that come and go (gradients) leave gaps between smaller ones.
+            os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
         device = torch.device("cuda", launch.local_rank)
         torch.cuda.set_device(device)
     else:

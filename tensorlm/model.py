@@ -15,11 +15,41 @@ from fold_parallel import Grid
 from tensor_attention import Backend, Rotary
 
 from .attention import Attention
-from .config import ModelConfig
-from .fused import FusedLayers
+from .config import ModelConfig, TrainConfig
+from .fused import FusedLayers, check_layers
 from .layers import RMSNorm, SwiGLU, rotary_table
 from .loss import OutputHead, Reduction
 from .offload import HostOffload
+
+
+def create_llama(
+    shape: ModelConfig, train: TrainConfig, grid: Grid, device: torch.device
+) -> "Llama":
+    """A model with the settings of a run, on `device` in its dtype from the start.
+
+    (An fp32 model that is cast later would need three times the memory.) What its weights are is up
+    to the caller: `init_weights`, or a checkpoint.
+
+    Raises:
+        UserError: kernels for `train.fused_layers` are not installed.
+    """
+    check_layers(train.fused_layers)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16 if train.dtype == "bf16" else torch.float32)
+    try:
+        with device:
+            return Llama(
+                shape,
+                grid,
+                attention=train.attention,
+                activation_checkpointing=train.activation_checkpointing,
+                activation_offload=train.activation_offload,
+                loss_chunk=train.loss_chunk,
+                mlp_chunk=train.mlp_chunk,
+                fused_layers=train.fused_layers,
+            )
+    finally:
+        torch.set_default_dtype(before)
 
 
 class Block(nn.Module):

@@ -18,11 +18,10 @@ from .data.loader import PackedRows, open_rows
 from .engine import Engine, init_distributed, leave_distributed
 from .errors import EXIT_DONE, EXIT_PREEMPTED, UserError
 from .flops import num_parameters, peak_flops, recomputed_flops, train_flops
-from .fused import check_layers
 from .guards import StepGuard, check_disk_space, check_replicas, lock_run
 from .launch_env import LaunchEnv
 from .metrics import Metrics, git_commit, peak_memory_gib
-from .model import Llama
+from .model import Llama, create_llama
 from .optim import learning_rate
 from .preemption import StopRequest
 from .profiler import start_profiler
@@ -147,7 +146,6 @@ def evaluate_run(run: Run, metrics: Metrics | None) -> None:
 def start(config: Config, launch: LaunchEnv, before: int | None = None) -> Run:
     """Set everything up, and load the newest checkpoint (older than step `before`)."""
     config.check_world(launch.world_size)
-    check_layers(config.train.fused_layers)
     run_dir = Path(config.run.dir)
     # One rank is enough to read every byte; the others wait for it to join them.
     rows = open_rows(config, "train", verify=config.data.verify and launch.rank == 0)
@@ -236,18 +234,11 @@ def last_rows(run: Run) -> range:
 
 
 def build_model(config: Config, grid: Grid, device: torch.device) -> Llama:
-    """The model of `config` with its initial weights, fp32, on `device`."""
-    with device:
-        model = Llama(
-            config.model,
-            grid,
-            attention=config.train.attention,
-            activation_checkpointing=config.train.activation_checkpointing,
-            activation_offload=config.train.activation_offload,
-            loss_chunk=config.train.loss_chunk,
-            mlp_chunk=config.train.mlp_chunk,
-            fused_layers=config.train.fused_layers,
-        )
+    """The model of `config` with its initial weights, in the dtype of training, on `device`.
+
+    DeepSpeed makes the fp32 weights of bf16 ones, so none are lost that it would have kept.
+    """
+    model = create_llama(config.model, config.train, grid, device)
     model.init_weights(config.run.seed)
     return model
 

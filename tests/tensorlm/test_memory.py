@@ -159,13 +159,11 @@ def test_offload_on_a_gpu_changes_the_peak_and_nothing_else() -> None:
         torch.cuda.reset_peak_memory_stats()
         for tokens in inputs:  # no synchronization between them
             model(tokens, None, tokens).backward()
-        gradients.append([p.grad for p in model.parameters()])
+        gradients.append([p.grad.cpu() for p in model.parameters() if p.grad is not None])
         peaks.append(torch.cuda.max_memory_allocated())
         if model.offload:
             assert len(model.offload.free_buffers) == 12
-    for plain, offloaded in zip(*gradients, strict=True):
-        assert plain is not None
-        assert torch.equal(plain, offloaded)
+        del model
+    assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))
     hidden_state = 16384 * 1024 * 2
-    kept = sum(g.nbytes for g in gradients[0] if g is not None) * 2  # of the first model
-    assert peaks[1] - kept < peaks[0] - 8 * hidden_state
+    assert peaks[1] < peaks[0] - 8 * hidden_state
