@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from .adamw import new_state
 from .config import Config
 from .launch_env import LaunchEnv
-from .layers import SwiGLU
 from .optim import create_optimizer
 
 ADAM_STATE = ("exp_avg", "exp_avg_sq")
@@ -84,9 +83,6 @@ def deepspeed_config(config: Config) -> dict[str, Any]:
         "reduce_scatter": True,
         "memory_efficient_linear": False,  # it would replace F.linear for the whole process
     }
-    if config.train.mlp_chunk:
-        # Its function takes the weights of its linear layers: they are gathered for all of it.
-        zero["leaf_module"] = {"classes": [f"{SwiGLU.__module__}.{SwiGLU.__name__}"]}
     if config.zero.offload_optimizer:
         pin_memory = torch.cuda.is_available()
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": pin_memory}
