@@ -7,7 +7,6 @@ and write this rank's share of the fp32 weights and Adam state, for every ZeRO s
 
 import logging
 import math
-import os
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 
 from .adamw import new_state
 from .config import Config
-from .launch_env import LaunchEnv
+from .launch_env import LaunchEnv, grow_memory_segments
 from .optim import create_optimizer
 
 ADAM_STATE = ("exp_avg", "exp_avg_sq")
@@ -48,9 +47,7 @@ def init_distributed(launch: LaunchEnv) -> torch.device:
     warnings.filterwarnings("ignore", r"`torch\.distributed\..*` is deprecated", FutureWarning)
     deepspeed_logger.setLevel(logging.WARNING)
     if torch.cuda.is_available():
-        if "PYTORCH_ALLOC_CONF" not in os.environ:
-            # Else large blocks that come and go (gradients) leave gaps between smaller ones.
-            os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+        grow_memory_segments()
         device = torch.device("cuda", launch.local_rank)
         torch.cuda.set_device(device)
     else:
