@@ -26,9 +26,9 @@ def check_layers(fused_layers: FusedLayers) -> None:
         )
 
 
-def runs_liger(fused_layers: FusedLayers, x: Tensor) -> bool:
-    """Whether Liger's kernels take `x`: by "auto" if it is on a GPU and Liger is installed."""
-    return fused_layers == "liger" or (fused_layers == "auto" and x.is_cuda and has_liger())
+def runs_liger(fused_layers: FusedLayers, on_gpu: bool) -> bool:
+    """Whether Liger's kernels run: by "auto" on GPUs, where it is installed."""
+    return fused_layers == "liger" or (fused_layers == "auto" and on_gpu and has_liger())
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -43,7 +43,7 @@ def silu_multiply(gate: Tensor, up: Tensor, fused_layers: FusedLayers) -> Tensor
 
     By Liger, backward overwrites gate and up: nothing else may have saved them.
     """
-    if not runs_liger(fused_layers, gate):
+    if not runs_liger(fused_layers, gate.is_cuda):
         return F.silu(gate) * up
     from liger_kernel.ops import LigerSiLUMulFunction
 

@@ -25,7 +25,7 @@ class RMSNorm(nn.Module):
         self.fused_layers = fused_layers
 
     def forward(self, x: Tensor) -> Tensor:
-        if fused.runs_liger(self.fused_layers, x):
+        if fused.runs_liger(self.fused_layers, x.is_cuda):
             return fused.rms_norm(x, self.weight, self.eps)
         wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
         normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)

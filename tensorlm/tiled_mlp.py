@@ -84,10 +84,10 @@ def _add_gradients(
     """Of one tile [tokens, C]: write dx, add to the sums of gate, up and down."""
     gate, up, down = weights
     # Leaves of a graph of their own: no gradient of a parameter is touched here.
-    gated, upped = (F.linear(x, weight).detach().requires_grad_() for weight in (gate, up))
+    gated, upped = (F.linear(x, weight).requires_grad_() for weight in (gate, up))
     with torch.enable_grad():
         hidden = multiply(gated, upped)
-    sums[2] += dout.t() @ hidden.detach()
+    sums[2] += dout.t() @ hidden
     dgated, dupped = torch.autograd.grad(hidden, (gated, upped), dout @ down)
     sums[0] += dgated.t() @ x
     sums[1] += dupped.t() @ x

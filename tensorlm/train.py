@@ -18,6 +18,7 @@ from .data.loader import PackedRows, open_rows
 from .engine import Engine, init_distributed, leave_distributed
 from .errors import EXIT_DONE, EXIT_PREEMPTED, UserError
 from .flops import num_parameters, peak_flops, recomputed_flops, train_flops
+from .fused import runs_liger
 from .guards import StepGuard, check_disk_space, check_replicas, lock_run
 from .launch_env import LaunchEnv
 from .metrics import Metrics, git_commit, peak_memory_gib
@@ -304,9 +305,10 @@ def describe_run(run: Run) -> list[str]:
     is_gpu = run.device.type == "cuda"
     name = torch.cuda.get_device_name(run.device) if is_gpu else "CPU"
     num = num_parameters(run.engine.module)
+    layers = "Liger" if runs_liger(config.train.fused_layers, is_gpu) else "torch"
     return [
         f"run {config.run.dir}: {begin}, {config.train.steps} steps, commit {git_commit()}",
-        f"model: {num:,} parameters, fold {fold}, {config.train.dtype}",
+        f"model: {num:,} parameters, fold {fold}, {config.train.dtype}, layers by {layers}",
         *run.rows.describe(),
         "steps: "
         + ", then ".join(

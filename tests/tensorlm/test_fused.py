@@ -55,7 +55,6 @@ def test_liger_is_as_exact_as_the_plain_layer(kind: str, dtype: torch.dtype) -> 
 
 def test_auto_takes_the_plain_layers_on_a_cpu() -> None:
     x = torch.randn(3, 48)
-    assert not fused.runs_liger("auto", x)
     assert torch.equal(layer("norm", "auto")(x), layer("norm", "torch")(x))
 
 
