@@ -5,10 +5,12 @@ loss scaling and checkpoints are ours. `parameter_slices` is the door through wh
 and write this rank's share of the fp32 weights and Adam state, for every ZeRO stage.
 """
 
+import io
 import logging
 import math
 import warnings
 from collections.abc import Iterator
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,12 +113,13 @@ class Engine:
         adamw = create_optimizer(model, config)
         if self._stage == 0:
             adamw.register_step_pre_hook(self._clip_unsharded)
-        self._engine, self._optimizer, _, _ = deepspeed.initialize(
-            model=model,
-            optimizer=adamw,
-            config=deepspeed_config(config),
-            dist_init_required=False,
-        )
+        with redirect_stdout(io.StringIO()):  # stage 1 prints what memory it takes, in passing
+            self._engine, self._optimizer, _, _ = deepspeed.initialize(
+                model=model,
+                optimizer=adamw,
+                config=deepspeed_config(config),
+                dist_init_required=False,
+            )
         self._adamw = adamw if self._stage == 0 else self._optimizer.optimizer
 
     @property

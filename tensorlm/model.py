@@ -27,8 +27,8 @@ def create_llama(
 ) -> "Llama":
     """A model with the settings of a run, on `device` in its dtype from the start.
 
-    (An fp32 model that is cast later would need three times the memory.) What its weights are is up
-    to the caller: `init_weights`, or a checkpoint.
+    (An fp32 model that is cast later would need twice the memory.) What its weights are is up to
+    the caller: `init_weights`, or a checkpoint.
 
     Raises:
         UserError: kernels for `train.fused_layers` are not installed.
