@@ -188,7 +188,7 @@ class ZeroConfig(Section):
 class CheckpointConfig(Section):
     """When to save and how many to keep."""
 
-    every: int = Field(100, gt=0, description="steps between checkpoints")
+    every: int = Field(100, ge=0, description="steps between checkpoints; 0: none, even at the end")
     keep_last: int = Field(2, gt=0)
     keep_every: int = Field(0, ge=0, description="keep multiples of it for ever; 0: none")
     background: bool = Field(False, description="write a copy of the state while training goes on")

@@ -108,9 +108,10 @@ def train(config: Config, launch: LaunchEnv, stop: StopRequest) -> int:
             record["perf/hfu"] = (model_flops + recomputed) / seconds / peak
             record["perf/memory_gib"] = peak_memory_gib(run.device)
             metrics.log_step(state.step, record)
-        is_saving = stopping or state.step % config.checkpoint.every == 0 or state.step == last_step
-        every = config.guards.replica_every
-        if every and (is_saving or state.step % every == 0):
+        save_every, check_every = config.checkpoint.every, config.guards.replica_every
+        is_last = stopping or state.step == last_step
+        is_saving = save_every > 0 and (is_last or state.step % save_every == 0)
+        if check_every and (is_saving or state.step % check_every == 0):
             check_replicas(run.engine.replicas(), state.step)
         if is_saving:
             watchdog.enter("save", state.step)
@@ -255,7 +256,7 @@ def resume(run: Run, before: int | None) -> None:
         before=before, progress=run.watchdog.progress,
     )  # fmt: skip
     slices = list(run.engine.parameter_slices())
-    if before is None:
+    if before is None and run.config.checkpoint.every:
         own_bytes = sum(4 * t.numel() for s in slices if s.is_owned for t in s.state.values())
         (num_bytes,) = sum_over_ranks(run.device, own_bytes)
         check_disk_space(run.dir, int(num_bytes), run.config.checkpoint.keep_last)
