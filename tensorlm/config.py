@@ -19,6 +19,7 @@ from tensor_attention import Backend, validate_fold
 
 from .errors import UserError
 from .evaluation.settings import GENERATION_TASKS, EvalConfig
+from .fused import FusedLayers
 from .section import Section, raise_all
 
 
@@ -163,7 +164,10 @@ class TrainConfig(Section):
     )
     dtype: Literal["bf16", "fp32"] = "bf16"
     attention: Backend = Field("auto", description="implementation of the operator (api.py)")
+    fused_layers: FusedLayers = Field("auto", description="of RMSNorm and SwiGLU (fused.py)")
     activation_checkpointing: bool = False
+    activation_offload: bool = Field(False, description="keep what it saves in host memory")
+    mlp_chunk: int = Field(0, ge=0, description="tokens in SwiGLU at one time; 0: all")
     loss_chunk: int = Field(2048, gt=0, description="tokens whose logits exist at one time")
     max_skips: int = Field(10, gt=0, description="non-finite steps in a row before the run stops")
     profile: tuple[int, int] | None = Field(
@@ -187,7 +191,7 @@ class ZeroConfig(Section):
 class CheckpointConfig(Section):
     """When to save and how many to keep."""
 
-    every: int = Field(100, gt=0, description="steps between checkpoints")
+    every: int = Field(100, ge=0, description="steps between checkpoints; 0: none, even at the end")
     keep_last: int = Field(2, gt=0)
     keep_every: int = Field(0, ge=0, description="keep multiples of it for ever; 0: none")
     background: bool = Field(False, description="write a copy of the state while training goes on")
@@ -232,6 +236,8 @@ class Config(Section):
             problems.append("zero.stage: 0 keeps no fp32 weights for bf16 (use stage 1, 2 or 3)")
         if self.zero.stage == 0 and self.zero.offload_optimizer:
             problems.append("zero.offload_optimizer: needs zero.stage 1, 2 or 3")
+        if self.train.activation_offload and not self.train.activation_checkpointing:
+            problems.append("train.activation_offload: needs train.activation_checkpointing = true")
         if self.optim.warmup_steps + self.optim.decay_steps > self.train.steps:
             problems.append("optim: warmup_steps + decay_steps exceed train.steps")
         if self.optim.min_lr > self.optim.lr:

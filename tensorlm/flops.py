@@ -53,15 +53,19 @@ def train_flops(config: ModelConfig, depth: Tensor) -> int:
     return 3 * (forward + attention_flops(config, depth))
 
 
-def recomputed_flops(config: ModelConfig, depth: Tensor, activation_checkpointing: bool) -> int:
-    """FLOPs that the backward pass spends on computing again: the output head's product always,
-    all of each layer but its last product with activation checkpointing. Arguments as in
-    `train_flops`.
+def recomputed_flops(
+    config: ModelConfig, depth: Tensor, activation_checkpointing: bool, mlp_chunk: int = 0
+) -> int:
+    """FLOPs that the backward pass spends on computing again; other arguments as in `train_flops`.
+
+    With activation checkpointing, all of each layer but its last product (tiles of the MLP are
+    computed no oftener); without, the first two products of an MLP that is tiled.
     """
+    product = 2 * config.num_layers * config.hidden_size * config.intermediate_size
     if not activation_checkpointing:
-        return 2 * config.hidden_size * config.vocab_size * depth.numel()
-    last_products = 2 * config.num_layers * config.hidden_size * config.intermediate_size
-    linear = linear_flops_per_token(config) - last_products
+        return 2 * product * depth.numel() if 0 < mlp_chunk < depth.numel() else 0
+    head = 2 * config.hidden_size * config.vocab_size
+    linear = linear_flops_per_token(config) - head - product
     return linear * depth.numel() + attention_flops(config, depth)
 
 

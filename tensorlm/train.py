@@ -18,10 +18,11 @@ from .data.loader import PackedRows, open_rows
 from .engine import Engine, init_distributed, leave_distributed
 from .errors import EXIT_DONE, EXIT_PREEMPTED, UserError
 from .flops import num_parameters, peak_flops, recomputed_flops, train_flops
+from .fused import runs_liger
 from .guards import StepGuard, check_disk_space, check_replicas, lock_run
 from .launch_env import LaunchEnv
 from .metrics import Metrics, git_commit, peak_memory_gib
-from .model import Llama
+from .model import Llama, create_llama
 from .optim import learning_rate
 from .preemption import StopRequest
 from .profiler import start_profiler
@@ -109,9 +110,10 @@ def train(config: Config, launch: LaunchEnv, stop: StopRequest) -> int:
             record["perf/hfu"] = (model_flops + recomputed) / seconds / peak
             record["perf/memory_gib"] = peak_memory_gib(run.device)
             metrics.log_step(state.step, record)
-        is_saving = stopping or state.step % config.checkpoint.every == 0 or state.step == last_step
-        every = config.guards.replica_every
-        if every and (is_saving or state.step % every == 0):
+        save_every, check_every = config.checkpoint.every, config.guards.replica_every
+        is_last = stopping or state.step == last_step
+        is_saving = save_every > 0 and (is_last or state.step % save_every == 0)
+        if check_every and (is_saving or state.step % check_every == 0):
             check_replicas(run.engine.replicas(), state.step)
         if is_saving:
             watchdog.enter("save", state.step)
@@ -176,12 +178,12 @@ def train_step(run: Run, must_stop: bool) -> tuple[dict[str, Any], bool]:
     batches = run.feed.batches(state.step, state.rows)
     run.watchdog.enter("forward", state.step + 1)
     digest = sum(batch.digest for batch in batches)
-    recompute = config.train.activation_checkpointing
+    recompute, chunk = config.train.activation_checkpointing, config.train.mlp_chunk
     num_labels, num_flops, num_recomputed, num_stopping, *digest_parts = sum_over_ranks(
         device,
         sum(batch.num_labels for batch in batches),
         sum(train_flops(config.model, batch.depth) for batch in batches),
-        sum(recomputed_flops(config.model, batch.depth, recompute) for batch in batches),
+        sum(recomputed_flops(config.model, batch.depth, recompute, chunk) for batch in batches),
         must_stop,
         *(digest >> shift & 0xFFFF_FFFF for shift in (0, 32)),  # exact in float64
     )
@@ -239,15 +241,11 @@ def last_rows(run: Run) -> range:
 
 
 def build_model(config: Config, grid: Grid, device: torch.device) -> Llama:
-    """The model of `config` with its initial weights, fp32, on `device`."""
-    with device:
-        model = Llama(
-            config.model,
-            grid,
-            attention=config.train.attention,
-            activation_checkpointing=config.train.activation_checkpointing,
-            loss_chunk=config.train.loss_chunk,
-        )
+    """The model of `config` with its initial weights, in the dtype of training, on `device`.
+
+    DeepSpeed makes the fp32 weights of bf16 ones, so none are lost that it would have kept.
+    """
+    model = create_llama(config.model, config.train, grid, device)
     model.init_weights(config.run.seed)
     return model
 
@@ -263,7 +261,7 @@ def resume(run: Run, before: int | None) -> None:
         before=before, progress=run.watchdog.progress,
     )  # fmt: skip
     slices = list(run.engine.parameter_slices())
-    if before is None:
+    if before is None and run.config.checkpoint.every:
         own_bytes = sum(4 * t.numel() for s in slices if s.is_owned for t in s.state.values())
         (num_bytes,) = sum_over_ranks(run.device, own_bytes)
         check_disk_space(run.dir, int(num_bytes), run.config.checkpoint.keep_last)
@@ -313,9 +311,10 @@ def describe_run(run: Run) -> list[str]:
     is_gpu = run.device.type == "cuda"
     name = torch.cuda.get_device_name(run.device) if is_gpu else "CPU"
     num = num_parameters(run.engine.module)
+    layers = "Liger" if runs_liger(config.train.fused_layers, is_gpu) else "torch"
     return [
         f"run {config.run.dir}: {begin}, {config.train.steps} steps, commit {git_commit()}",
-        f"model: {num:,} parameters, fold {fold}, {config.train.dtype}",
+        f"model: {num:,} parameters, fold {fold}, {config.train.dtype}, layers by {layers}",
         *run.rows.describe(),
         "steps: "
         + ", then ".join(

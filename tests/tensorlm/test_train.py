@@ -90,10 +90,12 @@ def test_ranks_and_micro_batches_give_the_same_losses(
     assert not {"ProfilerStep#0", "ProfilerStep#3"} & events
     for name, ranks, *overrides in (
         ("dp2", 2),
-        ("accumulated", 1, "train.micro_batch=2"),
+        ("accumulated", 1, "train.micro_batch=2", "checkpoint.every=0"),
     ):
         run_training(f"run.dir={tmp_path / name}", *overrides, ranks=ranks)
         assert losses(tmp_path / name) == pytest.approx(expected, rel=1e-5), name
+    assert newest_checkpoint(tmp_path / "dp2") is not None
+    assert newest_checkpoint(tmp_path / "accumulated") is None
 
 
 def test_bf16_follows_fp32_and_resumes_exactly(tmp_path: Path, run_training: RunTraining) -> None:
