@@ -21,9 +21,7 @@ def has_liger() -> bool:
 def check_layers(fused_layers: FusedLayers) -> None:
     """Raise UserError where kernels are asked for that are not installed."""
     if fused_layers == "liger" and not has_liger():
-        raise UserError(
-            "train.fused_layers: liger is not installed (pip install 'tensorlm[liger]')"
-        )
+        raise UserError("train.fused_layers: liger is not installed (pip install liger-kernel)")
 
 
 def runs_liger(fused_layers: FusedLayers, on_gpu: bool) -> bool:

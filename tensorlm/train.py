@@ -21,8 +21,9 @@ from .flops import num_parameters, peak_flops, recomputed_flops, train_flops
 from .fused import runs_liger
 from .guards import StepGuard, check_disk_space, check_replicas, lock_run
 from .launch_env import LaunchEnv
+from .manifest import Checkpoint
 from .metrics import Metrics, git_commit, peak_memory_gib
-from .model import Llama, create_llama
+from .model import create_llama
 from .optim import learning_rate
 from .preemption import StopRequest
 from .profiler import start_profiler
@@ -158,11 +159,20 @@ def start(config: Config, launch: LaunchEnv, before: int | None = None) -> Run:
     if config.train.attention == "triton" and device.type == "cpu":
         raise UserError("train.attention: triton needs a GPU (auto, blocked and dense do not)")
     grid = create_grid(config.parallel.sp)
-    engine = Engine(build_model(config, grid, device), config)
+    watchdog.enter("resume", 0)
+    found = checkpoint.newest_checkpoint(
+        run_dir, launch.rank, launch.world_size, before=before, progress=watchdog.progress
+    )
+    model = create_llama(config.model, config.train, grid, device)
+    if found is None:
+        model.init_weights(config.run.seed)
+    engine = Engine(model, config)
     feed = Feed(rows, config, grid, pin=device.type == "cuda")
     run = Run(config, device, grid, rows, feed, engine, StepGuard(config), watchdog, TrainState())
-    watchdog.enter("resume", 0)
-    resume(run, before)
+    if before is None and config.checkpoint.every:
+        check_room(run)
+    if found is not None:
+        resume(run, found)
     return run
 
 
@@ -240,33 +250,20 @@ def last_rows(run: Run) -> range:
     return range(run.state.rows - num_rows, run.state.rows)
 
 
-def build_model(config: Config, grid: Grid, device: torch.device) -> Llama:
-    """The model of `config` with its initial weights, in the dtype of training, on `device`.
-
-    DeepSpeed makes the fp32 weights of bf16 ones, so none are lost that it would have kept.
-    """
-    model = create_llama(config.model, config.train, grid, device)
-    model.init_weights(config.run.seed)
-    return model
+def check_room(run: Run) -> None:
+    """Raise UserError unless the disk has room for the checkpoints that are to be kept."""
+    slices = run.engine.parameter_slices()
+    own_bytes = sum(4 * t.numel() for s in slices if s.is_owned for t in s.state.values())
+    (num_bytes,) = sum_over_ranks(run.device, own_bytes)
+    check_disk_space(run.dir, int(num_bytes), run.config.checkpoint.keep_last)
 
 
-def resume(run: Run, before: int | None) -> None:
-    """Load the newest whole checkpoint (older than `before`), where there is one.
+def resume(run: Run, found: Checkpoint) -> None:
+    """Continue from a whole checkpoint.
 
     Raises:
-        UserError: none is whole, it is of another model or data, or a next one would not fit.
+        UserError: it is of another model or data.
     """
-    found = checkpoint.newest_checkpoint(
-        run.dir, dist.get_rank(), dist.get_world_size(),
-        before=before, progress=run.watchdog.progress,
-    )  # fmt: skip
-    slices = list(run.engine.parameter_slices())
-    if before is None and run.config.checkpoint.every:
-        own_bytes = sum(4 * t.numel() for s in slices if s.is_owned for t in s.state.values())
-        (num_bytes,) = sum_over_ranks(run.device, own_bytes)
-        check_disk_space(run.dir, int(num_bytes), run.config.checkpoint.keep_last)
-    if found is None:
-        return
     try:
         run.state = TrainState(**found.manifest["state"])
         run.guard.restore(found.manifest.get("guard", run.guard.state()))
@@ -279,7 +276,7 @@ def resume(run: Run, before: int | None) -> None:
             "(restore them, or choose a new run.dir)"
         )
     checkpoint.check_names(found, (name for name, _ in run.engine.module.named_parameters()))
-    checkpoint.load(found, slices)
+    checkpoint.load(found, run.engine.parameter_slices())
     run.engine.refresh_weights(adam_step)
 
 
