@@ -41,7 +41,8 @@ check: .venv/.installed-dev ## lint, format and types
 
 .PHONY: test
 test: check ## the whole suite, on the CPU
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not gpu and not faults' -n auto --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not gpu and not faults' -n auto --dist loadfile \
+	  --no-loadscope-reorder
 
 .PHONY: test-faults
 test-faults: .venv/.installed-dev ## the long tier of fault injection (docs/reliability.md; hours)

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from tensorlm.config import load_config
 from tensorlm.errors import UserError, run_launcher
-from tensorlm.launch_env import read_launch_env
+from tensorlm.launch_env import grow_memory_segments, read_launch_env
 
 
 def main() -> int:
@@ -153,7 +153,9 @@ def add_train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lengths", default="32768,131072", help="tokens of the one document")
     parser.add_argument("--methods", default="tensorized,full,huggingface")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--longest", action="store_true", help="find what fits each method, too")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every number")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="speed, memory over length")
     parser.set_defaults(run=train)
 
 
@@ -163,16 +165,35 @@ def train(args: argparse.Namespace) -> int:
     if not lengths or len(lengths) != len(args.lengths.split(",")):
         raise UserError(f"--lengths: {args.lengths} is not a list like 32768,131072")
 
+    import torch
+
+    if args.longest and not torch.cuda.is_available():
+        raise UserError("--longest: needs a CUDA device")
     from tensorlm.benchmarks import train as bench
 
     methods = args.methods.split(",")
     unknown = [method for method in methods if method not in bench.METHODS]
     if unknown:
         raise UserError(f"--methods: {unknown[0]} is none of {', '.join(bench.METHODS)}")
-    rows = bench.measure(config, lengths, methods, args.repeats)
-    print(bench.format_table(rows))
-    if args.json:
-        args.json.write_text(json.dumps([row._asdict() for row in rows], indent=1) + "\n")
+    rows: list[bench.TrainMeasurement] = []
+    found: dict[str, int] = {}
+
+    def save() -> None:  # after each measurement: it outlives an interruption
+        if args.json:
+            content = {"rows": [row._asdict() for row in rows], "longest": found}
+            args.json.write_text(json.dumps(content, indent=1) + "\n")
+        if args.plot:
+            bench.plot(rows, str(args.plot))
+
+    grow_memory_segments()
+    for row in bench.measure(config, lengths, methods, args.repeats):
+        rows.append(row)
+        save()
+    print(bench.format_table(rows), flush=True)
+    for method in methods if args.longest else ():
+        found[method] = bench.measure_longest(config, method)
+        print(f"longest document that fits, {method}: {found[method]:,} tokens", flush=True)
+        save()
     return 0
 
 

@@ -63,9 +63,9 @@ row() { printf '%-17s %s\n' "$1" "$2"; }
 row tokenizer $out/tokenizer
 row shards $out/data
 row checkpoint "$checkpoint"
-row 'metrics' $out/train/metrics.jsonl
-row TensorBoard "tensorboard --logdir $out/train/tensorboard"
+row metrics $out/train/metrics.jsonl
+row TensorBoard ".venv/bin/tensorboard --logdir $out/train/tensorboard"
 row perplexity "$evaluation/report.json"
 row 'perplexity plot' "$evaluation/perplexity.png"
 row 'Hugging Face' $out/hf
-row 'more text' "python launcher/generate.py --model $out/hf --prompt 'class Stack:'"
+row 'more text' ".venv/bin/python launcher/generate.py --model $out/hf --prompt 'class Stack:'"

@@ -21,7 +21,7 @@ def main() -> int:
         "--dry-run", type=int, metavar="RANKS", help="check all settings for so many ranks, and end"
     )
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()  # settings may stand anywhere
     config = load_config(args.config, args.overrides)
     # What imports torch is imported after the configuration is known to be good.
     if args.dry_run is not None:

@@ -9,7 +9,7 @@ import itertools
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import tomli_w
 from pydantic import BaseModel, Field, ValidationError, model_validator
@@ -19,6 +19,7 @@ from tensor_attention import Backend, validate_fold
 
 from .errors import UserError
 from .evaluation.settings import GENERATION_TASKS, EvalConfig
+from .fused import FusedLayers
 from .section import Section, raise_all
 
 
@@ -119,6 +120,9 @@ class DataConfig(Section):
         return self.sources or (SourceConfig(path=self.path),)
 
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
 class OptimConfig(Section):
     """AdamW and its learning-rate schedule."""
 
@@ -127,7 +131,7 @@ class OptimConfig(Section):
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
     warmup_steps: int = Field(0, ge=0)
     decay_steps: int = Field(0, ge=0, description="last steps of schedule wsd")
-    betas: tuple[float, float] = Field((0.9, 0.95), strict=False)
+    betas: tuple[Beta, Beta] = Field((0.9, 0.95), strict=False)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.1, ge=0)
     state_dtype: Literal["fp32", "bf16"] = Field("fp32", description="of Adam's two moments")
@@ -160,11 +164,10 @@ class TrainConfig(Section):
     )
     dtype: Literal["bf16", "fp32"] = "bf16"
     attention: Backend = Field("auto", description="implementation of the operator (api.py)")
+    fused_layers: FusedLayers = Field("auto", description="of RMSNorm and SwiGLU (fused.py)")
     activation_checkpointing: bool = False
-    activation_offload: bool = Field(
-        False, description="what a checkpointed block keeps goes to host memory"
-    )
-    mlp_chunk: int = Field(0, ge=0, description="tokens through SwiGLU at one time; 0: all")
+    activation_offload: bool = Field(False, description="keep what it saves in host memory")
+    mlp_chunk: int = Field(0, ge=0, description="tokens in SwiGLU at one time; 0: all")
     loss_chunk: int = Field(2048, gt=0, description="tokens whose logits exist at one time")
     max_skips: int = Field(10, gt=0, description="non-finite steps in a row before the run stops")
     profile: tuple[int, int] | None = Field(
@@ -188,7 +191,7 @@ class ZeroConfig(Section):
 class CheckpointConfig(Section):
     """When to save and how many to keep."""
 
-    every: int = Field(100, gt=0, description="steps between checkpoints")
+    every: int = Field(100, ge=0, description="steps between checkpoints; 0: none, even at the end")
     keep_last: int = Field(2, gt=0)
     keep_every: int = Field(0, ge=0, description="keep multiples of it for ever; 0: none")
     background: bool = Field(False, description="write a copy of the state while training goes on")
@@ -209,7 +212,7 @@ class RunConfig(Section):
     """Where the run lives and its one seed."""
 
     dir: str
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
 
 
 class Config(Section):
@@ -233,10 +236,17 @@ class Config(Section):
             problems.append("zero.stage: 0 keeps no fp32 weights for bf16 (use stage 1, 2 or 3)")
         if self.zero.stage == 0 and self.zero.offload_optimizer:
             problems.append("zero.offload_optimizer: needs zero.stage 1, 2 or 3")
+        if self.train.activation_offload and not self.train.activation_checkpointing:
+            problems.append("train.activation_offload: needs train.activation_checkpointing = true")
         if self.optim.warmup_steps + self.optim.decay_steps > self.train.steps:
             problems.append("optim: warmup_steps + decay_steps exceed train.steps")
         if self.optim.min_lr > self.optim.lr:
             problems.append("optim.min_lr: larger than optim.lr")
+        if self.optim.schedule == "wsd" and not self.optim.decay_steps:
+            problems.append("optim.decay_steps: schedule wsd needs them (a tenth of train.steps)")
+        if self.train.profile and not 0 <= self.train.profile[0] < self.train.profile[1]:
+            first, stop = self.train.profile
+            problems.append(f"train.profile: [{first}, {stop}] holds no step (like [10, 13])")
         if self.train.stop_at > self.train.steps:
             problems.append("train.stop_at: larger than train.steps")
         generates = sorted(set(self.eval.tasks) & set(GENERATION_TASKS))

@@ -5,10 +5,12 @@ loss scaling and checkpoints are ours. `parameter_slices` is the door through wh
 and write this rank's share of the fp32 weights and Adam state, for every ZeRO stage.
 """
 
+import io
 import logging
 import math
 import warnings
 from collections.abc import Iterator
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +23,7 @@ from torch import Tensor, nn
 
 from .adamw import new_state
 from .config import Config
-from .launch_env import LaunchEnv
+from .launch_env import LaunchEnv, grow_memory_segments
 from .optim import create_optimizer
 
 ADAM_STATE = ("exp_avg", "exp_avg_sq")
@@ -47,6 +49,7 @@ def init_distributed(launch: LaunchEnv) -> torch.device:
     warnings.filterwarnings("ignore", r"`torch\.distributed\..*` is deprecated", FutureWarning)
     deepspeed_logger.setLevel(logging.WARNING)
     if torch.cuda.is_available():
+        grow_memory_segments()
         device = torch.device("cuda", launch.local_rank)
         torch.cuda.set_device(device)
     else:
@@ -90,7 +93,8 @@ def deepspeed_config(config: Config) -> dict[str, Any]:
         "steps_per_print": 10**9,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
-        "bf16": {"enabled": config.train.dtype == "bf16"},
+        # Stage 1: gradients become fp32 one by one, not all at the end of backward.
+        "bf16": {"enabled": config.train.dtype == "bf16", "immediate_grad_update": True},
         "communication_data_type": "fp32",
         "data_types": {"grad_accum_dtype": "fp32"},
         "zero_optimization": zero,
@@ -109,12 +113,13 @@ class Engine:
         adamw = create_optimizer(model, config)
         if self._stage == 0:
             adamw.register_step_pre_hook(self._clip_unsharded)
-        self._engine, self._optimizer, _, _ = deepspeed.initialize(
-            model=model,
-            optimizer=adamw,
-            config=deepspeed_config(config),
-            dist_init_required=False,
-        )
+        with redirect_stdout(io.StringIO()):  # stage 1 prints what memory it takes, in passing
+            self._engine, self._optimizer, _, _ = deepspeed.initialize(
+                model=model,
+                optimizer=adamw,
+                config=deepspeed_config(config),
+                dist_init_required=False,
+            )
         self._adamw = adamw if self._stage == 0 else self._optimizer.optimizer
 
     @property

@@ -53,21 +53,29 @@ def train_flops(config: ModelConfig, depth: Tensor) -> int:
     return 3 * (forward + attention_flops(config, depth))
 
 
-def recomputed_flops(config: ModelConfig, depth: Tensor, activation_checkpointing: bool) -> int:
-    """FLOPs that the backward pass spends on computing again: the output head's product always,
-    all of each layer but its last product with activation checkpointing. Arguments as in
-    `train_flops`.
+def recomputed_flops(
+    config: ModelConfig, depth: Tensor, activation_checkpointing: bool, mlp_chunk: int = 0
+) -> int:
+    """FLOPs that the backward pass spends on computing again; other arguments as in `train_flops`.
+
+    With activation checkpointing, all of each layer but its last product (tiles of the MLP are
+    computed no oftener); without, the first two products of an MLP that is tiled.
     """
-    linear = recomputed_linear_flops_per_token(config, activation_checkpointing) * depth.numel()
-    return linear + (attention_flops(config, depth) if activation_checkpointing else 0)
+    is_tiled = 0 < mlp_chunk < depth.numel()
+    linear = recomputed_linear_flops_per_token(config, activation_checkpointing, is_tiled)
+    attention = attention_flops(config, depth) if activation_checkpointing else 0
+    return linear * depth.numel() + attention
 
 
-def recomputed_linear_flops_per_token(config: ModelConfig, activation_checkpointing: bool) -> int:
+def recomputed_linear_flops_per_token(
+    config: ModelConfig, activation_checkpointing: bool, is_tiled: bool
+) -> int:
     """Of `recomputed_flops`, those of products with weights, for one token."""
+    product = 2 * config.num_layers * config.hidden_size * config.intermediate_size
     if not activation_checkpointing:
-        return 2 * config.hidden_size * config.vocab_size
-    last_products = 2 * config.num_layers * config.hidden_size * config.intermediate_size
-    return linear_flops_per_token(config) - last_products
+        return 2 * product if is_tiled else 0
+    head = 2 * config.hidden_size * config.vocab_size
+    return linear_flops_per_token(config) - head - product
 
 
 def num_parameters(model: torch.nn.Module) -> int:

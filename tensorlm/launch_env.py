@@ -54,6 +54,16 @@ def read_launch_env(environ: Mapping[str, str] | None = None) -> LaunchEnv:
     raise UserError(f"MASTER_ADDR and MASTER_PORT: not set for {place[1]} ranks (export both)")
 
 
+def grow_memory_segments() -> None:
+    """Let torch's GPU allocator grow what it has, unless the user told it how to allocate.
+
+    By default it asks for each large block anew, and gaps between smaller ones are lost to it. It
+    reads this when a GPU is used first.
+    """
+    if "PYTORCH_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+
+
 def launched_rank(environ: Mapping[str, str] | None = None) -> int:
     """This process's rank, 0 where no launcher started it."""
     place = _place(os.environ if environ is None else environ)

@@ -5,6 +5,8 @@ only parameters of our own are `self_attn.hop_bias`. Shape letters: B batch, T t
 C hidden size, V vocabulary.
 """
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -13,20 +15,61 @@ from fold_parallel import Grid
 from tensor_attention import Backend, Rotary
 
 from .attention import Attention
-from .config import ModelConfig
+from .config import ModelConfig, TrainConfig
+from .fused import FusedLayers, check_layers
 from .layers import RMSNorm, SwiGLU, rotary_table
 from .loss import OutputHead, Reduction
+from .offload import HostOffload
+
+
+def create_llama(
+    shape: ModelConfig, train: TrainConfig, grid: Grid, device: torch.device
+) -> "Llama":
+    """A model with the settings of a run, on `device` in its dtype from the start.
+
+    (An fp32 model that is cast later would need twice the memory.) What its weights are is up to
+    the caller: `init_weights`, or a checkpoint.
+
+    Raises:
+        UserError: kernels for `train.fused_layers` are not installed.
+    """
+    check_layers(train.fused_layers)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16 if train.dtype == "bf16" else torch.float32)
+    try:
+        with device:
+            return Llama(
+                shape,
+                grid,
+                attention=train.attention,
+                activation_checkpointing=train.activation_checkpointing,
+                activation_offload=train.activation_offload,
+                loss_chunk=train.loss_chunk,
+                mlp_chunk=train.mlp_chunk,
+                fused_layers=train.fused_layers,
+            )
+    finally:
+        torch.set_default_dtype(before)
 
 
 class Block(nn.Module):
     """One decoder layer: attention and SwiGLU, each behind a norm and a residual."""
 
-    def __init__(self, config: ModelConfig, layer: int, grid: Grid, attention: Backend) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        layer: int,
+        grid: Grid,
+        attention: Backend,
+        mlp_chunk: int = 0,
+        fused_layers: FusedLayers = "auto",
+    ) -> None:
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        size, eps = config.hidden_size, config.rms_norm_eps
+        self.input_layernorm = RMSNorm(size, eps, fused_layers)
         self.self_attn = Attention(config, layer, grid, attention)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = SwiGLU(config)
+        self.post_attention_layernorm = RMSNorm(size, eps, fused_layers)
+        self.mlp = SwiGLU(config, mlp_chunk, fused_layers)
 
     def forward(self, x: Tensor, doc_start: Tensor, rotary: Rotary) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), doc_start, rotary)
@@ -43,18 +86,23 @@ class Llama(nn.Module):
         *,
         attention: Backend = "auto",
         activation_checkpointing: bool = False,
+        activation_offload: bool = False,
         loss_chunk: int = 2048,
+        mlp_chunk: int = 0,
+        fused_layers: FusedLayers = "auto",
     ) -> None:
         super().__init__()
         self.config = config
         self.grid = grid
         self.activation_checkpointing = activation_checkpointing
+        self.offload = HostOffload() if activation_offload else None
         self.loss_chunk = loss_chunk
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
-            Block(config, i, grid, attention) for i in range(config.num_layers)
+            Block(config, i, grid, attention, mlp_chunk, fused_layers)
+            for i in range(config.num_layers)
         )
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, fused_layers)
         self.lm_head = OutputHead(config.hidden_size, config.vocab_size)
         if config.tie_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
@@ -82,11 +130,13 @@ class Llama(nn.Module):
             doc_start = torch.zeros_like(tokens, dtype=torch.int32)
         rotary = rotary_table(self.config, tokens.shape[1] * self.grid.sp, tokens.device)
         x = self.embed_tokens(tokens)
-        for block in self.layers:
-            if self.activation_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, doc_start, rotary, use_reentrant=False)
-            else:
-                x = block(x, doc_start, rotary)
+        recompute = self.activation_checkpointing and torch.is_grad_enabled()
+        with self.offload.saving() if recompute and self.offload else nullcontext():
+            for block in self.layers:
+                if recompute:
+                    x = checkpoint(block, x, doc_start, rotary, use_reentrant=False)
+                else:
+                    x = block(x, doc_start, rotary)
         x = self.norm(x)
         if labels is None:
             return self.lm_head(x)

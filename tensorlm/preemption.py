@@ -43,7 +43,6 @@ class StopRequest:
             now = time.monotonic()
             if self._asked_at is None:
                 self._asked_at = now
-                print("stop requested: saving after this step", flush=True)
             elif now - self._asked_at > _ECHO_SECONDS:
                 os._exit(EXIT_PREEMPTED)
 

@@ -18,10 +18,12 @@ from .data.loader import PackedRows, open_rows
 from .engine import Engine, init_distributed, leave_distributed
 from .errors import EXIT_DONE, EXIT_PREEMPTED, UserError
 from .flops import num_parameters, peak_flops, recomputed_flops, train_flops
+from .fused import runs_liger
 from .guards import StepGuard, check_disk_space, check_replicas, lock_run
 from .launch_env import LaunchEnv
+from .manifest import Checkpoint
 from .metrics import Metrics, git_commit, peak_memory_gib
-from .model import Llama
+from .model import create_llama
 from .optim import learning_rate
 from .preemption import StopRequest
 from .profiler import start_profiler
@@ -95,6 +97,8 @@ def train(config: Config, launch: LaunchEnv, stop: StopRequest) -> int:
     while state.step < last_step and not stopping:
         started = time.perf_counter()
         must_stop = stop.is_asked or (launch.rank == 0 and stop_file.exists()) or saver.has_failed
+        if must_stop:
+            print("stop requested: saving after this step", flush=True)
         record, stopping = train_step(run, must_stop)
         watchdog.enter("log", state.step)
         if profiler:
@@ -107,9 +111,10 @@ def train(config: Config, launch: LaunchEnv, stop: StopRequest) -> int:
             record["perf/hfu"] = (model_flops + recomputed) / seconds / peak
             record["perf/memory_gib"] = peak_memory_gib(run.device)
             metrics.log_step(state.step, record)
-        is_saving = stopping or state.step % config.checkpoint.every == 0 or state.step == last_step
-        every = config.guards.replica_every
-        if every and (is_saving or state.step % every == 0):
+        save_every, check_every = config.checkpoint.every, config.guards.replica_every
+        is_last = stopping or state.step == last_step
+        is_saving = save_every > 0 and (is_last or state.step % save_every == 0)
+        if check_every and (is_saving or state.step % check_every == 0):
             check_replicas(run.engine.replicas(), state.step)
         if is_saving:
             watchdog.enter("save", state.step)
@@ -151,12 +156,23 @@ def start(config: Config, launch: LaunchEnv, before: int | None = None) -> Run:
     rows = open_rows(config, "train", verify=config.data.verify and launch.rank == 0)
     watchdog = Watchdog(config.guards, run_dir, launch.rank, launch.world_size)
     device = init_distributed(launch)
+    if config.train.attention == "triton" and device.type == "cpu":
+        raise UserError("train.attention: triton needs a GPU (auto, blocked and dense do not)")
     grid = create_grid(config.parallel.sp)
-    engine = Engine(build_model(config, grid, device), config)
+    watchdog.enter("resume", 0)
+    found = checkpoint.newest_checkpoint(
+        run_dir, launch.rank, launch.world_size, before=before, progress=watchdog.progress
+    )
+    model = create_llama(config.model, config.train, grid, device)
+    if found is None:
+        model.init_weights(config.run.seed)
+    engine = Engine(model, config)
     feed = Feed(rows, config, grid, pin=device.type == "cuda")
     run = Run(config, device, grid, rows, feed, engine, StepGuard(config), watchdog, TrainState())
-    watchdog.enter("resume", 0)
-    resume(run, before)
+    if before is None and config.checkpoint.every:
+        check_room(run)
+    if found is not None:
+        resume(run, found)
     return run
 
 
@@ -172,18 +188,19 @@ def train_step(run: Run, must_stop: bool) -> tuple[dict[str, Any], bool]:
     batches = run.feed.batches(state.step, state.rows)
     run.watchdog.enter("forward", state.step + 1)
     digest = sum(batch.digest for batch in batches)
-    recompute = config.train.activation_checkpointing
+    recompute, chunk = config.train.activation_checkpointing, config.train.mlp_chunk
     num_labels, num_flops, num_recomputed, num_stopping, *digest_parts = sum_over_ranks(
         device,
         sum(batch.num_labels for batch in batches),
         sum(train_flops(config.model, batch.depth) for batch in batches),
-        sum(recomputed_flops(config.model, batch.depth, recompute) for batch in batches),
+        sum(recomputed_flops(config.model, batch.depth, recompute, chunk) for batch in batches),
         must_stop,
         *(digest >> shift & 0xFFFF_FFFF for shift in (0, 32)),  # exact in float64
     )
 
+    num_losses = max(1, num_labels)  # rows of single-token documents have no label
     # DeepSpeed averages gradients over ranks; this makes them those of the mean over all labels.
-    loss_scale = torch.full((), grid.world_size / num_labels, device=device)
+    loss_scale = torch.full((), grid.world_size / num_losses, device=device)
     total_loss = torch.zeros((), device=device, dtype=torch.float64)
     for index, batch in enumerate(batches, start=1):
         loss = run.engine.forward(*batch.to(device))
@@ -192,13 +209,13 @@ def train_step(run: Run, must_stop: bool) -> tuple[dict[str, Any], bool]:
             dist.all_reduce(total_loss)
             # All ranks agree on the loss before the last backward pass. Gradients of a bad step
             # become non-finite there, and DeepSpeed applies no such step, on any rank.
-            is_bad = ~(total_loss / num_labels <= run.guard.loss_limit())
+            is_bad = ~(total_loss / num_losses <= run.guard.loss_limit())
             loss_scale.masked_fill_(is_bad, torch.nan)
         run.engine.backward(loss * loss_scale)
     run.watchdog.enter("step", state.step + 1)
     lr = learning_rate(state.step, config.train.steps, config.optim)
     grad_norm = run.engine.step(lr)
-    mean_loss = total_loss.item() / num_labels
+    mean_loss = total_loss.item() / num_losses
 
     state.step += 1
     state.rows += stage.rows_per_step
@@ -233,40 +250,20 @@ def last_rows(run: Run) -> range:
     return range(run.state.rows - num_rows, run.state.rows)
 
 
-def build_model(
-    config: Config, grid: Grid, device: torch.device, *, initialize: bool = True
-) -> Llama:
-    """The model of `config`, fp32, on `device`, with its initial weights (if `initialize`)."""
-    with device:
-        model = Llama(
-            config.model,
-            grid,
-            attention=config.train.attention,
-            activation_checkpointing=config.train.activation_checkpointing,
-            loss_chunk=config.train.loss_chunk,
-        )
-    if initialize:
-        model.init_weights(config.run.seed)
-    return model
+def check_room(run: Run) -> None:
+    """Raise UserError unless the disk has room for the checkpoints that are to be kept."""
+    slices = run.engine.parameter_slices()
+    own_bytes = sum(4 * t.numel() for s in slices if s.is_owned for t in s.state.values())
+    (num_bytes,) = sum_over_ranks(run.device, own_bytes)
+    check_disk_space(run.dir, int(num_bytes), run.config.checkpoint.keep_last)
 
 
-def resume(run: Run, before: int | None) -> None:
-    """Load the newest whole checkpoint (older than `before`), where there is one.
+def resume(run: Run, found: Checkpoint) -> None:
+    """Continue from a whole checkpoint.
 
     Raises:
-        UserError: none is whole, it is of another model or data, or a next one would not fit.
+        UserError: it is of another model or data.
     """
-    found = checkpoint.newest_checkpoint(
-        run.dir, dist.get_rank(), dist.get_world_size(),
-        before=before, progress=run.watchdog.progress,
-    )  # fmt: skip
-    slices = list(run.engine.parameter_slices())
-    if before is None:
-        own_bytes = sum(4 * t.numel() for s in slices if s.is_owned for t in s.state.values())
-        (num_bytes,) = sum_over_ranks(run.device, own_bytes)
-        check_disk_space(run.dir, int(num_bytes), run.config.checkpoint.keep_last)
-    if found is None:
-        return
     try:
         run.state = TrainState(**found.manifest["state"])
         run.guard.restore(found.manifest.get("guard", run.guard.state()))
@@ -279,7 +276,7 @@ def resume(run: Run, before: int | None) -> None:
             "(restore them, or choose a new run.dir)"
         )
     checkpoint.check_names(found, (name for name, _ in run.engine.module.named_parameters()))
-    checkpoint.load(found, slices)
+    checkpoint.load(found, run.engine.parameter_slices())
     run.engine.refresh_weights(adam_step)
 
 
@@ -311,9 +308,10 @@ def describe_run(run: Run) -> list[str]:
     is_gpu = run.device.type == "cuda"
     name = torch.cuda.get_device_name(run.device) if is_gpu else "CPU"
     num = num_parameters(run.engine.module)
+    layers = "Liger" if runs_liger(config.train.fused_layers, is_gpu) else "torch"
     return [
         f"run {config.run.dir}: {begin}, {config.train.steps} steps, commit {git_commit()}",
-        f"model: {num:,} parameters, fold {fold}, {config.train.dtype}",
+        f"model: {num:,} parameters, fold {fold}, {config.train.dtype}, layers by {layers}",
         *run.rows.describe(),
         "steps: "
         + ", then ".join(

@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,11 @@ def test_files_that_the_readme_names_exist() -> None:
     named = set(re.findall(rf"\b(?:{folders})/[\w/]+\.\w+", text))
     assert len(named) > 5
     assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+def test_demo_in_the_readme_is_that_of_the_configuration() -> None:
+    steps = tomllib.loads((ROOT / "configs/demo.toml").read_text())["train"]["steps"]
+    assert f"runs/demo/train/step-{steps:08d}" in (ROOT / "README.md").read_text()
 
 
 def test_wheel_holds_the_three_packages_and_nothing_generic(tmp_path: Path) -> None:

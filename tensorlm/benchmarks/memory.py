@@ -23,6 +23,7 @@ from tensorlm.config import Config
 from tensorlm.engine import Engine, init_distributed
 from tensorlm.launch_env import LaunchEnv
 from tensorlm.layers import rotary_table
+from tensorlm.model import create_llama
 from tensorlm.plan.activations import Fold
 from tensorlm.plan.gpus import GPUS, Gpu
 from tensorlm.plan.host import host_memory
@@ -30,9 +31,8 @@ from tensorlm.plan.job import CUDA, Job, Platform, plan_jobs
 from tensorlm.plan.memory import gpu_memory
 from tensorlm.plan.operator import OperatorMemory
 from tensorlm.plan.speed import step_time
-from tensorlm.train import build_model
 
-CPU = Platform(fused_adam=False, library_workspace=0)
+CPU = Platform(is_gpu=False, fused_adam=False, casts_logits=True, library_workspace=0)
 _LEARNING_RATE = 1e-5
 
 
@@ -84,8 +84,8 @@ def measure(config: Config, launch: LaunchEnv, steps: int) -> Measurement:
     meter = _Meter(device)
     with meter.counter or nullcontext():
         grid = create_grid(config.parallel.sp)
-        # Values do not matter here, and normal ones of 8 B parameters take the CPU a minute.
-        engine = Engine(build_model(config, grid, device, initialize=False), config)
+        # Weights are what PyTorch begins with: `init_weights` of 8 B takes the CPU a minute.
+        engine = Engine(create_llama(config.model, config.train, grid, device), config)
         gc.collect()
         list(engine.parameter_slices())  # makes AdamW's state, as a resumed run does
         start = meter.peak

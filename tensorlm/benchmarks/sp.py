@@ -63,11 +63,13 @@ def measure(config: Config, launch: LaunchEnv, repeats: int) -> LayerCost:
     """Measure layer 0 of `config` on all ranks of the job together."""
     device = init_distributed(launch)
     grid = create_grid(config.parallel.sp)
-    model, rows = config.model, config.train.micro_batch
-    dtype = torch.bfloat16 if config.train.dtype == "bf16" else torch.float32
+    model, train, rows = config.model, config.train, config.train.micro_batch
+    dtype = torch.bfloat16 if train.dtype == "bf16" else torch.float32
     shard = config.data.seq_len // grid.sp
     with device:
-        block = Block(model, 0, grid, config.train.attention).to(dtype)
+        block = Block(
+            model, 0, grid, train.attention, train.mlp_chunk, train.fused_layers
+        ).to(dtype)  # fmt: skip
         doc_start = torch.zeros(rows, shard, dtype=torch.int32)
         x = torch.randn(rows, shard, model.hidden_size, dtype=dtype, requires_grad=True)
         q, k, v = (

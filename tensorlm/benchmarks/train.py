@@ -1,15 +1,16 @@
 """Forward and backward of a whole model on one device: folded, full attention, Hugging Face's.
 
 Every method trains the same decoder shape on one document of random tokens, with activation
-checkpointing, in the configuration's dtype. The optimizer is left out: its cost does not depend on
-the length, and with it fewer layers would fit.
+checkpointing, in the configuration's dtype; what else saves memory (offload, tiles, fused layers)
+is that of the configuration, for the first two methods. The optimizer is left out: its cost does
+not depend on the length, and with it fewer layers would fit.
 """
 
 import gc
 import math
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import NamedTuple
 
@@ -18,12 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from fold_parallel import Grid
 from tensor_attention import Rotary, apply_rotary
 from tensorlm.attention import Attention
 from tensorlm.config import Config, ModelConfig
 from tensorlm.flops import num_parameters, peak_flops, train_flops
 from tensorlm.hf.export_folder import hf_config
-from tensorlm.model import Block, Llama
+from tensorlm.model import Block, create_llama
 
 METHODS = ("tensorized", "full", "huggingface")
 
@@ -68,26 +70,49 @@ class SdpaAttention(nn.Module):
 
 def measure(
     config: Config, lengths: Sequence[int], methods: Sequence[str], repeats: int
-) -> list[TrainMeasurement]:
-    """Every method at every length, on a GPU where there is one."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+) -> Iterator[TrainMeasurement]:
+    """Every method at every length, on a GPU where there is one, one measurement at a time."""
+    device = _device()
     peak = peak_flops(device)
-    rows = []
     for method in methods:
         model = build(config, method, max(lengths), device)
         counted = config.model if method == "tensorized" else full_attention(config.model)
         for length in lengths:
             seconds, memory = _time_step(model, method, config, length, repeats, device)
             flops = train_flops(counted, torch.arange(length)[None])
-            rows.append(
-                TrainMeasurement(
-                    method, length, num_parameters(model), seconds, length / seconds,
-                    flops / seconds / peak, memory,
-                )
+            yield TrainMeasurement(
+                method, length, num_parameters(model), seconds, length / seconds,
+                flops / seconds / peak, memory,
             )  # fmt: skip
         del model
         _release()
-    return rows
+
+
+def measure_longest(config: Config, method: str) -> int:
+    """Tokens of the longest document that one method can train on, as `longest` finds it."""
+    device = _device()
+    model = build(config, method, 2**20, device)
+
+    def fits(length: int) -> bool:
+        return not math.isnan(_time_step(model, method, config, length, 0, device)[0])
+
+    return longest(fits, config.model.fold[0] if config.model.fold else 1024)
+
+
+def longest(fits: Callable[[int], bool], unit: int) -> int:
+    """The largest multiple of `unit` that fits, within 1/32 of it: doubled, then bisected."""
+    too_long = unit
+    while fits(too_long):
+        too_long *= 2
+    found = too_long // 2 if too_long > unit else 0
+    while too_long - found > max(unit, found // 32):
+        middle = (found + too_long) // 2 // unit * unit
+        found, too_long = (middle, too_long) if fits(middle) else (found, middle)
+    return found
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def full_attention(model: ModelConfig) -> ModelConfig:
@@ -107,30 +132,30 @@ def build(config: Config, method: str, longest: int, device: torch.device) -> nn
         theirs.gradient_checkpointing_enable()
         return theirs.train()
     shape_of = config.model if method == "tensorized" else full_attention(config.model)
-    with device:
-        model = Llama(
-            shape_of, attention=config.train.attention, activation_checkpointing=True,
-            loss_chunk=config.train.loss_chunk,
-        )  # fmt: skip
+    settings = config.train.model_copy(update={"activation_checkpointing": True})
+    model = create_llama(shape_of, settings, Grid(), device)
     model.init_weights(config.run.seed)
     if method == "full":
         for block in model.layers:
             assert isinstance(block, Block)
             block.self_attn = SdpaAttention(block.self_attn)  # type: ignore[assignment]
-    return model.to(dtype)
+    return model
 
 
 def _time_step(
     model: nn.Module, method: str, config: Config, length: int, repeats: int, device: torch.device
 ) -> tuple[float, float]:
-    """(median seconds, peak GiB) of forward and backward; NaN where memory does not suffice."""
+    """(median seconds, peak GiB) of forward and backward; NaN where memory does not suffice.
+
+    The first step compiles kernels, and counts only where there are no `repeats`.
+    """
     tokens = torch.randint(0, config.model.vocab_size, (1, length), device=device)
     _release()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     times = []
     try:
-        for _ in range(repeats + 1):  # the first one compiles kernels
+        for _ in range(repeats + 1):
             started = time.perf_counter()
             if method == "huggingface":
                 loss = model(tokens, labels=tokens, use_cache=False).loss
@@ -145,7 +170,7 @@ def _time_step(
         model.zero_grad()
         return math.nan, math.nan
     memory = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else math.nan
-    return statistics.median(times[1:]), memory
+    return statistics.median(times[1:] or times), memory
 
 
 def _release() -> None:
@@ -168,3 +193,26 @@ def format_table(rows: Sequence[TrainMeasurement]) -> str:
             f"| {row.tokens_per_second:,.0f} | {row.mfu:.1%} | {row.memory_gib:.2f} | {ratio:.2f} |"
         )
     return "\n".join(lines)
+
+
+def plot(rows: Sequence[TrainMeasurement], path: str) -> None:
+    """Tokens per second and peak memory against length, one line per method (PNG)."""
+    import matplotlib.pyplot as plt
+
+    figure, (speed, memory) = plt.subplots(1, 2, figsize=(11, 4.5))
+    for method in dict.fromkeys(row.method for row in rows):
+        points = sorted(
+            (row.length, row.tokens_per_second, row.memory_gib)
+            for row in rows
+            if row.method == method and not math.isnan(row.seconds)
+        )
+        lengths, speeds, peaks = zip(*points, strict=True) if points else ((), (), ())
+        speed.plot(lengths, speeds, marker="o", label=method)
+        memory.plot(lengths, peaks, marker="o", label=method)
+    speed.set(xscale="log", xlabel="tokens", ylabel="tokens per second", ylim=(0, None))
+    memory.set(xscale="log", xlabel="tokens", ylabel="peak memory in GiB")
+    for axes in (speed, memory):
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+    plt.close(figure)

@@ -21,14 +21,14 @@ from transformers.utils import logging
 
 from fold_parallel import Grid
 from tensorlm.checkpoint import load_weights, select_checkpoint
-from tensorlm.config import Config, ModelConfig, parse_config
+from tensorlm.config import Config, parse_config
 from tensorlm.data.tokenizers import load_tokenizer
 from tensorlm.errors import UserError
 from tensorlm.hf.cache_tensorlm import FoldCache
 from tensorlm.hf.configuration_tensorlm import TensorLMConfig
 from tensorlm.hf.export_folder import DTYPES, hf_config, hf_name
 from tensorlm.hf.modeling_tensorlm import TensorLMForCausalLM
-from tensorlm.model import Llama
+from tensorlm.model import Llama, create_llama
 
 
 @dataclass
@@ -157,7 +157,7 @@ def open_checkpoint_model(
     """
     checkpoint = select_checkpoint(Path(config.run.dir), step, grid.rank, grid.world_size)
     trained = parse_config(checkpoint.manifest["config"], str(checkpoint.folder))
-    model = _empty_llama(config, trained.model, device, grid)
+    model = create_llama(trained.model, config.train, grid, device).eval()
     load_weights(checkpoint, model)
     name = str(checkpoint.folder.parent)
     return _evaluated(config, model, name, checkpoint.step, trained.data.seq_len, device, grid)
@@ -165,7 +165,7 @@ def open_checkpoint_model(
 
 def open_random_model(config: Config, device: torch.device, grid: Grid) -> EvaluatedModel:
     """The configured model with random weights: for the time and memory that evaluation takes."""
-    model = _empty_llama(config, config.model, device, grid)
+    model = create_llama(config.model, config.train, grid, device).eval()
     torch.manual_seed(config.run.seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -246,16 +246,3 @@ def _evaluated(
         loss_chunk=config.train.loss_chunk,
         prefill_chunk=config.eval.prefill_chunk,
     )
-
-
-def _empty_llama(config: Config, model: ModelConfig, device: torch.device, grid: Grid) -> Llama:
-    """On `device` in the configured dtype from the start: an fp32 copy would take twice as much."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(DTYPES[config.train.dtype])
-    try:
-        with device:
-            return Llama(
-                model, grid, loss_chunk=config.train.loss_chunk, attention=config.train.attention
-            ).eval()
-    finally:
-        torch.set_default_dtype(before)

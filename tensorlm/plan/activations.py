@@ -21,22 +21,33 @@ def hidden_state(job: Job) -> int:
 
 
 def saved_by_norm(job: Job) -> int:
-    """RMSNorm keeps its input in float32, that normalized, the product with the weight, and one
-    float32 a token.
+    """Its input (float32, or as it is where Liger's kernel runs), the product with the weight, and
+    one float32 a token; PyTorch's operations also keep the normalized input.
     """
-    return (
-        MASTER * job.config.model.hidden_size * job.tokens + 2 * hidden_state(job) + 4 * job.tokens
-    )
+    per_token = MASTER * job.tokens
+    if job.runs_liger:
+        return 2 * hidden_state(job) + per_token
+    return MASTER * job.config.model.hidden_size * job.tokens + 2 * hidden_state(job) + per_token
 
 
 def saved_by_first_norm(job: Job) -> int:
-    """As the others, but a float32 input is the block's own, which is counted with the block."""
-    return saved_by_norm(job) - (hidden_state(job) if job.itemsize == MASTER else 0)
+    """As the others, but an input that is kept as it is is the block's own, counted there."""
+    return saved_by_norm(job) - (hidden_state(job) if keeps_own_input(job) else 0)
+
+
+def keeps_own_input(job: Job) -> bool:
+    """Whether a norm keeps its input itself, not a float32 copy."""
+    return job.runs_liger or job.itemsize == MASTER
 
 
 def norm_workspace(job: Job) -> int:
-    """6 float32 tensors at the peak of a norm's backward, its input among them."""
-    return 6 * MASTER * job.config.model.hidden_size * job.tokens
+    """Tensors at the peak of a norm's backward, its input among them: 6 in float32 (5 where none is
+    cast), or Liger's 3 of w bytes.
+    """
+    if job.runs_liger:
+        return 3 * hidden_state(job)
+    tensors = 5 if job.itemsize == MASTER else 6
+    return tensors * MASTER * job.config.model.hidden_size * job.tokens
 
 
 def mlp_width(job: Job, tokens: int) -> int:
@@ -44,14 +55,16 @@ def mlp_width(job: Job, tokens: int) -> int:
     return job.itemsize * job.config.model.intermediate_size * tokens
 
 
-def chunked(job: Job) -> bool:
+def is_tiled(job: Job) -> bool:
     """Whether SwiGLU sees fewer tokens at one time than one forward pass has."""
     return 0 < job.config.train.mlp_chunk < job.tokens
 
 
 def saved_by_mlp(job: Job) -> int:
-    """gate, silu(gate), up and their product; nothing in chunks, which are computed again."""
-    return 0 if chunked(job) else 4 * mlp_width(job, job.tokens)
+    """gate, up and their product, and by PyTorch's operations silu(gate); nothing in tiles."""
+    if is_tiled(job):
+        return 0
+    return (3 if job.runs_liger else 4) * mlp_width(job, job.tokens)
 
 
 def saved_by_block(job: Job, operator: OperatorMemory) -> int:
@@ -66,36 +79,51 @@ def kept_by_block(job: Job, operator: OperatorMemory) -> int:
         return 0
     if job.recomputes:
         return hidden_state(job)
-    input_too = hidden_state(job) if job.itemsize == MASTER else 0
+    input_too = hidden_state(job) if keeps_own_input(job) else 0
     return input_too + saved_by_block(job, operator)
 
 
 def mlp_peak(job: Job, operator: OperatorMemory, reduction: int) -> int:
     """SwiGLU's backward, before the norms and attention of the block have had theirs.
 
-    Six of its tensors at once, or five while gradients are reduced after that of `down`. In chunks,
-    weights' gradients add up from chunk to chunk: the sum of all three, and two of one more.
+    By PyTorch's operations six of its tensors at once, and five beside the gradient of `down`, four
+    when that is reduced; Liger writes gradients over gate and up, so there are fewer. Last, that of
+    gate beside two gradients of the input. In tiles: seven (or four) tensors of one tile beside
+    float32 gradients of all three weights.
     """
     norms = saved_by_first_norm(job) + saved_by_norm(job)
     waiting = norms + operator.saved + hidden_state(job)
-    matrix = job.itemsize * job.config.model.hidden_size * job.config.model.intermediate_size
-    if chunked(job):
-        chunk = 6 * mlp_width(job, job.config.train.mlp_chunk) + hidden_state(job)
-        return waiting + max(chunk + 5 * matrix, 3 * matrix + reduction)
-    width = mlp_width(job, job.tokens)
-    return waiting + max(6 * width, 5 * width + matrix + reduction)
+    weight = job.config.model.hidden_size * job.config.model.intermediate_size
+    matrix = job.itemsize * weight
+    if is_tiled(job):
+        tile = (4 if job.runs_liger else 7) * mlp_width(job, job.config.train.mlp_chunk)
+        sums = 3 * MASTER * weight
+        inside = sums + max(tile, 3 * matrix)
+        return waiting + hidden_state(job) + max(inside, 3 * matrix + reduction)
+    width, most, beside = mlp_width(job, job.tokens), 6, 5
+    if job.runs_liger:
+        most, beside = 4, 4
+    return waiting + max(
+        most * width, beside * width + matrix, (beside - 1) * width + matrix + reduction,
+        width + matrix + 2 * hidden_state(job),
+    )  # fmt: skip
 
 
 def norm_peak(job: Job, operator: OperatorMemory) -> int:
     """The second norm's backward: the first norm and attention wait, the residual is beside it."""
     waiting = saved_by_first_norm(job) + operator.saved + hidden_state(job)
-    return waiting + norm_workspace(job)
+    return waiting + norm_workspace(job) + held_by_tiles(job)
 
 
 def attention_peak(job: Job, operator: OperatorMemory) -> int:
     """The operator's backward: the first norm waits, the residual is beside it."""
     waiting = saved_by_first_norm(job) + operator.saved + hidden_state(job)
-    return waiting + operator.backward
+    return waiting + operator.backward + held_by_tiles(job)
+
+
+def held_by_tiles(job: Job) -> int:
+    """Tiles that are not recomputed hold their input until the whole backward is over."""
+    return hidden_state(job) if is_tiled(job) and not job.recomputes else 0
 
 
 def block_peak(job: Job, operator: OperatorMemory, reduction: int = 0) -> int:
@@ -117,22 +145,27 @@ def saved_activations(job: Job, operators: dict[Fold, OperatorMemory], blocks: i
 
 
 def head_peak(job: Job) -> int:
-    """The last norm and the output head's backward, one chunk of logits at a time.
+    """The last norm, and the output head with its gradients, one chunk of logits at a time.
 
-    12 V chunk: float32 logits' log-softmax and two gradients of it. With several chunks the
-    gradient of the head's weight is added up, three of them for a moment, and the gradients of
-    hidden states gather.
+    Float32 gradients of the weight, and those of hidden states. Beside them, while the next chunk
+    begins, the last one's probabilities and gradients; or the gradient of the weight of one chunk.
     """
     chunk = min(job.config.train.loss_chunk, job.tokens)
-    logits = job.config.model.vocab_size * chunk
-    gradient = job.itemsize * job.table
-    if chunk == job.tokens:
-        peak = max(3 * MASTER * logits, job.itemsize * logits + gradient)
-    else:
-        peak = hidden_state(job) + max(
-            3 * MASTER * logits + gradient, job.itemsize * logits + 2 * gradient, 3 * gradient
-        )
-    return saved_by_norm(job) + peak
+    logits, w = job.config.model.vocab_size * chunk, job.itemsize
+    made = w + MASTER + (MASTER if job.platform.casts_logits and w < MASTER else 0)
+    left = MASTER + (w if w < MASTER else 0)
+    again = made + left if chunk < job.tokens else made
+    beside = max(again * logits, left * logits + w * job.table)
+    return saved_by_norm(job) + hidden_state(job) + MASTER * job.table + beside
+
+
+def head_gradient(job: Job, reduction: int) -> int:
+    """The backward of the head: its weight's gradient, which is cast from float32, or reduced."""
+    gradient, chunk = job.itemsize * job.table, min(job.config.train.loss_chunk, job.tokens)
+    scaled = MASTER * job.config.model.hidden_size * chunk  # hidden states' gradients, by chunk
+    cast = MASTER * job.table if job.itemsize < MASTER else scaled
+    # The norm's output is gone, the gradient of it is there.
+    return saved_by_norm(job) + gradient + max(cast, reduction)
 
 
 def embedding_peak(job: Job) -> int:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from tensorlm.config import Config, StageConfig
+from tensorlm.fused import runs_liger
 
 MASTER = 4  # bytes of a float32 weight or gradient
 
@@ -17,7 +18,9 @@ MASTER = 4  # bytes of a float32 weight or gradient
 class Platform:
     """What differs between the device that trains and the CPU that tests count tensors on."""
 
+    is_gpu: bool = True
     fused_adam: bool = True  # no temporary tensors in the update (optim.py)
+    casts_logits: bool = False  # a softmax in float32 makes a float32 copy of its input first
     rotates_above: int = 256  # windows from which keys are rotated into a copy (triton_tiles.py)
     library_workspace: int = 32 << 20  # cuBLAS allocates it through PyTorch, on Hopper
 
@@ -90,6 +93,11 @@ class Job:
     @property
     def recomputes(self) -> bool:
         return self.config.train.activation_checkpointing
+
+    @property
+    def runs_liger(self) -> bool:
+        """Whether norms and SwiGLU are Liger's kernels; "auto" asks what is installed here."""
+        return runs_liger(self.config.train.fused_layers, self.platform.is_gpu)
 
     @property
     def offloads_activations(self) -> bool:

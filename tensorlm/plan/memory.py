@@ -71,6 +71,7 @@ def gpu_memory(job: Job, operators: dict[Fold, OperatorMemory] | None = None) ->
     phases = [
         Phase("start", {"initialisation": state.initialisation(job)}),
         _loss(job, operators),
+        _head_gradient(job, operators),
         _block(job, operators, layers),
         _block(job, operators, 1),
         _embedding(job),
@@ -119,11 +120,28 @@ def _loss(job: Job, operators: dict[Fold, OperatorMemory]) -> Phase:
     )
 
 
+def _head_gradient(job: Job, operators: dict[Fold, OperatorMemory]) -> Phase:
+    """The first gradient: it is cast, or reduced at once where the bucket is too small for it."""
+    large = job.zero < 2 or job.table > job.limits.reduce_bucket
+    reduction = state.reduction(job, job.table) if large else 0
+    return Phase(
+        "backward of the head",
+        _with_gradients(job, job.table)
+        | _inputs(job)
+        | {
+            "gathered_weights": state.gathered_weights(job, job.table),
+            "saved_activations": act.saved_activations(job, operators, len(job.folds)),
+            "head_gradient": act.head_gradient(job, reduction),
+        },
+    )
+
+
 def _block(job: Job, operators: dict[Fold, OperatorMemory], left: int, reduced: int = 0) -> Phase:
     """Backward of block `left` (from 1): `left - 1` blocks have theirs before them."""
     layers = len(job.folds)
     computed = job.table + (layers - left) * job.block
-    reduction = state.reduction(job, reduced)
+    each = job.config.model.hidden_size * job.config.model.intermediate_size
+    reduction = state.reduction(job, reduced or (each if job.zero < 2 else 0))
     is_reducing = " while gradients are reduced" if reduced else ""
     # Without recomputation what this block has kept is part of its own peak.
     before = left if job.recomputes else left - 1
@@ -145,7 +163,7 @@ def _block(job: Job, operators: dict[Fold, OperatorMemory], left: int, reduced: 
 def _embedding(job: Job) -> Phase:
     """The last gradient, and the reduction of all that is in the bucket, or of the table alone."""
     elements = min(job.parameters, job.limits.reduce_bucket)
-    if job.table > job.limits.reduce_bucket:
+    if job.zero < 2 or job.table > job.limits.reduce_bucket:
         elements = job.table
     return Phase(
         "end of the backward",

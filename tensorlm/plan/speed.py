@@ -115,9 +115,7 @@ def _traffic(job: Job) -> float:
 def _recomputation(job: Job, gpu: Gpu) -> float:
     """What the backward computes again: products, attention, the rest of the forward."""
     model, tokens = job.config.model, job.micro_batches * job.tokens
-    products = recomputed_linear_flops_per_token(model, job.recomputes)
-    if act.chunked(job):  # gate and up once more, chunk by chunk
-        products += 4 * model.num_layers * model.hidden_size * model.intermediate_size
+    products = recomputed_linear_flops_per_token(model, job.recomputes, act.is_tiled(job))
     seconds = products * tokens / (gpu.flops * MATMUL_SHARE)
     if job.recomputes:
         layer = model.hidden_size * HIDDEN_TRAFFIC[0] + model.intermediate_size * MLP_TRAFFIC[0]

@@ -40,16 +40,16 @@ def moments(job: Job) -> int:
 def gradients(job: Job, computed: int, reduced: bool = False) -> int:
     """Gradients of weights, when those of `computed` elements have been computed.
 
-    Stages 0 and 1: w of each until the update, and stage 1 in bf16 4 P from the start. Stage 2:
-    4 P / N once any were `reduced`, as the bucket was full. Stage 3: 4 P / N from the start, on the
-    host if offloaded.
+    Stage 0, and stage 1 in float32: 4 of each until the update; in bf16, 4 P from the start.
+    Stage 2: 4 P / N once any were `reduced`, as the bucket was full. Stage 3: 4 P / N from the
+    start, on the host if offloaded.
     """
     if job.zero == 3:
         return 0 if job.offloads_optimizer else MASTER * job.shard
     if job.zero == 2:
         return MASTER * job.shard if reduced or computed > job.limits.reduce_bucket else 0
     if accumulates_apart(job):
-        return MASTER * job.shard * job.gpus + job.itemsize * computed
+        return MASTER * job.shard * job.gpus
     return MASTER * computed
 
 
@@ -76,13 +76,13 @@ def reduction(job: Job, elements: int) -> int:
     """What reducing `elements` elements needs beside the bucket, if that many fit.
 
     Stage 3 orders them by rank in float32; stage 2 orders them in w bytes and casts that to
-    float32. A gradient larger than the bucket is cast alone.
+    float32. A gradient larger than the bucket is cast alone, as each is in stage 1.
     """
     if job.zero < 2:
-        return 0
-    if elements > job.limits.reduce_bucket:
-        return (job.itemsize + MASTER) * elements
-    return (MASTER if job.zero == 3 else job.itemsize + MASTER) * elements
+        return MASTER * elements if accumulates_apart(job) else 0
+    is_alone = elements > job.limits.reduce_bucket
+    is_ordered = job.zero == 2 and not (is_alone and job.gpus == 1)
+    return (MASTER + (job.itemsize if is_ordered else 0)) * elements
 
 
 def gathered_weights(job: Job, needed: int) -> int:
@@ -123,5 +123,14 @@ def adam_workspace(job: Job, elements: int) -> int:
 
 
 def initialisation(job: Job) -> int:
-    """The whole model in float32, and one parameter in w bytes, before DeepSpeed divides it."""
-    return MASTER * job.parameters + job.itemsize * job.largest
+    """w P: the whole model before DeepSpeed divides it. Stages 1 and 2 copy it into one buffer;
+    stage 3 gathers each parameter once more, beside all of the state but the moments.
+    """
+    w = job.itemsize
+    if job.zero in (1, 2):
+        return 2 * w * job.parameters
+    if job.zero == 0:
+        return w * job.parameters
+    divided = weights(job) + master_weights(job) + gradients(job, 0) + reduce_bucket(job)
+    part = -(-job.largest // job.gpus)
+    return w * job.largest + max(w * (job.parameters - job.largest + part), divided)

@@ -99,6 +99,19 @@ def test_every_pair_of_topologies(tiny: TinyRuns, saved: Topology, resumed: Topo
     check_move(tiny, saved, resumed, "fp32")
 
 
+@pytest.mark.parametrize("stage", [2, 3])
+def test_optimizer_on_the_host_trains_and_resumes_like_any(tiny: TinyRuns, stage: int) -> None:
+    on_host = (f"zero.stage={stage}", "zero.offload_optimizer=true", "train.dtype=bf16")
+    straight, cut = tiny("straight", *on_host), tiny("cut", *on_host)
+    tiny.finish(straight, 2)
+    tiny.finish(tiny("cut", *on_host, "train.stop_at=3"), 2)
+    tiny.finish(cut, 2)
+    assert final_state(cut) == final_state(straight)
+    on_device = tiny("device", f"zero.stage={stage}", "train.dtype=bf16")
+    tiny.finish(on_device, 2)
+    assert losses(Path(cut.run.dir)) == pytest.approx(losses(Path(on_device.run.dir)), rel=1e-3)
+
+
 def test_optimizer_settings_come_from_the_configuration_not_from_the_file(tiny: TinyRuns) -> None:
     tiny.finish(tiny("run", "train.stop_at=2", "optim.weight_decay=0.3"))
 

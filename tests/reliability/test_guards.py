@@ -1,5 +1,6 @@
 """Bad steps are skipped on all ranks, replicas that drift apart and second jobs are found out."""
 
+import math
 import os
 import random
 import signal
@@ -7,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -19,11 +21,13 @@ from tensorlm.errors import EXIT_INTERNAL, EXIT_USER_ERROR, UserError
 from tensorlm.guards import StepGuard, check_disk_space
 from tensorlm.launch_env import LaunchEnv
 from tensorlm.manifest import open_checkpoint, step_folder
+from tensorlm.metrics import read_metrics
 from tensorlm.preemption import StopRequest
 from tensorlm.replay import replay
 from tests.reliability.conftest import TinyRuns
 from tests.reliability.harness import Job, Prepare, final_state
 from tests.reliability.test_elastic import assembled
+from tests.tensorlm.documents import write_split
 from tests.tensorlm.launching import losses
 
 BATCHES_PER_STEP = 2  # of one process: rows_per_step / micro_batch
@@ -269,3 +273,17 @@ def test_background_save_writes_the_state_of_its_step(tiny: TinyRuns) -> None:
             for name in ("plain", "slow")
         )
         assert assembled(plain) == assembled(slow)
+
+
+def test_step_whose_rows_have_nothing_to_predict_has_no_loss(tiny: TinyRuns) -> None:
+    """Rows of 32 tokens: the document's last token is a row of its own."""
+    tokens = np.random.default_rng(0).integers(3, 512, 3 * 32 + 1)
+    write_split(tiny.folder / "one/train", [[tokens]], vocab_size=512)
+    steps = ("train.steps=4", "train.rows_per_step=1", "train.micro_batch=1")
+    config = tiny("run", f"data.path={tiny.folder / 'one'}", *steps)
+    tiny.finish(config)
+    records = read_metrics(Path(config.run.dir))
+    assert sorted(record["data/labels"] for record in records) == [0, 32, 32, 32]
+    empty = next(record for record in records if record["data/labels"] == 0)
+    assert (empty["train/loss"], empty["train/grad_norm"]) == (0, 0)
+    assert all(math.isfinite(record["train/loss"]) for record in records)

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
 
+import liger_kernel.ops.rms_norm
+import liger_kernel.ops.swiglu
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -32,9 +34,8 @@ from tensorlm.engine import Engine, init_distributed
 from tensorlm.launch_env import LaunchEnv
 from tensorlm.layers import RMSNorm, rotary_table
 from tensorlm.loss import OutputHead
-from tensorlm.model import Block
+from tensorlm.model import Block, create_llama
 from tensorlm.plan.job import Job, ZeroLimits, plan_jobs
-from tensorlm.train import build_model
 from tests.tensorlm.launching import ROOT
 
 with warnings.catch_warnings(action="ignore"):  # DeepSpeed would import it, for seconds, in a rank
@@ -66,12 +67,16 @@ class _Silent:
 
 @contextmanager
 def silent_kernels() -> Iterator[None]:
-    """The Triton operator as on a Hopper GPU, without its kernels: results are arbitrary."""
+    """The Triton operator as on a Hopper GPU, and Liger's, without kernels: results are arbitrary."""
     kernels = [
         (triton_forward, "hop_forward_kernel"), (triton_forward_line, "hop_forward_line_kernel"),
         (triton_launch, "rotate_kernel"), (triton_backward_key, "hop_backward_key_kernel"),
         (triton_backward_query, "hop_backward_query_kernel"),
         (triton_backward_line, "hop_backward_line_kernel"),
+        (liger_kernel.ops.rms_norm, "_rms_norm_forward_kernel"),
+        (liger_kernel.ops.rms_norm, "_rms_norm_backward_kernel"),
+        (liger_kernel.ops.swiglu, "_swiglu_forward_kernel"),
+        (liger_kernel.ops.swiglu, "_swiglu_backward_kernel"),
     ]  # fmt: skip
     with contextlib.ExitStack() as stack:
         for module, name in kernels:
@@ -157,7 +162,9 @@ def block(config: Config) -> tuple[int, int]:
     """Kept from forward to backward, and the peak of the backward, of layer 0."""
     grid, rows, dtype = create_grid(1), config.train.micro_batch, _dtype(config)
     with silent_kernels(), PeakMemory() as memory:
-        layer = Block(config.model, 0, grid, "triton").to(dtype)
+        train = config.train
+        layer = Block(config.model, 0, grid, "triton", train.mlp_chunk, train.fused_layers)
+        layer.to(dtype)
         for parameter in layer.parameters():
             parameter.grad = torch.zeros_like(parameter)
         rotary = rotary_table(config.model, config.data.seq_len, torch.device("cpu"))
@@ -176,19 +183,23 @@ def block(config: Config) -> tuple[int, int]:
         return kept, memory.peak - before
 
 
-def head(config: Config) -> int:
-    """Peak of the last norm and the output head's backward."""
+def head(config: Config) -> tuple[int, int]:
+    """Peaks of the last norm and the output head, forward and backward."""
     model, dtype = config.model, _dtype(config)
     with PeakMemory() as memory:
         norm = RMSNorm(model.hidden_size, model.rms_norm_eps).to(dtype)
         output = OutputHead(model.hidden_size, model.vocab_size).to(dtype)
+        for parameter in (norm.weight, output.weight):
+            parameter.grad = torch.zeros_like(parameter)
         x = _leaf(1, config.data.seq_len, model.hidden_size, dtype=dtype)
         labels = torch.zeros(1, config.data.seq_len, dtype=torch.int64)
         before = memory.live
+        memory.restart()
         loss = output(norm(x), labels, config.train.loss_chunk)
+        forward = memory.peak - before
         memory.restart()
         loss.backward()
-        return memory.peak - before
+        return forward, memory.peak - before
 
 
 def engines(
@@ -221,7 +232,7 @@ def engines(
 def _engine(job: Job, device: torch.device, trains: bool) -> dict[str, int]:
     grid = create_grid(job.sp)
     with PeakMemory() as memory:
-        engine = Engine(build_model(job.config, grid, device, initialize=False), job.config)
+        engine = Engine(create_llama(job.config.model, job.config.train, grid, device), job.config)
         gc.collect()
         counts = {"start": memory.peak}
         list(engine.parameter_slices())

@@ -1,6 +1,9 @@
 """Benchmarks compare like with like."""
 
+import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,6 +11,8 @@ import torch
 
 from tensorlm.benchmarks import train
 from tensorlm.config import Config, load_config
+from tensorlm.model import Llama
+from tests.tensorlm.launching import ROOT, launch_environment
 
 
 @pytest.fixture
@@ -37,7 +42,7 @@ def test_all_methods_train_the_same_model_where_one_window_holds_the_row(tiny: C
 
 
 def test_every_method_is_measured_at_every_length(tiny: Config) -> None:
-    rows = train.measure(tiny, [32, 64], train.METHODS, 1)
+    rows = list(train.measure(tiny, [32, 64], train.METHODS, 1))
     assert {(row.method, row.length) for row in rows} == {
         (method, length) for method in train.METHODS for length in (32, 64)
     }
@@ -45,3 +50,40 @@ def test_every_method_is_measured_at_every_length(tiny: Config) -> None:
     table = train.format_table(rows)
     assert len(table.splitlines()) == 2 + len(rows)
     assert "| full |" in table
+
+
+@pytest.mark.parametrize("limit", [0, 15, 16, 100, 1000, 123_456])
+def test_the_longest_length_is_found(limit: int) -> None:
+    found = train.longest(lambda length: length <= limit, 16)
+    assert found % 16 == 0
+    assert found <= limit < found + max(16, found / 32) + 16
+
+
+def test_launcher_writes_numbers_and_a_plot(tmp_path: Path, config: Path) -> None:
+    command = [
+        sys.executable, "launcher/benchmark.py", "train", "--config", str(config),
+        "--lengths", "32,64", "--methods", "tensorized,full", "--repeats", "1",
+        "--json", str(tmp_path / "rows.json"), "--plot", str(tmp_path / "rows.png"),
+    ]  # fmt: skip
+    done = subprocess.run(
+        command, cwd=ROOT, env=launch_environment(), capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    content = json.loads((tmp_path / "rows.json").read_text())
+    assert [row["length"] for row in content["rows"]] == [32, 64, 32, 64]
+    assert (tmp_path / "rows.png").read_bytes().startswith(b"\x89PNG")
+    longest = subprocess.run(
+        [*command, "--longest"], cwd=ROOT, env=launch_environment(), capture_output=True, text=True
+    )
+    assert longest.returncode == 2
+    assert longest.stderr.splitlines() == ["error: --longest: needs a CUDA device"]
+
+
+def test_methods_of_our_own_follow_the_memory_settings(config: Path) -> None:
+    saving = ["train.activation_offload=true", "train.mlp_chunk=16"]
+    settings = load_config(config, ["train.activation_checkpointing=true", *saving])
+    for method in ("tensorized", "full"):
+        model = train.build(settings, method, 64, torch.device("cpu"))
+        assert isinstance(model, Llama)
+        assert model.offload is not None
+        assert model.layers[0].mlp.chunk == 16

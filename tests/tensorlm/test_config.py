@@ -17,7 +17,9 @@ NUM_PARAMETERS = {
     "demo.toml": 1_311_888,
     # Llama-3-8B has 8,030,261,248; 32 layers x 32 heads x 1 hop bias come on top.
     "llama8b_32k.toml": 8_030_261_248 + 32 * 32,
+    "llama8b_32k_1gpu.toml": 8_030_261_248 + 32 * 32,
     "llama8b_128k.toml": 8_030_261_248 + 32 * 32,
+    "llama8b_hybrid_32k.toml": 8_030_261_248 + 28 * 32,  # full layers have no hop bias
 }
 
 
@@ -61,6 +63,14 @@ def test_unknown_key_names_the_nearest_valid_one() -> None:
         ("train.steps=0", "train.steps"),
         ("parallel.sp=3", "parallel.sp"),
         ("optim.warmup_steps=1000", "warmup_steps"),
+        ("optim.betas=[1.5, 0.9]", "optim.betas"),
+        ("optim.schedule=wsd", "optim.decay_steps"),
+        ("run.seed=99999999999999999999", "run.seed"),
+        ("train.profile=[5, 2]", "train.profile"),
+        ("train.profile=[-1, 2]", "train.profile"),
+        ("train.activation_offload=true", "train.activation_offload: needs train.activation_check"),
+        ("train.mlp_chunk=-1", "train.mlp_chunk"),
+        ("train.fused_layers=apex", "train.fused_layers"),
         ("nonsense", "nonsense"),
         ("model=3", "model"),
     ],

@@ -50,19 +50,22 @@ def blocked_flops(config: ModelConfig) -> int:
     return total
 
 
+@pytest.mark.parametrize("mlp_chunk", [0, 24])
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize(("fold", "full_every"), [((), 0), ((8,), 0), ((16,), 2)])
 def test_training_costs_what_pytorch_counts(
-    fold: tuple[int, ...], full_every: int, checkpointing: bool
+    fold: tuple[int, ...], full_every: int, checkpointing: bool, mlp_chunk: int
 ) -> None:
     config = small(fold, full_every)
-    model = Llama(config, activation_checkpointing=checkpointing, loss_chunk=16)
+    model = Llama(
+        config, activation_checkpointing=checkpointing, loss_chunk=16, mlp_chunk=mlp_chunk
+    )
     model.init_weights(0)
     tokens = torch.randint(0, 96, (1, TOKENS))
     with FlopCounterMode(display=False) as counter:
         model(tokens, None, tokens).backward()
     depth = torch.arange(TOKENS)[None]
-    ours = train_flops(config, depth) + recomputed_flops(config, depth, checkpointing)
+    ours = train_flops(config, depth) + recomputed_flops(config, depth, checkpointing, mlp_chunk)
     # What the blocked path computes in vain, in each pass over the layers.
     passes = 4 if checkpointing else 3
     masked = blocked_flops(config) - attention_flops(config, depth)

@@ -76,21 +76,25 @@ BLOCKS: list[dict[str, Any]] = [
     {"model__intermediate_size": 32, "model__num_kv_heads": 8, "model__num_heads": 8,
      "model__head_dim": 64, "model__fold": "[8, 8]"},  # attention's
     {"model__fold": "[]", "train__micro_batch": 2},
+    {"train__mlp_chunk": 256},
+    {"train__mlp_chunk": 64, "model__hidden_size": 128},  # the weights' gradients in one dtype
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("recomputes", [False, True])
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("layers", ["torch", "liger"])
 @pytest.mark.parametrize("changes", BLOCKS, ids=str)
-def test_block(changes: dict[str, Any], dtype: str, recomputes: bool) -> None:
+def test_block(changes: dict[str, Any], layers: str, dtype: str, recomputes: bool) -> None:
     config = small(
         **changes, train__dtype=dtype, train__activation_checkpointing=recomputes,
-        data__seq_len=2048,
+        train__fused_layers=layers, data__seq_len=2048,
     )  # fmt: skip
     job = job_of(config)
     operator = operator_memory(job, config.model.fold)
     kept, peak = counted.block(config)
-    assert activations.block_peak(job, operator) == pytest.approx(peak, abs=SCALARS)
+    a_few = SCALARS + 2 * 4 * job.tokens  # such as norms' scales
+    assert activations.block_peak(job, operator) == pytest.approx(peak, abs=a_few)
     assert kept == (0 if recomputes else activations.saved_by_block(job, operator))
 
 
@@ -120,8 +124,11 @@ def test_head(vocabulary: int, tokens: int, chunk: int, dtype: str) -> None:
     job = job_of(config)
     # In float32 the norm keeps its input itself, which is here before the count begins.
     given = activations.hidden_state(job) if dtype == "fp32" else 0
-    peak = counted.head(config) + given
-    assert activations.head_peak(job) == pytest.approx(peak, rel=0.02)
+    forward, backward = (peak + given for peak in counted.head(config))
+    assert activations.head_peak(job) == pytest.approx(forward, rel=0.001)
+    in_head = activations.head_gradient(job, 0)
+    in_norm = activations.norm_workspace(job) + given
+    assert max(in_head, in_norm) == pytest.approx(backward, rel=0.001)
 
 
 # ------------------------------------------------------------------------------------------ engines
@@ -185,11 +192,16 @@ def test_peaks_of_a_step(index: int, ranks: int) -> None:
     assert max(totals.values()) == pytest.approx(count["backward"], rel=0.06)
 
 
-def test_start_is_the_whole_model_in_float32() -> None:
-    config = small(zero__stage=3, **WIDE, train__rows_per_step=4, model__num_layers=1)
-    ranks = run_distributed(counted.engines, 4, [config], LIMITS, False, time_limit=120)
-    predicted = gpu_memory(job_of(config, 4)).start.total
-    assert predicted == pytest.approx(ranks[0][0]["start"], rel=0.02)
+def test_the_start_holds_the_whole_model_or_gathers_its_largest_parameter() -> None:
+    # Here the latter weighs more. The former does at many ranks: its sum is in the other formula.
+    configs = [
+        small(zero__stage=3, train__rows_per_step=4, **shape)
+        for shape in ({**WIDE, "model__num_layers": 1}, {"model__num_layers": 8})
+    ]
+    ranks = run_distributed(counted.engines, 4, configs, LIMITS, False, time_limit=120)
+    for config, count in zip(configs, ranks[0], strict=True):
+        predicted = gpu_memory(job_of(config, 4)).start.total
+        assert predicted == pytest.approx(count["start"], rel=0.02)
 
 
 def test_offloaded_state_is_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:

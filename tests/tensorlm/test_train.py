@@ -1,6 +1,7 @@
 """Training through the real launchers: resumed = uninterrupted, few ranks = many ranks."""
 
 import json
+import re
 import signal
 import subprocess
 import time
@@ -11,6 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from tensorlm.checkpoint import newest_checkpoint
 from tensorlm.config import load_config
+from tensorlm.metrics import git_commit
 from tests.tensorlm.launching import ROOT, RunTraining, launch_command, launch_environment, losses
 
 
@@ -53,6 +55,10 @@ def test_run_killed_after_a_checkpoint_continues_bit_for_bit(
     assert [event.step for event in scalars] == list(range(1, 41))
     assert [event.value for event in scalars] == pytest.approx(losses(whole), rel=1e-6)
     assert load_config(broken / "config.toml").train.steps == 40
+    assert (broken / "config.toml").read_text().startswith(f"# commit {git_commit()}\n")
+    line = r"^step 40/40 \| loss [\d.]+ \| grad norm [\d.]+ \| lr [\d.e+-]+ \| [\d,]+ tokens/s "
+    line += r"\| MFU [\d.]+% \| [\d.]+ GiB \| ETA 0s$"
+    assert re.search(line, result.stdout, re.MULTILINE)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 3])
@@ -84,10 +90,12 @@ def test_ranks_and_micro_batches_give_the_same_losses(
     assert not {"ProfilerStep#0", "ProfilerStep#3"} & events
     for name, ranks, *overrides in (
         ("dp2", 2),
-        ("accumulated", 1, "train.micro_batch=2"),
+        ("accumulated", 1, "train.micro_batch=2", "checkpoint.every=0"),
     ):
         run_training(f"run.dir={tmp_path / name}", *overrides, ranks=ranks)
         assert losses(tmp_path / name) == pytest.approx(expected, rel=1e-5), name
+    assert newest_checkpoint(tmp_path / "dp2") is not None
+    assert newest_checkpoint(tmp_path / "accumulated") is None
 
 
 def test_bf16_follows_fp32_and_resumes_exactly(tmp_path: Path, run_training: RunTraining) -> None:
