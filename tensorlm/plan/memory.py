@@ -36,10 +36,6 @@ class GpuMemory:
     gpus: int
 
     @property
-    def start(self) -> Phase:
-        return self.phases[0]
-
-    @property
     def peak(self) -> Phase:
         return max(self.phases, key=lambda phase: phase.total)
 

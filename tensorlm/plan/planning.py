@@ -49,8 +49,9 @@ class Plan:
 
     @property
     def can_start(self) -> bool:
-        """Whether the whole float32 model, which no setting divides, fits one GPU."""
-        return self.memory.start.total <= self.gpu.memory
+        """Whether the whole model, which is made before it is divided, fits one GPU."""
+        job = self.jobs[self.largest]
+        return job.itemsize * job.parameters <= self.gpu.memory
 
     @cached_property
     def host(self) -> HostMemory:

@@ -21,7 +21,8 @@ def _head(plan: Plan, name: str) -> str:
     return (
         f"{name} on {plan.gpus} x {plan.gpu.name}{stage}: {job.parameters / 1e9:.3g} B parameters, "
         f"dp {job.dp} x sp {job.sp}, ZeRO stage {job.zero}, {job.tokens:,} tokens a rank "
-        f"({job.stage.micro_batch} x {job.stage.seq_len:,} / {job.sp})\n"
+        f"({job.stage.micro_batch} x {job.stage.seq_len:,} / {job.sp}), layers by "
+        f"{'Liger' if job.runs_liger else 'torch'}\n"
         "predicted from formulas (docs/planning.md), not measured"
     )
 
@@ -84,7 +85,7 @@ def _proposals(plan: Plan, proposals: list[Proposal]) -> str:
         if plan.fits:
             return "proposals: none costs noticeably less"
         if not plan.can_start:
-            return "proposals: none, since each GPU must hold the whole float32 model at the start"
+            return "proposals: none, since each GPU must hold the whole model at the start"
         return "proposals: none of the settings fits, alone or with others"
     title = "proposals that cost less" if plan.fits else "proposals that fit"
     lines = [

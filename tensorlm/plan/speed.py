@@ -31,11 +31,12 @@ from .job import MASTER, Job
 # 10 H D FLOPs for each (query, key) pair, where the forward has 4 (kernels/README.md).
 BACKWARD_PER_FORWARD = 2.5
 # Bytes that operations other than products read and write in bf16, forward and backward, counted
-# in layers.py, model.py and loss.py: for each element of the hidden size (two norms, residuals),
-# of SwiGLU's width, and of the vocabulary (logits are made twice: computed again in the backward).
-HIDDEN_TRAFFIC = (2 * 36 + 12, 2 * 92 + 30)
-MLP_TRAFFIC = (10, 18)
-LOGIT_TRAFFIC = 50
+# in layers.py, fused.py, loss.py: for each element of the hidden size (two norms, residuals), of
+# SwiGLU's width, and of the vocabulary (both at once); by PyTorch's operations, and by Liger's.
+HIDDEN_TRAFFIC = {False: (2 * 36 + 12, 2 * 92 + 30), True: (2 * 4 + 12, 2 * 6 + 30)}
+MLP_TRAFFIC = {False: (10, 18), True: (6, 10)}
+LOGIT_TRAFFIC = 30
+HEAD_GRADIENT_TRAFFIC = 12  # of each element of the head's weight, for each chunk of tokens
 # Bytes for each parameter of the update, the norm, and clipping; torch's AdamW on the CPU.
 UPDATE_TRAFFIC = {"fp32": 70, "bf16": 150}
 HOST_UPDATE_TRAFFIC = 110
@@ -108,8 +109,20 @@ def _attention_seconds(job: Job, fold: tuple[int, ...], gpu: Gpu) -> float:
 def _traffic(job: Job) -> float:
     """Bytes a token of all operations that are no products, forward and backward."""
     model = job.config.model
-    layer = model.hidden_size * sum(HIDDEN_TRAFFIC) + model.intermediate_size * sum(MLP_TRAFFIC)
-    return job.itemsize / 2 * (model.num_layers * layer + model.vocab_size * LOGIT_TRAFFIC)
+    gradient = HEAD_GRADIENT_TRAFFIC * job.table / min(job.config.train.loss_chunk, job.tokens)
+    head = LOGIT_TRAFFIC * model.vocab_size + gradient
+    return job.itemsize / 2 * (sum(_layer_traffic(job)) * model.num_layers + head)
+
+
+def _layer_traffic(job: Job) -> tuple[float, float]:
+    """Bytes a token of one layer in bf16, forward and backward."""
+    hidden, width = HIDDEN_TRAFFIC[job.runs_liger], MLP_TRAFFIC[job.runs_liger]
+    model = job.config.model
+    forward, backward = (
+        h * model.hidden_size + w * model.intermediate_size
+        for h, w in zip(hidden, width, strict=True)
+    )
+    return forward, backward
 
 
 def _recomputation(job: Job, gpu: Gpu) -> float:
@@ -118,8 +131,7 @@ def _recomputation(job: Job, gpu: Gpu) -> float:
     products = recomputed_linear_flops_per_token(model, job.recomputes, act.is_tiled(job))
     seconds = products * tokens / (gpu.flops * MATMUL_SHARE)
     if job.recomputes:
-        layer = model.hidden_size * HIDDEN_TRAFFIC[0] + model.intermediate_size * MLP_TRAFFIC[0]
-        traffic = job.itemsize / 2 * model.num_layers * layer * tokens
+        traffic = job.itemsize / 2 * model.num_layers * _layer_traffic(job)[0] * tokens
         seconds += traffic / (gpu.bandwidth * BANDWIDTH_SHARE)
         seconds += sum(
             _attention_flops(job, fold) / (gpu.flops * (FOLDED_SHARE if fold else FULL_SHARE)[0])

@@ -67,7 +67,7 @@ class _Silent:
 
 @contextmanager
 def silent_kernels() -> Iterator[None]:
-    """The Triton operator as on a Hopper GPU, and Liger's, without kernels: results are arbitrary."""
+    """The operator as on a Hopper GPU, Liger's layers, no kernels: results are arbitrary."""
     kernels = [
         (triton_forward, "hop_forward_kernel"), (triton_forward_line, "hop_forward_line_kernel"),
         (triton_launch, "rotate_kernel"), (triton_backward_key, "hop_backward_key_kernel"),

@@ -58,8 +58,11 @@ def test_parameters_are_those_of_the_model() -> None:
 
 
 def test_llama_8b_by_hand() -> None:
-    memory = gpu_memory(job("optim.state_dtype=bf16", "train.rows_per_step=1", gpus=1))
-    parts, parameters = memory.peak.parts, 8_030_262_272
+    memory = gpu_memory(
+        job("optim.state_dtype=bf16", "train.rows_per_step=1", "train.fused_layers=torch", gpus=1)
+    )
+    phases, parameters = {phase.name: phase.parts for phase in memory.phases}, 8_030_262_272
+    parts = phases["backward of block 30 of 32 while gradients are reduced"]
     assert parts["weights"] == 2 * parameters
     assert parts["master_weights"] == parts["gradients"] == parts["moments"] == 4 * parameters
     assert parts["reduce_bucket"] == 4 * 500_000_000
@@ -68,9 +71,12 @@ def test_llama_8b_by_hand() -> None:
     assert parts["saved_activations"] == 30 * 32768 * 4096 * 2
     assert parts["rotary_table"] == 32768 * 128 * 4
     per_token = 2 * (8 * 4096 + 4) + 2 * (3 * 4096 + 2 * 1024) + 2 * 32 * 4 + 2 * 4 + 2 * 4096
-    swiglu = 5 * 2 * 14336 * 32768 + 2 * 14336 * 4096  # five tensors, the gradient of a matrix
-    reduction = 4 * 500_000_000
-    assert parts["block_peak"] == per_token * 32768 + swiglu + reduction
+    swiglu = 4 * 2 * 14336 * 32768 + 2 * 14336 * 4096  # four tensors, the gradient of a matrix
+    assert parts["block_peak"] == per_token * 32768 + swiglu + 4 * 500_000_000
+    # Logits of 2,048 tokens: float32 and bf16 of one chunk, and of the next, which begins.
+    table, logits = 128256 * 4096, 128256 * 2048
+    norm = 8 * 4096 * 32768 + 4 * 32768
+    assert phases["loss"]["head_peak"] == norm + 2 * 4096 * 32768 + 4 * table + 12 * logits
     assert memory.needed == memory.allocated + memory.overhead
 
 
@@ -180,12 +186,10 @@ def test_model_flops_are_those_of_training() -> None:
 def test_recomputing_offloading_and_exchanges_take_time() -> None:
     base = step_time(job(), GPUS["h100"]).parts
     plain = step_time(job("train.activation_checkpointing=false"), GPUS["h100"]).parts
-    assert base["recomputation"] > 5 * plain["recomputation"] > 0
-    assert {k: v for k, v in base.items() if k != "recomputation"} == {
-        k: v for k, v in plain.items() if k != "recomputation"
-    }
-    chunks = step_time(job("train.mlp_chunk=4096"), GPUS["h100"]).parts
-    assert chunks["recomputation"] > base["recomputation"]
+    assert base["recomputation"] > plain["recomputation"] == 0
+    assert base | {"recomputation": 0} == plain | {"recomputation": 0}
+    tiles = job("train.mlp_chunk=4096", "train.activation_checkpointing=false")
+    assert 0 < step_time(tiles, GPUS["h100"]).parts["recomputation"] < base["recomputation"]
     offloaded = step_time(job("zero.offload_optimizer=true"), GPUS["h100"]).parts
     assert offloaded["update"] > 10 * base["update"]
     shared = step_time(job("parallel.sp=8"), GPUS["h100"]).parts
@@ -240,7 +244,7 @@ def test_mapped_data_are_the_token_files(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------------- proposals
 
 OVERRIDES = {
-    "too long": ["data.seq_len=131072"],
+    "too long": ["data.seq_len=262144"],
     "nothing recomputed": ["train.activation_checkpointing=false"],
     "one GPU": ["train.rows_per_step=8"],
     "wasteful": ["parallel.sp=8", "zero.offload_optimizer=true"],
@@ -296,10 +300,10 @@ def test_what_is_good_already_is_left_alone() -> None:
 
 
 def test_nothing_is_proposed_where_the_model_cannot_start() -> None:
-    small = plan(gpu="24")
+    small = plan(gpu="12")
     assert not small.fits
     assert propose(small) == []
-    assert "whole float32 model" in format_plan(small, [], "name")
+    assert "the whole model at the start" in format_plan(small, [], "name")
 
 
 def test_bf16_moments_are_said_to_change_training() -> None:

@@ -141,7 +141,7 @@ ENGINES: list[dict[str, Any]] = [
     {"zero__stage": 2, **AGAIN, "model__tie_embeddings": True, "train__rows_per_step": 4},
     {"zero__stage": 2, **WIDE, "optim__state_dtype": "bf16"},
     {"zero__stage": 3, **AGAIN, "data__seq_len": 1024},
-    {"zero__stage": 3, **AGAIN, "model__num_layers": 7},
+    {"zero__stage": 3, **AGAIN, "model__num_layers": 7, "train__mlp_chunk": 128},
     {"zero__stage": 3, **WIDE, "optim__state_dtype": "bf16", "train__rows_per_step": 4},
     {"zero__stage": 0, **AGAIN, "train__dtype": "fp32"},
 ]
@@ -200,7 +200,7 @@ def test_the_start_holds_the_whole_model_or_gathers_its_largest_parameter() -> N
     ]
     ranks = run_distributed(counted.engines, 4, configs, LIMITS, False, time_limit=120)
     for config, count in zip(configs, ranks[0], strict=True):
-        predicted = gpu_memory(job_of(config, 4)).start.total
+        predicted = gpu_memory(job_of(config, 4)).phases[0].total
         assert predicted == pytest.approx(count["start"], rel=0.02)
 
 
@@ -216,6 +216,21 @@ def test_offloaded_state_is_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None
         temporary = 2 * 4 * min(job.shard, LIMITS.sub_group)  # of AdamW, in a step
         on_host = host.offloaded_optimizer(job) - temporary
         assert on_gpu + on_host == pytest.approx(count["rest"], abs=SCALARS)
+
+
+def test_offloaded_activations_are_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = small(
+        **AGAIN, zero__stage=2, train__activation_offload=True, train__attention="blocked",
+        model__num_layers=8,
+    )  # fmt: skip
+    ((count,),) = run_distributed(counted.engines, 1, [config], LIMITS, time_limit=120)
+    monkeypatch.setattr(host, "pinned", lambda num_bytes: num_bytes)  # only beside a GPU
+    job = job_of(config)
+    memory = gpu_memory(job, {fold: count_operator(job, fold) for fold in set(job.folds)})
+    on_gpu = max(p.total for p in memory.phases if p.name not in ("start", "update"))
+    on_host = host.offloaded_activations(job)
+    assert on_host == 8 * activations.hidden_state(job)
+    assert on_gpu + on_host == pytest.approx(count["backward"], rel=0.06)
 
 
 def test_limits_are_the_defaults_of_deepspeed() -> None:
