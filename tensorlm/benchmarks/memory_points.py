@@ -65,8 +65,10 @@ def default_points(on_gpu: bool) -> list[Point]:
         sizes = [f"model.{key}={value}" for key, value in _TINY.items()]
         common = [*_BASE, "data.seq_len=1024", "train.loss_chunk=256", *sizes]
         extras = {
+            "stage 0": ["zero.stage=0", _PLAIN, "train.dtype=fp32"],
             "stage 1": ["zero.stage=1", _PLAIN],
             "stage 1, recomputed": ["zero.stage=1", _AGAIN, "train.rows_per_step=2"],
+            "stage 1, recomputed, tiles": ["zero.stage=1", _AGAIN, "train.mlp_chunk=128"],
             "stage 2, bf16 moments": ["zero.stage=2", _AGAIN, "optim.state_dtype=bf16"],
             "stage 3, full layers": ["zero.stage=3", _PLAIN, "model.full_every=2"],
         }

@@ -6,7 +6,7 @@ compare them with every tensor that PyTorch makes. One rule decides most of them
 what it has saved when its own backward is over.
 """
 
-from .job import MASTER, Job
+from .job import FP32, Job
 from .operator import OperatorMemory, operator_memory
 
 Fold = tuple[int, ...]
@@ -24,10 +24,10 @@ def saved_by_norm(job: Job) -> int:
     """Its input (float32, or as it is where Liger's kernel runs), the product with the weight, and
     one float32 a token; PyTorch's operations also keep the normalized input.
     """
-    per_token = MASTER * job.tokens
+    per_token = FP32 * job.tokens
     if job.runs_liger:
         return 2 * hidden_state(job) + per_token
-    return MASTER * job.config.model.hidden_size * job.tokens + 2 * hidden_state(job) + per_token
+    return FP32 * job.config.model.hidden_size * job.tokens + 2 * hidden_state(job) + per_token
 
 
 def saved_by_first_norm(job: Job) -> int:
@@ -37,7 +37,7 @@ def saved_by_first_norm(job: Job) -> int:
 
 def keeps_own_input(job: Job) -> bool:
     """Whether a norm keeps its input itself, not a float32 copy."""
-    return job.runs_liger or job.itemsize == MASTER
+    return job.runs_liger or job.itemsize == FP32
 
 
 def norm_workspace(job: Job) -> int:
@@ -46,8 +46,8 @@ def norm_workspace(job: Job) -> int:
     """
     if job.runs_liger:
         return 3 * hidden_state(job)
-    tensors = 5 if job.itemsize == MASTER else 6
-    return tensors * MASTER * job.config.model.hidden_size * job.tokens
+    tensors = 5 if job.itemsize == FP32 else 6
+    return tensors * FP32 * job.config.model.hidden_size * job.tokens
 
 
 def mlp_width(job: Job, tokens: int) -> int:
@@ -97,7 +97,7 @@ def mlp_peak(job: Job, operator: OperatorMemory, reduction: int) -> int:
     matrix = job.itemsize * weight
     if is_tiled(job):
         tile = (4 if job.runs_liger else 7) * mlp_width(job, job.config.train.mlp_chunk)
-        sums = 3 * MASTER * weight
+        sums = 3 * FP32 * weight
         inside = sums + max(tile, 3 * matrix)
         return waiting + hidden_state(job) + max(inside, 3 * matrix + reduction)
     width, most, beside = mlp_width(job, job.tokens), 6, 5
@@ -152,18 +152,18 @@ def head_peak(job: Job) -> int:
     """
     chunk = min(job.config.train.loss_chunk, job.tokens)
     logits, w = job.config.model.vocab_size * chunk, job.itemsize
-    made = w + MASTER + (MASTER if job.platform.casts_logits and w < MASTER else 0)
-    left = MASTER + (w if w < MASTER else 0)
+    made = w + FP32 + (FP32 if job.platform.casts_logits and w < FP32 else 0)
+    left = FP32 + (w if w < FP32 else 0)
     again = made + left if chunk < job.tokens else made
     beside = max(again * logits, left * logits + w * job.table)
-    return saved_by_norm(job) + hidden_state(job) + MASTER * job.table + beside
+    return saved_by_norm(job) + hidden_state(job) + FP32 * job.table + beside
 
 
 def head_gradient(job: Job, reduction: int) -> int:
     """The backward of the head: its weight's gradient, which is cast from float32, or reduced."""
     gradient, chunk = job.itemsize * job.table, min(job.config.train.loss_chunk, job.tokens)
-    scaled = MASTER * job.config.model.hidden_size * chunk  # hidden states' gradients, by chunk
-    cast = MASTER * job.table if job.itemsize < MASTER else scaled
+    scaled = FP32 * job.config.model.hidden_size * chunk  # hidden states' gradients, by chunk
+    cast = FP32 * job.table if job.itemsize < FP32 else scaled
     # The norm's output is gone, the gradient of it is there.
     return saved_by_norm(job) + gradient + max(cast, reduction)
 
@@ -180,7 +180,7 @@ def shared_gradient(job: Job) -> int:
 
 def rotary_table(job: Job) -> int:
     """4 D per position of the whole row: a cosine and a sine for each pair."""
-    return MASTER * job.config.model.head_size * job.stage.seq_len
+    return FP32 * job.config.model.head_size * job.stage.seq_len
 
 
 def batch(job: Job) -> int:

@@ -4,12 +4,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from . import activations as act
-from .job import MASTER, Job
+from .job import FP32, Job
 from .state import moment_bytes
 
 # Python, PyTorch, and CUDA's own host memory in one process. An assumption.
 PROCESS = 4 << 30
-_SAVED_STATE = 3 * MASTER  # a background save copies weights and moments in float32 (checkpoint.py)
+_SAVED_STATE = 3 * FP32  # a background save copies weights and moments in float32 (checkpoint.py)
 
 
 @dataclass(frozen=True)
@@ -50,11 +50,11 @@ def offloaded_optimizer(job: Job) -> int:
         return 0
     moments = moment_bytes(job) * job.shard
     if job.zero < 3:
-        copies = 2 * pinned(MASTER * job.shard) + pinned(job.itemsize * job.shard)
-        return copies + pinned(job.itemsize * job.largest) + moments + 2 * MASTER * job.shard
+        copies = 2 * pinned(FP32 * job.shard) + pinned(job.itemsize * job.shard)
+        return copies + pinned(job.itemsize * job.largest) + moments + 2 * FP32 * job.shard
     group = min(job.shard, job.limits.sub_group)
-    gradients = pinned(MASTER * job.shard) + -(-job.shard // group) * pinned(MASTER * group)
-    return MASTER * job.shard + gradients + moments + 2 * MASTER * group
+    gradients = pinned(FP32 * job.shard) + -(-job.shard // group) * pinned(FP32 * group)
+    return FP32 * job.shard + gradients + moments + 2 * FP32 * group
 
 
 def offloaded_activations(job: Job) -> int:
@@ -80,7 +80,7 @@ def initialisation(job: Job) -> int:
     the host.
     """
     through = job.itemsize * job.shard if job.zero == 3 else 0
-    return max(2 * MASTER * job.largest, through)
+    return max(2 * FP32 * job.largest, through)
 
 
 def mapped_data(job: Job) -> int:

@@ -11,7 +11,7 @@ from functools import cached_property
 from tensorlm.config import Config, StageConfig
 from tensorlm.fused import runs_liger
 
-MASTER = 4  # bytes of a float32 weight or gradient
+FP32 = 4  # bytes of a float32
 
 
 @dataclass(frozen=True)
@@ -141,8 +141,9 @@ class Job:
 
     @property
     def block(self) -> int:
-        """Elements of the matrices of one block."""
-        return sum(w.total for w in self.weights[1:4]) // self.config.model.num_layers
+        """Elements of the seven matrices of one block."""
+        matrices = self.weights[1:4]
+        return sum(weight.total for weight in matrices) // self.config.model.num_layers
 
     @property
     def largest(self) -> int:

@@ -149,6 +149,7 @@ def _block(job: Job, operators: dict[Fold, OperatorMemory], left: int, reduced: 
             "shared_gradient": act.shared_gradient(job),
             "gathered_weights": state.gathered_weights(job, job.block),
             "saved_activations": act.saved_activations(job, operators, before),
+            "held_by_tiles": (layers - left) * act.held_by_tiles(job),
             "block_peak": max(
                 act.block_peak(job, operators[fold], reduction) for fold in job.folds[:left]
             ),

@@ -43,10 +43,9 @@ def chain(job: Job, fold: Sequence[int]) -> OperatorMemory:
     peaks = []
     for i, axis in enumerate(axes):
         is_last = i == hops - 1
-        gradients = (
-            q + k + (q if i else k) + (0 if is_last else q)
-        )  # dq, dk, dvalues, dz of hop i+1
-        # <dz, z>, then of hop i + 1: dlse; of hop i: dbias, dlse and <dz, z> of the hop before
+        # dq, dk, dvalues, and dz that the hop after has left
+        gradients = q + k + (q if i else k) + (0 if is_last else q)
+        # <dz, z>; dlse from the hop after; dbias, dlse and <dz, z> for the hop before
         rows = 1 + (not is_last) + (3 if i else 0)
         peaks.append(gradients + _rotated(job, axis.stride, axis.length) + rows * lse)
     return OperatorMemory(saved, q + max(peaks))
@@ -92,12 +91,8 @@ def _sizes(job: Job) -> tuple[int, int, int, int]:
     """Bytes of t tokens of q (or z), of k (or v), of a log-sum-exp, and of a reach."""
     m = job.config.model
     q = job.tokens * m.num_heads * m.head_size * job.itemsize
-    return (
-        q,
-        q * m.num_kv_heads // m.num_heads,
-        job.tokens * m.num_heads * STATE,
-        job.tokens * STATE,
-    )
+    k, lse = q * m.num_kv_heads // m.num_heads, job.tokens * m.num_heads * STATE
+    return q, k, lse, job.tokens * STATE
 
 
 def _rotated(job: Job, stride: int, length: int) -> int:

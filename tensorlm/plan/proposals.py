@@ -11,6 +11,7 @@ from .planning import Plan, is_legal, make_plan
 
 MAX_PROPOSALS = 5
 GAIN = 0.03  # a change that saves less of the cost is not worth proposing
+SPARE = 0.03  # of the GPU's memory, which a proposal leaves: predictions are not exact
 # Changes at one time: to fit, more than usual only where fewer do not suffice.
 _CHANGES_TO_SAVE, _USUAL_CHANGES, _CHANGES_TO_FIT = 2, 3, 5
 GPUS = "gpus"
@@ -50,11 +51,15 @@ def propose(plan: Plan) -> list[Proposal]:
     for count in range(1, (_CHANGES_TO_SAVE if plan.fits else _CHANGES_TO_FIT) + 1):
         if count > _USUAL_CHANGES and kept:
             break
-        found = (p for p in _all(plan, count) if p.plan.fits and p.plan.cost < limit)
+        found = (p for p in _all(plan, count) if _has_room(p.plan) and p.plan.cost < limit)
         for proposal in sorted(found, key=lambda p: p.plan.cost):
             if not any(_serves_as_well(known, proposal) for known in kept):
                 kept.append(proposal)
     return sorted(kept, key=lambda p: p.plan.cost)[:MAX_PROPOSALS]
+
+
+def _has_room(plan: Plan) -> bool:
+    return plan.margin >= SPARE * plan.gpu.memory
 
 
 def _serves_as_well(known: Proposal, other: Proposal) -> bool:
@@ -70,9 +75,7 @@ def _all(plan: Plan, count: int) -> Iterator[Proposal]:
         for values in itertools.product(*(options[key] for key in keys)):
             changes = tuple(zip(keys, values, strict=True))
             config, gpus = apply(plan, changes)
-            train = config.train
-            has_effect = train.activation_checkpointing or not train.activation_offload
-            if has_effect and is_legal(config, gpus):
+            if is_legal(config, gpus):
                 yield Proposal(changes, make_plan(config, gpus, plan.gpu))
 
 
@@ -86,7 +89,7 @@ def _options(plan: Plan) -> dict[str, list[Any]]:
         gpus = [plan.gpus * n for n in (2, 4, 8)]
     options: dict[str, list[Any]] = {
         "train.activation_checkpointing": [not train.activation_checkpointing],
-        "train.mlp_chunk": list({0, tokens // 4, tokens // 8} - {train.mlp_chunk}),
+        "train.mlp_chunk": sorted({0, tokens // 8, tokens // 4} - {train.mlp_chunk}),
         "train.activation_offload": [not train.activation_offload],
         "optim.state_dtype": ["bf16"] if config.optim.state_dtype == "fp32" else [],
         "zero.stage": [stage for stage in (1, 2, 3) if stage != zero.stage],

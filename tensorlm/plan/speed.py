@@ -26,7 +26,7 @@ from .gpus import (
     MATMUL_SHARE,
     Gpu,
 )
-from .job import MASTER, Job
+from .job import FP32, Job
 
 # 10 H D FLOPs for each (query, key) pair, where the forward has 4 (kernels/README.md).
 BACKWARD_PER_FORWARD = 2.5
@@ -157,8 +157,8 @@ def _weight_exchange(job: Job, gpu: Gpu) -> float:
     weights after the update. Stage 3 gathers them for every forward and backward and
     reduce-scatters gradients. A ring over nodes uses every adapter of a node.
     """
-    all_reduce, gather = 2 * MASTER, job.itemsize
-    per_micro_batch = {2: all_reduce, 3: MASTER + 2 * gather}.get(job.zero, 0)
+    all_reduce, gather = 2 * FP32, job.itemsize
+    per_micro_batch = {2: all_reduce, 3: FP32 + 2 * gather}.get(job.zero, 0)
     per_step = {0: all_reduce, 1: all_reduce + gather, 2: gather}.get(job.zero, 0)
     sent = (per_micro_batch * job.micro_batches + per_step) * job.parameters
     between = gpu.network * gpu.per_node if job.gpus > gpu.per_node else gpu.nvlink
@@ -183,7 +183,7 @@ def _row_exchange(job: Job, gpu: Gpu) -> float:
 def _update(job: Job, gpu: Gpu) -> float:
     """AdamW over this rank's shard; on the host if offloaded, with gradients and weights moved."""
     if job.offloads_optimizer:
-        moved = (MASTER + job.itemsize) * job.shard / (gpu.host_link * LINK_SHARE)
+        moved = (FP32 + job.itemsize) * job.shard / (gpu.host_link * LINK_SHARE)
         return moved + HOST_UPDATE_TRAFFIC * job.shard / HOST_BANDWIDTH
     traffic = UPDATE_TRAFFIC[job.config.optim.state_dtype]
     return traffic * job.shard / (gpu.bandwidth * BANDWIDTH_SHARE)

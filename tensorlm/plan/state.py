@@ -5,7 +5,7 @@ float32 accumulation and communication, or fp32), and compared with its tensors 
 bytes; letters as in `job.py`.
 """
 
-from .job import MASTER, Job
+from .job import FP32, Job
 
 DOUBLE = 8  # DeepSpeed takes the norms of stages 2 and 3 in float64, parameter by parameter
 _ALL_REDUCE = 500_000_000  # elements of a message of stage 0 (DeepSpeed's engine)
@@ -24,7 +24,7 @@ def weights(job: Job) -> int:
 
 def master_weights(job: Job) -> int:
     """4 P / N: the float32 weights that AdamW updates; stage 0 updates the working weights."""
-    return MASTER * job.shard if job.zero and not job.offloads_optimizer else 0
+    return FP32 * job.shard if job.zero and not job.offloads_optimizer else 0
 
 
 def moment_bytes(job: Job) -> int:
@@ -45,17 +45,17 @@ def gradients(job: Job, computed: int, reduced: bool = False) -> int:
     start, on the host if offloaded.
     """
     if job.zero == 3:
-        return 0 if job.offloads_optimizer else MASTER * job.shard
+        return 0 if job.offloads_optimizer else FP32 * job.shard
     if job.zero == 2:
-        return MASTER * job.shard if reduced or computed > job.limits.reduce_bucket else 0
+        return FP32 * job.shard if reduced or computed > job.limits.reduce_bucket else 0
     if accumulates_apart(job):
-        return MASTER * job.shard * job.gpus
-    return MASTER * computed
+        return FP32 * job.shard * job.gpus
+    return FP32 * computed
 
 
 def accumulates_apart(job: Job) -> bool:
     """Stage 1 in bf16 is DeepSpeed's BF16_Optimizer: a float32 gradient of every weight."""
-    return job.zero == 1 and job.itemsize < MASTER and not job.offloads_optimizer
+    return job.zero == 1 and job.itemsize < FP32 and not job.offloads_optimizer
 
 
 def reduce_bucket(job: Job) -> int:
@@ -64,7 +64,7 @@ def reduce_bucket(job: Job) -> int:
     """
     if job.zero == 0 or accumulates_apart(job):
         return 0
-    return (job.itemsize if job.zero == 2 else MASTER) * job.limits.reduce_bucket
+    return (job.itemsize if job.zero == 2 else FP32) * job.limits.reduce_bucket
 
 
 def offload_buffer(job: Job) -> int:
@@ -79,10 +79,10 @@ def reduction(job: Job, elements: int) -> int:
     float32. A gradient larger than the bucket is cast alone, as each is in stage 1.
     """
     if job.zero < 2:
-        return MASTER * elements if accumulates_apart(job) else 0
+        return FP32 * elements if accumulates_apart(job) else 0
     is_alone = elements > job.limits.reduce_bucket
     is_ordered = job.zero == 2 and not (is_alone and job.gpus == 1)
-    return (MASTER + (job.itemsize if is_ordered else 0)) * elements
+    return (FP32 + (job.itemsize if is_ordered else 0)) * elements
 
 
 def gathered_weights(job: Job, needed: int) -> int:
@@ -108,18 +108,18 @@ def update_workspace(job: Job) -> int:
     if job.offloads_optimizer:
         return norm
     if job.zero == 0:
-        copied = MASTER * min(job.parameters, _ALL_REDUCE)
+        copied = FP32 * min(job.parameters, _ALL_REDUCE)
         return max(copied, adam_workspace(job, job.largest))
     together = min(job.shard, job.limits.sub_group) if job.zero == 3 else job.shard
-    is_copied = job.zero == 3 or job.itemsize == MASTER
-    return max(norm, (MASTER * together if is_copied else 0) + adam_workspace(job, together))
+    is_copied = job.zero == 3 or job.itemsize == FP32
+    return max(norm, (FP32 * together if is_copied else 0) + adam_workspace(job, together))
 
 
 def adam_workspace(job: Job, elements: int) -> int:
     """Two float32 tensors where AdamW is not fused, and where its moments are bf16 (by chunks)."""
     if job.config.optim.state_dtype == "bf16":
-        return 2 * MASTER * min(elements, _ADAM_CHUNK)
-    return 0 if job.platform.fused_adam else 2 * MASTER * elements
+        return 2 * FP32 * min(elements, _ADAM_CHUNK)
+    return 0 if job.platform.fused_adam else 2 * FP32 * elements
 
 
 def initialisation(job: Job) -> int:

@@ -248,6 +248,7 @@ def _engine(job: Job, device: torch.device, trains: bool) -> dict[str, int]:
                 engine.backward(loss / tokens.numel())
                 del loss, tokens
             counts["backward"] = memory.peak
+            gc.collect()  # graphs of recomputed blocks may be cycles
             memory.restart()
             norm = engine.step(1e-3)
             assert norm == norm, "the update was skipped"
