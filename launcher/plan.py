@@ -23,7 +23,7 @@ def main() -> int:
     parser.add_argument("--gpu", default="h100", help="a100, h100, h200, b200, or GiB of memory")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every number")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="replace a setting")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()  # settings may stand anywhere
     config, gpu = load_config(args.config, args.overrides), find_gpu(args.gpu)
     if args.gpus < 1:
         raise UserError(f"--gpus: {args.gpus} must be positive")
