@@ -6,6 +6,7 @@ is reported at once, each on its own line with the nearest valid key.
 
 import difflib
 import itertools
+import json
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -338,6 +339,36 @@ def parse_config(tree: dict[str, Any], where: str) -> Config:
         return Config.model_validate(tree)
     except ValidationError as error:
         raise UserError(*_problem_lines(error, where)) from None
+
+
+def model_differences(trained: dict[str, Any], config: Config) -> list[str]:
+    """How the configured model differs from that of a checkpoint, one line for each setting.
+
+    Only initial values may differ, since a checkpoint has its own.
+
+    Args:
+        trained: `config` of the checkpoint's manifest.
+        config: the configuration of today.
+
+    Raises:
+        KeyError, ValueError: `trained` is not the configuration of a run.
+    """
+    theirs = _architecture(ModelConfig.model_validate(trained["model"]))
+    ours = _architecture(config.model)
+    return [
+        f"model.{key}: is {json.dumps(ours[key])}, the checkpoint has {json.dumps(value)} "
+        "(set it back)"
+        for key, value in theirs.items()
+        if ours[key] != value
+    ]
+
+
+def _architecture(model: ModelConfig) -> dict[str, Any]:
+    """All settings that make a model what it is, written in one way."""
+    settings = model.model_dump(mode="json", exclude={"init_std", "hop_bias_init"})
+    settings["head_dim"] = model.head_size
+    settings["full_every"] = model.full_every if model.fold else 0
+    return settings
 
 
 def config_toml(config: Config) -> str:

@@ -20,7 +20,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.utils import logging
 
 from fold_parallel import Grid
-from tensorlm.checkpoint import load_weights, select_checkpoint
+from tensorlm.checkpoint import check_model, load_weights, select_checkpoint
 from tensorlm.config import Config, parse_config
 from tensorlm.data.tokenizers import load_tokenizer
 from tensorlm.errors import UserError
@@ -153,9 +153,10 @@ def open_checkpoint_model(
     """The model of a checkpoint of `config.run.dir`, the newest where `step` is None.
 
     Raises:
-        UserError: no such checkpoint, or it is damaged.
+        UserError: no such checkpoint, it is damaged, or it is of another model than the configured.
     """
     checkpoint = select_checkpoint(Path(config.run.dir), step, grid.rank, grid.world_size)
+    check_model(checkpoint, config)
     trained = parse_config(checkpoint.manifest["config"], str(checkpoint.folder))
     model = create_llama(trained.model, config.train, grid, device).eval()
     load_weights(checkpoint, model)

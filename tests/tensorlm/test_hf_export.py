@@ -12,11 +12,13 @@ import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
+from fold_parallel import Grid
 from tensorlm.checkpoint import Saver, load_weights, select_checkpoint
 from tensorlm.config import CheckpointConfig, load_config
 from tensorlm.data.tokenizers import load_tokenizer
 from tensorlm.engine import STATE, ParameterSlice
 from tensorlm.errors import UserError
+from tensorlm.evaluation.model import open_checkpoint_model
 from tensorlm.hf.export_folder import export_checkpoint
 from tensorlm.hf.hub import create_repository
 from tensorlm.manifest import open_checkpoint
@@ -219,6 +221,21 @@ def test_export_that_cannot_be_written_leaves_nothing_behind(
     with pytest.raises(UserError, match="is not empty"):
         export_checkpoint(checkpoint, settings, output, "bf16", None)
     assert (output / "model.safetensors").exists()
+
+
+def test_another_model_than_the_checkpoints_is_refused(
+    tmp_path: Path, config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint, _, _ = random_checkpoint(config, "model.fold=[4,8]")
+    export = ("export", "--config", config, "--output", tmp_path / "hf", "model.fold=[16]")
+    assert launcher_here("convert.py", *export) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    what = "model.fold: is [16], the checkpoint has [4, 8] (set it back)"
+    assert line == f"error: {checkpoint.folder}: {what}"
+    assert not (tmp_path / "hf").exists()
+    other = load_config(config, ["model.fold=[16]"])
+    with pytest.raises(UserError, match=re.escape(what)):
+        open_checkpoint_model(other, None, torch.device("cpu"), Grid())
 
 
 @pytest.fixture

@@ -246,7 +246,14 @@ def test_training_starts_from_imported_weights_and_exports_their_tokenizer(
     torch.testing.assert_close(after.read_parameter(name), wanted, rtol=0, atol=1e-6)
 
     export = ("export", "--config", config, "--output", tmp_path / "hf", "data.path=elsewhere")
-    assert launcher_here("convert.py", *export) == 0
+    assert launcher_here("convert.py", *export) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    carried = tmp_path / "run/imported/Tiny-Llama"
+    what = f"{carried}: not the tokenizer that the training data was encoded with"
+    assert line == f"error: {what} (choose one with --tokenizer DIR)"
+    assert not (tmp_path / "hf").exists()
+    assert launcher_here("convert.py", *export, "--tokenizer", carried) == 0
+    assert f"note: {what}\n" in capsys.readouterr().out
     text = "def main():\n    return 'ünïcode'"
     wanted_ids = load_tokenizer(folder).encode(text)
     assert load_tokenizer(tmp_path / "hf").encode(text) == wanted_ids
