@@ -135,7 +135,7 @@ class Saver:
 
         def write_slices() -> dict[str, Any]:
             path = temporary / name
-            size, sha256 = write_safetensors(path, tensors, lambda: self._progress("save"))
+            size, sha256 = write_safetensors(path, tensors, lambda _: self._progress("save"))
             return {"name": name, "bytes": size, "sha256": sha256, **layout}
 
         def seal() -> None:

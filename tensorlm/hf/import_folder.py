@@ -4,6 +4,7 @@ Names, shapes and types of all weights are checked from the files' headers befor
 """
 
 import json
+import math
 import re
 import shutil
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from tensorlm.errors import UserError
 from tensorlm.hf.export_folder import CHAT_TEMPLATE, hf_config, hf_name
 from tensorlm.manifest import list_steps
 from tensorlm.model import Llama
+from tensorlm.progress import byte_bar
 from tensorlm.publish import write_weights
 
 _DTYPES = ("BF16", "F16", "F32")
@@ -80,7 +82,9 @@ def import_weights(folder: Path, config: Config) -> Path:
         "imported_from": folder.resolve().name,
     }
     _carry(folder, run_dir / "imported" / folder.resolve().name)
-    return write_weights(run_dir, parameters(), info)
+    total = sum(4 * math.prod(shape) for shape in shapes.values())
+    with byte_bar(total, f"import {folder.resolve().name}") as moved:
+        return write_weights(run_dir, parameters(), info, moved)
 
 
 def imported_folder(run_dir: Path) -> Path | None:

@@ -1,6 +1,7 @@
 """Import: every Llama's shape gives its logits and its bytes back; what is not ours is refused."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -221,6 +222,23 @@ def test_damaged_and_absent_files_are_named(tmp_path: Path, config: Path) -> Non
     (folder / "model.safetensors.index.json").unlink()
     with pytest.raises(UserError, match=r"no model\.safetensors and no index"):
         import_weights(folder, settings)
+
+
+def test_long_conversions_show_how_far_they_are(
+    tmp_path: Path,
+    config: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("tensorlm.progress.DELAY_SECONDS", 0.0)
+    tiny_llama().save_pretrained(tmp_path / "Tiny-Llama")
+    full = ("--config", config, "model.fold=[]")
+    imported = launcher_here("convert.py", "import", *full, "--hf", tmp_path / "Tiny-Llama")
+    exported = launcher_here("convert.py", "export", *full, "--output", tmp_path / "hf")
+    assert imported == exported == 0
+    bars = capsys.readouterr().err
+    for title in ("import Tiny-Llama", "verify step-00000000", "export step 0"):
+        assert re.search(rf"{title}: 100%\|█+\| (\S+)/\1 \[", bars), bars
 
 
 def test_training_starts_from_imported_weights_and_exports_their_tokenizer(
