@@ -338,7 +338,7 @@ def parse_config(tree: dict[str, Any], where: str) -> Config:
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise UserError(*_problem_lines(error, where)) from None
+        raise UserError(*problem_lines(error, where)) from None
 
 
 def model_differences(trained: dict[str, Any], config: Config) -> list[str]:
@@ -393,7 +393,8 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     tree[parts[-1]] = value
 
 
-def _problem_lines(error: ValidationError, where: str) -> list[str]:
+def problem_lines(error: ValidationError, where: str) -> list[str]:
+    """What pydantic found, a line per problem; `where` names the file."""
     lines = []
     for item in error.errors():
         path = ".".join(str(part) for part in item["loc"])

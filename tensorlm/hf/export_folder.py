@@ -122,7 +122,12 @@ def hf_config(model: ModelConfig, seq_len: int, dtype: str) -> dict[str, Any]:
 
 def _read_generation_config(imported: Path | None) -> dict[str, Any]:
     path = imported / "generation_config.json" if imported else None
-    return dict(json.loads(path.read_text())) if path and path.exists() else {}
+    if path is None or not path.exists():
+        return {}
+    try:
+        return dict(json.loads(path.read_bytes()))
+    except (ValueError, TypeError, RecursionError):
+        raise UserError(f"{path}: not a generation config (mend or remove it)") from None
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:

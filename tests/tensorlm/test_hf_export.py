@@ -216,6 +216,11 @@ def test_export_that_cannot_be_written_leaves_nothing_behind(
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
         export_checkpoint(checkpoint, settings, tmp_path / "file/out", "bf16", None)
+    imported = tmp_path / "run/imported"
+    imported.mkdir()
+    (imported / "generation_config.json").write_text("[1]")
+    with pytest.raises(UserError, match=r"generation_config\.json: not a generation config"):
+        export_checkpoint(checkpoint, settings, output, "bf16", None, imported=imported)
     assert {path.name for path in tmp_path.iterdir()} == {"run", "tiny.toml", "file"}
     export_checkpoint(checkpoint, settings, output, "bf16", None)
     with pytest.raises(UserError, match="is not empty"):
