@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, LlamaForCausalLM
 
 from fold_parallel import Grid
 from tensorlm.checkpoint import Saver, load_weights, select_checkpoint
@@ -153,7 +153,8 @@ def test_slices_of_any_ranks_become_the_same_bytes_in_any_number_of_files(
 
 
 def test_folder_uses_our_kernels_where_they_are_installed(tmp_path: Path, config: Path) -> None:
-    checkpoint, settings, ours = random_checkpoint(config, "model.fold=[4,8]")
+    shape = ("model.tie_embeddings=true", "model.head_dim=16")  # 16 is not 32 / 4
+    checkpoint, settings, ours = random_checkpoint(config, "model.fold=[4,8]", *shape)
     export_checkpoint(checkpoint, settings, tmp_path / "hf", "fp32", None)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", trust_remote_code=True)
     module = sys.modules[type(model).__module__]
@@ -162,6 +163,9 @@ def test_folder_uses_our_kernels_where_they_are_installed(tmp_path: Path, config
     tokens = torch.randint(512, (2, 130))
     with torch.no_grad():
         assert relative_error(model(tokens).logits, ours(tokens)) < 1e-5
+        decoder = AutoModel.from_pretrained(tmp_path / "hf", trust_remote_code=True)
+        wanted = model.model(tokens).last_hidden_state
+        assert torch.equal(decoder(tokens).last_hidden_state, wanted)
 
 
 def test_plain_llama_reads_the_weights_by_their_names(tmp_path: Path, config: Path) -> None:
