@@ -262,7 +262,7 @@ def export_arguments(config: Path, output: Path) -> list[str]:
 def test_upload_reaches_the_hub_as_one_commit(
     tmp_path: Path, config: Path, data: Path, hub: StandInHub
 ) -> None:
-    random_checkpoint(config, "model.fold=[4,8]")
+    random_checkpoint(config)
     result = subprocess.run(
         [sys.executable, "launcher/convert.py", *export_arguments(config, tmp_path / "hf")],
         cwd=ROOT, env=hub.environment, capture_output=True, text=True,
@@ -273,13 +273,41 @@ def test_upload_reaches_the_hub_as_one_commit(
     assert hub.commit_url in result.stdout
 
 
+@pytest.mark.parametrize("refused", ["commit", "weights"])
+def test_upload_that_fails_leaves_a_whole_folder_and_one_line(
+    tmp_path: Path,
+    config: Path,
+    hub: StandInHub,
+    refused: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    _, _, ours = random_checkpoint(config)
+    hub.refuses = refused
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.address)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+    monkeypatch.setenv("HF_TOKEN", "hf_madeup")
+    folder = tmp_path / "hf"
+    assert launcher_here("convert.py", *export_arguments(config, folder)) == 2
+    *_, line = capsys.readouterr().err.splitlines()  # bars are before it
+    what = {
+        "commit": "Client error '404 Not Found'",
+        "weights": "Error while uploading 'model.safetensors'",
+    }[refused]
+    assert line.startswith(f"error: --push-to-hub someone/tiny: {what}")
+    assert line.endswith(f"({folder} is whole: go on with `hf upload someone/tiny {folder}`)")
+    assert len(folder_weights(folder)) == len(list(ours.parameters()))
+    assert hub.created
+    assert not hub.files
+
+
 def test_hub_that_refuses_is_one_line_before_any_work(
     tmp_path: Path,
     config: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    random_checkpoint(config, "model.fold=[4,8]")
+    random_checkpoint(config)
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     assert launcher_here("convert.py", *export_arguments(config, tmp_path / "hf")) == 2
     (line,) = capsys.readouterr().err.splitlines()
