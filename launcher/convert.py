@@ -49,8 +49,8 @@ def export(args: argparse.Namespace, config: Config) -> int:
 
     run_dir = Path(config.run.dir)
     checkpoint = select_checkpoint(run_dir, args.checkpoint)
-    check_model(checkpoint, config)
     trained = parse_config(checkpoint.manifest["config"], str(checkpoint.folder))
+    check_model(checkpoint, config)
     imported = imported_folder(run_dir)
     candidates = [Path(config.data.path) / "tokenizer", *([imported] if imported else [])]
     tokenizer = args.tokenizer or next((c for c in candidates if has_tokenizer(c)), None)

@@ -156,8 +156,8 @@ def open_checkpoint_model(
         UserError: no such checkpoint, it is damaged, or it is of another model than the configured.
     """
     checkpoint = select_checkpoint(Path(config.run.dir), step, grid.rank, grid.world_size)
-    check_model(checkpoint, config)
     trained = parse_config(checkpoint.manifest["config"], str(checkpoint.folder))
+    check_model(checkpoint, config)
     model = create_llama(trained.model, config.train, grid, device).eval()
     load_weights(checkpoint, model)
     name = str(checkpoint.folder.parent)
