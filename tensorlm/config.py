@@ -353,8 +353,10 @@ def model_differences(trained: dict[str, Any], config: Config) -> list[str]:
     Raises:
         KeyError, ValueError: `trained` is not the configuration of a run.
     """
-    theirs = _architecture(ModelConfig.model_validate(trained["model"]))
-    ours = _architecture(config.model)
+    models = ModelConfig.model_validate(trained["model"]), config.model
+    theirs, ours = (_architecture(model) for model in models)
+    if theirs["head_dim"] != ours["head_dim"]:  # one may spell out what 0 stands for
+        theirs["head_dim"], ours["head_dim"] = (model.head_size for model in models)
     return [
         f"model.{key}: is {json.dumps(ours[key])}, the checkpoint has {json.dumps(value)} "
         "(set it back)"
@@ -366,7 +368,6 @@ def model_differences(trained: dict[str, Any], config: Config) -> list[str]:
 def _architecture(model: ModelConfig) -> dict[str, Any]:
     """All settings that make a model what it is, written in one way."""
     settings = model.model_dump(mode="json", exclude={"init_std", "hop_bias_init"})
-    settings["head_dim"] = model.head_size
     settings["full_every"] = model.full_every if model.fold else 0
     return settings
 
