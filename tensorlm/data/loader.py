@@ -26,6 +26,7 @@ from .epochs import SourceRows
 from .mixing import Mix
 from .packing import RowPlan
 from .shards import Corpus
+from .tokenizers import check_tokenizer
 
 _WORD = (1 << 64) - 1
 
@@ -238,8 +239,9 @@ def open_rows(config: Config, split: str, *, verify: bool) -> PackedRows:
     """Open a split of every configured source.
 
     Raises:
-        UserError: damaged or missing shards, sources that do not go together, token ids that the
-            model's vocabulary lacks, or more epochs than a source allows.
+        UserError: damaged or missing shards, sources that do not go together, a tokenizer beside
+            them that is not theirs, token ids that the model's vocabulary lacks, or more epochs
+            than a source allows.
     """
     sources, vocab_size = config.data.all_sources, config.model.vocab_size
     corpora = [Corpus(Path(source.path) / split, verify=verify) for source in sources]
@@ -254,6 +256,8 @@ def open_rows(config: Config, split: str, *, verify: bool) -> PackedRows:
                 f"data.sources: {source.path} and {sources[0].path} were encoded with different "
                 "tokenizers (prepare both with one)"
             )
+        if (tokenizer := Path(source.path) / "tokenizer").exists():
+            check_tokenizer(tokenizer, corpus.tokenizer_sha256)
     *earlier, last = config.stages
     stages = [RowStage(stage.seq_len, stage.num_rows) for stage in earlier]
     num_rows = sum(stage.num_rows for stage in config.stages)
