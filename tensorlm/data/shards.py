@@ -168,8 +168,6 @@ def open_shards(folder: str | Path, *, verify: bool = False) -> tuple[list[Shard
                     f"{path}: {key} differs from {paths[0].name} (mixed data sets: prepare them "
                     "apart, and mix with data.sources)"
                 )
-    if not any(shard.header.num_documents for shard in shards):
-        raise UserError(f"{folder}: holds no documents (prepare it with more text or --holdout)")
     if verify:
         bad = verify_shards(folder)
         if bad:
@@ -237,6 +235,10 @@ class Corpus:
     def __init__(self, folder: str | Path, *, verify: bool = False) -> None:
         self.folder = Path(folder)
         self.shards, self.fingerprint = open_shards(folder, verify=verify)
+        if not any(shard.header.num_documents for shard in self.shards):
+            raise UserError(
+                f"{self.folder}: holds no documents (prepare it with more text or --holdout)"
+            )
         header = self.shards[0].header
         self.vocab_size = header.vocab_size
         self.tokenizer_sha256 = header.tokenizer_sha256
