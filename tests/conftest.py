@@ -14,7 +14,6 @@ if not torch.cuda.is_available():
 from tensorlm.data.prepare import encode, find_files, read_documents
 from tensorlm.data.tokenizers import train_tokenizer
 
-
 # Long files first, short ones last: all workers end at about the same time.
 LONG = ("tests/slurm/", "tests/reliability/")
 

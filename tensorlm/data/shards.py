@@ -264,7 +264,7 @@ class Corpus:
 
     def shard_of(self, document: Any) -> Any:
         """Index of the shard that holds each document (an index, or an array of them)."""
-        return np.searchsorted(self.first_document, document, side="right") - 1
+        return self.first_document.searchsorted(document, side="right") - 1
 
     def tokens(self, document: int, start: int, stop: int) -> NDArray[Any]:
         """Tokens [start, stop) of one document, clipped to its length."""

@@ -1,6 +1,9 @@
 """Benchmarks compare like with like."""
 
 import math
+import re
+import runpy
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,6 +11,7 @@ import torch
 
 from tensorlm.benchmarks import train
 from tensorlm.config import Config, load_config
+from tests.tensorlm.launching import ROOT
 
 
 @pytest.fixture
@@ -45,3 +49,23 @@ def test_every_method_is_measured_at_every_length(tiny: Config) -> None:
     table = train.format_table(rows)
     assert len(table.splitlines()) == 2 + len(rows)
     assert "| full |" in table
+
+
+def test_data_is_prepared_planned_and_served(
+    data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("tensorlm.benchmarks.data._SERVE_SECONDS", 0.01)
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")  # which the launcher sets for good
+    size = ["--documents", "1000", "--max-bytes", "300000"]
+    command = ["benchmark.py", "data", *size, "--tokenizer", str(data / "tokenizer")]
+    monkeypatch.setattr(sys, "argv", command)
+    assert runpy.run_path(str(ROOT / "launcher/benchmark.py"))["main"]() == 0
+    lines = capsys.readouterr().out.splitlines()
+    plans, (prepared,), served = (
+        [line for line in lines if line.startswith(kind)]
+        for kind in ("plan: ", "prepare: ", "serve: ")
+    )
+    assert [re.findall(r"[\d,]+", line)[0] for line in plans] == ["1,000"] * 3
+    assert re.search(r"tokenizer alone [\d.]+ MB/s, a worker [\d.]+ MB/s", prepared)
+    assert all(re.search(r"rows of [\d,]+: [1-9]\d* M tokens/s", line) for line in served)
+    assert len(served) == 3
