@@ -1,5 +1,6 @@
 """launcher/prepare_data.py: what a user gets to read, and what is left behind."""
 
+import gzip
 import json
 import os
 import shutil
@@ -113,22 +114,25 @@ def test_a_disk_that_fills_up_with_the_tokenizer_is_one_line(
 def test_ctrl_c_is_one_line_and_leaves_no_process(
     tmp_path: Path, tokenizer: Path, workers: str
 ) -> None:
-    corpus, output = tmp_path / "long.jsonl", tmp_path / "set"
-    row = json.dumps({"text": "row 0123456789 " * 2000}) + "\n"
-    corpus.write_text(row * 2000)
+    # Two shards: one worker soon has nothing to do, the other would work for long.
+    output, row = tmp_path / "set", json.dumps({"text": "row 0123456789 " * 2000}) + "\n"
+    (tmp_path / "a.jsonl").write_text(row)
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(row.encode() * 3000))
     command = [
-        sys.executable, "launcher/prepare_data.py", "encode", "--input", str(corpus), "--tokenizer",
-        str(tokenizer), "--output", str(output), "--workers", workers, "--shard-bytes", "1000000",
+        sys.executable, "launcher/prepare_data.py", "encode", "--input", str(tmp_path / "*.jsonl*"),
+        "--tokenizer", str(tokenizer), "--output", str(output), "--workers", workers,
+        "--shard-bytes", str(len(row)),
     ]  # fmt: skip
     with subprocess.Popen(
         command, cwd=ROOT, env=launch_environment(), stderr=subprocess.PIPE, text=True,
         start_new_session=True,
     ) as process:  # fmt: skip
         deadline = time.monotonic() + 100
-        while not list(output.glob("train/shard-*.json")):
+        while not (output / "train/shard-00000.json").exists():
             assert process.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.01)
+        time.sleep(0.2)
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers, too
         _, stderr = process.communicate(timeout=100)
     assert process.returncode == 130, stderr
