@@ -113,16 +113,15 @@ def _go_on(path: Path, settings: Settings, files: list[str]) -> Begun:
         )
     if not changed:
         return begun
+    shards = mend_shards(begun.parts, changed, files, settings.text_field, settings.max_bytes)
     again = [n for n, parts in enumerate(begun.parts) if any(p.source in changed for p in parts)]
-    names = ", ".join(sorted(changed)[:3]) + (", ..." if len(changed) > 3 else "")
-    print(
-        f"note: changed or left out: {names}: {len(again)} of {len(begun.shards)} shards are of "
-        "such inputs, and made again",
-        file=sys.stderr,
-    )
     for number in again:
         _remove(path.parent, f"{shard_name(number)}.json")
-    shards = mend_shards(begun.parts, changed, files, settings.text_field, settings.max_bytes)
+    names = ", ".join(sorted(changed)[:3]) + (", ..." if len(changed) > 3 else "")
+    print(
+        f"note: changed or left out: {names} ({len(again)} of {len(shards)} shards are made again)",
+        file=sys.stderr,
+    )
     return Begun.of(settings, files, shards)
 
 

@@ -15,6 +15,7 @@ import sentencepiece
 from tokenizers import Tokenizer
 
 _SPACE = "\u2581"
+_DIFFERS = "transformers would give other ids than sentencepiece"
 # What is read differently wherever the translation is not exact; a model's own pieces come on top.
 _PROBES = (
     "", " ", "  ", "lead", " lead", "  lead", "trail ", "trail  ", "a  b   c",
@@ -39,14 +40,14 @@ def huggingface_files(content: bytes) -> dict[str, bytes]:
         processor = sentencepiece.SentencePieceProcessor(model_proto=content)
         model = definition.ModelProto.FromString(content)
     except Exception as error:  # of two libraries, neither of which documents it
-        raise ValueError("it is not a sentencepiece model") from error
+        raise ValueError("not a sentencepiece model") from error
     if model.trainer_spec.model_type != definition.TrainerSpec.BPE:
         kind = definition.TrainerSpec.ModelType.Name(model.trainer_spec.model_type).lower()
-        raise ValueError(f"it is a {kind} model, only a bpe one gets sentencepiece's ids there")
+        raise ValueError(f"a {kind} model, not bpe: {_DIFFERS}")
     if model.normalizer_spec.precompiled_charsmap:
-        raise ValueError(f"it normalizes text ({model.normalizer_spec.name}), not exactly so there")
+        raise ValueError(f"it normalizes text ({model.normalizer_spec.name}): {_DIFFERS}")
     if processor.bos_id() < 0 or processor.eos_id() < 0:
-        raise ValueError("it has no piece for the beginning or the end of a text")
+        raise ValueError("no piece for the beginning or the end of a text")
     form = _tokenizer_json(model, processor)
     text = json.dumps(form, ensure_ascii=False)
     _compare(Tokenizer.from_str(text), model, processor)
@@ -95,11 +96,11 @@ def _tokenizer_json(model: Any, processor: Any) -> dict[str, Any]:
         "added_tokens": [
             {
                 "id": index, "content": piece.piece, "single_word": False, "lstrip": False,
-                "rstrip": False, "normalized": piece.piece in symbols,
-                "special": piece.piece not in symbols,
+                "rstrip": False, "normalized": index in symbols,
+                "special": index not in symbols,
             }
             for index, piece in enumerate(model.pieces)
-            if piece.piece in symbols or piece.type in (kinds.UNKNOWN, kinds.CONTROL)
+            if index in symbols or piece.type in (kinds.UNKNOWN, kinds.CONTROL)
         ],
         "normalizer": {"type": "Sequence", "normalizers": normalizers},
         "pre_tokenizer": spaces,
@@ -117,7 +118,7 @@ def _tokenizer_json(model: Any, processor: Any) -> dict[str, Any]:
             "continuing_subword_prefix": None,
             "end_of_word_suffix": None,
             "fuse_unk": True,
-            "byte_fallback": any(piece.type == kinds.BYTE for piece in model.pieces),
+            "byte_fallback": model.trainer_spec.byte_fallback,
             "ignore_merges": False,
             "vocab": {piece.piece: index for index, piece in enumerate(model.pieces)},
             "merges": _merges(model),
@@ -125,10 +126,14 @@ def _tokenizer_json(model: Any, processor: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _symbols(model: Any) -> list[str]:
-    """Those of the user; one with a space in it is never found, since spaces are replaced first."""
+def _symbols(model: Any) -> dict[int, str]:
+    """The user's, by id. One with a space is never found, since spaces are replaced first."""
     symbol = type(model.pieces[0]).USER_DEFINED
-    return [p.piece for p in model.pieces if p.type == symbol and " " not in p.piece]
+    return {
+        index: piece.piece
+        for index, piece in enumerate(model.pieces)
+        if piece.type == symbol and " " not in piece.piece
+    }
 
 
 def _replace(pattern: dict[str, str], content: str) -> dict[str, Any]:
@@ -139,7 +144,7 @@ def _merges(model: Any) -> list[list[str]]:
     """Every pair of pieces that make a piece, best score first: the order in which both merge."""
     kinds = type(model.pieces[0])
     if any(piece.type == kinds.UNUSED for piece in model.pieces):
-        raise ValueError("it has pieces that are switched off")
+        raise ValueError(f"some pieces are switched off: {_DIFFERS}")
     ids = {p.piece: i for i, p in enumerate(model.pieces) if p.type == kinds.NORMAL}
     merges = []
     for piece, index in ids.items():
@@ -152,17 +157,17 @@ def _merges(model: Any) -> list[list[str]]:
     merges.sort()
     pieces = {(score, index) for score, index, *_ in merges}
     if len({score for score, _ in pieces}) < len(pieces):
-        raise ValueError("some of its pieces have equal scores, so that their order is open")
+        raise ValueError(f"some pieces have equal scores: {_DIFFERS}")
     return [[left, right] for *_, left, right in merges]
 
 
 def _compare(ours: Tokenizer, model: Any, processor: Any) -> None:
     kinds = type(model.pieces[0])
     pieces = [p.piece.replace(_SPACE, " ") for p in model.pieces if p.type == kinds.NORMAL]
-    symbols = [symbol.replace(_SPACE, " ") for symbol in _symbols(model)]
+    symbols = [symbol.replace(_SPACE, " ") for symbol in _symbols(model).values()]
     texts = [*_PROBES, *pieces, *(text for s in symbols for text in (s, f" {s}x{s}{s} y {s} "))]
     ours.encode_special_tokens = True
     encodings = ours.encode_batch_fast(texts, add_special_tokens=False)
     for text, encoding, ids in zip(texts, encodings, processor.encode(texts), strict=True):
         if encoding.ids != ids:
-            raise ValueError(f"text like {text[:40]!r} would get other ids there")
+            raise ValueError(f"{_DIFFERS}, for example for {text[:40]!r}")

@@ -89,8 +89,8 @@ def tokenizer_files(source: Path) -> dict[str, bytes]:
             return _files_of_model(files["tokenizer.model"])
         except ValueError as reason:
             raise UserError(
-                f"{source}: transformers cannot stand in for it: {reason} (train one with "
-                "prepare_data.py tokenizer, or give a Hugging Face folder with a tokenizer.json)"
+                f"{source}: cannot be used: {reason} (train one with prepare_data.py tokenizer, "
+                "or give a Hugging Face folder with a tokenizer.json)"
             ) from None
     return files
 

@@ -41,13 +41,17 @@ KINDS: dict[str, dict[str, Any]] = {
     "own symbols": {**LLAMA, **SYMBOLS, "add_dummy_prefix": False},
     "control symbols": {**LLAMA, "control_symbols": ["<control>"]},
 }
+DIFFERS = "transformers would give other ids than sentencepiece"
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "unigram": ({**LLAMA, "model_type": "unigram"}, "it is a unigram model"),
-    "characters": ({**LLAMA, "model_type": "char"}, "it is a char model"),
-    "normalization": ({}, "it normalizes text (nmt_nfkc)"),
-    "no beginning": ({**LLAMA, "bos_id": -1}, "it has no piece for the beginning or the end"),
-    "symbols after a space": ({**LLAMA, **SYMBOLS}, "text like "),
-    "space behind": ({**LLAMA, "treat_whitespace_as_suffix": True}, "text like 'lead'"),
+    "unigram": ({**LLAMA, "model_type": "unigram"}, f"a unigram model, not bpe: {DIFFERS}"),
+    "characters": ({**LLAMA, "model_type": "char"}, f"a char model, not bpe: {DIFFERS}"),
+    "normalization": ({}, f"it normalizes text (nmt_nfkc): {DIFFERS}"),
+    "no beginning": ({**LLAMA, "bos_id": -1}, "no piece for the beginning or the end of a text"),
+    "symbols after a space": ({**LLAMA, **SYMBOLS}, f"{DIFFERS}, for example for "),
+    "space behind": (
+        {**LLAMA, "treat_whitespace_as_suffix": True},
+        f"{DIFFERS}, for example for 'lead'",
+    ),
 }
 
 
@@ -119,7 +123,7 @@ def test_a_model_whose_ids_would_differ_is_refused_in_one_line(tmp_path: Path, k
     with pytest.raises(UserError) as caught:
         copy_tokenizer(tmp_path / "a.model", tmp_path / "copy")
     (line,) = caught.value.problems
-    assert line.startswith(f"{tmp_path / 'a.model'}: transformers cannot stand in for it: {reason}")
+    assert line.startswith(f"{tmp_path / 'a.model'}: cannot be used: {reason}")
     assert line.endswith("or give a Hugging Face folder with a tokenizer.json)")
     assert not (tmp_path / "copy").exists()
 
@@ -131,10 +135,10 @@ def test_pieces_of_equal_score_and_other_files_are_refused(tmp_path: Path) -> No
     model = definition.ModelProto.FromString((tmp_path / "a.model").read_bytes())
     model.pieces[300].score = model.pieces[301].score
     (tmp_path / "equal.model").write_bytes(model.SerializeToString())
-    with pytest.raises(UserError, match="some of its pieces have equal scores"):
+    with pytest.raises(UserError, match="some pieces have equal scores"):
         tokenizer_sha256(tmp_path / "equal.model")
     (tmp_path / "other.model").write_bytes(b"IQ== 0\nIg== 1\n")  # such is Llama 3's
-    with pytest.raises(UserError, match="it is not a sentencepiece model"):
+    with pytest.raises(UserError, match="not a sentencepiece model"):
         tokenizer_sha256(tmp_path / "other.model")
 
 
