@@ -57,7 +57,7 @@ def test_inspect_is_asked_for_what_makes_sense(
 def test_training_a_tokenizer_is_asked_for_what_makes_sense(
     tmp_path: Path, corpus: Path, capsys: Capture
 ) -> None:
-    source = ["tokenizer", "--input", corpus, "--output", tmp_path / "new"]
+    source: list[str | Path] = ["tokenizer", "--input", corpus, "--output", tmp_path / "new"]
     assert error(capsys, *source, "--vocab-size", "0") == "--vocab-size: 0 is too small"
     line = error(capsys, *source, "--vocab-size", "300", "--max-bytes", "-3")
     assert line == "--max-bytes: -3 is too small"
@@ -69,8 +69,9 @@ def test_no_held_out_documents_are_told_and_are_no_error(
     tmp_path: Path, corpus: Path, tokenizer: Path, capsys: Capture
 ) -> None:
     output = tmp_path / "set"
-    options = ["--input", corpus, "--tokenizer", tokenizer, "--output", output, "--workers", "1"]
-    assert launcher_here("prepare_data.py", "encode", *options, "--holdout", "1e-9") == 0
+    there: list[str | Path] = ["--output", output, "--holdout", "1e-9"]
+    options: list[str | Path] = ["--input", corpus, "--tokenizer", tokenizer, "--workers", "1"]
+    assert launcher_here("prepare_data.py", "encode", *options, *there) == 0
     summary, note = capsys.readouterr().out.splitlines()
     assert "valid 0 documents" in summary
     assert note == f"note: {output / 'valid'} is empty (raise --holdout)"
