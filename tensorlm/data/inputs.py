@@ -139,11 +139,11 @@ def mend_shards(
         changed: sources that are not as they were.
         files: the sources that there still are, all of them in `shards`.
         text_field: field (column) that holds the text.
-        max_bytes: that of `plan_shards`; where it ended the inputs, they still end.
+        max_bytes: that of `plan_shards`; where it cut the inputs off, it still does.
     """
     extents = {source: _extent(source, text_field) for source in changed if source in files}
     end = {part.source: part for shard in shards for part in shard}
-    if max_bytes:
+    if max_bytes and sum(part.num_bytes for shard in shards for part in shard) >= max_bytes:
         del end[next(reversed(end))]
 
     def mended(part: Part) -> Part | None:

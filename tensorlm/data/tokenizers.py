@@ -8,7 +8,7 @@ import hashlib
 import io
 import re
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +33,22 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> None
     """Train a sentencepiece BPE with byte fallback on `texts`; writes a loadable folder.
 
     Raises:
-        UserError: the texts do not fit `vocab_size`, or the folder cannot be written.
+        UserError: the texts cannot be read or do not fit `vocab_size`, or the folder cannot be
+            written.
     """
-    model = io.BytesIO()
+    model, unreadable = io.BytesIO(), []
+
+    def lines() -> Iterator[str]:
+        try:
+            for text in texts:
+                yield from filter(None, text.splitlines())
+        except UserError as error:  # of which sentencepiece makes an error of its own
+            unreadable.append(error)
+            raise
+
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=(line for text in texts for line in text.splitlines() if line),
+            sentence_iterator=lines(),
             model_writer=model,
             vocab_size=vocab_size,
             model_type="bpe",
@@ -54,6 +64,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> None
             minloglevel=2,
         )
     except RuntimeError as error:
+        if unreadable:
+            raise unreadable[0] from None
         raise UserError(f"--vocab-size {vocab_size}: {_training_problem(str(error))}") from None
     _write_files(_files_of_model(model.getvalue()), folder)
 

@@ -154,14 +154,14 @@ def test_a_damaged_plan_or_shards_without_one_are_left_alone(
     assert finished(output)
 
 
-def test_a_mended_table_ends_where_it_now_ends(tmp_path: Path) -> None:
+def test_a_mended_file_ends_where_it_now_ends(tmp_path: Path) -> None:
     files = write(tmp_path, a=lines("a"), b=lines("b"))
     size = sum(Path(file).stat().st_size for file in files)
     shards = plan_shards(files, "text", 1000, max_bytes=size - 1500)
     write(tmp_path, b=lines("b") + lines("c"))
     mended = mend_shards(shards, {files[1]}, files, "text", max_bytes=size - 1500)
-    assert mended == shards  # --max-bytes ended it, and still does
-    mended = mend_shards(shards, {files[1]}, files, "text")
+    assert mended == shards  # --max-bytes cut it off, and still does
+    mended = mend_shards(shards, {files[1]}, files, "text", max_bytes=size + 1500)
     assert mended[:-1] == shards[:-1]
     read = [text for part in mended[-1] for text in read_part(part, "text")]
     assert read[-1] == json.loads(lines("c")[-1])["text"]

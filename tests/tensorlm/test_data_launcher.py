@@ -62,6 +62,8 @@ def test_training_a_tokenizer_is_asked_for_what_makes_sense(
     line = error(capsys, *source, "--vocab-size", "300", "--max-bytes", "-3")
     assert line == "--max-bytes: -3 is too small"
     assert "too large for these texts" in error(capsys, *source, "--vocab-size", "32000")
+    corpus.write_text('{"text": "fine"}\n{"text": "\\ud800"}')
+    assert error(capsys, *source, "--vocab-size", "300").startswith(f"{corpus}: byte 17: half of")
     assert not (tmp_path / "new").exists()
 
 
