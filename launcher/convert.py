@@ -43,6 +43,7 @@ def add_export(parser: argparse.ArgumentParser) -> None:
 
 def export(args: argparse.Namespace, config: Config) -> int:
     from tensorlm.checkpoint import check_model, select_checkpoint
+    from tensorlm.data.tokenizers import check_tokenizer
     from tensorlm.hf import hub
     from tensorlm.hf.export_folder import export_checkpoint
     from tensorlm.hf.import_folder import imported_folder
@@ -54,12 +55,13 @@ def export(args: argparse.Namespace, config: Config) -> int:
     imported = imported_folder(run_dir)
     candidates = [Path(config.data.path) / "tokenizer", *([imported] if imported else [])]
     tokenizer = args.tokenizer or next((c for c in candidates if has_tokenizer(c)), None)
-    if tokenizer:
+    sha256 = checkpoint.manifest.get("tokenizer_sha256")  # None: it was imported, not trained
+    if tokenizer and sha256:
         try:
-            check_tokenizer(tokenizer, checkpoint.manifest.get("tokenizer_sha256"))
+            check_tokenizer(tokenizer, sha256, fix="choose one with --tokenizer DIR")
         except UserError as error:
             if args.tokenizer is None:
-                raise UserError(f"{error} (choose one with --tokenizer DIR)") from None
+                raise
             print(f"note: {error}")
     if args.push_to_hub:  # before the work, since this is what may be refused
         hub.create_repository(args.push_to_hub, public=args.public)
@@ -85,18 +87,6 @@ def import_(args: argparse.Namespace, config: Config) -> int:
     if len({tokenizer_sha256(d) for d in tokenizers}) > 1:
         print(f"note: {config.data.path} was encoded with another tokenizer than that of {args.hf}")
     return 0
-
-
-def check_tokenizer(folder: Path, sha256: str | None) -> None:
-    """The tokenizer of `folder` is that of the training data (None: there was none yet).
-
-    Raises:
-        UserError: it is another one.
-    """
-    from tensorlm.data.tokenizers import tokenizer_sha256
-
-    if sha256 is not None and tokenizer_sha256(folder) != sha256:
-        raise UserError(f"{folder}: not the tokenizer that the training data was encoded with")
 
 
 def has_tokenizer(folder: Path) -> bool:

@@ -320,7 +320,7 @@ def test_training_starts_from_imported_weights_and_exports_their_tokenizer(
     assert launcher_here("convert.py", *export) == 2
     (line,) = capsys.readouterr().err.splitlines()
     carried = tmp_path / "run/imported/Tiny-Llama"
-    what = f"{carried}: not the tokenizer that the training data was encoded with"
+    what = f"{carried}: is not the tokenizer that the data was encoded with"
     assert line == f"error: {what} (choose one with --tokenizer DIR)"
     assert not (tmp_path / "hf").exists()
     assert launcher_here("convert.py", *export, "--tokenizer", carried) == 0
