@@ -57,8 +57,9 @@ def export(args: argparse.Namespace, config: Config) -> int:
     tokenizer = args.tokenizer or next((c for c in candidates if has_tokenizer(c)), None)
     sha256 = checkpoint.manifest.get("tokenizer_sha256")  # None: it was imported, not trained
     if tokenizer and sha256:
+        fix = "as asked" if args.tokenizer else "choose one with --tokenizer DIR"
         try:
-            check_tokenizer(tokenizer, sha256, fix="choose one with --tokenizer DIR")
+            check_tokenizer(tokenizer, sha256, fix)
         except UserError as error:
             if args.tokenizer is None:
                 raise
