@@ -9,6 +9,7 @@ EXIT_DONE = 0
 EXIT_USER_ERROR = 2
 EXIT_INTERNAL = 70
 EXIT_PREEMPTED = 75
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells say it
 
 
 class UserError(Exception):
@@ -30,6 +31,8 @@ class MachineError(UserError):
 def run_launcher(main: Callable[[], int | None], *, leave_at_once: bool = False) -> None:
     """Run `main` and exit with its code; a UserError becomes one `error:` line per problem.
 
+    Ctrl-C is one line, too.
+
     `leave_at_once` is for ranks of a process group that are done with one another: gloo's threads
     may abort a process that is taken down piece by piece after its work is done.
     """
@@ -45,6 +48,10 @@ def run_launcher(main: Callable[[], int | None], *, leave_at_once: bool = False)
             # has left, so the silent ones give it time to speak.
             time.sleep(2)
         code = error.exit_code
+    except KeyboardInterrupt:
+        if _is_first_rank():
+            print("interrupted", file=sys.stderr, flush=True)
+        code = EXIT_INTERRUPTED
     if leave_at_once:
         sys.stdout.flush()
         sys.stderr.flush()
