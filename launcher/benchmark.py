@@ -228,11 +228,11 @@ def memory(args: argparse.Namespace) -> int:
     from tensorlm.benchmarks import memory_points as bench
 
     if args.one:
-        from tensorlm.benchmarks.memory import as_dict, measure
+        from tensorlm.benchmarks.memory import measure
 
         point = bench.Point.model_validate_json(args.one)
         measurement = measure(bench.point_config(point), read_launch_env(), point.steps)
-        args.answer.write_text(json.dumps(as_dict(measurement)))
+        args.answer.write_text(json.dumps(asdict(measurement)))
         return 0
     for name in ("seconds", "each"):
         if getattr(args, name) <= 0:

@@ -11,8 +11,7 @@ import resource
 import statistics
 import time
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 
@@ -42,10 +41,12 @@ class Measurement:
 
     device: str
     predicted: int
-    predicted_phase: str
+    predicted_phases: dict[str, int]  # by name, as in plan/memory.py
     allocated: int
     reserved: int  # 0 on a CPU
-    start: int  # allocated at the peak before the first step
+    start: int  # allocated at the peak before the first step,
+    passes: int  # of forward and backward passes,
+    update: int  # and of updates
     predicted_seconds: float | None  # None on a device that is not in plan/gpus.py
     seconds: float
     predicted_host: int
@@ -89,18 +90,19 @@ def measure(config: Config, launch: LaunchEnv, steps: int) -> Measurement:
         gc.collect()
         list(engine.parameter_slices())  # makes AdamW's state, as a resumed run does
         start = meter.peak
-        meter.restart()
-        seconds = [_step(engine, job, grid, device) for _ in range(steps)]
-        peak = meter.peak
+        done = [_step(engine, job, grid, device, meter) for _ in range(steps)]
+    seconds, passes, updates = zip(*done, strict=True)
     is_gpu = device.type == "cuda"
     gpu = find_sheet(torch.cuda.get_device_name(device)) if is_gpu else None
     return Measurement(
         device=torch.cuda.get_device_name(device) if is_gpu else "CPU",
         predicted=predicted.allocated,
-        predicted_phase=predicted.peak.name,
-        allocated=max(start, peak),
+        predicted_phases={phase.name: phase.total for phase in predicted.phases},
+        allocated=max(start, *passes, *updates),
         reserved=torch.cuda.max_memory_reserved() if is_gpu else 0,
         start=start,
+        passes=max(passes),
+        update=max(updates),
         predicted_seconds=step_time(job, gpu).seconds if gpu else None,
         seconds=statistics.median(seconds[1:]),
         predicted_host=host_memory(job).needed,
@@ -113,8 +115,11 @@ def find_sheet(device_name: str) -> Gpu | None:
     return next((gpu for gpu in GPUS.values() if gpu.name in device_name), None)
 
 
-def _step(engine: Engine, job: Job, grid: Grid, device: torch.device) -> float:
-    """One optimizer step; returns its seconds."""
+def _step(
+    engine: Engine, job: Job, grid: Grid, device: torch.device, meter: _Meter
+) -> tuple[float, int, int]:
+    """One optimizer step; returns its seconds, and the peaks of its passes and its update."""
+    meter.restart()
     rows, length = job.stage.micro_batch, job.stage.seq_len // job.sp
     vocab_size = job.config.model.vocab_size
     started = time.perf_counter()
@@ -124,12 +129,14 @@ def _step(engine: Engine, job: Job, grid: Grid, device: torch.device) -> float:
         loss = engine.forward(tokens, doc_start, tokens)
         engine.backward(loss * (grid.world_size / (tokens.numel() * job.micro_batches)))
         del loss
+    passes = meter.peak
+    meter.restart()
     norm = engine.step(_LEARNING_RATE)  # waits for the device
     if norm != norm:
         raise RuntimeError("the step was not applied: its gradients are not finite")
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return time.perf_counter() - started
+    return time.perf_counter() - started, passes, meter.peak
 
 
 def count_operator(job: Job, fold: Fold) -> OperatorMemory:
@@ -155,8 +162,3 @@ def count_operator(job: Job, fold: Fold) -> OperatorMemory:
         memory.restart()
         out.backward(gradient)
         return OperatorMemory(saved, memory.peak - given - saved)
-
-
-def as_dict(measurement: Measurement) -> dict[str, Any]:
-    """For JSON."""
-    return asdict(measurement)

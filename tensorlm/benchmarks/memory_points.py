@@ -90,7 +90,7 @@ def default_points(on_gpu: bool) -> list[Point]:
         _point("2.8B, width of 8B", 32768, _AGAIN, "zero.stage=2", "train.mlp_chunk=4096"),
         _point("2.8B, width of 8B", 131072, _AGAIN, "zero.stage=3", bf16),
         _point("3.2B", 32768, _AGAIN, "zero.stage=2", bf16),
-        _point("8B", 32768, _AGAIN, "zero.stage=3", bf16),
+        _point("8B", 32768, _AGAIN, "zero.stage=1", bf16, "train.mlp_chunk=8192"),
     ]  # fmt: skip
 
 

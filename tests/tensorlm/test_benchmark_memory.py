@@ -50,6 +50,9 @@ def test_each_point_is_measured_and_a_failure_is_one_line(tmp_path: Path) -> Non
     assert good["numbers"]["device"] == "CPU"
     assert good["numbers"]["predicted"] == pytest.approx(good["numbers"]["allocated"], rel=0.1)
     assert good["numbers"]["seconds"] > 0
+    parts = [good["numbers"][key] for key in ("start", "passes", "update")]
+    assert good["numbers"]["allocated"] == max(parts)
+    assert good["numbers"]["predicted"] == max(good["numbers"]["predicted_phases"].values())
     assert absurd["numbers"] is None
     assert "allocate" in absurd["problem"]
     assert lines[1].startswith("| absurd | ")
