@@ -31,7 +31,7 @@ from tensorlm.plan.memory import gpu_memory
 from tensorlm.plan.operator import OperatorMemory
 from tensorlm.plan.speed import step_time
 
-CPU = Platform(is_gpu=False, fused_adam=False, casts_logits=True, library_workspace=0)
+CPU = Platform(is_gpu=False, fused_adam=False, library_workspace=0)
 _LEARNING_RATE = 1e-5
 
 

@@ -20,7 +20,6 @@ class Platform:
 
     is_gpu: bool = True
     fused_adam: bool = True  # no temporary tensors in the update (optim.py)
-    casts_logits: bool = False  # a softmax in float32 makes a float32 copy of its input first
     rotates_above: int = 256  # windows from which keys are rotated into a copy (triton_tiles.py)
     library_workspace: int = 32 << 20  # cuBLAS allocates it through PyTorch, on Hopper
 

@@ -76,12 +76,15 @@ def reduction(job: Job, elements: int) -> int:
     """What reducing `elements` elements needs beside the bucket, if that many fit.
 
     Stage 3 orders them by rank in float32; stage 2 orders them in w bytes and casts that to
-    float32. A gradient larger than the bucket is cast alone, as each is in stage 1.
+    float32. A gradient larger than the bucket is cast alone, as each is in stage 1. On a CPU, gloo
+    scatters a copy.
     """
     if job.zero < 2:
         return FP32 * elements if accumulates_apart(job) else 0
     is_alone = elements > job.limits.reduce_bucket
-    is_ordered = job.zero == 2 and not (is_alone and job.gpus == 1)
+    if job.zero == 3:
+        return (FP32 if job.platform.is_gpu else 2 * FP32) * elements
+    is_ordered = not (is_alone and job.gpus == 1)
     return (FP32 + (job.itemsize if is_ordered else 0)) * elements
 
 

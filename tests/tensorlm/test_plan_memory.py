@@ -192,6 +192,22 @@ def test_peaks_of_a_step(index: int, ranks: int) -> None:
     assert max(totals.values()) == pytest.approx(count["backward"], rel=0.06)
 
 
+@pytest.mark.parametrize("stage", [2, 3])
+def test_gradients_that_one_bucket_holds_are_reduced_at_the_end(stage: int) -> None:
+    config = small(
+        zero__stage=stage, model__num_layers=10, data__seq_len=128, train__loss_chunk=32,
+        train__attention="blocked", **AGAIN,
+    )  # fmt: skip
+    limits = ZeroLimits(reduce_bucket=600_000, persistent=100)
+    ((count,),) = run_distributed(counted.engines, 1, [config], limits, time_limit=120)
+    job = plan_jobs(config, 1, CPU, limits)[-1]
+    memory = gpu_memory(job, {fold: count_operator(job, fold) for fold in set(job.folds)})
+    totals = {phase.name: phase.total for phase in memory.phases}
+    del totals["start"], totals["update"]
+    assert max(totals, key=lambda name: totals[name]) == "end of the backward"
+    assert totals["end of the backward"] == pytest.approx(count["backward"], rel=0.06)
+
+
 def test_the_start_holds_the_whole_model_or_gathers_its_largest_parameter() -> None:
     # Here the latter weighs more. The former does at many ranks: its sum is in the other formula.
     configs = [
