@@ -2,7 +2,6 @@
 
 import contextlib
 import gc
-import io
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -224,8 +223,7 @@ def engines(
     gc.freeze()  # collections need not look at all that was imported
     rank, size = dist.get_rank(), dist.get_world_size()
     device = init_distributed(LaunchEnv(rank, size, rank, size, "127.0.0.1", 0))
-    quiet = contextlib.redirect_stdout(io.StringIO())  # DeepSpeed tells its memory in stage 1
-    with patch.object(engine_module, "deepspeed_config", limited), quiet:
+    with patch.object(engine_module, "deepspeed_config", limited):
         return [_engine(plan_jobs(config, size)[-1], device, trains) for config in configs]
 
 

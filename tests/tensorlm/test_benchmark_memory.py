@@ -35,6 +35,7 @@ def points_file(folder: Path) -> Path:
     return path
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="counts tensors on the CPU")
 def test_each_point_is_measured_and_a_failure_is_one_line(tmp_path: Path) -> None:
     output = tmp_path / "memory.json"
     command = [sys.executable, "launcher/benchmark.py", "memory", "--json", str(output)]

@@ -80,6 +80,11 @@ def test_llama_8b_by_hand() -> None:
     assert memory.needed == memory.allocated + memory.overhead
 
 
+def test_many_ranks_start_with_the_whole_model_each() -> None:
+    start = gpu_memory(job("train.rows_per_step=512", gpus=512)).phases[0].total
+    assert start == pytest.approx(2 * 8_030_262_272, rel=0.001)
+
+
 def test_peaks_of_the_data_sheets_are_those_that_mfu_is_taken_of(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

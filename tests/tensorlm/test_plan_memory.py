@@ -5,6 +5,7 @@ from functools import cache
 from typing import Any
 
 import pytest
+import torch
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
 from tensorlm.benchmarks.memory import CPU, count_operator
@@ -17,6 +18,8 @@ from tests.distributed import run_distributed
 from tests.tensorlm import counted
 from tests.tensorlm.counted import LIMITS, small
 from tests.tensorlm.launching import ROOT
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="counts tensors on the CPU")
 
 SCALARS = 1 << 12  # bytes of one-element tensors and such in a whole model
 
@@ -77,7 +80,7 @@ BLOCKS: list[dict[str, Any]] = [
      "model__head_dim": 64, "model__fold": "[8, 8]"},  # attention's
     {"model__fold": "[]", "train__micro_batch": 2},
     {"train__mlp_chunk": 256},
-    {"train__mlp_chunk": 64, "model__hidden_size": 128},  # the weights' gradients in one dtype
+    {"train__mlp_chunk": 64, "model__hidden_size": 128},
 ]  # fmt: skip
 
 
@@ -209,7 +212,7 @@ def test_gradients_that_one_bucket_holds_are_reduced_at_the_end(stage: int) -> N
 
 
 def test_the_start_holds_the_whole_model_or_gathers_its_largest_parameter() -> None:
-    # Here the latter weighs more. The former does at many ranks: its sum is in the other formula.
+    # On so few ranks the latter weighs more.
     configs = [
         small(zero__stage=3, train__rows_per_step=4, **shape)
         for shape in ({**WIDE, "model__num_layers": 1}, {"model__num_layers": 8})
