@@ -13,7 +13,7 @@ MAX_PROPOSALS = 5
 GAIN = 0.03  # a change that saves less of the cost is not worth proposing
 SPARE = 0.03  # of the GPU's memory, which a proposal leaves: predictions are not exact
 # Changes at one time: to fit, more than usual only where fewer do not suffice.
-_CHANGES_TO_SAVE, _USUAL_CHANGES, _CHANGES_TO_FIT = 2, 3, 5
+_CHANGES_TO_SAVE, _USUAL_CHANGES, _CHANGES_TO_FIT = 2, 3, 4
 GPUS = "gpus"
 # What changes the numbers that training computes, not only where they are.
 CHANGES_TRAINING = ("optim.state_dtype", "model.fold")

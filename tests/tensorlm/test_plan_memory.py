@@ -52,7 +52,8 @@ def test_operator_on_whole_rows(changes: dict[str, Any]) -> None:
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_operator_on_shared_rows(ranks: int) -> None:
     # Of these, hop 1 of [512] rotates q and k into copies, and hop 2 of [4] does.
-    folds, row = ("[32]", "[512]", "[32, 8]", "[4]", "[]"), {**LONG, "data__seq_len": 8192}
+    folds = ("[32]", "[512]", "[32, 8]", "[4]", "[]") if ranks == 2 else ("[512]", "[]")
+    row = {**LONG, "data__seq_len": 8192}
     configs = [small(**row, model__fold=fold, parallel__sp=ranks) for fold in folds]
     configs.append(small(**row, model__fold="[32]", parallel__sp=ranks, train__micro_batch=2))
     counts = run_distributed(lambda: [counted.operator(c) for c in configs], ranks)
@@ -148,7 +149,7 @@ ENGINES: list[dict[str, Any]] = [
     {"zero__stage": 3, **WIDE, "optim__state_dtype": "bf16", "train__rows_per_step": 4},
     {"zero__stage": 0, **AGAIN, "train__dtype": "fp32"},
 ]
-ON_ONE_RANK, ON_TWO_RANKS = (3, 5), range(len(ENGINES))
+ON_ONE_RANK, ON_TWO_RANKS = (3,), range(len(ENGINES))
 
 
 @cache
@@ -195,32 +196,31 @@ def test_peaks_of_a_step(index: int, ranks: int) -> None:
     assert max(totals.values()) == pytest.approx(count["backward"], rel=0.06)
 
 
-@pytest.mark.parametrize("stage", [2, 3])
-def test_gradients_that_one_bucket_holds_are_reduced_at_the_end(stage: int) -> None:
-    config = small(
-        zero__stage=stage, model__num_layers=10, data__seq_len=128, train__loss_chunk=32,
-        train__attention="blocked", **AGAIN,
-    )  # fmt: skip
-    limits = ZeroLimits(reduce_bucket=600_000, persistent=100)
-    ((count,),) = run_distributed(counted.engines, 1, [config], limits, time_limit=120)
-    job = plan_jobs(config, 1, CPU, limits)[-1]
-    memory = gpu_memory(job, {fold: count_operator(job, fold) for fold in set(job.folds)})
-    totals = {phase.name: phase.total for phase in memory.phases}
-    del totals["start"], totals["update"]
-    assert max(totals, key=lambda name: totals[name]) == "end of the backward"
-    assert totals["end of the backward"] == pytest.approx(count["backward"], rel=0.06)
-
-
-def test_the_start_holds_the_whole_model_or_gathers_its_largest_parameter() -> None:
-    # On so few ranks the latter weighs more.
+def test_gradients_that_one_bucket_holds_are_reduced_at_the_end() -> None:
     configs = [
-        small(zero__stage=3, train__rows_per_step=4, **shape)
-        for shape in ({**WIDE, "model__num_layers": 1}, {"model__num_layers": 8})
-    ]
-    ranks = run_distributed(counted.engines, 4, configs, LIMITS, False, time_limit=120)
-    for config, count in zip(configs, ranks[0], strict=True):
-        predicted = gpu_memory(job_of(config, 4)).phases[0].total
-        assert predicted == pytest.approx(count["start"], rel=0.02)
+        small(
+            zero__stage=stage, model__num_layers=10, data__seq_len=128, train__loss_chunk=32,
+            train__attention="blocked", **AGAIN,
+        )
+        for stage in (2, 3)
+    ]  # fmt: skip
+    limits = ZeroLimits(reduce_bucket=600_000, persistent=100)
+    (counts,) = run_distributed(counted.engines, 1, configs, limits, time_limit=120)
+    for config, count in zip(configs, counts, strict=True):
+        job = plan_jobs(config, 1, CPU, limits)[-1]
+        memory = gpu_memory(job, {fold: count_operator(job, fold) for fold in set(job.folds)})
+        totals = {phase.name: phase.total for phase in memory.phases}
+        del totals["start"], totals["update"]
+        assert max(totals, key=lambda name: totals[name]) == "end of the backward"
+        assert totals["end of the backward"] == pytest.approx(count["backward"], rel=0.06)
+
+
+def test_the_start_gathers_the_largest_parameter() -> None:
+    # (On many ranks the whole model weighs more.)
+    config = small(zero__stage=3, **WIDE, model__num_layers=1, train__rows_per_step=3)
+    counts = run_distributed(counted.engines, 3, [config], LIMITS, False, time_limit=120)
+    predicted = gpu_memory(job_of(config, 3)).phases[0].total
+    assert predicted == pytest.approx(counts[0][0]["start"], rel=0.02)
 
 
 def test_offloaded_state_is_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
