@@ -33,7 +33,7 @@ run python launcher/prepare_data.py tokenizer "${corpus[@]}" --vocab-size 2048 \
 run python launcher/prepare_data.py encode "${corpus[@]}" --tokenizer $out/tokenizer \
   --output $out/data --holdout 0.12
 
-train --config $config train.stop_at=110
+train --config $config train.stop_at=80
 train --config $config # goes on from its checkpoint
 
 run python launcher/evaluate.py --config $config --lengths 4096,8192,16384
