@@ -1,6 +1,5 @@
 """The output head and its token-summed cross-entropy, without all logits at one time."""
 
-from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
@@ -45,8 +44,8 @@ class OutputHead(nn.Linear):
         chunk = chunk or flat_labels.numel()
         if reduction == "sum" and torch.is_grad_enabled():
             return _SummedLoss.apply(flat, self.weight, flat_labels, chunk)
-        parts = [losses for losses, _ in _chunks(flat, self.weight, flat_labels, chunk)]
-        losses = torch.cat(parts).view_as(labels)
+        parts = zip(flat.split(chunk), flat_labels.split(chunk), strict=True)
+        losses = torch.cat([_losses(h, self.weight, y)[0] for h, y in parts]).view_as(labels)
         return losses if reduction == "none" else losses.sum(dtype=torch.float64)
 
 
@@ -63,12 +62,8 @@ class _SummedLoss(torch.autograd.Function):
         wide = torch.promote_types(weight.dtype, torch.float32)
         dweight = torch.zeros_like(weight, dtype=wide)
         parts = zip(hidden.split(chunk), labels.split(chunk), dhidden.split(chunk), strict=True)
-        losses_of = _chunks(hidden, weight, labels, chunk)
-        for (part, label, dpart), (losses, log_p) in zip(parts, losses_of, strict=True):
-            total += losses.sum(dtype=torch.float64)
-            dlogits = _logit_gradients(log_p, label).to(weight.dtype)
-            torch.mm(dlogits, weight, out=dpart)
-            dweight += dlogits.t() @ part
+        for part, label, dpart in parts:
+            total += _add_chunk(part, weight, label, dpart, dweight)
         ctx.gradients = dhidden, dweight, chunk
         return total
 
@@ -81,6 +76,21 @@ class _SummedLoss(torch.autograd.Function):
         return dhidden, dweight.mul_(scale).to(dhidden.dtype), None, None
 
 
+def _add_chunk(
+    hidden: Tensor, weight: Tensor, labels: Tensor, dhidden: Tensor, dweight: Tensor
+) -> Tensor:
+    """The summed loss of some tokens [n]; writes `dhidden` [n, C] and adds to `dweight` [V, C].
+
+    A function of its own, so that what it holds [n, V] is gone before the next tokens' is made.
+    """
+    losses, log_p = _losses(hidden, weight, labels)
+    dlogits = _logit_gradients(log_p, labels).to(weight.dtype)
+    del log_p
+    torch.mm(dlogits, weight, out=dhidden)
+    dweight += dlogits.t() @ hidden
+    return losses.sum(dtype=torch.float64)
+
+
 def _logit_gradients(log_p: Tensor, labels: Tensor) -> Tensor:
     """softmax - one at the label, 0 where IGNORED; takes the memory of `log_p` [n, V]."""
     ignored = (labels == IGNORED)[:, None]
@@ -89,11 +99,8 @@ def _logit_gradients(log_p: Tensor, labels: Tensor) -> Tensor:
     return probabilities.masked_fill_(ignored, 0)
 
 
-def _chunks(
-    hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Of `chunk` tokens after another: their losses [n] and log probabilities [n, V]."""
+def _losses(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Losses [n] and log probabilities [n, V] of some tokens, in float32 (or wider)."""
     wide = torch.promote_types(weight.dtype, torch.float32)
-    for part, label in zip(hidden.split(chunk), labels.split(chunk), strict=True):
-        log_p = F.log_softmax(F.linear(part, weight), -1, dtype=wide)
-        yield F.nll_loss(log_p, label, ignore_index=IGNORED, reduction="none"), log_p
+    log_p = F.log_softmax(F.linear(hidden, weight).to(wide), -1)
+    return F.nll_loss(log_p, labels, ignore_index=IGNORED, reduction="none"), log_p

@@ -147,15 +147,12 @@ def saved_activations(job: Job, operators: dict[Fold, OperatorMemory], blocks: i
 def head_peak(job: Job) -> int:
     """The last norm, and the output head with its gradients, one chunk of logits at a time.
 
-    Float32 gradients of the weight, and those of hidden states. Beside them the gradient of the
-    weight of one chunk; or, while the next chunk begins, what the last one left: probabilities and
-    their gradients. A chunk begins with logits of w bytes, a float32 copy, and its softmax.
+    Float32 gradients of the weight, and those of hidden states. Beside them float32 logits and
+    their softmax; or the logits' gradients and the weight's, of one chunk.
     """
     chunk = min(job.config.train.loss_chunk, job.tokens)
-    logits, w = job.config.model.vocab_size * chunk, job.itemsize
-    begun, left = (w + 2 * FP32, FP32 + w) if w < FP32 else (2 * FP32, FP32)
-    most = begun + left if chunk < job.tokens else begun
-    beside = max(most * logits, left * logits + w * job.table)
+    logits = job.config.model.vocab_size * chunk
+    beside = max(2 * FP32 * logits, job.itemsize * (logits + job.table))
     return saved_by_norm(job) + hidden_state(job) + FP32 * job.table + beside
 
 
