@@ -8,6 +8,7 @@ how it is read, `publish.py` the order of writing.
 import contextlib
 import json
 import time
+import traceback
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from threading import Thread
@@ -60,7 +61,7 @@ class Saver:
         self._rank = dist.get_rank()
         self._copies: dict[str, Tensor] = {}
         self._thread: Thread | None = None
-        self._error: UserError | None = None
+        self._error: BaseException | None = None
 
     def save(self, step: int, slices: Iterable[ParameterSlice], info: dict[str, Any]) -> None:
         """Publish the checkpoint of `step` from this rank's slices, then let old ones go.
@@ -91,7 +92,7 @@ class Saver:
         def work() -> None:
             try:
                 self._publish(step, tensors, layout, info, started, stall)
-            except UserError as error:
+            except BaseException as error:  # whatever it is, `wait` raises it
                 self._error = error
 
         self._thread = Thread(target=work, name=f"save-{step}", daemon=True)
@@ -101,7 +102,8 @@ class Saver:
         """Return when nothing is in flight.
 
         Raises:
-            UserError: on every rank, if the save that was in flight failed on any.
+            UserError: on every rank, if the save that was in flight failed on any; or whatever kept
+                the ranks from telling one another.
         """
         if self._thread is not None:
             self._thread.join()
@@ -173,6 +175,9 @@ class Saver:
             outcome: dict[str, Any] = {"result": action()}
         except OSError as error:
             outcome = {"error": f"rank {self._rank}: {describe_os_error(error, self._run_dir)}"}
+        except Exception as error:  # the others must learn of it, or they wait for ever
+            traceback.print_exc()
+            outcome = {"error": f"rank {self._rank}: {type(error).__name__}: {error}"}
         self._progress("agree")
         outcomes: list[dict[str, Any]] = gather_json(outcome, self._group)
         errors = [o["error"] for o in outcomes if "error" in o]
