@@ -28,7 +28,7 @@ from .optim import learning_rate
 from .preemption import StopRequest
 from .profiler import start_profiler
 from .publish import sweep
-from .watchdog import Watchdog
+from .watchdog import FOLDER, Watchdog
 
 # In the run's directory: asks rank 0, at the end of a step, for a checkpoint and an end. Once it is
 # obeyed it is renamed. Launchers do not pass every signal on; a file needs none of them.
@@ -154,7 +154,9 @@ def start(config: Config, launch: LaunchEnv, before: int | None = None) -> Run:
     run_dir = Path(config.run.dir)
     # One rank is enough to read every byte; the others wait for it to join them.
     rows = open_rows(config, "train", verify=config.data.verify and launch.rank == 0)
-    watchdog = Watchdog(config.guards, run_dir, launch.rank, launch.world_size)
+    # A replay may run beside the run itself, whose watchdogs must not take its reports for theirs.
+    reports = run_dir / (FOLDER if before is None else f"{FOLDER}-replay")
+    watchdog = Watchdog(config.guards, reports, launch.rank, launch.world_size)
     device = init_distributed(launch)
     if config.train.attention == "triton" and device.type == "cpu":
         raise UserError("train.attention: triton needs a GPU (auto, blocked and dense do not)")

@@ -14,7 +14,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -77,10 +77,12 @@ class Job:
             self.pids.append(pid)
         self._codes: dict[int, int] = {}
 
-    def wait_for(self, *paths: Path) -> None:
+    def wait_for(self, *paths: Path, limit: float = 120.0) -> None:
         """Until all of them exist; no rank may have ended before."""
+        deadline = time.monotonic() + limit
         while not all(path.exists() for path in paths):
             assert set(self.poll()) == {None}, self.output()
+            assert time.monotonic() < deadline, f"not in {limit:.0f} s: {paths}\n{self.output()}"
             time.sleep(0.005)
 
     def wait_for_listeners(self) -> None:
@@ -103,8 +105,12 @@ class Job:
 
     def wait(self, limit: float = 120.0) -> list[int | None]:
         """Exit codes of all ranks when all have ended; at the limit the rest is killed."""
+        return self.wait_for_ranks(range(len(self.pids)), limit)
+
+    def wait_for_ranks(self, ranks: Iterable[int], limit: float = 120.0) -> list[int | None]:
+        """Exit codes of all ranks when `ranks` have ended; then, or at the limit, kill the rest."""
         deadline = time.monotonic() + limit
-        while None in self.poll() and time.monotonic() < deadline:
+        while any(self.poll()[r] is None for r in ranks) and time.monotonic() < deadline:
             time.sleep(0.002)
         self.end()
         return self.poll()

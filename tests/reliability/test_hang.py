@@ -1,6 +1,7 @@
 """One rank stands still: every rank ends with 70, and one line says which it was, and where."""
 
 import ctypes
+import json
 import os
 import signal
 import time
@@ -20,37 +21,56 @@ from tests.reliability.harness import Job, Prepare, final_state
 
 HANGING_RANK = 1
 FIRST_CALLS = 6  # steps before the hang, so that the usual length of a step is known
+LIMIT = 4.0
 
 
-def stop(*_: Any) -> None:
+def stop() -> None:
     os.kill(os.getpid(), signal.SIGSTOP)
 
 
-def hold_the_interpreter(*_: Any) -> None:
+def hold_the_interpreter() -> None:
     ctypes.PyDLL(None).sleep(1000)
 
 
-def spin(*_: Any) -> None:
+def spin() -> None:
     while True:
         pass
 
 
-def sleep(*_: Any) -> None:
+def sleep() -> None:
     time.sleep(1000)
 
 
-class DeadDisk(disk.Disk):
-    """A disk that does not answer."""
+SILENT = "stopped, or stuck in native code"
+KINDS: dict[str, tuple[type, str, Any, str, bool]] = {
+    # name: (what hangs, how, what the line says of the rank, does the rank itself notice)
+    "loader": (PackedRows, "micro_batches", sleep, 'in phase "data" of step 7', True),
+    "forward": (Engine, "forward", sleep, 'in phase "forward" of step 7', True),
+    "loop": (Engine, "step", spin, 'in phase "step" of step 7', True),
+    "stopped": (Engine, "forward", stop, SILENT, False),
+    "interpreter": (Engine, "step", hold_the_interpreter, SILENT, False),
+    "save": (disk.Disk, "write", sleep, 'in phase "save" of step 20', True),
+    "background save": (disk.Disk, "write", sleep, 'in phase "save" of step 40', True),
+}
 
-    def write(self, descriptor: int, data: memoryview) -> int:
-        time.sleep(1000)
-        return 0
 
+def hang(kind: str, begun: Path) -> Prepare:
+    """The hanging rank stands still some calls into the run, and the file `begun` appears.
 
-def hang_in(owner: type, name: str, how: Any) -> Prepare:
-    """The hanging rank does `how` at a call of `owner.name`, some steps into the run."""
+    Only then do the limits become short, and those of the ranks very different: the hanging rank
+    has to be told by the others' reports.
+    """
+    owner, name, how, *_ = KINDS[kind]
 
     def prepare(rank: int) -> None:
+        usual_limit = Watchdog.limit
+
+        def limit(self: Watchdog) -> float:
+            if not begun.exists():
+                return usual_limit(self)
+            return 1000.0 if rank == HANGING_RANK else LIMIT
+
+        Watchdog.limit = limit  # type: ignore[method-assign]
         if rank != HANGING_RANK:
             return
         real, calls = getattr(owner, name), [0]
@@ -58,6 +78,7 @@ def hang_in(owner: type, name: str, how: Any) -> Prepare:
         def call(*args: Any, **options: Any) -> Any:
             calls[0] += 1
             if calls[0] > FIRST_CALLS:
+                begun.touch()
                 how()
             return real(*args, **options)
 
@@ -66,36 +87,23 @@ def hang_in(owner: type, name: str, how: Any) -> Prepare:
     return prepare
 
 
-def dead_disk(rank: int) -> None:
-    if rank == HANGING_RANK:
-        disk.use(DeadDisk())
-
-
-SILENT = "stopped, or stuck in native code"
-KINDS: dict[str, tuple[Prepare, str, bool]] = {
-    # name: (how, what the line says of the rank, does the rank itself notice)
-    "loader": (hang_in(PackedRows, "micro_batches", sleep), 'in phase "data" of step 7', True),
-    "forward": (hang_in(Engine, "forward", sleep), 'in phase "forward" of step 7', True),
-    "loop": (hang_in(Engine, "step", spin), 'in phase "step" of step 7', True),
-    "stopped": (hang_in(Engine, "forward", stop), SILENT, False),
-    "interpreter": (hang_in(Engine, "step", hold_the_interpreter), SILENT, False),
-    "save": (dead_disk, 'in phase "save" of step 20', True),
-}
+def leave_old_reports(run: Path) -> None:
+    """What an earlier hang has left, of more ranks."""
+    (run / "hang").mkdir(parents=True)
+    for rank in range(4):
+        report = {"rank": rank, "phase": "eval", "step": 3, "waits": False, "seconds": 31.0}
+        (run / f"hang/rank-{rank:05d}.json").write_text(json.dumps(report))
 
 
 def check_hang(tiny: TinyRuns, kind: str, world: int) -> None:
-    prepare, where, notices = KINDS[kind]
-    config = tiny(
-        "run", "train.steps=40", "train.rows_per_step=6", f"train.micro_batch={6 // world}",
-        "checkpoint.every=20", "guards.hang_seconds=2.0", "guards.slow_phase_seconds=6.0",
-    )  # fmt: skip
-    job = Job(config, world, prepare)
-    deadline = time.monotonic() + 60
+    *_, where, notices = KINDS[kind]
+    steps = ["train.steps=40", "train.rows_per_step=6", f"train.micro_batch={6 // world}"]
+    saves = ["checkpoint.every=20", f"checkpoint.background={str('background' in kind).lower()}"]
+    config = tiny("run", *steps, *saves)
+    leave_old_reports(Path(config.run.dir))
+    job = Job(config, world, hang(kind, tiny.folder / "begun"))
     able = [rank for rank in range(world) if notices or rank != HANGING_RANK]
-    while any(job.poll()[rank] is None for rank in able) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    codes = job.poll()
-    job.end()
+    codes = job.wait_for_ranks(able)
     assert [codes[rank] for rank in able] == [EXIT_INTERNAL] * len(able), job.output()
     (line,) = job.errors()
     assert line.startswith(f"error: rank {HANGING_RANK}: no progress for "), line
@@ -104,16 +112,12 @@ def check_hang(tiny: TinyRuns, kind: str, world: int) -> None:
     assert "in train_step" in stacks or "in save" in stacks
     # The run goes on as if nothing had been.
     tiny.finish(config, world)
-    undisturbed = tiny("undisturbed", *config_overrides(world))
+    undisturbed = tiny("undisturbed", *steps)
     tiny.finish(undisturbed, world)
     assert final_state(config) == final_state(undisturbed)
 
 
-def config_overrides(world: int) -> list[str]:
-    return ["train.steps=40", "train.rows_per_step=6", f"train.micro_batch={6 // world}"]
-
-
-@pytest.mark.parametrize("kind", ["loader", "stopped", "save"])
+@pytest.mark.parametrize("kind", ["loader", "stopped", "background save"])
 def test_hang_of_one_rank_of_two_ends_both(tiny: TinyRuns, kind: str) -> None:
     check_hang(tiny, kind, 2)
 
