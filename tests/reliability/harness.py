@@ -151,15 +151,13 @@ class Job:
             dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
             return (run or train)(self.config, launch, stop)
 
-        try:
-            run_launcher(main, leave_at_once=True)
-        except BaseException:
-            import traceback
+        def is_told() -> bool:
+            return "error: " in (self.scratch / "0.log").read_text()
 
-            traceback.print_exc()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(1)
+        try:
+            run_launcher(main, leave_at_once=True, is_told=is_told)
+        finally:
+            os._exit(1)  # not back into the test
 
 
 def final_state(config: Config) -> tuple[list[float], list[str]]:

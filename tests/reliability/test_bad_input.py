@@ -1,8 +1,12 @@
 """Mistakes in the configuration, the environment and the run's folder: one line each, exit 2."""
 
+import errno
 import json
 import os
+import resource
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, get_args
@@ -10,9 +14,11 @@ from typing import Any, get_args
 import pytest
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
+from tensorboard.summary.writer.record_writer import RecordWriter
 
+from tensorlm import train
 from tensorlm.config import Config, load_config
-from tensorlm.errors import EXIT_USER_ERROR, UserError, run_launcher
+from tensorlm.errors import EXIT_CRASH, EXIT_USER_ERROR, UserError, run_launcher
 from tensorlm.guards import lock_run
 from tensorlm.manifest import manifest_text
 from tests.reliability.conftest import TINY, TinyRuns
@@ -245,3 +251,86 @@ def test_unusable_environment_is_one_line(
     assert left.value.code == EXIT_USER_ERROR
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")
+
+
+# ------------------------------------------------------------------------------- who tells an error
+
+
+def test_error_of_one_rank_is_told_by_it(tiny: TinyRuns) -> None:
+    def open_no_rows(*_: Any, **options: Any) -> None:
+        raise UserError("/data/train: missing")
+
+    def prepare(rank: int) -> None:
+        if rank == 1:
+            train.open_rows = open_no_rows  # type: ignore[assignment]
+
+    job = Job(tiny("run"), 2, prepare)
+    assert job.wait() == [EXIT_CRASH, EXIT_USER_ERROR], job.output()
+    assert job.errors() == ["error: rank 1: /data/train: missing"]
+
+
+FAILING_RANK = """
+import os, signal, sys
+from tensorlm.errors import UserError, run_launcher
+from tensorlm.preemption import StopRequest
+
+def main():
+    if "ended" in sys.argv:
+        os.kill(os.getpid(), signal.SIGTERM)
+    raise UserError("data.path: missing")
+
+stop = StopRequest().listen()
+run_launcher(main, leave_at_once=True, is_told=lambda: stop.is_asked)
+"""
+
+
+@pytest.mark.parametrize(
+    ("rank", "how", "told"),
+    [
+        ("0", "", "error: data.path: missing\n"),
+        ("1", "", "error: rank 1: data.path: missing\n"),
+        ("1", "ended", ""),  # by the launcher, since rank 0 has told the same and left
+    ],
+)
+def test_error_of_all_ranks_is_told_once(rank: str, how: str, told: str) -> None:
+    environment = {**os.environ, "RANK": rank, "WORLD_SIZE": "2"}
+    command = [sys.executable, "-c", FAILING_RANK, how]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stderr) == (EXIT_USER_ERROR, told)
+
+
+# ---------------------------------------------------------------------------------- the full disk
+
+
+def check_disk_is_named(job: Job) -> None:
+    assert job.wait() == [EXIT_USER_ERROR], job.output()
+    (line,) = job.errors()
+    assert line.startswith("error: disk: ")
+
+
+@pytest.mark.parametrize("room", [1_500, 10_000], ids=["config.toml", "metrics.jsonl"])
+def test_full_disk_under_the_metrics_is_one_line(tiny: TinyRuns, room: int) -> None:
+    """A limit on the size of a file stands for a full disk: the error has no file name either."""
+
+    def prepare(rank: int) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
+
+    job = Job(tiny("run", "train.steps=1000", "checkpoint.every=0"), 1, prepare)
+    check_disk_is_named(job)
+    assert "Traceback" not in job.output()
+
+
+@pytest.mark.parametrize("num_events", [1, 40], ids=["at once", "later"])
+def test_full_disk_under_tensorboard_is_one_line(tiny: TinyRuns, num_events: int) -> None:
+    def prepare(rank: int) -> None:
+        real, calls = RecordWriter.write, [0]
+
+        def write(self: RecordWriter, data: bytes) -> None:
+            calls[0] += 1
+            if calls[0] > num_events:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            real(self, data)
+
+        RecordWriter.write = write
+
+    check_disk_is_named(Job(tiny("run", "checkpoint.every=0"), 1, prepare))

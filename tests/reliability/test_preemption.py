@@ -2,8 +2,11 @@
 
 import os
 import random
+import re
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -12,10 +15,10 @@ import pytest
 from tensorlm import disk
 from tensorlm.checkpoint import newest_checkpoint
 from tensorlm.config import Config
-from tensorlm.errors import EXIT_DONE, EXIT_PREEMPTED
+from tensorlm.errors import EXIT_DONE, EXIT_PREEMPTED, EXIT_USER_ERROR
 from tests.reliability.conftest import TinyRuns
 from tests.reliability.harness import Job, final_state
-from tests.tensorlm.launching import losses
+from tests.tensorlm.launching import ROOT, launch_environment, losses
 
 
 def interrupt_sweep(config: Config, world: int, num_signals: int, seed: int) -> None:
@@ -127,3 +130,18 @@ def test_stop_file_ends_all_ranks_and_is_gone(tiny: TinyRuns) -> None:
     found = newest_checkpoint(run)
     assert found is not None
     assert found.step == len(losses(run))
+
+
+def test_signals_are_listened_to_before_anything_slow_is_imported(tmp_path: Path) -> None:
+    command = [sys.executable, "launcher/train.py", "--config", str(tmp_path / "none.toml")]
+    with subprocess.Popen(
+        command, cwd=ROOT, env=launch_environment(), stderr=subprocess.PIPE, text=True
+    ) as process:
+        proc, bit = Path(f"/proc/{process.pid}"), 1 << (signal.SIGTERM - 1)
+        deadline = time.monotonic() + 60
+        while not int(re.findall(r"SigCgt:\s*(\w+)", (proc / "status").read_text())[0], 16) & bit:
+            assert time.monotonic() < deadline
+        assert "libtorch" not in (proc / "maps").read_text()
+        process.send_signal(signal.SIGTERM)
+        assert process.communicate(timeout=60)[1].startswith("error: ")
+    assert process.returncode == EXIT_USER_ERROR
