@@ -120,7 +120,9 @@ class Job:
         for pid, code in zip(self.pids, self.poll(), strict=True):
             if code is None:
                 os.kill(pid, signal.SIGKILL)
+        deadline = time.monotonic() + 60
         while None in self.poll():
+            assert time.monotonic() < deadline, f"SIGKILL does not end it\n{self.output()}"
             time.sleep(0.001)
 
     def output(self) -> str:
