@@ -4,6 +4,7 @@ import errno
 import fcntl
 import math
 import os
+import re
 import shutil
 import socket
 import statistics
@@ -21,6 +22,7 @@ from torch import Tensor
 from . import disk
 from .config import Config
 from .errors import MachineError, UserError
+from .launch_env import slurm_job
 
 _DEVIATION_OF_MAD = 1.4826  # standard deviation of a normal distribution, in its MADs
 _LOCK = "lock"
@@ -131,30 +133,40 @@ def lock_run(run_dir: Path) -> int:
         The descriptor that holds the lock.
 
     Raises:
-        UserError: another job holds it, or the folder cannot be written.
+        UserError: another job, or another process of this one, holds it, or the folder cannot be
+            written.
     """
-    own_job = os.environ.get("SLURM_JOB_ID", "")
+    job, restarts = slurm_job()
     try:
         disk.make_folder(run_dir)
-        descriptor = os.open(run_dir / _LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        descriptor = _open_lock(run_dir / _LOCK)
     except OSError as error:
         raise UserError(f"run.dir: {error.filename}: {error.strerror}") from None
     try:
         _lock(descriptor)
     except BlockingIOError:
         holder = os.read(descriptor, 200).decode(errors="replace").strip()
-        if own_job and holder.startswith(f"job {own_job} "):  # this job, before it was requeued
-            return descriptor
-        raise UserError(
-            f"run.dir: {run_dir} is in use by {holder} (wait for it, or choose another)"
-        ) from None
+        earlier = re.match(r"job (\S+) restart (\d+) ", holder)
+        if not earlier or earlier[1] != job or int(earlier[2]) >= restarts:
+            raise UserError(
+                f"run.dir: {run_dir} is in use by {holder} (wait for it, or choose another)"
+            ) from None
+        # Held for a node that is gone, until the file system notices. A new file is ours for good.
+        descriptor = _open_lock(run_dir / f".{_LOCK}")
+        _lock(descriptor)
+        os.rename(run_dir / f".{_LOCK}", run_dir / _LOCK)
     except OSError as error:
         if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
             raise
         print(f"warning: {run_dir}: cannot be locked on this file system", flush=True)
+    owner = f"job {job} restart {restarts} pid {os.getpid()} on {socket.gethostname()}\n"
     os.ftruncate(descriptor, 0)
-    os.write(descriptor, f"job {own_job} pid {os.getpid()} on {socket.gethostname()}\n".encode())
+    os.write(descriptor, owner.encode())
     return descriptor
+
+
+def _open_lock(path: Path) -> int:
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
 
 
 def _lock(descriptor: int) -> None:

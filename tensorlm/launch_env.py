@@ -76,6 +76,13 @@ def launched_world_size(environ: Mapping[str, str] | None = None) -> int:
     return place[1] if place else 1
 
 
+def slurm_job(environ: Mapping[str, str] | None = None) -> tuple[str, int]:
+    """The Slurm job that this process belongs to, and how often it was requeued; ("", 0): none."""
+    env = os.environ if environ is None else environ
+    restarts = env.get("SLURM_RESTART_COUNT", "")
+    return env.get("SLURM_JOB_ID", ""), int(restarts) if restarts.isdigit() else 0
+
+
 def _place(env: Mapping[str, str]) -> tuple[int, int, int, int] | None:
     """(rank, world size, local rank, local world size), or None for plain `python`."""
     if "RANK" in env and "WORLD_SIZE" in env:

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import torch
 
-from tensorlm import disk
+from tensorlm import disk, guards
 from tensorlm.checkpoint import newest_checkpoint
 from tensorlm.config import Config
 from tensorlm.data.loader import open_rows
 from tensorlm.engine import Engine
 from tensorlm.errors import EXIT_INTERNAL, EXIT_USER_ERROR, UserError
-from tensorlm.guards import StepGuard, check_disk_space
+from tensorlm.guards import StepGuard, check_disk_space, lock_run
 from tensorlm.launch_env import LaunchEnv
 from tensorlm.manifest import open_checkpoint, step_folder
 from tensorlm.metrics import read_metrics
@@ -204,16 +204,41 @@ def test_flipped_bit_in_a_replica_names_its_rank(
 
 
 def test_second_job_on_a_run_is_refused_until_the_first_is_gone(tiny: TinyRuns) -> None:
-    config = tiny("run", "train.steps=100000")
+    config = tiny("run", "train.steps=100000", "checkpoint.every=0")
     first = Job(config, 1)
     first.wait_for(Path(config.run.dir) / "metrics.jsonl")
     other = tiny("other", f'run.dir="{config.run.dir}"')
     second = Job(other, 1)
     assert second.wait() == [EXIT_USER_ERROR]
-    assert f"is in use by job  pid {first.pids[0]} on " in second.errors()[0]
+    assert f" pid {first.pids[0]} on " in second.errors()[0]
     first.kill(0, signal.SIGKILL)
     first.end()
-    assert Job(other, 1).wait() in ([0], [EXIT_USER_ERROR])
+    third = Job(other, 1)
+    assert third.wait() == [0], third.output()
+
+
+def test_only_a_later_start_of_the_same_job_takes_a_run_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each lock has a descriptor of its own, as in processes that do not know one another."""
+    monkeypatch.setattr(guards, "_LOCK_PATIENCE_SECONDS", 0.0)
+
+    def lock_as(job: str, restarts: str) -> int:
+        monkeypatch.setenv("SLURM_JOB_ID", job)
+        monkeypatch.setenv("SLURM_RESTART_COUNT", restarts)
+        return lock_run(tmp_path)
+
+    held = [lock_as("7", "0")]
+    for now, later in (("0", "1"), ("1", "3")):
+        for job, restarts in (("7", now), ("8", "9"), ("", "9")):
+            with pytest.raises(UserError, match="is in use by job 7 restart "):
+                lock_as(job, restarts)
+        held.append(lock_as("7", later))
+    os.close(held[0])  # of a node that is gone: the file system has noticed
+    with pytest.raises(UserError, match="is in use by job 7 restart 3 "):
+        lock_as("8", "0")
+    os.close(held[-1])
+    os.close(lock_as("8", "0"))
 
 
 def test_checkpoint_that_cannot_fit_is_refused_at_start(
