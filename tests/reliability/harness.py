@@ -63,7 +63,9 @@ class Job:
         world: int = 1,
         prepare: Prepare = lambda rank: None,
         run: Run | None = None,
+        port: int | None = None,
     ) -> None:
+        """The ranks meet over a file; with `port`, as real ones do."""
         self.config = config
         self.dir = Path(config.run.dir)
         self.scratch = self.dir.with_name(f"{self.dir.name}.job")
@@ -73,7 +75,7 @@ class Job:
         for rank in range(world):
             pid = os.fork()
             if pid == 0:
-                self._run_rank(rank, world, prepare, run)
+                self._run_rank(rank, world, prepare, run, port)
             self.pids.append(pid)
         self._codes: dict[int, int] = {}
 
@@ -134,14 +136,16 @@ class Job:
         """The `error:` lines."""
         return [line for line in self.output().splitlines() if line.startswith("error: ")]
 
-    def _run_rank(self, rank: int, world: int, prepare: Prepare, run: Run | None) -> None:
+    def _run_rank(
+        self, rank: int, world: int, prepare: Prepare, run: Run | None, port: int | None
+    ) -> None:
         # Nobody outlives the test process.
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         log = os.open(self.scratch / f"{rank}.log", os.O_WRONLY | os.O_CREAT, 0o666)
         os.dup2(log, 1)
         os.dup2(log, 2)
         sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
-        launch = LaunchEnv(rank, world, rank, world, "127.0.0.1", 1)
+        launch = LaunchEnv(rank, world, rank, world, "127.0.0.1", port or 1)
         launch.export()
         from tensorlm.train import train
 
@@ -149,8 +153,9 @@ class Job:
             stop = StopRequest().listen()
             (self.scratch / f"{rank}.listens").touch()
             prepare(rank)
-            store = dist.FileStore(str(self.scratch / "store"), world)
-            dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
+            if port is None:
+                store = dist.FileStore(str(self.scratch / "store"), world)
+                dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
             return (run or train)(self.config, launch, stop)
 
         def is_told() -> bool:

@@ -3,11 +3,15 @@
 import errno
 import json
 import os
+import re
 import resource
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, get_args
 
@@ -16,11 +20,13 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from tensorlm import train
+from tensorlm import engine, train
 from tensorlm.config import Config, load_config
 from tensorlm.errors import EXIT_CRASH, EXIT_USER_ERROR, UserError, run_launcher
 from tensorlm.guards import lock_run
+from tensorlm.launch_env import LaunchEnv, free_port, read_launch_env
 from tensorlm.manifest import manifest_text
+from tensorlm.preemption import StopRequest
 from tests.reliability.conftest import TINY, TinyRuns
 from tests.reliability.harness import Job
 
@@ -189,6 +195,14 @@ ENVIRONMENTS: list[dict[str, str]] = [
     {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"},
     {"RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "1"},
     {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "first"},
+    {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "-1"},
+    {"RANK": "0", "WORLD_SIZE": "0"},
+    {"RANK": "2", "WORLD_SIZE": "2"},
+    {"RANK": "-1", "WORLD_SIZE": "2"},
+    {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "3"},
+    {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "abc"},
+    {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "99999"},
+    {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"},
 ]
 
 
@@ -236,9 +250,8 @@ def test_folder_that_cannot_be_made_is_one_line(path: str) -> None:
 def test_unusable_environment_is_one_line(
     environment: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    from tensorlm.launch_env import read_launch_env
-
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    for name in names:
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
@@ -251,6 +264,41 @@ def test_unusable_environment_is_one_line(
     assert left.value.code == EXIT_USER_ERROR
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("port taken", "EADDRINUSE"),
+        ("rank missing", "1/2 clients"),
+        ("host unknown", "resolution|known"),
+    ],
+)
+def test_ranks_that_do_not_meet_are_told_why_soon(
+    tiny: TinyRuns, monkeypatch: pytest.MonkeyPatch, kind: str, reason: str
+) -> None:
+    monkeypatch.setattr(engine, "_MEETING_LIMIT", timedelta(seconds=1))
+
+    def prepare(rank: int) -> None:
+        if rank == 1:
+            os._exit(0)
+
+    def find(config: Config, launch: LaunchEnv, stop: StopRequest) -> int:
+        host = "no.such.host.invalid" if kind == "host unknown" else launch.master_addr
+        engine.init_distributed(replace(launch, master_addr=host))
+        return 0
+
+    port = free_port()
+    with socket.socket() as other:
+        if kind == "port taken":
+            other.bind(("0.0.0.0", port))
+            other.listen()
+        job = Job(tiny("run"), 2, prepare, find, port=port)
+        assert job.wait(30) == [EXIT_USER_ERROR, 0], job.output()
+    (line,) = job.errors()
+    assert line.startswith("error: MASTER_ADDR, MASTER_PORT: ")
+    assert re.search(reason, line), line
+    assert "Traceback" not in job.output()
 
 
 # ------------------------------------------------------------------------------- who tells an error

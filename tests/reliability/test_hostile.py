@@ -7,9 +7,7 @@ import os
 import pickle
 import random
 import shutil
-import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,12 +17,13 @@ import torch
 
 from tensorlm.checkpoint import load, newest_checkpoint
 from tensorlm.errors import UserError
+from tensorlm.launch_env import free_port
 from tensorlm.manifest import manifest_text
 from tests.distributed import run_distributed
 from tests.reliability.conftest import TinyRuns
 from tests.reliability.harness import Job
 from tests.reliability.saves import LAST_STEP, save_all, slices
-from tests.tensorlm.launching import ROOT, launch_command, launch_environment
+from tests.tensorlm.launching import ROOT
 
 STEP = f"step-{LAST_STEP:08d}"
 FILE = "rank-00000.safetensors"
@@ -297,18 +296,14 @@ LOOPBACK = {"0100007F", "00000000000000000000000001000000"}
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_only_the_rendezvous_listens(tiny: TinyRuns) -> None:
+@pytest.mark.parametrize("world", [1, 2])
+def test_only_the_rendezvous_listens_beyond_this_machine(tiny: TinyRuns, world: int) -> None:
     config = tiny("run", "train.steps=100000", "checkpoint.every=100000")
-    (tiny.folder / "all.toml").write_text((tiny.folder / "run.toml").read_text())
-    command = [*launch_command("python", 1), "--config", str(tiny.folder / "all.toml")]
-    with subprocess.Popen(
-        [*command, "train.steps=100000", "checkpoint.every=100000"],
-        cwd=ROOT, env=launch_environment(), stdout=subprocess.DEVNULL,
-    ) as process:  # fmt: skip
-        while not (Path(config.run.dir) / "metrics.jsonl").exists():
-            assert process.poll() is None
-            time.sleep(0.05)
-        sockets = listening_sockets(process.pid)
-        process.kill()
-    outside = {port: address for port, address in sockets.items() if address not in LOOPBACK}
-    assert outside == {}, sockets
+    port = free_port()
+    job = Job(config, world, port=port)
+    job.wait_for(Path(config.run.dir) / "metrics.jsonl")
+    sockets = [listening_sockets(pid) for pid in job.pids]
+    job.end()
+    assert all(sockets)  # gloo's, between the ranks
+    outside = [{p for p, address in s.items() if address not in LOOPBACK} for s in sockets]
+    assert outside == ([{port}, set()] if world > 1 else [set()])
