@@ -20,9 +20,11 @@ from tensorlm.engine import Engine
 from tensorlm.errors import EXIT_INTERNAL, EXIT_USER_ERROR, UserError
 from tensorlm.guards import StepGuard, check_disk_space, lock_run
 from tensorlm.launch_env import LaunchEnv
-from tensorlm.manifest import open_checkpoint, step_folder
+from tensorlm.manifest import list_steps, open_checkpoint, step_folder
 from tensorlm.metrics import read_metrics
+from tensorlm.model import Llama
 from tensorlm.preemption import StopRequest
+from tensorlm.publish import write_weights
 from tensorlm.replay import replay
 from tests.reliability.conftest import TinyRuns
 from tests.reliability.harness import Job, Prepare, final_state
@@ -256,24 +258,45 @@ def snapshot(folder: Path) -> dict[str, bytes]:
     return {str(p): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-@pytest.mark.parametrize("step", [1, 5])
-def test_replay_gives_the_recorded_step_and_writes_nothing(tiny: TinyRuns, step: int) -> None:
+def replay_job(config: Config, step: int, world: int) -> Job:
+    def replay_step(config: Config, launch: LaunchEnv, stop: StopRequest) -> int:
+        return replay(config, launch, step)
+
+    return Job(config, world, run=replay_step)
+
+
+@pytest.mark.parametrize(("step", "begin"), [(1, "scratch"), (5, "checkpoint 4")])
+def test_replay_gives_the_recorded_step_and_writes_nothing(
+    tiny: TinyRuns, step: int, begin: str
+) -> None:
     config = tiny("run", "checkpoint.keep_every=2")
     tiny.finish(config, 2)
     run = Path(config.run.dir)
     before = snapshot(run)
-
-    def replay_step(config: Config, launch: LaunchEnv, stop: StopRequest) -> int:
-        return replay(config, launch, step)
-
-    job = Job(config, 2, run=replay_step)
+    job = replay_job(config, step, 2)
     assert job.wait() == [0, 0], job.output()
     lines = job.output().splitlines()
     recorded = losses(run)[step - 1]
+    assert f"replay of step {step}: from {begin}" in lines
     assert f"train/loss: {recorded!r}, then {recorded!r}: as recorded" in lines
     assert sum(line.endswith(": as recorded") for line in lines) == 2
     assert any(line.startswith("documents: ") for line in lines)
     assert snapshot(run) == before
+
+
+def test_replay_of_an_imported_run_never_begins_with_other_weights(tiny: TinyRuns) -> None:
+    config = tiny("run", "checkpoint.keep_last=1", "train.stop_at=2")
+    run = Path(config.run.dir)
+    model = Llama(config.model)
+    model.init_weights(seed=1)
+    state = {"step": 0, "rows": 0, "tokens": 0}
+    info = {"state": state, "adam_step": 0, "adam_state": False, "data_fingerprint": ""}
+    write_weights(run, model.named_parameters(), info)
+    tiny.finish(config)
+    assert list_steps(run) == [2]
+    job = replay_job(config, 1, 1)
+    assert job.wait() == [EXIT_USER_ERROR], job.output()
+    assert "error: --replay: no checkpoint before step 1 is left" in job.errors()[0]
 
 
 class SlowDisk(disk.Disk):
