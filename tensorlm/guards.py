@@ -1,4 +1,4 @@
-"""Guards of a run: bad steps, replicas that drift apart, two jobs in one folder, a full disk."""
+"""Guards of a run: bad steps, replicas, data and disk, and two jobs in one folder."""
 
 import errno
 import fcntl
@@ -18,9 +18,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from tqdm import tqdm
 
 from . import disk
+from .checkpoint import gather_json
 from .config import Config
+from .data.loader import PackedRows
 from .errors import MachineError, UserError
 from .launch_env import slurm_job
 
@@ -124,6 +127,38 @@ def _bit_sum(tensor: Tensor) -> Tensor:
     """Sum of the bit patterns, int64: any one flipped bit changes it."""
     integer = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
     return tensor.detach().contiguous().view(integer).sum(dtype=torch.int64)
+
+
+def check_data(rows: PackedRows, rank: int, world_size: int, progress: Callable[[], None]) -> None:
+    """Every byte of the data is as it was written; each rank reads its share of the files.
+
+    Raises:
+        UserError: on all ranks, a line for each file that differs.
+    """
+    entries = [
+        (entry, corpus.folder / name)
+        for corpus in rows.corpora
+        for shard in corpus.shards
+        for name, entry in shard.header.files.items()
+    ]
+    entries.sort(key=lambda item: item[0].bytes)  # equal shares
+    share, bad = entries[rank::world_size], []
+    total = sum(entry.bytes for entry, _ in share)
+    with tqdm(
+        total=total, unit="B", unit_scale=True, desc="verify data", delay=2, disable=rank > 0
+    ) as bar:
+        for entry, path in share:
+            try:
+                _, sha256 = disk.file_sha256(path.resolve(), lambda *_: progress())
+                problem = "" if sha256 == entry.sha256 else "checksum differs"
+            except OSError as error:
+                problem = f"cannot be read: {error.strerror}"
+            if problem:
+                bad.append(f"{path}: {problem} (restore the file, or prepare the data again)")
+            bar.update(entry.bytes)
+    bad = [line for part in gather_json(bad) for line in part]
+    if bad:
+        raise UserError(*bad)
 
 
 def lock_run(run_dir: Path) -> int:

@@ -19,7 +19,7 @@ from .engine import Engine, init_distributed, leave_distributed
 from .errors import EXIT_DONE, EXIT_PREEMPTED, UserError
 from .flops import num_parameters, peak_flops, recomputed_flops, train_flops
 from .fused import runs_liger
-from .guards import StepGuard, check_disk_space, check_replicas, lock_run
+from .guards import StepGuard, check_data, check_disk_space, check_replicas, lock_run
 from .launch_env import LaunchEnv
 from .manifest import Checkpoint
 from .metrics import Metrics, git_commit, peak_memory_gib
@@ -96,10 +96,10 @@ def train(config: Config, launch: LaunchEnv, stop: StopRequest) -> int:
     stopping = False
     while state.step < last_step and not stopping:
         started = time.perf_counter()
-        must_stop = stop.is_asked or (launch.rank == 0 and stop_file.exists()) or saver.has_failed
-        if must_stop:
-            print("stop requested: saving after this step", flush=True)
-        record, stopping = train_step(run, must_stop)
+        is_asked = stop.is_asked or (launch.rank == 0 and stop_file.exists())
+        if is_asked or saver.has_failed:
+            print(describe_stop(config, saver.has_failed), flush=True)
+        record, stopping = train_step(run, is_asked or saver.has_failed)
         watchdog.enter("log", state.step)
         if profiler:
             profiler.step()
@@ -136,6 +136,15 @@ def train(config: Config, launch: LaunchEnv, stop: StopRequest) -> int:
     return EXIT_PREEMPTED if stopping and state.step < last_step else EXIT_DONE
 
 
+def describe_stop(config: Config, save_has_failed: bool) -> str:
+    """Why this start of the run ends with the step that is about to be done, and what is kept."""
+    if save_has_failed:
+        return "a save in the background has failed: ending after this step"
+    if not config.checkpoint.every:
+        return "stop requested: ending after this step, nothing is saved (checkpoint.every = 0)"
+    return "stop requested: saving after this step"
+
+
 def evaluate_run(run: Run, metrics: Metrics | None) -> None:
     """Evaluate the model as it is now; all ranks together."""
     # They import transformers: a quarter of the time that a rank takes to start.
@@ -152,16 +161,17 @@ def start(config: Config, launch: LaunchEnv, before: int | None = None) -> Run:
     """Set everything up, and load the newest checkpoint (older than step `before`)."""
     config.check_world(launch.world_size)
     run_dir = Path(config.run.dir)
-    # One rank is enough to read every byte; the others wait for it to join them.
-    rows = open_rows(config, "train", verify=config.data.verify and launch.rank == 0)
     # A replay may run beside the run itself, whose watchdogs must not take its reports for theirs.
     reports = run_dir / (FOLDER if before is None else f"{FOLDER}-replay")
     watchdog = Watchdog(config.guards, reports, launch.rank, launch.world_size)
+    rows = open_rows(config, "train", verify=False)
     device = init_distributed(launch)
     if config.train.attention == "triton" and device.type == "cpu":
         raise UserError("train.attention: triton needs a GPU (auto, blocked and dense do not)")
     grid = create_grid(config.parallel.sp)
     watchdog.enter("resume", 0)
+    if config.data.verify:
+        check_data(rows, launch.rank, launch.world_size, watchdog.progress)
     found = checkpoint.newest_checkpoint(
         run_dir, launch.rank, launch.world_size, before=before, progress=watchdog.progress
     )

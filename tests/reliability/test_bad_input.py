@@ -231,6 +231,16 @@ def test_damaged_run_is_one_line(tiny: TinyRuns, finished: Path, kind: str) -> N
     check_refused(config)
 
 
+def test_damaged_data_is_one_line(tiny: TinyRuns, data: Path) -> None:
+    shutil.copytree(data, tiny.folder / "data")
+    path = sorted((tiny.folder / "data/train").glob("*.tokens"))[-1]
+    path.write_bytes(path.read_bytes()[::-1])
+    job = Job(tiny("run", f"data.path={tiny.folder / 'data'}"), 2)
+    assert job.wait() == [EXIT_USER_ERROR] * 2, job.output()
+    (line,) = job.errors()
+    assert line.startswith(f"error: {path}: checksum differs (")
+
+
 @pytest.mark.parametrize("override", CHANGED_SETTINGS)
 def test_setting_that_does_not_fit_the_run_is_one_line(
     tiny: TinyRuns, finished: Path, override: str

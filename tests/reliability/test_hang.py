@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,28 @@ def test_hang_of_one_rank_of_two_ends_both(tiny: TinyRuns, kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_hang(tiny: TinyRuns, kind: str, world: int, trial: int) -> None:
     check_hang(tiny, kind, world)
+
+
+def test_data_that_takes_longer_than_the_limit_to_verify_is_no_hang(tiny: TinyRuns) -> None:
+    hashed = tiny.folder / "hashed"
+
+    def prepare(rank: int) -> None:
+        usual_limit, usual_hash = Watchdog.limit, disk.file_sha256
+
+        def hash_slowly(path: Path, progress: Callable[[], None]) -> tuple[int, str]:
+            Watchdog.limit = lambda self: LIMIT  # type: ignore[method-assign]
+            for _ in range(10):
+                time.sleep(LIMIT / 8)
+                progress()
+            Watchdog.limit = usual_limit  # type: ignore[method-assign]
+            hashed.touch()
+            return usual_hash(path, progress)
+
+        disk.file_sha256 = hash_slowly  # type: ignore[assignment]
+
+    job = Job(tiny("run", "train.stop_at=1"), 2, prepare)
+    assert job.wait() == [0, 0], job.output()
+    assert hashed.exists()
 
 
 def test_limit_follows_the_median_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

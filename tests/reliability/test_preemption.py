@@ -132,17 +132,22 @@ def test_second_signal_ends_a_rank_that_waits_for_another_for_ever(tiny: TinyRun
     job.end()
 
 
-def test_stop_file_ends_all_ranks_and_is_gone(tiny: TinyRuns) -> None:
-    config = tiny("run", "train.steps=100000", "checkpoint.every=100000")
+@pytest.mark.parametrize(
+    ("every", "said"),
+    [(100000, ": saving after"), (0, ", nothing is saved (checkpoint.every = 0)")],
+)
+def test_stop_file_ends_all_ranks_and_is_gone(tiny: TinyRuns, every: int, said: str) -> None:
+    config = tiny("run", "train.steps=100000", f"checkpoint.every={every}")
     job = Job(config, 2)
     run = Path(config.run.dir)
     job.wait_for(run / "metrics.jsonl")
     (run / "STOP").touch()
     assert job.wait() == [EXIT_PREEMPTED] * 2
     assert not (run / "STOP").exists()
+    (line,) = [line for line in job.output().splitlines() if "stop requested" in line]
+    assert said in line
     found = newest_checkpoint(run)
-    assert found is not None
-    assert found.step == len(losses(run))
+    assert (found and found.step) == (len(losses(run)) if every else None)
 
 
 def test_signals_are_listened_to_before_anything_slow_is_imported(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 from tensorlm import disk
 from tensorlm.checkpoint import Saver
 from tensorlm.config import Config
-from tensorlm.errors import EXIT_USER_ERROR
+from tensorlm.errors import EXIT_CRASH, EXIT_USER_ERROR
 from tensorlm.launch_env import LaunchEnv
 from tensorlm.preemption import StopRequest
 from tests.reliability.conftest import TinyRuns
@@ -167,8 +167,10 @@ def test_background_save_whose_ranks_cannot_agree_is_no_success(tiny: TinyRuns) 
     def prepare(rank: int) -> None:
         Saver._agree = agree  # type: ignore[assignment]
 
-    job = Job(tiny("run", "checkpoint.background=true"), 2, prepare)
-    assert 0 not in job.wait(20), job.output()
+    config = tiny("run", "checkpoint.background=true", "checkpoint.every=40", "train.steps=100000")
+    job = Job(config, 2, prepare)
+    assert job.wait() == [EXIT_CRASH] * 2, job.output()
+    assert "a save in the background has failed: ending after this step" in job.output()
     assert "connection reset by peer" in job.output()
 
 
