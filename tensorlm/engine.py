@@ -140,7 +140,8 @@ class Engine:
     """A model, its AdamW and DeepSpeed, driven one optimizer step at a time."""
 
     def __init__(self, model: nn.Module, config: Config) -> None:
-        self._names = {p: name for name, p in model.named_parameters()}
+        # DeepSpeed adds fields to parameters: Any.
+        self._names: dict[Any, str] = {p: name for name, p in model.named_parameters()}
         self._stage = config.zero.stage
         self._grad_clip = config.optim.grad_clip
         self._unsharded_norm = float("nan")
@@ -236,6 +237,19 @@ class Engine:
             for parameter, name in self._names.items()
             if self._stage < 3 or getattr(parameter, "ds_persist", False)
         }
+
+    def kept(self) -> dict[str, Tensor]:
+        """Working weights and Adam state that this rank holds from one step to the next.
+
+        Only `step` and `refresh_weights` change them.
+        """
+        tensors = {
+            name: parameter.ds_tensor if self._stage == 3 else parameter.data
+            for parameter, name in self._names.items()
+        }
+        for piece in self.parameter_slices():
+            tensors |= {f"{piece.name}/{key}": value for key, value in piece.state.items()}
+        return tensors
 
     def _ensure_adam_state(self) -> None:
         """torch creates Adam's state at the first step; a checkpoint may need it before."""

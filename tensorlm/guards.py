@@ -106,7 +106,7 @@ def check_replicas(replicas: dict[str, Tensor], step: int) -> None:
     """
     if not replicas or dist.get_world_size() == 1:
         return
-    sums = torch.stack([_bit_sum(tensor) for tensor in replicas.values()])
+    sums = _bit_sums(replicas)
     gathered = [torch.empty_like(sums) for _ in range(dist.get_world_size())]
     dist.all_gather(gathered, sums)
     table = torch.stack(gathered).cpu()
@@ -119,14 +119,57 @@ def check_replicas(replicas: dict[str, Tensor], step: int) -> None:
         odd = list(range(len(table)))
     raise MachineError(
         f"rank {', '.join(map(str, odd))}: step {step}: weights differ between ranks, first in "
-        f"{name} (suspect that device; the newest checkpoint was compared and is good)"
+        f"{name} (suspect that device)"
     )
 
 
-def _bit_sum(tensor: Tensor) -> Tensor:
-    """Sum of the bit patterns, int64: any one flipped bit changes it."""
-    integer = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
-    return tensor.detach().contiguous().view(integer).sum(dtype=torch.int64)
+class MemoryGuard:
+    """What a rank keeps from one step to the next must not change in between.
+
+    That is all that can be compared where no other rank holds the same, as at ZeRO stages 1 to 3.
+    """
+
+    def __init__(self, every: int) -> None:
+        """`every`: steps between two that are guarded; 0: none is."""
+        self._every = every
+        self._sums: Tensor | None = None
+
+    def remember(self, step: int, kept: Callable[[], dict[str, Tensor]]) -> None:
+        """Right after step `step`, if the next one is to be guarded; costs a pass over `kept`."""
+        is_next_guarded = self._every and (step + 1) % self._every == 0
+        self._sums = _bit_sums(kept()) if is_next_guarded else None
+
+    def check(self, step: int, kept: Callable[[], dict[str, Tensor]]) -> None:
+        """Just before step `step` is applied: nothing has changed since `remember`; collective.
+
+        Raises:
+            MachineError: on all ranks, naming those on which something has.
+        """
+        if self._sums is None:
+            return
+        tensors = kept()
+        changed = (_bit_sums(tensors) != self._sums).nonzero().flatten().tolist()
+        found = gather_json([list(tensors)[index] for index in changed[:1]])
+        odd = [rank for rank, names in enumerate(found) if names]
+        if odd:
+            raise MachineError(
+                f"rank {', '.join(map(str, odd))}: step {step}: {found[odd[0]][0]} changed in "
+                f"memory since step {step - 1} (suspect that device; if there is a checkpoint of "
+                f"step {step - 1}, it may hold the change)"
+            )
+
+
+def _bit_sums(tensors: dict[str, Tensor]) -> Tensor:
+    """[N] int64, where the first tensor is: the sum of each one's bit patterns, as integers.
+
+    Any one flipped bit changes it.
+    """
+    sums = []
+    for tensor in tensors.values():
+        size = tensor.element_size()
+        integer = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[size]
+        sums.append(tensor.detach().contiguous().view(integer).sum(dtype=torch.int64))
+    return torch.stack([total.to(sums[0].device) for total in sums])
 
 
 def check_data(rows: PackedRows, rank: int, world_size: int, progress: Callable[[], None]) -> None:

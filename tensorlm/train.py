@@ -19,7 +19,14 @@ from .engine import Engine, init_distributed, leave_distributed
 from .errors import EXIT_DONE, EXIT_PREEMPTED, UserError
 from .flops import num_parameters, peak_flops, recomputed_flops, train_flops
 from .fused import runs_liger
-from .guards import StepGuard, check_data, check_disk_space, check_replicas, lock_run
+from .guards import (
+    MemoryGuard,
+    StepGuard,
+    check_data,
+    check_disk_space,
+    check_replicas,
+    lock_run,
+)
 from .launch_env import LaunchEnv
 from .manifest import Checkpoint
 from .metrics import Metrics, git_commit, peak_memory_gib
@@ -56,6 +63,7 @@ class Run:
     feed: Feed
     engine: Engine
     guard: StepGuard
+    memory: MemoryGuard
     watchdog: Watchdog
     state: TrainState
 
@@ -180,7 +188,8 @@ def start(config: Config, launch: LaunchEnv, before: int | None = None) -> Run:
         model.init_weights(config.run.seed)
     engine = Engine(model, config)
     feed = Feed(rows, config, grid, pin=device.type == "cuda")
-    run = Run(config, device, grid, rows, feed, engine, StepGuard(config), watchdog, TrainState())
+    guard, memory = StepGuard(config), MemoryGuard(config.guards.replica_every)
+    run = Run(config, device, grid, rows, feed, engine, guard, memory, watchdog, TrainState())
     if before is None and config.checkpoint.every:
         check_room(run)
     if found is not None:
@@ -192,7 +201,7 @@ def train_step(run: Run, must_stop: bool) -> tuple[dict[str, Any], bool]:
     """One optimizer step: advances the state, returns what to log and whether any rank must stop.
 
     Raises:
-        UserError: the step guard ends the run.
+        UserError: one of the guards ends the run.
     """
     config, grid, device, state = run.config, run.grid, run.device, run.state
     run.watchdog.enter("data", state.step + 1)
@@ -226,7 +235,9 @@ def train_step(run: Run, must_stop: bool) -> tuple[dict[str, Any], bool]:
         run.engine.backward(loss * loss_scale)
     run.watchdog.enter("step", state.step + 1)
     lr = learning_rate(state.step, config.train.steps, config.optim)
+    run.memory.check(state.step + 1, run.engine.kept)
     grad_norm = run.engine.step(lr)
+    run.memory.remember(state.step + 1, run.engine.kept)
     mean_loss = total_loss.item() / num_losses
 
     state.step += 1

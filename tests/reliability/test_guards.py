@@ -3,6 +3,7 @@
 import math
 import os
 import random
+import re
 import signal
 import sys
 import time
@@ -85,7 +86,7 @@ def test_bad_step_is_skipped_once_on_all_ranks(
     config = tiny(
         "run", f"zero.stage={stage}", f"train.dtype={dtype}", "train.steps=12",
         "checkpoint.every=1", "checkpoint.keep_last=20", 'guards.spike="skip"',
-        "guards.spike_window=8",
+        "guards.spike_window=8", "guards.replica_every=1",
     )  # fmt: skip
     bad = {3: "nan", 5: "inf", 6: "gradient", 10: "spike"}
     job = train_spoiled(config, world, bad, monkeypatch, on_rank=world - 1)
@@ -167,35 +168,38 @@ def test_window_takes_the_median_and_forgets_nothing_over_a_restart(tiny: TinyRu
     assert again.state() == guard.state() == {"losses": [4.0, 3.0, 2.0, 100.0], "num_skipped": 1}
 
 
-def flip_bit_at(step: int, on_rank: int) -> Prepare:
-    """One bit of a working weight of one rank flips before the replicas of `step` are compared."""
+def flip_bit(tensor: torch.Tensor) -> None:
+    tensor.view(-1)[:1].view(torch.uint8)[1] ^= 1
+
+
+def gathered_wrong(step: int, on_rank: int) -> Prepare:
+    """A step leaves one rank with another weight than the others."""
 
     def prepare(rank: int) -> None:
-        real, calls = Engine.replicas, [0]
+        real, calls = Engine.step, [0]
 
-        def replicas(self: Engine) -> dict[str, torch.Tensor]:
-            tensors = real(self)
+        def do_step(self: Engine, lr: float) -> float:
+            norm = real(self, lr)
             calls[0] += 1
             if calls[0] == step:
-                weight = next(iter(tensors.values()))
-                weight.view(-1)[5:6].view(torch.uint8)[1] ^= 1
-            return tensors
+                flip_bit(next(iter(self.replicas().values())))
+            return norm
 
         if rank == on_rank:
-            Engine.replicas = replicas  # type: ignore[method-assign]
+            Engine.step = do_step  # type: ignore[method-assign]
 
     return prepare
 
 
 @pytest.mark.parametrize(("stage", "world", "odd"), [(0, 3, 2), (2, 3, 0), (3, 3, 1), (1, 2, 1)])
-def test_flipped_bit_in_a_replica_names_its_rank(
+def test_replica_that_differs_names_its_rank(
     tiny: TinyRuns, stage: int, world: int, odd: int
 ) -> None:
     config = tiny(
         "run", f"zero.stage={stage}", "guards.replica_every=1", "train.rows_per_step=6",
         "train.micro_batch=1",
     )  # fmt: skip
-    job = Job(config, world, flip_bit_at(3, odd))
+    job = Job(config, world, gathered_wrong(3, odd))
     assert job.wait() == [EXIT_INTERNAL] * world, job.output()
     (line,) = job.errors()
     who = f"rank {odd}: step 3" if world > 2 else "rank 0, 1: step 3"
@@ -203,6 +207,49 @@ def test_flipped_bit_in_a_replica_names_its_rank(
     found = newest_checkpoint(Path(config.run.dir))
     assert found is not None
     assert found.step == 2  # from before
+
+
+def flipped_between_steps(after: int, on_rank: int, what: str) -> Prepare:
+    """A bit of something that one rank keeps flips, in the first tensor whose name ends so."""
+
+    def prepare(rank: int) -> None:
+        real, calls = Engine.forward, [0]
+
+        def forward(self: Engine, *inputs: torch.Tensor) -> torch.Tensor:
+            loss = real(self, *inputs)
+            calls[0] += 1
+            if calls[0] == after * BATCHES_PER_STEP + 1:
+                kept = self.kept()
+                flip_bit(kept[next(n for n in kept if n.endswith(what) and kept[n].numel())])
+            return loss
+
+        if rank == on_rank:
+            Engine.forward = forward  # type: ignore[method-assign]
+
+    return prepare
+
+
+@pytest.mark.parametrize(
+    ("stage", "world", "odd", "what"),
+    [
+        (0, 1, 0, "weight"), (1, 2, 1, "weight"), (1, 2, 0, "/exp_avg"), (2, 2, 1, "weight"),
+        (2, 2, 0, "/master"), (3, 2, 1, "weight"), (3, 2, 0, "/exp_avg_sq"),
+    ],
+)  # fmt: skip
+def test_bit_that_flips_between_two_steps_names_its_rank(
+    tiny: TinyRuns, stage: int, world: int, odd: int, what: str
+) -> None:
+    config = tiny(
+        "run", f"zero.stage={stage}", "guards.replica_every=2", "train.micro_batch=1",
+        f"train.rows_per_step={BATCHES_PER_STEP * world}",
+    )  # fmt: skip
+    job = Job(config, world, flipped_between_steps(3, odd, what))
+    assert job.wait() == [EXIT_INTERNAL] * world, job.output()
+    (line,) = job.errors()
+    assert re.match(rf"error: rank {odd}: step 4: \S+{what} changed in memory since step 3", line)
+    found = newest_checkpoint(Path(config.run.dir))
+    assert found is not None
+    assert found.step == 2
 
 
 def test_second_job_on_a_run_is_refused_until_the_first_is_gone(tiny: TinyRuns) -> None:
