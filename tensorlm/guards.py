@@ -166,9 +166,13 @@ def _bit_sums(tensors: dict[str, Tensor]) -> Tensor:
     """
     sums = []
     for tensor in tensors.values():
-        size = tensor.element_size()
-        integer = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[size]
-        sums.append(tensor.detach().contiguous().view(integer).sum(dtype=torch.int64))
+        flat = tensor.detach().reshape(-1)
+        words = 8 // flat.element_size()
+        if flat.numel() % words or flat.storage_offset() % words:
+            bits = flat.view({1: torch.int8, 2: torch.int16, 4: torch.int32}[flat.element_size()])
+        else:
+            bits = flat.view(torch.int64)  # many times faster on a CPU
+        sums.append(bits.sum(dtype=torch.int64))
     return torch.stack([total.to(sums[0].device) for total in sums])
 
 
