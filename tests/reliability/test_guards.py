@@ -1,5 +1,6 @@
 """Bad steps are skipped on all ranks, replicas that drift apart and second jobs are found out."""
 
+import json
 import math
 import os
 import random
@@ -7,6 +8,7 @@ import re
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -170,6 +172,50 @@ def test_window_takes_the_median_and_forgets_nothing_over_a_restart(tiny: TinyRu
 
 def flip_bit(tensor: torch.Tensor) -> None:
     tensor.view(-1)[:1].view(torch.uint8)[1] ^= 1
+
+
+SPIKE = range(31_214, 31_251)
+
+
+def synthetic_log(seed: int) -> Iterator[tuple[int, float]]:
+    """(step, loss) of a made-up run, with a spike of the shape that logs of large runs show.
+
+    Nothing here was measured: a slowly falling loss with noise, now and then a hard batch, and at
+    the steps of `SPIKE` a rise by 2.5 within a few steps that takes thirty to fade.
+    """
+    rng = random.Random(seed)
+    for step in range(30_000, 32_500):
+        loss = 2.35 * (step / 30_000) ** -0.05 + rng.gauss(0, 0.03)
+        if rng.random() < 0.005:
+            loss += rng.uniform(0, 0.15)
+        if step in SPIKE:
+            since = step - SPIKE.start
+            loss += 2.5 * min(1.0, (since + 1) / 4) * 0.9 ** max(0, since - 4)
+        yield step, loss
+
+
+def skipped_steps(guard: StepGuard, log: Iterator[tuple[int, float]]) -> list[int]:
+    """Steps of a log that the guard would skip; as in training, their gradients are not finite."""
+    return [
+        step
+        for step, loss in log
+        if guard.judge(step, loss, 1.0 if loss <= guard.loss_limit() else math.nan, list)
+    ]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_spike_in_a_made_up_log_is_found_and_nothing_else(tiny: TinyRuns, seed: int) -> None:
+    guard = StepGuard(tiny("run", 'guards.spike="skip"', "train.max_skips=100"))
+    skipped = skipped_steps(guard, synthetic_log(seed))
+    assert skipped[0] == SPIKE.start
+    assert set(skipped) <= set(SPIKE)
+    assert len(skipped) >= 15
+
+
+def test_spike_that_lasts_ends_the_run(tiny: TinyRuns) -> None:
+    guard = StepGuard(tiny("run", 'guards.spike="skip"'))
+    with pytest.raises(UserError, match=rf"step {SPIKE.start + 9}: .*10 steps in a row"):
+        skipped_steps(guard, synthetic_log(0))
 
 
 def gathered_wrong(step: int, on_rank: int) -> Prepare:
@@ -368,6 +414,30 @@ def test_background_save_writes_the_state_of_its_step(tiny: TinyRuns) -> None:
             for name in ("plain", "slow")
         )
         assert assembled(plain) == assembled(slow)
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_ledger_says_how_long_training_stood_still(tiny: TinyRuns, background: bool) -> None:
+    config = tiny("run", f"checkpoint.background={str(background).lower()}")
+    job = Job(config, 1, lambda rank: disk.use(SlowDisk()))
+    assert job.wait() == [0], job.output()
+    lines = (Path(config.run.dir) / "checkpoints.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    assert [record["step"] for record in records] == [2, 4, 6, 8]
+    for record in records:
+        files = open_checkpoint(step_folder(Path(config.run.dir), 8)).manifest["files"]
+        assert record["bytes"] == sum(entry["bytes"] for entry in files)
+        assert record["seconds"] > 0.1  # SlowDisk: ten writes at least
+        if not background:
+            assert record["stall_seconds"] == record["seconds"]
+    # The first one has nothing to wait for; later ones wait for the one before.
+    assert not background or records[0]["stall_seconds"] < records[0]["seconds"] / 2
+
+
+def test_multiples_of_keep_every_are_kept_for_ever(tiny: TinyRuns) -> None:
+    config = tiny("run", "checkpoint.keep_last=1", "checkpoint.keep_every=4", "train.steps=10")
+    tiny.finish(config)
+    assert list_steps(Path(config.run.dir)) == [10, 8, 4]
 
 
 def test_step_whose_rows_have_nothing_to_predict_has_no_loss(tiny: TinyRuns) -> None:
