@@ -8,6 +8,7 @@ torchrun or srun), and projects it to 8 ... 1,024 GPUs:
 
 torchrun --nproc_per_node 4 launcher/benchmark.py sp --config C parallel.sp=4 data.seq_len=65536
 
+`memory` compares the memory and time that launcher/plan.py predicts with those of real steps.
 `conversion` takes a model's shape through import and export and tells their peak memory.
 """
 
@@ -31,6 +32,7 @@ def main() -> int:
     add_train(commands.add_parser("train", help="a model, folded and not, and Hugging Face's"))
     add_sp(commands.add_parser("sp", help="one layer whose rows are shared by ranks"))
     add_conversion(commands.add_parser("conversion", help="memory of import and export"))
+    add_memory(commands.add_parser("memory", help="predictions against real training steps"))
     add_data(commands.add_parser("data", help="preparing, planning and serving data"))
     args = parser.parse_args()
     return int(args.run(args))
@@ -207,6 +209,47 @@ def conversion(args: argparse.Namespace) -> int:
     from tensorlm.benchmarks import conversion as bench
 
     print(bench.format_table(bench.measure(args.config, load_config(args.config), args.folder)))
+    return 0
+
+
+def add_memory(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--points", default="default", metavar="FILE", help="TOML with [[points]], or default"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every number")
+    parser.add_argument("--seconds", type=float, default=570, help="for all points together")
+    parser.add_argument("--each", type=float, default=180, help="seconds for one point")
+    parser.add_argument("--one", help=argparse.SUPPRESS)  # a point, in its own process
+    parser.add_argument("--answer", type=Path, help=argparse.SUPPRESS)
+    parser.set_defaults(run=memory)
+
+
+def memory(args: argparse.Namespace) -> int:
+    from tensorlm.benchmarks import memory_points as bench
+
+    if args.one:
+        from tensorlm.benchmarks.memory import measure
+
+        point = bench.Point.model_validate_json(args.one)
+        measurement = measure(bench.point_config(point), read_launch_env(), point.steps)
+        args.answer.write_text(json.dumps(asdict(measurement)))
+        return 0
+    for name in ("seconds", "each"):
+        if getattr(args, name) <= 0:
+            raise UserError(f"--{name}: must be positive")
+    if args.points == "default":
+        import torch
+
+        points = bench.default_points(torch.cuda.is_available())
+    else:
+        points = bench.read_points(Path(args.points))
+    outcomes = []
+    print(bench.TABLE_HEAD, flush=True)
+    for outcome in bench.measure_points(points, args.seconds, args.each):
+        outcomes.append(asdict(outcome))
+        print(bench.format_outcome(outcome), flush=True)
+        if args.json:  # after each point: what was measured outlives an interruption
+            args.json.write_text(json.dumps(outcomes, indent=1) + "\n")
     return 0
 
 

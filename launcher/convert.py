@@ -42,7 +42,8 @@ def add_export(parser: argparse.ArgumentParser) -> None:
 
 
 def export(args: argparse.Namespace, config: Config) -> int:
-    from tensorlm.checkpoint import select_checkpoint
+    from tensorlm.checkpoint import check_model, select_checkpoint
+    from tensorlm.data.tokenizers import check_tokenizer
     from tensorlm.hf import hub
     from tensorlm.hf.export_folder import export_checkpoint
     from tensorlm.hf.import_folder import imported_folder
@@ -50,9 +51,19 @@ def export(args: argparse.Namespace, config: Config) -> int:
     run_dir = Path(config.run.dir)
     checkpoint = select_checkpoint(run_dir, args.checkpoint)
     trained = parse_config(checkpoint.manifest["config"], str(checkpoint.folder))
+    check_model(checkpoint, config)
     imported = imported_folder(run_dir)
     candidates = [Path(config.data.path) / "tokenizer", *([imported] if imported else [])]
     tokenizer = args.tokenizer or next((c for c in candidates if has_tokenizer(c)), None)
+    sha256 = checkpoint.manifest.get("tokenizer_sha256")  # None: it was imported, not trained
+    if tokenizer and sha256:
+        fix = "as asked" if args.tokenizer else "choose one with --tokenizer DIR"
+        try:
+            check_tokenizer(tokenizer, sha256, fix)
+        except UserError as error:
+            if args.tokenizer is None:
+                raise
+            print(f"note: {error}")
     if args.push_to_hub:  # before the work, since this is what may be refused
         hub.create_repository(args.push_to_hub, public=args.public)
     export_checkpoint(checkpoint, trained, args.output, args.dtype, tokenizer, imported=imported)

@@ -4,6 +4,9 @@ The text appears as it is generated. A folder's own code is never run: this inst
 """
 
 import argparse
+import math
+import os
+import sys
 from pathlib import Path
 
 from tensorlm.errors import UserError, run_launcher
@@ -21,34 +24,22 @@ def main() -> int:
         "--prefill-chunk", type=int, metavar="TOKENS", help="read a long prompt in pieces"
     )
     args = parser.parse_args()
-    if not (args.model / "config.json").exists():
-        raise UserError(f"{args.model}: no config.json (make it with launcher/convert.py export)")
-    for option in ("max_new_tokens", "prefill_chunk"):
-        if getattr(args, option) is not None and getattr(args, option) < 1:
-            raise UserError(f"--{option.replace('_', '-')}: must be at least 1")
-
-    import sys
+    check_arguments(args)
+    prompt = read_prompt(args.prompt)
 
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, TextStreamer
+    from transformers import TextStreamer
     from transformers.utils import logging
 
     from tensorlm.data.tokenizers import load_tokenizer
-    from tensorlm.hf.configuration_tensorlm import TensorLMConfig
-    from tensorlm.hf.modeling_tensorlm import TensorLMForCausalLM
+    from tensorlm.hf.load_folder import load_folder
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     torch.manual_seed(args.seed)
-    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    AutoConfig.register("tensorlm", TensorLMConfig)
-    AutoModelForCausalLM.register(TensorLMConfig, TensorLMForCausalLM)
     tokenizer = load_tokenizer(args.model)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(args.model, trust_remote_code=False).to(device)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{args.model}: {str(error).strip().splitlines()[0]}") from None
+    model = load_folder(args.model).to(device)
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(device)
     if inputs["input_ids"].shape[1] == 0:
         raise UserError("--prompt: is empty")
@@ -58,6 +49,33 @@ def main() -> int:
     streamer = TextStreamer(tokenizer, skip_special_tokens=True)
     model.generate(**inputs, max_new_tokens=args.max_new_tokens, streamer=streamer, **settings)
     return 0
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Raise UserError, a line for each option that makes no sense."""
+    if not (args.model / "config.json").exists():
+        raise UserError(f"{args.model}: no config.json (make it with launcher/convert.py export)")
+    chunk = 1 if args.prefill_chunk is None else args.prefill_chunk
+    checks = [
+        ("max-new-tokens", args.max_new_tokens >= 1, "at least 1"),
+        ("temperature", args.temperature == 0 or 1e-6 <= args.temperature < math.inf,
+         "0 (greedy), or at least 1e-6"),
+        ("top-p", 0 < args.top_p <= 1, "above 0 and at most 1"),
+        ("seed", 0 <= args.seed < 2**64, "at least 0 and below 2**64"),
+        ("prefill-chunk", chunk >= 1, "at least 1"),
+    ]  # fmt: skip
+    problems = [f"--{name}: must be {what}" for name, is_good, what in checks if not is_good]
+    if problems:
+        raise UserError(*problems)
+
+
+def read_prompt(argument: str) -> str:
+    """The text of `--prompt`, or of standard input."""
+    content = sys.stdin.buffer.read() if argument == "-" else os.fsencode(argument)
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"--prompt: not UTF-8 text ({error.reason} at {error.start})") from None
 
 
 if __name__ == "__main__":

@@ -12,8 +12,8 @@ import os
 from pathlib import Path
 
 from tensorlm.data.prepare import SHARD_BYTES, encode, find_files, read_documents
-from tensorlm.data.shards import Corpus, verify_shards
-from tensorlm.data.tokenizers import train_tokenizer
+from tensorlm.data.shards import open_shards, verify_shards
+from tensorlm.data.tokenizers import check_tokenizer, train_tokenizer
 from tensorlm.errors import UserError, run_launcher
 from tensorlm.launch_env import launched_world_size
 
@@ -30,8 +30,9 @@ def main() -> int:
         nargs="+",
         required=True,
         metavar="GLOB",
-        help="text files (one document each), .json, .jsonl (also .gz, .zst), .parquet, .arrow, or "
-        "hf:NAME[:SUBSET[:SPLIT]] for a data set of the hub or a local folder of `datasets`",
+        help="text files (one document each), .json, .jsonl, .ndjson (these also .gz, .zst), "
+        ".parquet, .arrow, or hf:NAME[:SUBSET[:SPLIT]] for a data set of the hub or a local folder "
+        "of `datasets`",
     )
     source.add_argument("--exclude", nargs="*", default=[], metavar="GLOB", help="files to skip")
     source.add_argument("--text-field", default="text", help="field that holds the text")
@@ -46,7 +47,7 @@ def main() -> int:
         "--tokenizer",
         type=Path,
         required=True,
-        help="Hugging Face folder, or a sentencepiece .model",
+        help="Hugging Face folder, or a sentencepiece BPE .model",
     )
     shards.add_argument("--output", type=Path, required=True, help="folder of the data set")
     shards.add_argument(
@@ -74,13 +75,13 @@ def main() -> int:
     inspect.add_argument("--plot", type=Path, metavar="FILE.png", help="plot document lengths")
     args = parser.parse_args()
 
+    _check(args)
     if args.command == "tokenizer":
         files = find_files(args.input, args.exclude)
         texts = read_documents(files, args.text_field, args.max_bytes)
         train_tokenizer(texts, args.vocab_size, args.output)
         print(f"{args.output}: sentencepiece tokenizer, {args.vocab_size:,} pieces")
     elif args.command == "encode":
-        _check_encode(args)
         own_cores = len(os.sched_getaffinity(0)) if launched_world_size() == 1 else 1
         summary = encode(
             find_files(args.input, args.exclude), args.tokenizer, args.output,
@@ -91,21 +92,29 @@ def main() -> int:
             print(summary)
     elif args.command == "verify":
         for split in _splits(args.data):
-            bad = verify_shards(split)
-            if bad:
+            if bad := verify_shards(split):
                 raise UserError(*bad)
-            print(f"{split}: {len(Corpus(split).shards)} shards are whole")
+            found, _ = open_shards(split)
+            check_tokenizer(args.data / "tokenizer", found[0].header.tokenizer_sha256)
+            print(f"{split}: {len(found)} shards are whole")
     else:
         _inspect(args)
     return 0
 
 
-def _check_encode(args: argparse.Namespace) -> None:
-    if not 0 <= args.holdout < 1:
-        raise UserError(f"--holdout: {args.holdout} is not a share (0 <= share < 1)")
-    for name in ("workers", "max_bytes", "shard_bytes"):
-        if getattr(args, name) < (name == "shard_bytes"):
+def _check(args: argparse.Namespace) -> None:
+    """Numbers and names that argparse takes as they are."""
+    least = {"vocab_size": 1, "max_bytes": 0, "workers": 0, "shard_bytes": 1, "samples": 0}
+    for name, value in least.items():
+        if getattr(args, name, value) < value:
             raise UserError(f"--{name.replace('_', '-')}: {getattr(args, name)} is too small")
+    if args.command == "encode" and not 0 <= args.holdout < 1:
+        raise UserError(f"--holdout: {args.holdout} is not a share (0 <= share < 1)")
+    if args.command == "inspect":
+        if min(args.seq_len) < 1:
+            raise UserError(f"--seq-len: {min(args.seq_len)} is too small")
+        if args.plot and args.plot.suffix != ".png":
+            raise UserError(f"--plot: {args.plot} is not a name of a .png")
 
 
 def _splits(data: Path) -> list[Path]:
@@ -118,8 +127,12 @@ def _splits(data: Path) -> list[Path]:
 def _inspect(args: argparse.Namespace) -> None:
     from tensorlm.data import inspect
 
-    splits = _splits(args.data)
-    for split in splits:
+    splits = []
+    for split in _splits(args.data):
+        if inspect.is_empty(split):
+            print(f"{split}: empty", end="\n\n")
+            continue
+        splits.append(split)
         print(inspect.describe_split(split, args.seq_len), end="\n\n")
         print(*inspect.sample_documents(args.data, split.name, args.samples), sep="\n", end="\n\n")
     if args.plot:

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from . import disk
-from .config import CheckpointConfig
+from .config import CheckpointConfig, Config, model_differences
 from .engine import STATE, ParameterSlice
 from .errors import UserError
 from .manifest import Checkpoint, list_steps, open_checkpoint, step_folder
@@ -139,7 +139,7 @@ class Saver:
 
         def write_slices() -> dict[str, Any]:
             path = temporary / name
-            size, sha256 = write_safetensors(path, tensors, lambda: self._progress("save"))
+            size, sha256 = write_safetensors(path, tensors, lambda _: self._progress("save"))
             return {"name": name, "bytes": size, "sha256": sha256, **layout}
 
         def seal() -> None:
@@ -339,6 +339,20 @@ def check_names(checkpoint: Checkpoint, names: Iterable[str]) -> None:
     strange = sorted(checkpoint.shapes.keys() - set(names))
     if strange:
         raise UserError(f"{checkpoint.folder}: holds {strange[0]}, which the model has not")
+
+
+def check_model(checkpoint: Checkpoint, config: Config) -> None:
+    """The configured model is the one that was trained.
+
+    Raises:
+        UserError: a line for each setting that differs.
+    """
+    try:
+        differences = model_differences(checkpoint.manifest["config"], config)
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f"{checkpoint.folder}: not the checkpoint of a run") from None
+    if differences:
+        raise UserError(*(f"{checkpoint.folder}: {line}" for line in differences))
 
 
 def load_weights(checkpoint: Checkpoint, model: nn.Module) -> None:

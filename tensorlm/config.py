@@ -6,6 +6,7 @@ is reported at once, each on its own line with the nearest valid key.
 
 import difflib
 import itertools
+import json
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -337,7 +338,38 @@ def parse_config(tree: dict[str, Any], where: str) -> Config:
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise UserError(*_problem_lines(error, where)) from None
+        raise UserError(*problem_lines(error, where)) from None
+
+
+def model_differences(trained: dict[str, Any], config: Config) -> list[str]:
+    """How the configured model differs from that of a checkpoint, one line for each setting.
+
+    Only initial values may differ, since a checkpoint has its own.
+
+    Args:
+        trained: `config` of the checkpoint's manifest.
+        config: the configuration of today.
+
+    Raises:
+        KeyError, ValueError: `trained` is not the configuration of a run.
+    """
+    models = ModelConfig.model_validate(trained["model"]), config.model
+    theirs, ours = (_architecture(model) for model in models)
+    if theirs["head_dim"] != ours["head_dim"]:  # one may spell out what 0 stands for
+        theirs["head_dim"], ours["head_dim"] = (model.head_size for model in models)
+    return [
+        f"model.{key}: is {json.dumps(ours[key])}, the checkpoint has {json.dumps(value)} "
+        "(set it back)"
+        for key, value in theirs.items()
+        if ours[key] != value
+    ]
+
+
+def _architecture(model: ModelConfig) -> dict[str, Any]:
+    """All settings that make a model what it is, written in one way."""
+    settings = model.model_dump(mode="json", exclude={"init_std", "hop_bias_init"})
+    settings["full_every"] = model.full_every if model.fold else 0
+    return settings
 
 
 def config_toml(config: Config) -> str:
@@ -362,7 +394,8 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     tree[parts[-1]] = value
 
 
-def _problem_lines(error: ValidationError, where: str) -> list[str]:
+def problem_lines(error: ValidationError, where: str) -> list[str]:
+    """What pydantic found, a line per problem; `where` names the file."""
     lines = []
     for item in error.errors():
         path = ".".join(str(part) for part in item["loc"])

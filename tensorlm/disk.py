@@ -70,11 +70,14 @@ def make_folder(path: Path) -> None:
 
 
 def write_file(
-    path: Path, parts: Iterable[bytes | memoryview], progress: Callable[[], None] = lambda: None
+    path: Path,
+    parts: Iterable[bytes | memoryview],
+    progress: Callable[[int], object] = lambda num_bytes: None,
 ) -> tuple[int, str]:
     """Write a new file to the disk itself (fsync); returns its size and sha256.
 
-    The folder's entry for it is durable only after `sync_folder`. `progress` is called as it grows.
+    The folder's entry for it is durable only after `sync_folder`. `progress` is called as it grows,
+    with the number of new bytes.
     """
     digest, size = hashlib.sha256(), 0
     descriptor = _disk.create(path)
@@ -84,8 +87,9 @@ def write_file(
             digest.update(data)
             size += len(data)
             while data:
-                data = data[_disk.write(descriptor, data) :]
-                progress()
+                num_written = _disk.write(descriptor, data)
+                data = data[num_written:]
+                progress(num_written)
         _disk.sync(descriptor)
     finally:
         _disk.close(descriptor)
@@ -114,8 +118,10 @@ def remove_tree(path: Path) -> None:
     _disk.remove_folder(path)
 
 
-def file_sha256(path: Path, progress: Callable[[], None] = lambda: None) -> tuple[int, str]:
-    """Size and sha256 of a regular file.
+def file_sha256(
+    path: Path, progress: Callable[[int], object] = lambda num_bytes: None
+) -> tuple[int, str]:
+    """Size and sha256 of a regular file; `progress` is called with the number of bytes just read.
 
     Raises:
         OSError: it cannot be read, or is a link, a pipe or a device.
@@ -129,5 +135,5 @@ def file_sha256(path: Path, progress: Callable[[], None] = lambda: None) -> tupl
         while chunk := file.read(1 << 22):
             digest.update(chunk)
             size += len(chunk)
-            progress()
+            progress(len(chunk))
     return size, digest.hexdigest()

@@ -12,6 +12,7 @@ EXIT_CRASH = 1
 EXIT_USER_ERROR = 2
 EXIT_INTERNAL = 70
 EXIT_PREEMPTED = 75
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells say it
 
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG)
 _PATIENCE_SECONDS = 2.0
@@ -41,6 +42,8 @@ def run_launcher(
 ) -> None:
     """Run `main` and exit with its code; a UserError becomes one `error:` line per problem.
 
+    Ctrl-C is one line, too.
+
     `leave_at_once` is for ranks of a process group that are done with one another: gloo's threads
     may abort a process that is taken down piece by piece after its work is done, and after an error
     that may take for ever. `is_told` is whether another rank has already said why all end.
@@ -59,6 +62,10 @@ def run_launcher(
             code = EXIT_CRASH
         else:
             raise
+    except KeyboardInterrupt:
+        if _launched_rank() == 0:
+            print("interrupted", file=sys.stderr, flush=True)
+        code = EXIT_INTERRUPTED
     if leave_at_once:
         sys.stdout.flush()
         sys.stderr.flush()

@@ -10,7 +10,7 @@ from tensor_attention import fold_axes
 from .config import ModelConfig
 
 # Dense bf16 peak in FLOP/s by a fragment of the device name; vendors' data sheets, no sparsity.
-_GPU_PEAKS = {
+GPU_PEAKS = {
     "B200": 2250e12, "GH200": 989e12, "H200": 989e12, "H100": 989e12, "A100": 312e12,
     "L40S": 362e12, "RTX 4090": 165e12, "MI300X": 1307e12,
 }  # fmt: skip
@@ -61,12 +61,21 @@ def recomputed_flops(
     With activation checkpointing, all of each layer but its last product (tiles of the MLP are
     computed no oftener); without, the first two products of an MLP that is tiled.
     """
+    is_tiled = 0 < mlp_chunk < depth.numel()
+    linear = recomputed_linear_flops_per_token(config, activation_checkpointing, is_tiled)
+    attention = attention_flops(config, depth) if activation_checkpointing else 0
+    return linear * depth.numel() + attention
+
+
+def recomputed_linear_flops_per_token(
+    config: ModelConfig, activation_checkpointing: bool, is_tiled: bool
+) -> int:
+    """Of `recomputed_flops`, those of products with weights, for one token."""
     product = 2 * config.num_layers * config.hidden_size * config.intermediate_size
     if not activation_checkpointing:
-        return 2 * product * depth.numel() if 0 < mlp_chunk < depth.numel() else 0
+        return 2 * product if is_tiled else 0
     head = 2 * config.hidden_size * config.vocab_size
-    linear = linear_flops_per_token(config) - head - product
-    return linear * depth.numel() + attention_flops(config, depth)
+    return linear_flops_per_token(config) - head - product
 
 
 def num_parameters(model: torch.nn.Module) -> int:
@@ -78,7 +87,7 @@ def peak_flops(device: torch.device) -> float:
     """Peak FLOP/s of one device: the data sheet for known GPUs, else a measured matrix product."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-        for fragment, peak in _GPU_PEAKS.items():
+        for fragment, peak in GPU_PEAKS.items():
             if fragment in name:
                 return peak
     return _measured_flops(device)

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from tqdm import tqdm
 
 from . import disk
 from .checkpoint import gather_json
@@ -26,6 +25,7 @@ from .config import Config
 from .data.loader import PackedRows
 from .errors import MachineError, UserError
 from .launch_env import slurm_job
+from .progress import byte_bar
 
 _DEVIATION_OF_MAD = 1.4826  # standard deviation of a normal distribution, in its MADs
 _LOCK = "lock"
@@ -191,18 +191,20 @@ def check_data(rows: PackedRows, rank: int, world_size: int, progress: Callable[
     entries.sort(key=lambda item: item[0].bytes)  # equal shares
     share, bad = entries[rank::world_size], []
     total = sum(entry.bytes for entry, _ in share)
-    with tqdm(
-        total=total, unit="B", unit_scale=True, desc="verify data", delay=2, disable=rank > 0
-    ) as bar:
+    with byte_bar(total, "verify data", is_shown=rank == 0) as show:
+
+        def moved(num_bytes: int) -> None:
+            show(num_bytes)
+            progress()
+
         for entry, path in share:
             try:
-                _, sha256 = disk.file_sha256(path.resolve(), lambda *_: progress())
+                _, sha256 = disk.file_sha256(path.resolve(), moved)
                 problem = "" if sha256 == entry.sha256 else "checksum differs"
             except OSError as error:
                 problem = f"cannot be read: {error.strerror}"
             if problem:
                 bad.append(f"{path}: {problem} (restore the file, or prepare the data again)")
-            bar.update(entry.bytes)
     bad = [line for part in gather_json(bad) for line in part]
     if bad:
         raise UserError(*bad)

@@ -25,6 +25,7 @@ from torch import Tensor
 from . import disk
 from .engine import STATE
 from .errors import UserError
+from .progress import byte_bar
 
 FORMAT = "tensorlm-checkpoint"
 VERSION = 1
@@ -101,18 +102,28 @@ class Checkpoint:
     def bad_files(
         self, part: int = 0, num_parts: int = 1, progress: Callable[[], None] = lambda: None
     ) -> list[str]:
-        """What is wrong with the files (every `num_parts`-th, from `part`): size, sha256, links."""
-        bad = []
-        for entry in self.manifest["files"][part::num_parts]:
-            try:
-                size, sha256 = disk.file_sha256(self.folder / entry["name"], progress)
-            except OSError as error:
-                bad.append(f"{entry['name']}: {error.strerror}")
-                continue
-            if size != entry["bytes"]:
-                bad.append(f"{entry['name']}: {size} bytes, not {entry['bytes']}")
-            elif sha256 != entry["sha256"]:
-                bad.append(f"{entry['name']}: checksum differs")
+        """What is wrong with the files (every `num_parts`-th, from `part`): size, sha256, links.
+
+        `progress` is called as they are read; the first part shows a bar.
+        """
+        entries, bad = self.manifest["files"][part::num_parts], []
+        total = sum(entry["bytes"] for entry in entries)
+        with byte_bar(total, f"verify {self.folder.name}", is_shown=part == 0) as show:
+
+            def moved(num_bytes: int) -> None:
+                show(num_bytes)
+                progress()
+
+            for entry in entries:
+                try:
+                    size, sha256 = disk.file_sha256(self.folder / entry["name"], moved)
+                except OSError as error:
+                    bad.append(f"{entry['name']}: {error.strerror}")
+                    continue
+                if size != entry["bytes"]:
+                    bad.append(f"{entry['name']}: {size} bytes, not {entry['bytes']}")
+                elif sha256 != entry["sha256"]:
+                    bad.append(f"{entry['name']}: checksum differs")
         return bad
 
     def has_adam_state(self) -> bool:

@@ -22,12 +22,14 @@ _WEIGHT_FILE_BYTES = 1 << 30  # of imported weights, so that one file at a time 
 
 
 def write_safetensors(
-    path: Path, tensors: dict[str, Tensor], progress: Callable[[], None] = lambda: None
+    path: Path,
+    tensors: dict[str, Tensor],
+    progress: Callable[[int], object] = lambda num_bytes: None,
 ) -> tuple[int, str]:
     """Write float32 tensors in safetensors format, one at a time; returns size and sha256.
 
     Unlike `safetensors.torch.save_file` it hashes while it writes, and never holds a second copy of
-    all tensors.
+    all tensors. `progress` is called with the number of bytes just written.
     """
     header, offset = {}, 0
     for name, tensor in tensors.items():
@@ -113,9 +115,14 @@ def describe_os_error(error: OSError, default: Path) -> str:
 
 
 def write_weights(
-    run_dir: Path, parameters: Iterable[tuple[str, Tensor]], info: dict[str, Any]
+    run_dir: Path,
+    parameters: Iterable[tuple[str, Tensor]],
+    info: dict[str, Any],
+    progress: Callable[[int], object] = lambda num_bytes: None,
 ) -> Path:
     """Publish whole parameters without Adam state as the checkpoint of step 0 (one process).
+
+    `progress` is called with the number of bytes just written.
 
     Raises:
         UserError: the run has checkpoints already, or the disk refused.
@@ -131,7 +138,7 @@ def write_weights(
         for index, group in enumerate(_groups(parameters, _WEIGHT_FILE_BYTES)):
             path = temporary / f"rank-{index:05d}.safetensors"
             tensors = {f"{name}/master": tensor.flatten() for name, tensor in group}
-            num_bytes, sha256 = write_safetensors(path, tensors)
+            num_bytes, sha256 = write_safetensors(path, tensors, progress)
             entries.append(
                 {
                     "name": path.name,

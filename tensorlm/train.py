@@ -298,6 +298,7 @@ def resume(run: Run, found: Checkpoint) -> None:
             f"{found.folder}: was trained on other data, or with another data section or seed "
             "(restore them, or choose a new run.dir)"
         )
+    checkpoint.check_model(found, run.config)
     checkpoint.check_names(found, (name for name, _ in run.engine.module.named_parameters()))
     checkpoint.load(found, run.engine.parameter_slices())
     run.engine.refresh_weights(adam_step)

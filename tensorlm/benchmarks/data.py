@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from tensorlm.data.begun import Settings
 from tensorlm.data.inputs import plan_shards
 from tensorlm.data.loader import PackedRows, RowStage
 from tensorlm.data.packing import plan_rows
@@ -70,7 +71,11 @@ def _measure_preparing(files: list[str], tokenizer: Path, output: Path, num_byte
     scratch = output.with_name("scratch")
     (scratch / "train").mkdir(parents=True)
     copy_tokenizer(tokenizer, scratch / "tokenizer")
-    job = ShardJob(scratch, ("train",), "text", 0.0, "", 0, tuple(parts))
+    settings = Settings(
+        tokenizer_sha256="", text_field="text", holdout=0.0, max_bytes=num_bytes,
+        shard_bytes=num_bytes,
+    )  # fmt: skip
+    job = ShardJob(scratch, settings, tokenizer, 0, tuple(parts))
     texts = list(read_documents(files, "text", num_bytes))
     backend = load_tokenizer(scratch / "tokenizer").backend_tokenizer
     progress = Progress(multiprocessing.get_context("forkserver"))

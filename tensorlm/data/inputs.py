@@ -1,21 +1,24 @@
 """Where documents come from: files and data sets, cut into parts that workers read on their own.
 
     *.txt and others      one UTF-8 document a file
-    *.jsonl               a record a line; cut anywhere by bytes
+    *.jsonl, *.ndjson     a record a line; cut anywhere by bytes
     *.json                the same, or one array of records
     *.parquet, *.arrow    cut anywhere by rows
     hf:NAME[:SUBSET[:SPLIT]]   a `datasets` name on the hub, or a local folder; cut by rows
 
-`.gz` and `.zst` may follow a text or JSON suffix; such a file is one part.
+`.gz` and `.zst` may follow a text or JSON suffix; such a file is one part. Suffixes of tables and
+binary files that are not read are refused; any other suffix is text.
 """
 
+import codecs
+import contextlib
 import fnmatch
 import glob
 import io
 import json
 import os
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,7 +29,16 @@ import pyarrow.parquet as pq
 from tensorlm.errors import UserError
 
 HUB = "hf:"
-_KINDS = {".json": "json", ".jsonl": "jsonl", ".parquet": "parquet", ".arrow": "arrow"}
+_KINDS = {
+    ".json": "json", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet",
+    ".arrow": "arrow", ".feather": "arrow",
+}  # fmt: skip
+_NOT_READ = {
+    ".csv", ".tsv", ".xls", ".xlsx", ".ods", ".orc", ".avro", ".sqlite", ".db", ".h5", ".hdf5",
+    ".npy", ".npz", ".pkl", ".pickle", ".pt", ".pth", ".bin", ".safetensors", ".model", ".tar",
+    ".tgz", ".zip", ".7z", ".rar", ".bz2", ".xz", ".lz4", ".pdf", ".doc", ".docx", ".odt", ".epub",
+    ".png", ".jpg", ".jpeg", ".gif", ".mp3", ".mp4", ".wav", ".so", ".exe", ".pyc", ".whl", ".jar",
+}  # fmt: skip
 _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 _BATCH_ROWS = 256
 
@@ -48,7 +60,7 @@ def find_files(patterns: list[str], exclude: list[str] | None = None) -> list[st
     Names that start with `hf:` are passed on.
 
     Raises:
-        UserError: a pattern matches nothing.
+        UserError: a pattern matches nothing, nothing is left, or a file is of a kind not read.
     """
     found: set[str] = set()
     for pattern in patterns:
@@ -56,10 +68,21 @@ def find_files(patterns: list[str], exclude: list[str] | None = None) -> list[st
             found.add(pattern)
             continue
         files = [f for f in glob.glob(pattern, recursive=True) if Path(f).is_file()]
+        if not files and Path(pattern).is_dir():
+            raise UserError(f"{pattern}: is a folder (write '{Path(pattern) / '**' / '*.txt'}')")
         if not files:
             raise UserError(f"{pattern}: no such file")
         found.update(files)
-    return sorted(f for f in found if not any(fnmatch.fnmatch(f, e) for e in exclude or []))
+    kept = sorted(f for f in found if not any(fnmatch.fnmatch(f, e) for e in exclude or []))
+    if not kept:
+        raise UserError(f"--exclude: leaves nothing of {len(found)} files (exclude fewer)")
+    for file in kept:
+        if not file.startswith(HUB) and _suffix(file) in _NOT_READ:
+            raise UserError(
+                f"{file}: {_suffix(file)} is not read (make it .jsonl or .parquet, or leave it out "
+                "with --exclude)"
+            )
+    return kept
 
 
 def plan_shards(
@@ -99,6 +122,44 @@ def plan_shards(
     return [shard for shard in shards if shard]
 
 
+def mend_shards(
+    shards: list[list[Part]],
+    changed: Collection[str],
+    files: list[str],
+    text_field: str,
+    max_bytes: int = 0,
+) -> list[list[Part]]:
+    """The same cut of inputs of which some have changed, or are no longer among `files`.
+
+    The last part of a changed source ends where the source now ends; all other sources stay as they
+    are cut. A shard may have no parts left.
+
+    Args:
+        shards: from `plan_shards`.
+        changed: sources that are not as they were.
+        files: the sources that there still are, all of them in `shards`.
+        text_field: field (column) that holds the text.
+        max_bytes: that of `plan_shards`; where it cut the inputs off, it still does.
+    """
+    extents = {source: _extent(source, text_field) for source in changed if source in files}
+    end = {part.source: part for shard in shards for part in shard}
+    if max_bytes and sum(part.num_bytes for shard in shards for part in shard) >= max_bytes:
+        del end[next(reversed(end))]
+
+    def mended(part: Part) -> Part | None:
+        if part.source not in changed:
+            return part
+        if part.source not in extents:
+            return None
+        extent, num_bytes, _ = extents[part.source]
+        stop = extent if end.get(part.source) == part else min(part.stop, extent)
+        if stop <= part.start:
+            return None
+        return replace(part, stop=stop, num_bytes=round(num_bytes * (stop - part.start) / extent))
+
+    return [[new for part in shard if (new := mended(part))] for shard in shards]
+
+
 def read_documents(files: list[str], text_field: str, max_bytes: int = 0) -> Iterator[str]:
     """Yield the text of each document that is not empty.
 
@@ -116,22 +177,38 @@ def read_documents(files: list[str], text_field: str, max_bytes: int = 0) -> Ite
             yield text
 
 
-def read_part(part: Part, text_field: str) -> Iterator[str]:
+def read_part(
+    part: Part, text_field: str, count: Callable[[int], None] = lambda _: None
+) -> Iterator[str]:
     """Yield the text of each document of `part` that is not empty.
+
+    Args:
+        part: from `plan_shards`.
+        text_field: field (column) that holds the text.
+        count: called with the bytes read since the last call, `part.num_bytes` in all.
 
     Raises:
         UserError: what cannot be read, by file and place.
     """
-    reader = _READERS[_kind(part.source)]
+    reader, done = _READERS[_kind(part.source)], 0
     try:
-        for where, text in reader(part, text_field):
+        for where, text, now in reader(part, text_field):
             if not isinstance(text, str):
                 raise UserError(
                     f"{part.source}: {where}: field {text_field!r} holds no text (choose "
                     "--text-field, or remove the record)"
                 )
+            if not _is_unicode(text):
+                raise UserError(
+                    f"{part.source}: {where}: half of a surrogate pair is no text (mend it, or "
+                    "remove the record)"
+                )
+            now = min(now, part.num_bytes)
+            count(now - done)
+            done = now
             if text:
                 yield text
+        count(part.num_bytes - done)
     except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
@@ -139,14 +216,29 @@ def read_part(part: Part, text_field: str) -> Iterator[str]:
         ) from None
 
 
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _suffix(source: str) -> str:
+    """In lower case, without that of a compression."""
+    name, suffix = os.path.splitext(source.lower())
+    return os.path.splitext(name)[1] if suffix in _COMPRESSIONS else suffix
+
+
 def _kind(source: str) -> str:
     if source.startswith(HUB):
         return "dataset"
-    name, suffix = os.path.splitext(source)
-    if suffix not in _COMPRESSIONS:
-        return _KINDS.get(suffix, "text")
-    kind = _KINDS.get(os.path.splitext(name)[1], "text")
-    return "json" if kind == "jsonl" else kind  # packed, it cannot be cut
+    kind = _KINDS.get(_suffix(source), "text")
+    return "json" if kind == "jsonl" and _compression(source) else kind  # it cannot be cut
+
+
+def _compression(source: str) -> str | None:
+    return _COMPRESSIONS.get(os.path.splitext(source.lower())[1])
 
 
 def _extent(source: str, text_field: str) -> tuple[int, int, bool]:
@@ -178,25 +270,32 @@ def _column(names: Iterable[str], text_field: str, source: str) -> int:
     names = list(names)
     if text_field not in names:
         raise UserError(
-            f"{source}: no field {text_field!r} (has {', '.join(names)}; choose --text-field)"
+            f"{source}: no field {text_field!r} (has {', '.join(names) or 'none'}; choose "
+            "--text-field)"
         )
     return names.index(text_field)
 
 
-def _open_bytes(source: str) -> Any:
-    """The file's content as a buffered stream, decompressed where its name says so."""
-    compression = _COMPRESSIONS.get(os.path.splitext(source)[1])
+@contextlib.contextmanager
+def _open_bytes(source: str) -> Iterator[tuple[Any, Callable[[], int]]]:
+    """The file's content as a buffered stream, decompressed where its name says so; and a function
+    that tells how many bytes of the file that has taken."""
+    compression = _compression(source)
     if compression is None:
-        return open(source, "rb")
-    return io.BufferedReader(pa.input_stream(source, compression=compression), 1 << 20)
+        with open(source, "rb") as file:
+            yield file, file.tell
+        return
+    with pa.OSFile(source) as stored:
+        content = pa.CompressedInputStream(stored, compression)
+        yield io.BufferedReader(content, 1 << 20), stored.tell
 
 
-def _read_text(part: Part, _: str) -> Iterator[tuple[str, Any]]:
-    with _open_bytes(part.source) as file:
-        yield "content", file.read().decode()
+def _read_text(part: Part, _: str) -> Iterator[tuple[str, Any, int]]:
+    with _open_bytes(part.source) as (file, position):
+        yield "content", file.read().decode(), position()
 
 
-def _read_jsonl(part: Part, text_field: str) -> Iterator[tuple[str, Any]]:
+def _read_jsonl(part: Part, text_field: str) -> Iterator[tuple[str, Any, int]]:
     """The records whose lines begin in [start, stop)."""
     with open(part.source, "rb") as file:
         if part.start:
@@ -205,42 +304,42 @@ def _read_jsonl(part: Part, text_field: str) -> Iterator[tuple[str, Any]]:
         while (at := file.tell()) < part.stop:
             line = file.readline()
             if line.strip():
-                yield from _record(line, f"byte {at}", part.source, text_field)
+                text = _field(_parse(line, part, f"byte {at}"), part, f"byte {at}", text_field)
+                yield f"byte {at}", text, at + len(line) - part.start
 
 
-def _read_json(part: Part, text_field: str) -> Iterator[tuple[str, Any]]:
+def _read_json(part: Part, text_field: str) -> Iterator[tuple[str, Any, int]]:
     """A file that is read from its beginning: records line by line, or one array of records."""
-    with _open_bytes(part.source) as file:
-        if file.peek(64).lstrip()[:1] == b"[":
-            try:
-                records = json.loads(file.read())
-            except ValueError as error:
-                raise UserError(f"{part.source}: not JSON: {error} (mend it)") from None
-            for number, record in enumerate(records):
-                yield from _field(record, f"record {number}", part.source, text_field)
+    with _open_bytes(part.source) as (file, position):
+        if file.peek(64).removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"[":
+            for number, record in enumerate(_parse(file.read(), part, "content")):
+                where = f"record {number}"
+                yield where, _field(record, part, where, text_field), position()
             return
         for number, line in enumerate(file, 1):
             if line.strip():
-                yield from _record(line, f"line {number}", part.source, text_field)
+                where = f"line {number}"
+                text = _field(_parse(line, part, where), part, where, text_field)
+                yield where, text, position()
 
 
-def _record(line: bytes, where: str, source: str, text_field: str) -> Iterator[tuple[str, Any]]:
+def _parse(content: bytes, part: Part, where: str) -> Any:
     try:
-        record = json.loads(line)
-    except ValueError as error:
+        return json.loads(content)
+    except (ValueError, RecursionError) as error:
+        reason = error if isinstance(error, ValueError) else "nested too deeply"
         raise UserError(
-            f"{source}: {where}: not JSON: {error} (mend the line, or remove it)"
+            f"{part.source}: {where}: not JSON: {reason} (mend it, or remove it)"
         ) from None
-    yield from _field(record, where, source, text_field)
 
 
-def _field(record: Any, where: str, source: str, text_field: str) -> Iterator[tuple[str, Any]]:
+def _field(record: Any, part: Part, where: str, text_field: str) -> Any:
     names = list(record) if isinstance(record, dict) else []
-    _column(names, text_field, f"{source}: {where}")
-    yield where, record[text_field]
+    _column(names, text_field, f"{part.source}: {where}")
+    return record[text_field]
 
 
-def _read_parquet(part: Part, text_field: str) -> Iterator[tuple[str, Any]]:
+def _read_parquet(part: Part, text_field: str) -> Iterator[tuple[str, Any, int]]:
     with pq.ParquetFile(part.source) as file:
         first, groups = 0, []
         skipped = 0
@@ -255,19 +354,23 @@ def _read_parquet(part: Part, text_field: str) -> Iterator[tuple[str, Any]]:
         yield from _rows(batches, skipped, part)
 
 
-def _read_arrow(part: Part, text_field: str) -> Iterator[tuple[str, Any]]:
+def _read_arrow(part: Part, text_field: str) -> Iterator[tuple[str, Any, int]]:
     table = _open_arrow(part.source).select([text_field])
     batches = table.slice(part.start, part.stop - part.start).to_batches(_BATCH_ROWS)
     yield from _rows(batches, part.start, part)
 
 
-def _rows(batches: Iterable[Any], at: int, part: Part) -> Iterator[tuple[str, Any]]:
+def _rows(batches: Iterable[Any], at: int, part: Part) -> Iterator[tuple[str, Any, int]]:
     """The rows [start, stop) of one-column batches, the first of which begins at row `at`."""
     for batch in batches:
         rows = batch.slice(max(0, part.start - at), max(0, part.stop - max(at, part.start)))
         for number, text in enumerate(rows.column(0).to_pylist(), max(at, part.start)):
-            yield f"row {number}", text
+            yield f"row {number}", text, _bytes_before(number + 1, part)
         at += batch.num_rows
+
+
+def _bytes_before(row: int, part: Part) -> int:
+    return part.num_bytes * (row - part.start) // (part.stop - part.start)
 
 
 def _open_arrow(source: str) -> Any:
@@ -279,11 +382,12 @@ def _open_arrow(source: str) -> Any:
             return pa.ipc.open_file(mapped).read_all()
 
 
-def _read_dataset(part: Part, text_field: str) -> Iterator[tuple[str, Any]]:
+def _read_dataset(part: Part, text_field: str) -> Iterator[tuple[str, Any, int]]:
     dataset = _open_dataset(part.source).select_columns([text_field])
     for start in range(part.start, part.stop, _BATCH_ROWS):
         texts = dataset[start : min(start + _BATCH_ROWS, part.stop)][text_field]
-        yield from ((f"row {number}", text) for number, text in enumerate(texts, start))
+        for number, text in enumerate(texts, start):
+            yield f"row {number}", text, _bytes_before(number + 1, part)
 
 
 @cache

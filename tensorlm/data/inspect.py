@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .packing import plan_rows
-from .shards import Corpus
+from .shards import Corpus, open_shards
 from .tokenizers import load_tokenizer
 
 _BAR_WIDTH = 40
@@ -21,6 +21,11 @@ def length_histogram(lengths: NDArray[np.int64]) -> list[tuple[int, int, int, in
         held = lengths[powers == power]
         rows.append((1 << power, 2 << power, len(held), int(held.sum())))
     return rows
+
+
+def is_empty(folder: Path) -> bool:
+    """Whether a split has shards but no documents."""
+    return not any(shard.header.num_documents for shard in open_shards(folder)[0])
 
 
 def describe_split(folder: Path, seq_lens: list[int]) -> str:

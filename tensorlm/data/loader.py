@@ -26,6 +26,7 @@ from .epochs import SourceRows
 from .mixing import Mix
 from .packing import RowPlan
 from .shards import Corpus
+from .tokenizers import check_tokenizer
 
 _WORD = (1 << 64) - 1
 
@@ -143,14 +144,14 @@ class PackedRows:
         """The slice `tokens` of the global rows `indices`, all of one stage; only it is read."""
         first, stop, _ = tokens.indices(self.seq_len(indices[0]))
         shape = (len(indices), stop - first)
-        ids = torch.zeros(shape, dtype=torch.int64, pin_memory=pin)
-        labels = torch.full(shape, IGNORED, dtype=torch.int64, pin_memory=pin)
+        ids = torch.empty(shape, dtype=torch.int64, pin_memory=pin)
+        labels = torch.empty(shape, dtype=torch.int64, pin_memory=pin)
         doc_start = torch.empty(shape, dtype=torch.int32, pin_memory=pin)
         digest = 0
-        for at, index in enumerate(indices):
-            columns = (ids[at].numpy(), labels[at].numpy(), doc_start[at].numpy())
-            self._fill(index, first, *columns)
-            digest += _digest(index, first, columns[0], columns[2])
+        columns = (ids.numpy(), labels.numpy(), doc_start.numpy())
+        for index, *row in zip(indices, *columns, strict=True):
+            self._fill(index, first, *row)
+            digest += _digest(index, first, row[0], row[2])
         return Batch(ids, labels, doc_start, first, digest & _WORD)
 
     def micro_batches(
@@ -198,26 +199,39 @@ class PackedRows:
         labels: NDArray[np.int64],
         doc_start: NDArray[np.int32],
     ) -> None:
-        """Write tokens first ... first + len(tokens) of a row; where it is padded, `tokens` is 0
-        and `labels` is ignored before and after."""
+        """Write tokens first ... first + len(tokens) of a row; where it is padded, `tokens` is 0,
+        `labels` is ignored, and each token is a document."""
         source, plan, row = self._locate(index)
         corpus, stop = self.corpora[source], first + len(tokens)
-        here = slice(plan.row_first[row], plan.row_first[row + 1])
-        documents = plan.pieces.document[here]
-        ends = np.cumsum(plan.pieces.length[here])
-        begins = ends - plan.pieces.length[here]
-        low, high = np.maximum(begins, first), np.minimum(ends, stop)
-        start = plan.pieces.start[here] + low - begins
-        # One token more than is here, where the document goes on: the last label.
-        num_read = np.minimum(high - low + 1, corpus.lengths[documents] - start)
-        shards, start = corpus.shard_of(documents), start + corpus.begins[documents]
-        doc_start[:] = np.arange(first, stop)  # padding: each token is a document
-        table = np.stack([begins, low - first, high - first, shards, start, num_read]).T
-        for begin, a, b, shard, at, count in table[low < high].tolist():
-            text = corpus.shards[shard].tokens[at : at + count]
+        pieces = plan.pieces[plan.row_first[row] : plan.row_first[row + 1]]
+        end = 0
+        if len(tokens) < plan.seq_len:  # only the pieces that reach into the slice
+            ends = np.cumsum(pieces.length)
+            low, high = np.searchsorted(ends, [first, stop - 1], side="right")
+            end = int(ends[low - 1]) if low else 0
+            pieces = pieces[low : high + 1]
+        columns = (
+            pieces.start,
+            pieces.length,
+            corpus.shard_of(pieces.document),
+            corpus.begins[pieces.document],
+            corpus.lengths[pieces.document],
+        )
+        # Rows have few pieces: plain integers are faster here than small arrays.
+        for start, length, shard, at, whole in zip(*(c.tolist() for c in columns), strict=True):
+            begin, end = end, end + length
+            a, b = max(begin - first, 0), min(end, stop) - first
+            start += a + first - begin
+            # One token more than is here, where the document goes on: the last label.
+            count = min(b - a + 1, whole - start)
+            text = corpus.shards[shard].tokens[at + start : at + start + count]
             tokens[a:b] = text[: b - a]
             labels[a : a + count - 1] = text[1:]
+            labels[a + count - 1 : b] = IGNORED
             doc_start[a:b] = begin
+        padding = max(end - first, 0)
+        tokens[padding:], labels[padding:] = 0, IGNORED
+        doc_start[padding:] = np.arange(first + padding, stop)
 
 
 def _digest(index: int, first: int, tokens: NDArray[np.int64], doc_start: NDArray[np.int32]) -> int:
@@ -238,8 +252,9 @@ def open_rows(config: Config, split: str, *, verify: bool) -> PackedRows:
     """Open a split of every configured source.
 
     Raises:
-        UserError: damaged or missing shards, sources that do not go together, token ids that the
-            model's vocabulary lacks, or more epochs than a source allows.
+        UserError: damaged or missing shards, sources that do not go together, a tokenizer beside
+            them that is not theirs, token ids that the model's vocabulary lacks, or more epochs
+            than a source allows.
     """
     sources, vocab_size = config.data.all_sources, config.model.vocab_size
     corpora = [Corpus(Path(source.path) / split, verify=verify) for source in sources]
@@ -254,6 +269,8 @@ def open_rows(config: Config, split: str, *, verify: bool) -> PackedRows:
                 f"data.sources: {source.path} and {sources[0].path} were encoded with different "
                 "tokenizers (prepare both with one)"
             )
+        if (tokenizer := Path(source.path) / "tokenizer").exists():
+            check_tokenizer(tokenizer, corpus.tokenizer_sha256)
     *earlier, last = config.stages
     stages = [RowStage(stage.seq_len, stage.num_rows) for stage in earlier]
     num_rows = sum(stage.num_rows for stage in config.stages)

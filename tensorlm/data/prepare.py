@@ -8,28 +8,26 @@ never made again; the index that makes a split readable is written when all of i
 import contextlib
 import hashlib
 import itertools
-import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
 from tensorlm.errors import UserError
 
-from .inputs import HUB, Part, find_files, plan_shards, read_documents, read_part
-from .shard_writer import ShardWriter, write_atomically, write_index
-from .shards import INDEX, VERSION, read_header, shard_name
+from .begun import Settings, begin
+from .inputs import Part, find_files, read_documents, read_part
+from .shard_writer import ShardWriter, write_index
+from .shards import INDEX, read_header, shard_name
 from .tokenizers import DocumentEncoder, copy_tokenizer, tokenizer_sha256
 from .workers import Progress, Ranks, run_tasks
 
 __all__ = ["encode", "find_files", "read_documents"]
 
-PLAN = "prepare.json"
-SHARD_BYTES = 1 << 28
+SHARD_BYTES = 1 << 26
 _BATCH_DOCUMENTS, _BATCH_CHARACTERS = 64, 1 << 21
 
 
@@ -38,10 +36,8 @@ class ShardJob:
     """What every worker has to know, and the shard that it is to make."""
 
     output: Path
-    splits: tuple[str, ...]
-    text_field: str
-    holdout: float
-    tokenizer_sha256: str
+    settings: Settings
+    tokenizer: Path  # as the user calls it
     number: int
     parts: tuple[Part, ...]
 
@@ -49,7 +45,7 @@ class ShardJob:
     def is_done(self) -> bool:
         """Whether the shard of every split is there."""
         name = f"{shard_name(self.number)}.json"
-        return all((self.output / split / name).exists() for split in self.splits)
+        return all((self.output / split / name).exists() for split in self.settings.splits)
 
 
 def encode(
@@ -82,24 +78,23 @@ def encode(
     Raises:
         UserError: unreadable inputs, a full disk, or an output that was begun in another way.
     """
-    splits = ("train", "valid") if holdout > 0 else ("train",)
 
-    def begin() -> tuple[list[ShardJob], int]:
-        plan = plan_shards(files, text_field, shard_bytes, max_bytes)
-        if not plan:
-            raise UserError(f"{files[0]}: nothing to read (empty, or longer than --max-bytes)")
-        sha256 = tokenizer_sha256(tokenizer)
-        _begin_output(output, splits, files, plan, text_field, holdout, sha256)
+    def prepare() -> tuple[list[ShardJob], tuple[str, ...], int]:
+        settings = Settings(
+            tokenizer_sha256=tokenizer_sha256(tokenizer), text_field=text_field, holdout=holdout,
+            max_bytes=max_bytes, shard_bytes=shard_bytes,
+        )  # fmt: skip
+        shards = begin(output, settings, files)
         copy_tokenizer(tokenizer, output / "tokenizer")
-        _encoder(output / "tokenizer")  # a bad one is told now, and once
         jobs = [
-            ShardJob(output, splits, text_field, holdout, sha256, number, tuple(parts))
-            for number, parts in enumerate(plan)
+            ShardJob(output, settings, tokenizer, number, tuple(parts))
+            for number, parts in enumerate(shards)
         ]
-        return [job for job in jobs if not job.is_done], len(jobs)
+        _encoder_of(jobs[0])  # a bad tokenizer is told now, and once
+        return [job for job in jobs if not job.is_done], settings.splits, len(jobs)
 
     with Ranks() as ranks:
-        jobs, num_shards = ranks.from_first(begin)
+        jobs, splits, num_shards = ranks.from_first(prepare)
         started = time.monotonic()
         with _progress_bar(jobs, is_shown=ranks.rank == 0) as report:
             run_tasks(jobs, encode_shard, ranks, workers, report)
@@ -128,65 +123,20 @@ def _progress_bar(jobs: list[ShardJob], is_shown: bool) -> Iterator[Callable[[li
         yield report
 
 
-def _begin_output(
-    output: Path,
-    splits: tuple[str, ...],
-    files: list[str],
-    plan: list[list[Part]],
-    text_field: str,
-    holdout: float,
-    sha256: str,
-) -> None:
-    """Make the folders, or make sure that what they hold was begun with the same inputs."""
-    state = [_identity(file) for file in files]
-    parts = [[(part.source, part.start, part.stop) for part in shard] for shard in plan]
-    wanted = {
-        "version": VERSION,
-        "inputs": hashlib.sha256(json.dumps([state, parts]).encode()).hexdigest(),
-        "tokenizer_sha256": sha256,
-        "text_field": text_field,
-        "holdout": holdout,
-    }
-    for split in splits:
-        try:
-            (output / split).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"{output / split}: cannot be made ({error.strerror})") from None
-    path = output / PLAN
-    if path.exists():
-        try:
-            begun = json.loads(path.read_text())
-            other = [key for key, value in wanted.items() if begun[key] != value]
-        except (ValueError, KeyError, TypeError):
-            other = ["content"]
-        if other:
-            raise UserError(
-                f"{path}: was begun with other {', '.join(other)} (repeat the first command, or "
-                "choose another --output)"
-            )
-    elif any(any((output / split).glob("shard-*")) for split in splits):
-        raise UserError(f"{output}: holds shards already (choose another --output)")
-    for split in splits:
-        for stray in (output / split).glob("*.tmp"):
-            stray.unlink(missing_ok=True)
-    write_atomically(path, json.dumps(wanted, indent=1).encode())
-
-
-def _identity(file: str) -> list[Any]:
-    if file.startswith(HUB):
-        return [file]
-    stat = Path(file).stat()
-    return [file, stat.st_size, stat.st_mtime_ns]
+def _encoder_of(job: ShardJob) -> DocumentEncoder:
+    folder = job.output / "tokenizer"
+    return _load_encoder(folder, job.settings.tokenizer_sha256, job.tokenizer)
 
 
 @cache
-def _encoder(folder: Path) -> DocumentEncoder:
-    return DocumentEncoder(folder)
+def _load_encoder(folder: Path, _: str, named: Path) -> DocumentEncoder:
+    """Once a process, for each hash of what the folder holds."""
+    return DocumentEncoder(folder, named)
 
 
 def encode_shard(job: ShardJob, progress: Progress) -> None:
     """Make the shard of each split: the work of one worker."""
-    encoder = _encoder(job.output / "tokenizer")
+    encoder, settings = _encoder_of(job), job.settings
     with contextlib.ExitStack() as stack:
         writers = {
             split: stack.enter_context(
@@ -196,25 +146,30 @@ def encode_shard(job: ShardJob, progress: Progress) -> None:
                     vocab_size=encoder.vocab_size,
                     bos_id=encoder.bos_id,
                     eos_id=encoder.eos_id,
-                    tokenizer_sha256=job.tokenizer_sha256,
+                    tokenizer_sha256=settings.tokenizer_sha256,
                 )
             )
-            for split in job.splits
+            for split in settings.splits
         }
-        left = sum(part.num_bytes for part in job.parts)
-        for texts in batches(t for part in job.parts for t in read_part(part, job.text_field)):
+        num_read = 0  # since the last report
+
+        def count(num_bytes: int) -> None:
+            nonlocal num_read
+            num_read += num_bytes
+
+        field = settings.text_field
+        for texts in batches(t for part in job.parts for t in read_part(part, field, count)):
             documents, contents = encoder(texts), [text.encode() for text in texts]
-            is_held_out = [job.holdout > 0 and _place(c) < job.holdout for c in contents]
+            is_held_out = [settings.holdout > 0 and _place(c) < settings.holdout for c in contents]
             for split, writer in writers.items():
                 here = [held == (split == "valid") for held in is_held_out]
                 writer.add(
                     list(itertools.compress(documents, here)),
                     sum(map(len, itertools.compress(contents, here))),
                 )
-            num_bytes = min(left, sum(map(len, contents)))
-            progress.add(len(texts), sum(map(len, documents)), num_bytes)
-            left -= num_bytes
-        progress.add(0, 0, left)  # what compressed or half empty parts were taken for
+            progress.add(len(texts), sum(map(len, documents)), num_read)
+            num_read = 0
+        progress.add(0, 0, num_read)
 
 
 def _place(content: bytes) -> float:
@@ -239,8 +194,8 @@ def batches(texts: Iterator[str]) -> Iterator[list[str]]:
 def _finish(
     output: Path, splits: tuple[str, ...], num_shards: int, num_made: int, seconds: float
 ) -> str:
-    """Write the indexes where they are missing; returns what there is now, in one line."""
-    parts = []
+    """Write the indexes where they are missing; returns what there is now, in a line, and notes."""
+    parts, notes = [], ""
     for split in splits:
         names = [f"{shard_name(number)}.json" for number in range(num_shards)]
         headers = [read_header(output / split / name) for name in names]
@@ -249,8 +204,9 @@ def _finish(
             raise UserError(f"{output}: no training documents (add texts, or hold fewer out)")
         if not (output / split / INDEX).exists():
             write_index(output / split, num_shards)
+        notes += "" if documents else f"\nnote: {output / split} is empty (raise --holdout)"
         tokens = sum(header.num_tokens for header in headers)
         parts.append(f"{split} {documents:,} documents, {tokens:,} tokens")
     made = f"{num_made} shards in {tqdm.format_interval(seconds)}" if num_made else "nothing to do"
     kept = f", {num_shards - num_made} were there" if num_made < num_shards else ""
-    return f"{output}: {'; '.join(parts)} ({made}{kept})"
+    return f"{output}: {'; '.join(parts)} ({made}{kept}){notes}"

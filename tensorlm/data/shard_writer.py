@@ -76,6 +76,18 @@ class _AtomicFile:
             ) from None
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it.
+
+    Raises:
+        UserError: it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be made ({error.strerror})") from None
+
+
 def write_atomically(path: Path, content: bytes) -> FileEntry:
     """Write a small file whole or not at all.
 

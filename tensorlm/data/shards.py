@@ -168,8 +168,6 @@ def open_shards(folder: str | Path, *, verify: bool = False) -> tuple[list[Shard
                     f"{path}: {key} differs from {paths[0].name} (mixed data sets: prepare them "
                     "apart, and mix with data.sources)"
                 )
-    if not any(shard.header.num_documents for shard in shards):
-        raise UserError(f"{folder}: holds no documents (prepare it with more text or --holdout)")
     if verify:
         bad = verify_shards(folder)
         if bad:
@@ -237,6 +235,10 @@ class Corpus:
     def __init__(self, folder: str | Path, *, verify: bool = False) -> None:
         self.folder = Path(folder)
         self.shards, self.fingerprint = open_shards(folder, verify=verify)
+        if not any(shard.header.num_documents for shard in self.shards):
+            raise UserError(
+                f"{self.folder}: holds no documents (prepare it with more text or --holdout)"
+            )
         header = self.shards[0].header
         self.vocab_size = header.vocab_size
         self.tokenizer_sha256 = header.tokenizer_sha256
@@ -262,7 +264,7 @@ class Corpus:
 
     def shard_of(self, document: Any) -> Any:
         """Index of the shard that holds each document (an index, or an array of them)."""
-        return np.searchsorted(self.first_document, document, side="right") - 1
+        return self.first_document.searchsorted(document, side="right") - 1
 
     def tokens(self, document: int, start: int, stop: int) -> NDArray[Any]:
         """Tokens [start, stop) of one document, clipped to its length."""

@@ -5,9 +5,10 @@ end-of-document ids are placed here by id, never by the tokenizer's own template
 """
 
 import hashlib
-import json
+import io
+import re
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,9 @@ from numpy.typing import NDArray
 
 from tensorlm.errors import UserError
 
+from .sentencepiece_models import huggingface_files
+from .shard_writer import make_folder, write_atomically
+
 TOKENIZER_FILES = (
     "tokenizer.model",
     "tokenizer.json",
@@ -24,28 +28,28 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
 )
 
-_SENTENCEPIECE_CONFIG = {
-    "tokenizer_class": "LlamaTokenizer",
-    "bos_token": "<s>",
-    "eos_token": "</s>",
-    "unk_token": "<unk>",
-    "add_bos_token": True,
-    "add_eos_token": False,
-    "legacy": False,
-}
-
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> None:
     """Train a sentencepiece BPE with byte fallback on `texts`; writes a loadable folder.
 
     Raises:
-        UserError: the texts are too few for `vocab_size`.
+        UserError: the texts cannot be read or do not fit `vocab_size`, or the folder cannot be
+            written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    model, unreadable = io.BytesIO(), []
+
+    def lines() -> Iterator[str]:
+        try:
+            for text in texts:
+                yield from filter(None, text.splitlines())
+        except UserError as error:  # of which sentencepiece makes an error of its own
+            unreadable.append(error)
+            raise
+
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=(line for text in texts for line in text.splitlines() if line),
-            model_prefix=str(folder / "tokenizer"),
+            sentence_iterator=lines(),
+            model_writer=model,
             vocab_size=vocab_size,
             model_type="bpe",
             byte_fallback=True,
@@ -60,20 +64,30 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> None
             minloglevel=2,
         )
     except RuntimeError as error:
-        reason = str(error).strip().splitlines()[-1]
-        raise UserError(f"tokenizer: training with vocab_size {vocab_size}: {reason}") from None
-    (folder / "tokenizer.vocab").unlink(missing_ok=True)
-    copy_tokenizer(folder, folder)
+        if unreadable:
+            raise unreadable[0] from None
+        raise UserError(f"--vocab-size {vocab_size}: {_training_problem(str(error))}") from None
+    _write_files(_files_of_model(model.getvalue()), folder)
+
+
+def _training_problem(message: str) -> str:
+    """What sentencepiece's message means; it names lines of its own source."""
+    if limit := re.search(r"too high.*<= (\d+)", message):
+        return f"too large for these texts ({limit[1]} is the largest that works)"
+    if limit := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
+        return f"too small for the characters of these texts ({limit[1]} is the smallest)"
+    if "sentences_.empty" in message:
+        return "there is no text to train on (no line of at most 4,192 bytes)"
+    return f"sentencepiece cannot train on these texts ({message.strip().splitlines()[-1]})"
 
 
 def tokenizer_files(source: Path) -> dict[str, bytes]:
     """Name and content of the files of a tokenizer: a folder, or a sentencepiece `.model` file.
 
-    A bare sentencepiece model gets a configuration that says what it is: without one, AutoTokenizer
-    reads it wrongly.
+    A bare sentencepiece model gets the files that let `transformers` give its ids.
 
     Raises:
-        UserError: no tokenizer there.
+        UserError: no tokenizer there, or a model whose ids `transformers` would not give.
     """
     if source.is_file() and source.suffix == ".model":
         files = {"tokenizer.model": source.read_bytes()}
@@ -82,17 +96,51 @@ def tokenizer_files(source: Path) -> dict[str, bytes]:
         files = {path.name: path.read_bytes() for path in found if path.is_file()}
     if not {"tokenizer.model", "tokenizer.json"} & set(files):
         raise UserError(f"{source}: no tokenizer.json or tokenizer.model")
-    if "tokenizer.model" in files and "tokenizer_config.json" not in files:
-        files["tokenizer_config.json"] = json.dumps(_SENTENCEPIECE_CONFIG, indent=1).encode()
+    if set(files) == {"tokenizer.model"}:
+        try:
+            return _files_of_model(files["tokenizer.model"])
+        except ValueError as reason:
+            raise UserError(
+                f"{source}: cannot be used: {reason} (train one with prepare_data.py tokenizer, "
+                "or give a Hugging Face folder with a tokenizer.json)"
+            ) from None
     return files
 
 
+def _files_of_model(content: bytes) -> dict[str, bytes]:
+    return {"tokenizer.model": content, **huggingface_files(content)}
+
+
 def copy_tokenizer(source: Path, target: Path) -> None:
-    """Write the files of a tokenizer into the folder `target`."""
-    target.mkdir(parents=True, exist_ok=True)
-    for name, content in tokenizer_files(source).items():
-        if not (target / name).exists() or (target / name).read_bytes() != content:
-            (target / name).write_bytes(content)
+    """Write the files of a tokenizer into the folder `target`, in place of another one's."""
+    _write_files(tokenizer_files(source), target)
+
+
+def _write_files(files: dict[str, bytes], folder: Path) -> None:
+    make_folder(folder)
+    for name in TOKENIZER_FILES:
+        path = folder / name
+        if name not in files:
+            path.unlink(missing_ok=True)
+        elif not path.exists() or path.read_bytes() != files[name]:
+            write_atomically(path, files[name])
+
+
+def check_tokenizer(
+    folder: Path, sha256: str, fix: str = "restore its files, or prepare the data again"
+) -> None:
+    """Make sure that `folder` holds the tokenizer that some shards were encoded with.
+
+    Args:
+        folder: of a tokenizer.
+        sha256: the shards' `tokenizer_sha256`.
+        fix: what else to do.
+
+    Raises:
+        UserError: there is another one, or none.
+    """
+    if tokenizer_sha256(folder) != sha256:
+        raise UserError(f"{folder}: is not the tokenizer that the data was encoded with ({fix})")
 
 
 def tokenizer_sha256(source: Path) -> str:
@@ -105,8 +153,12 @@ def tokenizer_sha256(source: Path) -> str:
     return digest.hexdigest()
 
 
-def load_tokenizer(folder: str | Path) -> Any:
+def load_tokenizer(folder: str | Path, named: Path | None = None) -> Any:
     """Load a Hugging Face tokenizer folder (a bare tokenizer.model needs `copy_tokenizer` first).
+
+    Args:
+        folder: what to load.
+        named: what the user calls it, where `folder` is a copy.
 
     Raises:
         UserError: no tokenizer there, a damaged one, or one without beginning- and end-of-text.
@@ -114,17 +166,18 @@ def load_tokenizer(folder: str | Path) -> Any:
     from transformers import AutoTokenizer
 
     folder = Path(folder)
+    named = named or folder
     if not any((folder / name).exists() for name in ("tokenizer.model", "tokenizer.json")):
-        raise UserError(f"{folder}: no tokenizer.json or tokenizer.model")
+        raise UserError(f"{named}: no tokenizer.json or tokenizer.model")
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
     except Exception as error:  # tokenizers raises bare Exception for a file it cannot parse
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{folder}: the tokenizer cannot be loaded ({reason})") from None
+        raise UserError(f"{named}: the tokenizer cannot be loaded ({reason})") from None
     if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
-        raise UserError(f"{folder}: needs bos_token and eos_token in tokenizer_config.json")
+        raise UserError(f"{named}: needs bos_token and eos_token in tokenizer_config.json")
     return tokenizer
 
 
@@ -134,10 +187,10 @@ class DocumentEncoder:
     Text that looks like a special token ("</s>") is encoded as the text that it is.
     """
 
-    def __init__(self, folder: Path) -> None:
-        tokenizer = load_tokenizer(folder)
+    def __init__(self, folder: Path, named: Path | None = None) -> None:
+        tokenizer = load_tokenizer(folder, named)
         if not hasattr(tokenizer, "backend_tokenizer"):
-            raise UserError(f"{folder}: has no fast form (save it with a tokenizer.json)")
+            raise UserError(f"{named or folder}: has no fast form (save it with a tokenizer.json)")
         self.vocab_size = len(tokenizer)
         self.bos_id: int = tokenizer.bos_token_id
         self.eos_id: int = tokenizer.eos_token_id

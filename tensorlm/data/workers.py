@@ -7,6 +7,7 @@ Ranks of `mpirun` or `srun` are found by themselves and share the tasks among th
 import ctypes
 import multiprocessing
 import os
+import signal
 import threading
 import time
 import traceback
@@ -16,7 +17,7 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait as wait_for_end
 from typing import Any, TypeVar
 
-from tensorlm.errors import EXIT_INTERNAL, UserError
+from tensorlm.errors import EXIT_INTERNAL, EXIT_INTERRUPTED, UserError
 from tensorlm.launch_env import launched_world_size
 
 ValueT = TypeVar("ValueT")
@@ -114,9 +115,12 @@ class Ranks:
         self, kind: type[BaseException] | None, error: BaseException | None, _: Any
     ) -> None:
         """An error that this rank alone knows ends all ranks: the others would wait for it."""
-        if self._world is not None and error is not None and not isinstance(error, UserError):
-            traceback.print_exception(error)
-            self._world.Abort(EXIT_INTERNAL)
+        if self._world is None or error is None or isinstance(error, UserError):
+            return
+        if isinstance(error, KeyboardInterrupt):
+            self._world.Abort(EXIT_INTERRUPTED)
+        traceback.print_exception(error)
+        self._world.Abort(EXIT_INTERNAL)
 
 
 def run_tasks(
@@ -187,6 +191,7 @@ def _begin(work: Callable[[Any, Progress], None], progress: Progress) -> None:
 
 def _begin_process(work: Callable[[Any, Progress], None], progress: Progress) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each process is one core's worth of work
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent ends the others
     parent = multiprocessing.parent_process()
     assert parent is not None
 

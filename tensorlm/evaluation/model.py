@@ -15,18 +15,18 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.utils import logging
 
 from fold_parallel import Grid
-from tensorlm.checkpoint import load_weights, select_checkpoint
+from tensorlm.checkpoint import check_model, load_weights, select_checkpoint
 from tensorlm.config import Config, parse_config
 from tensorlm.data.tokenizers import load_tokenizer
-from tensorlm.errors import UserError
 from tensorlm.hf.cache_tensorlm import FoldCache
 from tensorlm.hf.configuration_tensorlm import TensorLMConfig
 from tensorlm.hf.export_folder import DTYPES, hf_config, hf_name
+from tensorlm.hf.load_folder import load_folder
 from tensorlm.hf.modeling_tensorlm import TensorLMForCausalLM
 from tensorlm.model import Llama, create_llama
 
@@ -153,10 +153,11 @@ def open_checkpoint_model(
     """The model of a checkpoint of `config.run.dir`, the newest where `step` is None.
 
     Raises:
-        UserError: no such checkpoint, or it is damaged.
+        UserError: no such checkpoint, it is damaged, or it is of another model than the configured.
     """
     checkpoint = select_checkpoint(Path(config.run.dir), step, grid.rank, grid.world_size)
     trained = parse_config(checkpoint.manifest["config"], str(checkpoint.folder))
+    check_model(checkpoint, config)
     model = create_llama(trained.model, config.train, grid, device).eval()
     load_weights(checkpoint, model)
     name = str(checkpoint.folder.parent)
@@ -186,18 +187,8 @@ def open_hugging_face_model(
     Raises:
         UserError: not such a folder.
     """
-    AutoConfig.register("tensorlm", TensorLMConfig, exist_ok=True)
-    AutoModelForCausalLM.register(TensorLMConfig, TensorLMForCausalLM, exist_ok=True)
     tokenizer = load_tokenizer(folder)
-    dtype = DTYPES[config.train.dtype]
-    try:
-        network = AutoModelForCausalLM.from_pretrained(
-            folder, trust_remote_code=False, local_files_only=True, dtype=dtype
-        )
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder}: {str(error).strip().splitlines()[0]}") from None
-    if not isinstance(network, LlamaForCausalLM):
-        raise UserError(f"{folder}: a {type(network).__name__}, not a Llama")
+    network = load_folder(folder, DTYPES[config.train.dtype])
     return EvaluatedModel(
         network=network.to(device).eval(),
         name=folder.name,

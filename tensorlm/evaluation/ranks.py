@@ -1,6 +1,5 @@
 """Sharing the work of an evaluation among ranks, and putting the results together."""
 
-import sys
 from collections.abc import Callable
 
 import numpy as np
@@ -10,15 +9,12 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from fold_parallel import Grid
+from tensorlm.progress import progress_bar
 
 
 def progress(total: int, unit: str, title: str, grid: Grid) -> tqdm:
-    """A bar with the time left, on rank 0; into a log file it writes a line every 30 seconds."""
-    interval = 0.2 if sys.stderr.isatty() else 30.0
-    return tqdm(
-        total=total, unit=unit, unit_scale=unit == "tok", desc=title, mininterval=interval,
-        disable=grid.rank != 0,
-    )  # fmt: skip
+    """A bar with the time left, on rank 0."""
+    return progress_bar(total, unit, title, is_shown=grid.rank == 0)
 
 
 def sum_over_ranks(values: NDArray[np.floating], device: torch.device) -> NDArray[np.float64]:

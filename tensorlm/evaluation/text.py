@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from tensorlm.config import Config
 from tensorlm.data.prepare import find_files, read_documents
 from tensorlm.data.shards import Corpus
-from tensorlm.data.tokenizers import tokenizer_sha256
+from tensorlm.data.tokenizers import check_tokenizer
 from tensorlm.errors import UserError
 
 
@@ -51,11 +51,8 @@ def held_out_documents(config: Config, tokenizer: Any, tokenizer_folder: Path) -
     if config.eval.text:
         return EncodedTexts(config.eval.text, tokenizer)
     corpus = Corpus(Path(config.data.path) / "valid")
-    if corpus.tokenizer_sha256 != tokenizer_sha256(tokenizer_folder):
-        raise UserError(
-            f"{config.data.path}: was encoded with another tokenizer than {tokenizer_folder} "
-            "(give texts with eval.text=GLOB)"
-        )
+    fix = "restore its files, or give texts with eval.text=GLOB"
+    check_tokenizer(tokenizer_folder, corpus.tokenizer_sha256, fix)
     return corpus
 
 

@@ -39,8 +39,8 @@ def attach(
         The same object.
 
     Raises:
-        ValueError: not a plain LlamaForCausalLM, an empty or impossible fold, a rotary embedding
-            or attention dropout that the operator does not have.
+        ValueError: not a plain LlamaForCausalLM, an empty or impossible fold or `full_every`, a
+            rotary embedding or attention dropout that the operator does not have.
     """
     if type(model) is not LlamaForCausalLM:
         raise ValueError(
@@ -48,6 +48,10 @@ def attach(
             "wrappers)"
         )
     config = model.config
+    if not isinstance(fold, Sequence) or not all(isinstance(n, int) for n in fold):
+        raise ValueError(f"attach: fold is {fold!r}, not a list of whole numbers")
+    if not isinstance(full_every, int) or full_every < 0:
+        raise ValueError(f"attach: full_every is {full_every!r}, not a whole number from 0 on")
     validate_fold(fold)
     if not fold:
         raise ValueError("attach: fold is empty: that is full attention, the model as it is")

@@ -5,6 +5,7 @@ from transformers import LlamaConfig
 # Where `transformers` finds the classes of a folder that carries this code.
 AUTO_MAP = {
     "AutoConfig": "configuration_tensorlm.TensorLMConfig",
+    "AutoModel": "modeling_tensorlm.TensorLMModel",
     "AutoModelForCausalLM": "modeling_tensorlm.TensorLMForCausalLM",
 }
 

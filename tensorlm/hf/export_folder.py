@@ -5,7 +5,7 @@ Our parameter names are Llama's without the leading `model.`.
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from tensorlm.hf.configuration_tensorlm import AUTO_MAP
 from tensorlm.hf.model_card import model_card
 from tensorlm.hf.modeling_tensorlm import write_code
 from tensorlm.manifest import Checkpoint
+from tensorlm.progress import byte_bar
 
 SHARD_BYTES = 5 * 10**9
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -121,7 +122,12 @@ def hf_config(model: ModelConfig, seq_len: int, dtype: str) -> dict[str, Any]:
 
 def _read_generation_config(imported: Path | None) -> dict[str, Any]:
     path = imported / "generation_config.json" if imported else None
-    return dict(json.loads(path.read_text())) if path and path.exists() else {}
+    if path is None or not path.exists():
+        return {}
+    try:
+        return dict(json.loads(path.read_bytes()))
+    except (ValueError, TypeError, RecursionError):
+        raise UserError(f"{path}: not a generation config (mend or remove it)") from None
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
@@ -162,20 +168,26 @@ def _write_shards(
         groups[-1].append(name)
         size += num_bytes
     weight_map: dict[str, str] = {}
-    for index, names in enumerate(groups):
-        file = f"model-{index + 1:05d}-of-{len(groups):05d}.safetensors"
-        file = file if len(groups) > 1 else "model.safetensors"
-        _write_shard(checkpoint, folder / file, {name: shapes[name] for name in names}, dtype)
-        weight_map |= {hf_name(name): file for name in names}
+    numel = sum(shape.numel() for shape in shapes.values())
+    with byte_bar(numel * dtype.itemsize, f"export step {checkpoint.step}") as moved:
+        for index, names in enumerate(groups):
+            file = f"model-{index + 1:05d}-of-{len(groups):05d}.safetensors"
+            file = file if len(groups) > 1 else "model.safetensors"
+            part = {name: shapes[name] for name in names}
+            _write_shard(checkpoint, folder / file, part, dtype, moved)
+            weight_map |= {hf_name(name): file for name in names}
     if len(groups) > 1:
-        numel = sum(shape.numel() for shape in shapes.values())
         metadata = {"total_size": numel * dtype.itemsize, "total_parameters": numel}
         index_path = folder / "model.safetensors.index.json"
         write_json(index_path, {"metadata": metadata, "weight_map": weight_map})
 
 
 def _write_shard(
-    checkpoint: Checkpoint, path: Path, shapes: dict[str, torch.Size], dtype: torch.dtype
+    checkpoint: Checkpoint,
+    path: Path,
+    shapes: dict[str, torch.Size],
+    dtype: torch.dtype,
+    progress: Callable[[int], object],
 ) -> None:
     """One safetensors file: 8 bytes of header size, JSON header, tensors.
 
@@ -197,7 +209,7 @@ def _write_shard(
             for part in _chunks(checkpoint, name, shape.numel()):
                 yield part.to(dtype).view(torch.uint8).numpy().data
 
-    disk.write_file(path, parts())
+    disk.write_file(path, parts(), progress)
 
 
 def _chunks(checkpoint: Checkpoint, name: str, numel: int) -> Iterator[Tensor]:

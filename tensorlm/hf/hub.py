@@ -1,5 +1,6 @@
 """Upload an exported folder to the Hugging Face Hub (token and endpoint as huggingface_hub's)."""
 
+import sys
 from pathlib import Path
 
 from huggingface_hub import HfApi
@@ -30,7 +31,9 @@ def upload(folder: Path, name: str, message: str) -> str:
     """
     try:
         commit = HfApi().upload_folder(repo_id=name, folder_path=folder, commit_message=message)
-    except (OSError, ValueError, HTTPError) as error:
+    except (OSError, ValueError, RuntimeError, HTTPError) as error:
+        if isinstance(error, RuntimeError):  # of a large file, whose bar stands unfinished
+            print(file=sys.stderr)
         again = f"{folder} is whole: go on with `hf upload {name} {folder}`"
         raise UserError(f"--push-to-hub {name}: {_first_line(error)} ({again})") from None
     return str(commit.commit_url)

@@ -4,41 +4,31 @@ Names, shapes and types of all weights are checked from the files' headers befor
 """
 
 import json
+import math
 import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from tensorlm.config import Config, ModelConfig
+from tensorlm.config import Config
 from tensorlm.data.tokenizers import TOKENIZER_FILES
 from tensorlm.errors import UserError
-from tensorlm.hf.export_folder import CHAT_TEMPLATE, hf_config, hf_name
+from tensorlm.hf.export_folder import CHAT_TEMPLATE, hf_name
+from tensorlm.hf.llama_config import check_config
 from tensorlm.manifest import list_steps
 from tensorlm.model import Llama
+from tensorlm.progress import byte_bar
 from tensorlm.publish import write_weights
 
 _DTYPES = ("BF16", "F16", "F32")
+_ROWS = 1 << 13  # of the embedding that are compared at one time
 # Tensors that old folders hold beside the weights, and that say nothing new.
 _IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 _CARRIED = ("config.json", "generation_config.json", CHAT_TEMPLATE, *TOKENIZER_FILES)
-_FIELDS = {
-    "vocab_size": "vocab_size",
-    "hidden_size": "hidden_size",
-    "intermediate_size": "intermediate_size",
-    "num_hidden_layers": "num_layers",
-    "num_attention_heads": "num_heads",
-    "num_key_value_heads": "num_kv_heads",
-    "head_dim": "head_dim",
-    "rms_norm_eps": "rms_norm_eps",
-    "rope_theta": "rope_theta",
-    "tie_word_embeddings": "tie_embeddings",
-}
-_FOLD_FIELDS = {"fold": "fold", "full_every": "full_every"}
 
 
 def import_weights(folder: Path, config: Config) -> Path:
@@ -52,8 +42,8 @@ def import_weights(folder: Path, config: Config) -> Path:
 
     Raises:
         UserError: the folder's shape is not the configured one (a line per setting), its
-            architecture has parts that are not ours, weights are missing, strange or of another
-            shape, or the run has checkpoints already.
+            architecture has parts that are not ours, weights are missing, strange, of another
+            shape or not tied as it says, or the run has checkpoints already.
     """
     run_dir = Path(config.run.dir)
     if list_steps(run_dir):
@@ -62,6 +52,8 @@ def import_weights(folder: Path, config: Config) -> Path:
     with torch.device("meta"):
         shapes = {n: tuple(p.shape) for n, p in Llama(config.model).named_parameters()}
     files = _check_weights(folder, shapes)
+    if config.model.tie_embeddings:
+        _check_tied(folder, files)
 
     def parameters() -> Iterator[tuple[str, Tensor]]:
         for name, shape in shapes.items():
@@ -80,7 +72,9 @@ def import_weights(folder: Path, config: Config) -> Path:
         "imported_from": folder.resolve().name,
     }
     _carry(folder, run_dir / "imported" / folder.resolve().name)
-    return write_weights(run_dir, parameters(), info)
+    total = sum(4 * math.prod(shape) for shape in shapes.values())
+    with byte_bar(total, f"import {folder.resolve().name}") as moved:
+        return write_weights(run_dir, parameters(), info, moved)
 
 
 def imported_folder(run_dir: Path) -> Path | None:
@@ -94,85 +88,6 @@ def _carry(folder: Path, target: Path) -> None:
     for name in _CARRIED:
         if (folder / name).exists():
             shutil.copyfile(folder / name, target / name)
-
-
-# ------------------------------------------------------------------------------------ config.json
-
-
-def check_config(folder: Path, model: ModelConfig) -> None:
-    """Compare a folder's config.json with the configured model.
-
-    Raises:
-        UserError: a line per difference, each with the setting that would mend it.
-    """
-    try:
-        found = dict(json.loads((folder / "config.json").read_text()))
-    except (OSError, ValueError, TypeError):
-        raise UserError(f"{folder}: no readable config.json (not a Hugging Face folder?)") from None
-    problems = _strange_parts(found)
-    if problems:
-        raise UserError(*(f"{folder}: {problem}" for problem in problems))
-    rope = _rope(found)
-    found = _with_defaults(found) | {"rope_theta": rope.pop("rope_theta")}
-    wanted = hf_config(model, 0, "fp32")
-    fields = _FIELDS | (_FOLD_FIELDS if found.get("model_type") == "tensorlm" else {})
-    pairs = {ours: (wanted.get(theirs), found.get(theirs)) for theirs, ours in fields.items()}
-    scaling = wanted.get("rope_scaling", {"rope_type": "default"})
-    if rope["rope_type"] == "default" != scaling["rope_type"]:
-        raise UserError(f"{folder}: has no rope_scaling (remove model.rope_scaling)")
-    pairs |= {f"rope_scaling.{key}": (scaling.get(key), value) for key, value in rope.items()}
-    problems = [
-        f"model.{key}: is {json.dumps(ours)}, {folder} has {json.dumps(theirs)} "
-        f"(set model.{key}={json.dumps(theirs)})"
-        for key, (ours, theirs) in pairs.items()
-        if ours != theirs
-    ]
-    if problems:
-        raise UserError(*problems)
-
-
-def _strange_parts(found: dict[str, Any]) -> list[str]:
-    """What makes this another architecture than ours."""
-    architectures = found.get("architectures") or []
-    problems = []
-    if not {"LlamaForCausalLM", "TensorLMForCausalLM"} & set(architectures):
-        problems.append(f"architectures {architectures}, not LlamaForCausalLM")
-    for key in ("attention_bias", "mlp_bias"):
-        if found.get(key):
-            problems.append(f"{key} is set: our projections have no bias")
-    if found.get("hidden_act", "silu") != "silu":
-        problems.append(f"hidden_act {found['hidden_act']}, ours is silu")
-    if found.get("quantization_config"):
-        problems.append("quantized weights (import the unquantized folder)")
-    if _rope(found)["rope_type"] not in ("default", "linear", "llama3"):
-        problems.append(
-            f"rope_scaling of type {_rope(found)['rope_type']} (ours: default, linear, llama3)"
-        )
-    return problems
-
-
-def _rope(found: dict[str, Any]) -> dict[str, Any]:
-    """Rotary settings, from 5.x's `rope_parameters` or 4.x's `rope_theta` and `rope_scaling`."""
-    rope = dict(found.get("rope_parameters") or found.get("rope_scaling") or {})
-    rope["rope_type"] = rope.pop("rope_type", None) or rope.pop("type", None) or "default"
-    rope.pop("type", None)
-    rope.setdefault("rope_theta", found.get("rope_theta") or 10000.0)
-    if rope["rope_type"] == "linear":  # the only number that it reads
-        rope = {key: rope.get(key) for key in ("rope_type", "rope_theta", "factor")}
-    return rope
-
-
-def _with_defaults(found: dict[str, Any]) -> dict[str, Any]:
-    """Fields that a Llama's config.json may leave out."""
-    heads = found.get("num_attention_heads") or 1
-    defaults = {
-        "num_key_value_heads": heads,
-        "head_dim": found.get("hidden_size", 0) // heads,
-        "rms_norm_eps": 1e-6,
-        "tie_word_embeddings": False,
-    }
-    given = {key: value for key, value in found.items() if value is not None}
-    return defaults | given
 
 
 # ---------------------------------------------------------------------------------------- weights
@@ -220,15 +135,40 @@ def _check_weights(folder: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str
     return {name: path for name, (path, _, _) in found.items()}
 
 
+def _check_tied(folder: Path, files: dict[str, Path]) -> None:
+    """Where a folder with tied embeddings stores an output head too, that is the embedding.
+
+    Raises:
+        UserError: it is not, and would be lost.
+    """
+    head_name, embedding_name = hf_name("lm_head.weight"), hf_name("embed_tokens.weight")
+    if head_name not in files:
+        return
+    with (
+        safe_open(files[head_name], "pt") as head_file,
+        safe_open(files[embedding_name], "pt") as embedding_file,
+    ):
+        head, embedding = head_file.get_slice(head_name), embedding_file.get_slice(embedding_name)
+        shape = embedding.get_shape()
+        if head.get_shape() != shape or not all(
+            torch.equal(head[row : row + _ROWS].float(), embedding[row : row + _ROWS].float())
+            for row in range(0, shape[0], _ROWS)
+        ):
+            raise UserError(
+                f"{folder}: {head_name} is not the embedding, though tie_word_embeddings is true "
+                "(set that and model.tie_embeddings to false)"
+            )
+
+
 def _weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a folder: those of the index, or the single one."""
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if index.exists():
         try:
-            files = set(json.loads(index.read_text())["weight_map"].values())
-        except (ValueError, KeyError, TypeError, AttributeError):
+            files = json.loads(index.read_bytes())["weight_map"].values()
+            return sorted({folder / Path(file).name for file in files})
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise UserError(f"{index}: not an index of weights (fetch the file again)") from None
-        return sorted(folder / Path(file).name for file in files)
     if not single.exists():
         raise UserError(f"{folder}: no model.safetensors and no index (save it as safetensors)")
     return [single]

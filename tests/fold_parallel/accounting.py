@@ -1,15 +1,11 @@
-"""What ranks send, compute and hold, counted as it happens."""
+"""What ranks send and compute, counted as it happens."""
 
-import weakref
 from collections.abc import Callable
 from typing import Any
 from unittest.mock import patch
 
-import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from fold_parallel.collectives import _Flight
 
@@ -66,34 +62,3 @@ class Log(TorchDispatchMode):
         elif name.startswith("aten.bmm"):
             self.events.append("multiply")
         return func(*args, **(kwargs or {}))
-
-
-class PeakMemory(TorchDispatchMode):
-    """The most bytes that were alive at one time in tensors that were made under this mode."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self._known: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
-
-    def __torch_dispatch__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for x in tree_leaves(out):
-            if isinstance(x, Tensor) and x.untyped_storage() not in self._known:
-                self._count(x.untyped_storage())
-        return out
-
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        self._known.add(storage)
-        weakref.finalize(storage, self._free, storage.nbytes())
-        self.live += storage.nbytes()
-        self.peak = max(self.peak, self.live)
-
-    def _free(self, num_bytes: int) -> None:
-        self.live -= num_bytes

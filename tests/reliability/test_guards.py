@@ -382,8 +382,10 @@ def test_replay_of_an_imported_run_never_begins_with_other_weights(tiny: TinyRun
     run = Path(config.run.dir)
     model = Llama(config.model)
     model.init_weights(seed=1)
-    state = {"step": 0, "rows": 0, "tokens": 0}
-    info = {"state": state, "adam_step": 0, "adam_state": False, "data_fingerprint": ""}
+    info = {
+        "state": {"step": 0, "rows": 0, "tokens": 0}, "adam_step": 0, "adam_state": False,
+        "config": config.model_dump(mode="json", exclude_none=True), "data_fingerprint": "",
+    }  # fmt: skip
     write_weights(run, model.named_parameters(), info)
     tiny.finish(config)
     assert list_steps(run) == [2]

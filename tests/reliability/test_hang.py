@@ -137,11 +137,11 @@ def test_data_that_takes_longer_than_the_limit_to_verify_is_no_hang(tiny: TinyRu
     def prepare(rank: int) -> None:
         usual_limit, usual_hash = Watchdog.limit, disk.file_sha256
 
-        def hash_slowly(path: Path, progress: Callable[[], None]) -> tuple[int, str]:
+        def hash_slowly(path: Path, progress: Callable[[int], object]) -> tuple[int, str]:
             Watchdog.limit = lambda self: LIMIT  # type: ignore[method-assign]
             for _ in range(10):
                 time.sleep(LIMIT / 8)
-                progress()
+                progress(0)
             Watchdog.limit = usual_limit  # type: ignore[method-assign]
             hashed.touch()
             return usual_hash(path, progress)

@@ -16,23 +16,31 @@ def hub_environment(home: Path) -> dict[str, str]:
 
 
 class StandInHub:
-    """Accepts one repository and one commit, and keeps what arrived."""
+    """Accepts one repository and one commit, and keeps what arrived.
+
+    `refuses`: "commit" or "weights", which are then a large file, uploaded before the commit.
+    """
 
     def __init__(self, home: Path) -> None:
         hub = self
         self.created: dict[str, Any] = {}
         self.files: dict[str, bytes] = {}
+        self.refuses = ""
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers["Content-Length"]))
                 self.answer(hub.post(self.path, body))
 
+            def do_PUT(self) -> None:
+                self.rfile.read(int(self.headers["Content-Length"]))
+                self.answer(None)
+
             def do_GET(self) -> None:
                 self.answer(None)
 
             def answer(self, value: Any) -> None:
-                content = json.dumps(value).encode()
+                content = json.dumps(value or {}).encode()
                 self.send_response(404 if value is None else 200)
                 self.send_header("Content-Type", "application/json")
                 self.send_header("Content-Length", str(len(content)))
@@ -59,9 +67,14 @@ class StandInHub:
             return {"url": f"{self.address}/someone/tiny"}
         if path == "/api/models/someone/tiny/preupload/main":
             names = [file["path"] for file in json.loads(body)["files"]]
-            answer = {"uploadMode": "regular", "shouldIgnore": False}
-            return {"files": [{"path": name, **answer} for name in names]}
-        if path == "/api/models/someone/tiny/commit/main":
+            modes = {"model.safetensors": "lfs"} if self.refuses == "weights" else {}
+            answers = [{"path": n, "uploadMode": modes.get(n, "regular")} for n in names]
+            return {"files": [{**answer, "shouldIgnore": False} for answer in answers]}
+        if path == "/someone/tiny.git/info/lfs/objects/batch":
+            upload = {"upload": {"href": f"{self.address}/storage"}}
+            objects = json.loads(body)["objects"]
+            return {"transfer": "basic", "objects": [{**o, "actions": upload} for o in objects]}
+        if path == "/api/models/someone/tiny/commit/main" and self.refuses != "commit":
             for line in body.splitlines():
                 item = json.loads(line)
                 if item["key"] == "file":

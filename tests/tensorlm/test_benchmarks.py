@@ -2,6 +2,8 @@
 
 import json
 import math
+import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -87,3 +89,23 @@ def test_methods_of_our_own_follow_the_memory_settings(config: Path) -> None:
         assert isinstance(model, Llama)
         assert model.offload is not None
         assert model.layers[0].mlp.chunk == 16
+
+
+def test_data_is_prepared_planned_and_served(
+    data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("tensorlm.benchmarks.data._SERVE_SECONDS", 0.01)
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")  # which the launcher sets for good
+    size = ["--documents", "1000", "--max-bytes", "300000"]
+    command = ["benchmark.py", "data", *size, "--tokenizer", str(data / "tokenizer")]
+    monkeypatch.setattr(sys, "argv", command)
+    assert runpy.run_path(str(ROOT / "launcher/benchmark.py"))["main"]() == 0
+    lines = capsys.readouterr().out.splitlines()
+    plans, (prepared,), served = (
+        [line for line in lines if line.startswith(kind)]
+        for kind in ("plan: ", "prepare: ", "serve: ")
+    )
+    assert [re.findall(r"[\d,]+", line)[0] for line in plans] == ["1,000"] * 3
+    assert re.search(r"tokenizer alone [\d.]+ MB/s, a worker [\d.]+ MB/s", prepared)
+    assert all(re.search(r"rows of [\d,]+: [1-9]\d* M tokens/s", line) for line in served)
+    assert len(served) == 3

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tensorlm.config import Config, config_toml, load_config
+from tensorlm.config import Config, config_toml, load_config, model_differences
 from tensorlm.errors import UserError
 from tensorlm.model import Llama
 
@@ -131,6 +131,26 @@ def test_rows_that_ranks_cannot_share_are_refused() -> None:
     config.check_world(2)
     with pytest.raises(UserError, match="rows_per_step"):
         config.check_world(3)
+
+
+def test_every_setting_that_makes_another_model_is_told_and_no_other() -> None:
+    path = ROOT / "configs/demo.toml"
+    trained = load_config(path, ["model.fold=[16]"]).model_dump(mode="json", exclude_none=True)
+    scaling = 'model.rope_scaling={rope_type="linear", factor=2.0}'
+    changes = ["model.fold=[8]", "model.full_every=2", "model.rope_theta=5.0", scaling]
+    lines = model_differences(trained, load_config(path, [*changes, "model.tie_embeddings=true"]))
+    keys = [line.partition(":")[0] for line in lines]
+    settings = ("rope_theta", "rope_scaling", "tie_embeddings", "fold", "full_every")
+    assert keys == [f"model.{name}" for name in settings]
+    assert lines[3] == "model.fold: is [8], the checkpoint has [16] (set it back)"
+    head_size = load_config(path).model.head_size
+    same = ["model.fold=[16]", "model.init_std=0.5", "model.hop_bias_init=1.0", "train.steps=999"]
+    same.append(f"model.head_dim={head_size}")
+    assert not model_differences(trained, load_config(path, same))
+    trained["model"]["fold"] = []
+    assert not model_differences(
+        trained, load_config(path, ["model.fold=[]", "model.full_every=2"])
+    )
 
 
 def test_launcher_prints_error_lines_and_exits_2() -> None:

@@ -1,7 +1,9 @@
 """Inputs: every format gives the same documents, however it is cut; bad ones are one line."""
 
+import codecs
 import gzip
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 
@@ -39,9 +41,14 @@ def write_lines(folder: Path) -> str:
     return str(folder / "a.jsonl")
 
 
+def write_ndjson(folder: Path) -> str:
+    (folder / "a.NDJSON").write_bytes(LINES)
+    return str(folder / "a.NDJSON")
+
+
 def write_gzip(folder: Path) -> str:
-    (folder / "a.jsonl.gz").write_bytes(gzip.compress(LINES[:500]) + gzip.compress(LINES[500:]))
-    return str(folder / "a.jsonl.gz")
+    (folder / "a.JSONL.gz").write_bytes(gzip.compress(LINES[:500]) + gzip.compress(LINES[500:]))
+    return str(folder / "a.JSONL.gz")
 
 
 def write_zstandard(folder: Path) -> str:
@@ -51,6 +58,12 @@ def write_zstandard(folder: Path) -> str:
 
 def write_array(folder: Path) -> str:
     (folder / "a.json").write_text(json.dumps([{"body": text} for text in TEXTS]))
+    return str(folder / "a.json")
+
+
+def write_array_with_mark(folder: Path) -> str:
+    content = " \n" + json.dumps([{"body": text} for text in TEXTS])
+    (folder / "a.json").write_bytes(codecs.BOM_UTF8 + content.encode())
     return str(folder / "a.json")
 
 
@@ -108,9 +121,9 @@ def cache_of_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     "write",
     [
-        write_texts, write_packed_texts, write_lines, write_gzip, write_zstandard, write_array,
-        write_json_lines, write_parquet, write_arrow, write_feather, write_saved_dataset,
-        write_saved_splits, write_dataset_folder,
+        write_texts, write_packed_texts, write_lines, write_ndjson, write_gzip, write_zstandard,
+        write_array, write_array_with_mark, write_json_lines, write_parquet, write_arrow,
+        write_feather, write_saved_dataset, write_saved_splits, write_dataset_folder,
     ],
 )  # fmt: skip
 def test_every_format_gives_the_same_documents_however_it_is_cut(
@@ -122,11 +135,37 @@ def test_every_format_gives_the_same_documents_however_it_is_cut(
         shards = plan_shards(files, "body", shard_bytes)
         texts = [text for parts in shards for part in parts for text in read_part(part, "body")]
         assert texts == TEXTS
+        for part in (part for parts in shards for part in parts):
+            counts: list[int] = []
+            assert list(read_part(part, "body", counts.append)) is not None
+            assert sum(counts) == part.num_bytes
+            assert min(counts) >= 0
     assert len(shards) == 1
     cut = plan_shards(files, "body", 10**9, max_bytes=200)
     texts = [text for parts in cut for part in parts for text in read_part(part, "body")]
     assert texts == TEXTS[: len(texts)]
     assert len(texts) < len(TEXTS)
+
+
+@pytest.mark.parametrize("write", [write_lines, write_gzip, write_zstandard, write_parquet])
+def test_progress_is_where_reading_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Callable[[Path], str]
+) -> None:
+    rng = random.Random(0)
+    long = [rng.randbytes(10_000).hex() for _ in range(600)]  # 12 MB, 6 MB when compressed
+    lines = "".join(json.dumps({"body": text}) + "\n" for text in long).encode()
+    monkeypatch.setitem(globals(), "LINES", lines)
+    monkeypatch.setitem(globals(), "TEXTS", long)
+    ((part,),) = plan_shards([write(tmp_path)], "body", 10**9)
+    done = 0
+
+    def count(num_bytes: int) -> None:
+        nonlocal done
+        done += num_bytes
+
+    for number, _ in enumerate(read_part(part, "body", count), 1):
+        assert done / part.num_bytes == pytest.approx(number / len(long), abs=0.2)
+    assert done == part.num_bytes
 
 
 def test_limit_ends_before_the_document_that_would_exceed_it(tmp_path: Path) -> None:
@@ -142,8 +181,29 @@ def test_patterns_are_sorted_and_excluded(tmp_path: Path) -> None:
     write_texts(tmp_path)
     files = find_files([str(tmp_path / "0*.txt"), str(tmp_path / "*.txt")], ["*/00*"])
     assert [Path(file).name for file in files] == [f"{i:03}.txt" for i in range(10, 40)]
-    with pytest.raises(UserError, match="no such file"):
-        find_files([str(tmp_path / "*.doc")])
+
+
+@pytest.mark.parametrize(
+    ("pattern", "exclude", "words"),
+    [
+        ("*.doc", "", "no such file"),
+        ("", "", r": is a folder \(write '.*/\*\*/\*\.txt'\)"),
+        ("*.txt", "*.txt", "--exclude: leaves nothing of 40 files"),
+        ("more/*", "", r"b\.CSV\.gz: \.csv is not read \(make it \.jsonl"),
+        ("more/*", "*.gz", r"c\.pt: \.pt is not read"),
+    ],
+)
+def test_patterns_that_name_nothing_to_read_are_one_line(
+    tmp_path: Path, pattern: str, exclude: str, words: str
+) -> None:
+    write_texts(tmp_path)
+    (tmp_path / "more").mkdir()
+    for name in ("a.unknown", "b.CSV.gz", "c.pt"):
+        (tmp_path / "more" / name).touch()
+    with pytest.raises(UserError, match=words) as caught:
+        find_files([str(tmp_path / pattern)], [exclude])
+    assert len(caught.value.problems) == 1
+    assert len(find_files([str(tmp_path / "more/*")], ["*.gz", "*.pt"])) == 1
 
 
 def damaged(name: str, content: bytes) -> Callable[[Path], str]:
@@ -181,6 +241,13 @@ def numbers(folder: Path) -> str:
         (damaged("a.jsonl", b'{"text": "x"}\n'), "no field 'body' (has text"),
         (damaged("a.jsonl", b'{"body": null}\n'), "byte 0: field 'body' holds no text"),
         (damaged("a.jsonl", b'{"body": "\xff"}\n'), "not JSON"),
+        (
+            damaged("a.jsonl", b'{"body": "x"}\n{"body": "\\ud800 x"}'),
+            "byte 14: half of a surrogate",
+        ),
+        (damaged("a.json", b'[{"body": "\\udfff"}]'), "record 0: half of a surrogate pair"),
+        (damaged("a.jsonl", b'{"body": ' + b"[" * 100_000 + b"}"), "byte 0: not JSON: nested"),
+        (damaged("a.json", b"[" * 100_000), "content: not JSON: nested too deeply"),
         (damaged("a.json", b'[{"body": "x"}'), "not JSON"),
         (damaged("a.jsonl.gz", gzip.compress(LINES)[:-20]), "cannot be read"),
         (damaged("a.jsonl.gz", LINES), "cannot be read"),

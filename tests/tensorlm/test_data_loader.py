@@ -2,9 +2,12 @@
 
 import dataclasses
 import itertools
+import queue
 import random
+import shutil
+import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -14,6 +17,7 @@ from fold_parallel import Grid
 from tensorlm.config import Config, parse_config
 from tensorlm.data.feed import Feed
 from tensorlm.data.loader import Batch, PackedRows, open_rows
+from tensorlm.data.tokenizers import train_tokenizer
 from tensorlm.errors import UserError
 from tensorlm.loss import IGNORED
 from tests.tensorlm.documents import rows_of, write_split
@@ -178,6 +182,61 @@ def test_a_wrong_guess_of_the_feed_costs_nothing_but_time(tmp_path: Path) -> Non
     assert torch.equal(jumped[3].tokens, rows.batch(range(403, 404)).tokens)
 
 
+class Watched:
+    """Rows that remember what they were asked for, and are read as often as they are let."""
+
+    def __init__(self, rows: PackedRows) -> None:
+        self.rows, self.pins = rows, set[bool]()
+        self.asked, self.may_read = queue.SimpleQueue[int](), threading.Semaphore(0)
+
+    def micro_batches(self, first_row: int, *place: Any, pin: bool) -> list[Batch]:
+        self.asked.put(first_row)
+        self.pins.add(pin)
+        assert self.may_read.acquire(timeout=60)
+        return self.rows.micro_batches(first_row, *place)
+
+
+@pytest.mark.parametrize("pin", [False, True])
+def test_the_next_step_is_read_while_this_one_computes(tmp_path: Path, pin: bool) -> None:
+    config = run_config(tmp_path, steps=3)
+    watched = Watched(open_rows(config, "train", verify=False))
+    feed = Feed(cast(PackedRows, watched), config, Grid(), pin=pin)
+    for step in range(3):
+        watched.may_read.release()  # for this step; that of the next one has to wait
+        batches = feed.batches(step, 8 * step)
+        row = 8 * step + 3
+        assert torch.equal(batches[3].tokens, watched.rows.batch(range(row, row + 1)).tokens)
+        if step == 0:
+            assert watched.asked.get(timeout=10) == 0
+        if step < 2:  # and nobody has asked the feed for it
+            assert watched.asked.get(timeout=10) == 8 * step + 8
+    assert watched.asked.empty()  # no step was read twice, and none after the last
+    assert watched.pins == {pin}
+
+
+def test_pinned_batches_are_allocated_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = open_rows(run_config(tmp_path), "train", verify=False)
+    allocate, pinned = torch.empty, []
+
+    def empty(*shape: Any, pin_memory: bool, **options: Any) -> torch.Tensor:
+        pinned.append(pin_memory)
+        return allocate(*shape, **options)
+
+    monkeypatch.setattr(torch, "empty", empty)
+    (batch,) = rows.micro_batches(0, 1, 1, pin=True)
+    assert pinned == [True] * 3
+    assert torch.equal(batch.tokens, rows.batch(range(1)).tokens)
+    assert pinned == [True] * 3 + [False] * 3
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_pinned_batches_are_pinned(tmp_path: Path) -> None:
+    rows = open_rows(run_config(tmp_path), "train", verify=False)
+    batch = rows.batch(range(2), pin=True)
+    assert all(t.is_pinned() for t in (batch.tokens, batch.labels, batch.doc_start))
+
+
 def test_digest_tells_any_other_token_row_or_order(split: Path) -> None:
     rows = rows_of(split, 32, "best_fit", seed=3)
     n = rows.sources[0].last_plan.num_rows
@@ -231,6 +290,20 @@ def test_ids_beyond_the_model_are_refused(tmp_path: Path) -> None:
     tree = run_config(tmp_path).model_dump(mode="json", exclude_none=True)
     tree["model"]["vocab_size"] = 5000
     assert problem(parse_config(tree, "test")).startswith("model.vocab_size: 5000 is smaller")
+
+
+def test_another_tokenizer_beside_the_shards_is_refused(tmp_path: Path, data: Path) -> None:
+    config = parse_config(
+        {
+            **run_config(tmp_path).model_dump(mode="json", exclude_none=True),
+            "data": {"path": str(shutil.copytree(data, tmp_path / "set")), "seq_len": 64},
+        },
+        "test",
+    )
+    open_rows(config, "train", verify=False)
+    train_tokenizer(["other words"] * 9, 270, tmp_path / "set/tokenizer")
+    with pytest.raises(UserError, match=r"set/tokenizer: is not the tokenizer that the data"):
+        open_rows(config, "train", verify=False)
 
 
 def test_other_data_changes_the_fingerprint(tmp_path: Path) -> None:

@@ -205,10 +205,10 @@ MUTATIONS: dict[str, Callable[[Path], None]] = {
 
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_damage_is_one_line_that_names_the_file_and_the_fix(split: Path, name: str) -> None:
-    open_shards(split, verify=True)
+    Corpus(split, verify=True)
     MUTATIONS[name](split)
     with pytest.raises(UserError) as caught:
-        open_shards(split, verify=True)
+        Corpus(split, verify=True)
     for line in caught.value.problems:
         assert line.startswith(str(split))
         assert line.endswith(")")
@@ -217,7 +217,7 @@ def test_damage_is_one_line_that_names_the_file_and_the_fix(split: Path, name: s
     # Only the content of token files is beyond the quick look at start.
     if "tokens" not in name or name.startswith(("truncate", "lengthen", "empty", "remove")):
         with pytest.raises(UserError):
-            open_shards(split)
+            Corpus(split)
 
 
 def test_there_are_enough_mutations() -> None:

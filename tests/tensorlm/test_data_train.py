@@ -1,13 +1,11 @@
 """Three sources, prepared, mixed and trained on in stages of 64, 128 and 256 tokens a row."""
 
-import ast
-import asyncio
 import email
 import gzip
 import hashlib
-import json
 import unittest
 from pathlib import Path
+from pydoc_data.topics import topics
 from types import ModuleType
 
 import pyarrow as pa
@@ -51,28 +49,27 @@ def sources(package: ModuleType) -> list[Path]:
     return sorted(Path(str(package.__file__)).parent.glob("*.py"))
 
 
-def prose() -> list[str]:
-    """Every docstring of two packages: text in plain English."""
-    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    trees = [ast.parse(file.read_bytes()) for file in sources(unittest) + sources(asyncio)]
-    nodes = (node for tree in trees for node in ast.walk(tree) if isinstance(node, kinds))
-    return [text for node in nodes if (text := ast.get_docstring(node))]
+def long_texts() -> list[str]:
+    """Three long texts in plain English: the chapters of the language's own manual."""
+    chapters = list(topics.values())
+    return ["\n\n".join(chapters[third::3]) for third in range(3)]
 
 
 @pytest.fixture
 def mixed(tmp_path: Path, config: Path) -> Path:
-    """The tiny configuration on three sources: source files, JSONL of prose, a Parquet table."""
+    """The tiny configuration on three sources: source files, long texts, a Parquet table."""
     data = tmp_path / "data"
     data.mkdir()
-    with gzip.open(data / "prose.jsonl.gz", "wt") as file:
-        file.writelines(json.dumps({"body": text}) + "\n" for text in prose())
+    for number, text in enumerate(long_texts()):
+        assert len(text) > 100_000
+        (data / f"{number}.txt.gz").write_bytes(gzip.compress(text.encode()))
     table = pa.table({"content": [file.read_text() for file in sources(unittest)]})
     pq.write_table(table, data / "table.parquet")
     code = find_files([str(file) for file in sources(email)])
     train_tokenizer(read_documents(code, "text"), 512, data / "tokenizer")
     for name, files, field in (
         ("code", code, "text"),
-        ("prose", [str(data / "prose.jsonl.gz")], "body"),
+        ("prose", find_files([str(data / "*.txt.gz")]), "text"),
         ("table", [str(data / "table.parquet")], "content"),
     ):
         encode(files, data / "tokenizer", data / name, text_field=field, shard_bytes=100_000)

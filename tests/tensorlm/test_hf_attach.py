@@ -66,6 +66,8 @@ assert torch.equal(model(wanted["tokens"]).logits, wanted["logits"])
     [
         ({}, [], "fold is empty"),
         ({}, [1], "at least 2"),
+        ({}, [8.0], r"fold is \[8.0\], not a list of whole numbers"),
+        ({}, 8, "fold is 8, not a list of whole numbers"),
         ({"attention_dropout": 0.1}, [16], "attention_dropout"),
         (
             {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
@@ -75,7 +77,7 @@ assert torch.equal(model(wanted["tokens"]).logits, wanted["logits"])
     ],
 )
 def test_what_cannot_be_attached_to_is_refused_and_unchanged(
-    changes: dict[str, Any], fold: list[int], message: str
+    changes: dict[str, Any], fold: Any, message: str
 ) -> None:
     model = tiny_llama(**changes)
     with pytest.raises(ValueError, match=message):
@@ -86,6 +88,8 @@ def test_what_cannot_be_attached_to_is_refused_and_unchanged(
 
 def test_other_models_are_refused() -> None:
     model = tiny_llama()
+    with pytest.raises(ValueError, match="full_every is -1, not a whole number"):
+        attach(model, fold=[16], full_every=-1)
     attach(model, fold=[16])
     with pytest.raises(ValueError, match="TensorLMForCausalLM, not a plain LlamaForCausalLM"):
         attach(model, fold=[16])

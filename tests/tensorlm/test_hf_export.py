@@ -10,13 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, LlamaForCausalLM
 
+from fold_parallel import Grid
 from tensorlm.checkpoint import Saver, load_weights, select_checkpoint
 from tensorlm.config import CheckpointConfig, load_config
 from tensorlm.data.tokenizers import load_tokenizer
 from tensorlm.engine import STATE, ParameterSlice
 from tensorlm.errors import UserError
+from tensorlm.evaluation.model import open_checkpoint_model
 from tensorlm.hf.export_folder import export_checkpoint
 from tensorlm.hf.hub import create_repository
 from tensorlm.manifest import open_checkpoint
@@ -151,7 +153,8 @@ def test_slices_of_any_ranks_become_the_same_bytes_in_any_number_of_files(
 
 
 def test_folder_uses_our_kernels_where_they_are_installed(tmp_path: Path, config: Path) -> None:
-    checkpoint, settings, ours = random_checkpoint(config, "model.fold=[4,8]")
+    shape = ("model.tie_embeddings=true", "model.head_dim=16")  # 16 is not 32 / 4
+    checkpoint, settings, ours = random_checkpoint(config, "model.fold=[4,8]", *shape)
     export_checkpoint(checkpoint, settings, tmp_path / "hf", "fp32", None)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", trust_remote_code=True)
     module = sys.modules[type(model).__module__]
@@ -160,6 +163,9 @@ def test_folder_uses_our_kernels_where_they_are_installed(tmp_path: Path, config
     tokens = torch.randint(512, (2, 130))
     with torch.no_grad():
         assert relative_error(model(tokens).logits, ours(tokens)) < 1e-5
+        decoder = AutoModel.from_pretrained(tmp_path / "hf", trust_remote_code=True)
+        wanted = model.model(tokens).last_hidden_state
+        assert torch.equal(decoder(tokens).last_hidden_state, wanted)
 
 
 def test_plain_llama_reads_the_weights_by_their_names(tmp_path: Path, config: Path) -> None:
@@ -214,11 +220,31 @@ def test_export_that_cannot_be_written_leaves_nothing_behind(
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
         export_checkpoint(checkpoint, settings, tmp_path / "file/out", "bf16", None)
+    imported = tmp_path / "run/imported"
+    imported.mkdir()
+    (imported / "generation_config.json").write_text("[1]")
+    with pytest.raises(UserError, match=r"generation_config\.json: not a generation config"):
+        export_checkpoint(checkpoint, settings, output, "bf16", None, imported=imported)
     assert {path.name for path in tmp_path.iterdir()} == {"run", "tiny.toml", "file"}
     export_checkpoint(checkpoint, settings, output, "bf16", None)
     with pytest.raises(UserError, match="is not empty"):
         export_checkpoint(checkpoint, settings, output, "bf16", None)
     assert (output / "model.safetensors").exists()
+
+
+def test_another_model_than_the_checkpoints_is_refused(
+    tmp_path: Path, config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint, _, _ = random_checkpoint(config, "model.fold=[4,8]")
+    export = ("export", "--config", config, "--output", tmp_path / "hf", "model.fold=[16]")
+    assert launcher_here("convert.py", *export) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    what = "model.fold: is [16], the checkpoint has [4, 8] (set it back)"
+    assert line == f"error: {checkpoint.folder}: {what}"
+    assert not (tmp_path / "hf").exists()
+    other = load_config(config, ["model.fold=[16]"])
+    with pytest.raises(UserError, match=re.escape(what)):
+        open_checkpoint_model(other, None, torch.device("cpu"), Grid())
 
 
 @pytest.fixture
@@ -236,7 +262,7 @@ def export_arguments(config: Path, output: Path) -> list[str]:
 def test_upload_reaches_the_hub_as_one_commit(
     tmp_path: Path, config: Path, data: Path, hub: StandInHub
 ) -> None:
-    random_checkpoint(config, "model.fold=[4,8]")
+    random_checkpoint(config)
     result = subprocess.run(
         [sys.executable, "launcher/convert.py", *export_arguments(config, tmp_path / "hf")],
         cwd=ROOT, env=hub.environment, capture_output=True, text=True,
@@ -247,13 +273,41 @@ def test_upload_reaches_the_hub_as_one_commit(
     assert hub.commit_url in result.stdout
 
 
+@pytest.mark.parametrize("refused", ["commit", "weights"])
+def test_upload_that_fails_leaves_a_whole_folder_and_one_line(
+    tmp_path: Path,
+    config: Path,
+    hub: StandInHub,
+    refused: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    _, _, ours = random_checkpoint(config)
+    hub.refuses = refused
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.address)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+    monkeypatch.setenv("HF_TOKEN", "hf_madeup")
+    folder = tmp_path / "hf"
+    assert launcher_here("convert.py", *export_arguments(config, folder)) == 2
+    *_, line = capsys.readouterr().err.splitlines()  # bars are before it
+    what = {
+        "commit": "Client error '404 Not Found'",
+        "weights": "Error while uploading 'model.safetensors'",
+    }[refused]
+    assert line.startswith(f"error: --push-to-hub someone/tiny: {what}")
+    assert line.endswith(f"({folder} is whole: go on with `hf upload someone/tiny {folder}`)")
+    assert len(folder_weights(folder)) == len(list(ours.parameters()))
+    assert hub.created
+    assert not hub.files
+
+
 def test_hub_that_refuses_is_one_line_before_any_work(
     tmp_path: Path,
     config: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    random_checkpoint(config, "model.fold=[4,8]")
+    random_checkpoint(config)
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     assert launcher_here("convert.py", *export_arguments(config, tmp_path / "hf")) == 2
     (line,) = capsys.readouterr().err.splitlines()

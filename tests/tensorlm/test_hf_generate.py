@@ -1,5 +1,7 @@
 """Generation: the cache changes no token, and a new token reads n_1 + T / n_1 entries of it."""
 
+import io
+import json
 import socket
 import subprocess
 import sys
@@ -15,11 +17,13 @@ from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache
 
 from tensorlm.data.tokenizers import load_tokenizer
+from tensorlm.errors import UserError
 from tensorlm.hf.cache_tensorlm import FoldCache, Rows
 from tensorlm.hf.configuration_tensorlm import TensorLMConfig
 from tensorlm.hf.export_folder import export_checkpoint
+from tensorlm.hf.load_folder import load_folder
 from tensorlm.hf.modeling_tensorlm import TensorLMForCausalLM
-from tests.tensorlm.hf_models import random_checkpoint, relative_error
+from tests.tensorlm.hf_models import launcher_here, random_checkpoint, relative_error
 from tests.tensorlm.launching import ROOT
 
 FOLDS = {"one axis": ([16], 0), "two axes": ([4, 8], 0), "hybrid": ([8], 2)}
@@ -220,11 +224,53 @@ def test_launcher_streams_what_plain_generation_gives(
     tokens = model.generate(**inputs, max_new_tokens=40, do_sample=False)
     wanted = tokenizer.decode(tokens[0], skip_special_tokens=True)
     assert b"".join(pieces).decode() == wanted + "\n"
-    for arguments, message in (
-        (["--model", str(tmp_path)], f"error: {tmp_path}: no config.json"),
-        (["--model", str(folder), "--max-new-tokens", "0"], "error: --max-new-tokens"),
+
+
+def test_options_and_prompts_that_make_no_sense_are_one_line_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def errors(*arguments: str) -> list[str]:
+        code = launcher_here("generate.py", "--model", tmp_path, "--prompt", *arguments)
+        assert code == 2
+        return capsys.readouterr().err.splitlines()
+
+    assert errors("x")[0].startswith(f"error: {tmp_path}: no config.json")
+    (tmp_path / "config.json").write_text("{}")
+    numbers = ("--temperature", "-1", "--top-p", "2", "--seed", str(2**64))
+    assert errors("x", *numbers, "--max-new-tokens", "0", "--prefill-chunk", "0") == [
+        "error: --max-new-tokens: must be at least 1",
+        "error: --temperature: must be 0 (greedy), or at least 1e-6",
+        "error: --top-p: must be above 0 and at most 1",
+        "error: --seed: must be at least 0 and below 2**64",
+        "error: --prefill-chunk: must be at least 1",
+    ]
+    for number in ("nan", "inf", "1e-40"):
+        assert len(errors("x", "--temperature", number)) == 1
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"abc\xff")))
+    for prompt in ("-", "abc\udcff"):
+        assert errors(prompt) == ["error: --prompt: not UTF-8 text (invalid start byte at 3)"]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_damaged_folders_are_one_line(tmp_path: Path, config: Path, tied: bool) -> None:
+    checkpoint, settings, _ = random_checkpoint(config, f"model.tie_embeddings={str(tied).lower()}")
+    folder = tmp_path / "hf"
+    export_checkpoint(checkpoint, settings, folder, "fp32", None)
+    weights, fields = folder / "model.safetensors", folder / "config.json"
+    content, good = weights.read_bytes(), json.loads(fields.read_text())
+    load_folder(folder)
+    for change, message in (
+        ({"hidden_size": None}, r"cannot be loaded \(.*field 'hidden_size'"),
+        ({"hidden_act": "?"}, r"cannot be loaded \(KeyError"),
+        ({"num_hidden_layers": 3}, r"layers\.2\.input_layernorm\.weight is missing"),
+        ({"fold": [4, 8]}, r"layers\.0\.self_attn\.hop_bias is not of the shape"),
+        ({"model_type": "gpt2"}, "hf: "),
     ):
-        bad = [sys.executable, "launcher/generate.py", *arguments, "--prompt", "x"]
-        result = subprocess.run(bad, cwd=ROOT, capture_output=True, text=True)
-        assert result.returncode == 2
-        assert result.stderr.startswith(message)
+        fields.write_text(json.dumps(good | change))
+        with pytest.raises(UserError, match=message) as caught:
+            load_folder(folder)
+        assert "\n" not in str(caught.value)
+    fields.write_text(json.dumps(good))
+    weights.write_bytes(content[:-100])
+    with pytest.raises(UserError, match=r"hf: cannot be loaded \(SafetensorError: .*incomplete"):
+        load_folder(folder)

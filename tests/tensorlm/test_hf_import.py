@@ -1,6 +1,7 @@
 """Import: every Llama's shape gives its logits and its bytes back; what is not ours is refused."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +143,25 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "bias": ({"attention_bias": True}, "attention_bias is set"),
     "gelu": ({"hidden_act": "gelu"}, "hidden_act gelu"),
     "quantized": ({"quantization_config": {"bits": 4}}, "quantized weights"),
+    "incomplete": (
+        {"rope_parameters": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0}},
+        r"config.json: rope_parameters: high_freq_factor is missing\n.*original_max_position",
+    ),
+    "partial": (
+        {"rope_parameters": {"rope_theta": 10000.0, "partial_rotary_factor": 0.5}},
+        r"partial_rotary_factor 0.5 is not supported \(ours: 1\)$",
+    ),
+    "text for a number": (
+        {"num_attention_heads": "4"},
+        r"config.json: num_attention_heads: input should be a valid integer \(got '4'\)$",
+    ),
+    "null": ({"hidden_size": None}, r"config.json: hidden_size: missing$"),
+    "rope is text": ({"rope_parameters": "x"}, r"config.json: rope_parameters: .* \(got 'x'\)$"),
+    "rope has text": (
+        {"rope_parameters": {"rope_type": "linear", "factor": "8"}},
+        r"config.json: rope_parameters.factor: input should be a valid number \(got '8'\)$",
+    ),
+    "flag": ({"tie_word_embeddings": 1}, "tie_word_embeddings: input should be a valid boolean"),
     "layers": (
         {"num_hidden_layers": 3},
         r"model.num_layers: is 2, .* has 3 \(set model.num_layers=3\)",
@@ -205,6 +225,35 @@ def test_weights_are_checked_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
+def test_stored_head_of_a_tied_model_must_be_its_embedding(tmp_path: Path, config: Path) -> None:
+    folder = tmp_path / "llama"
+    tiny_llama(tie_word_embeddings=True).save_pretrained(folder)
+    settings = full_attention_run(config, "model.tie_embeddings=true")
+    weights = load_file(folder / "model.safetensors")
+    head = weights["model.embed_tokens.weight"].clone()
+    changed = head.clone()
+    changed[-1, -1] += 1
+    for other in (changed, head[:-1].clone()):
+        save_file(weights | {"lm_head.weight": other}, folder / "model.safetensors")
+        with pytest.raises(UserError, match=r"lm_head\.weight is not the embedding"):
+            import_weights(folder, settings)
+    save_file(weights | {"lm_head.weight": head}, folder / "model.safetensors")
+    checkpoint = open_checkpoint(import_weights(folder, settings))
+    assert torch.equal(checkpoint.read_parameter("embed_tokens.weight"), head)
+
+
+def test_half_precision_becomes_the_same_numbers(tmp_path: Path, config: Path) -> None:
+    reference = tiny_llama().half()
+    reference.save_pretrained(tmp_path / "llama")
+    stored = folder_weights(tmp_path / "llama")
+    assert {tensor.dtype for tensor in stored.values()} == {torch.float16}
+    settings = full_attention_run(config)
+    checkpoint = open_checkpoint(import_weights(tmp_path / "llama", settings))
+    export_checkpoint(checkpoint, settings, tmp_path / "back", "fp32", None)
+    wanted = {name: tensor.float() for name, tensor in stored.items()}
+    assert_same_bytes(folder_weights(tmp_path / "back"), wanted)
+
+
 def test_damaged_and_absent_files_are_named(tmp_path: Path, config: Path) -> None:
     folder, settings = tmp_path / "llama", full_attention_run(config)
     folder.mkdir()
@@ -218,9 +267,31 @@ def test_damaged_and_absent_files_are_named(tmp_path: Path, config: Path) -> Non
         import_weights(folder, settings)
     assert len(error.value.problems) == 2
     assert all(s.name in p for s, p in zip(shards, error.value.problems, strict=False))
-    (folder / "model.safetensors.index.json").unlink()
+    index = folder / "model.safetensors.index.json"
+    for content in ('{"weight_map": {"model.norm.weight": 5}}', "[]", "[" * 9999, "\udcff"):
+        index.write_text(content, errors="surrogateescape")
+        with pytest.raises(UserError, match=r"not an index of weights"):
+            import_weights(folder, settings)
+    index.unlink()
     with pytest.raises(UserError, match=r"no model\.safetensors and no index"):
         import_weights(folder, settings)
+
+
+def test_long_conversions_show_how_far_they_are(
+    tmp_path: Path,
+    config: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("tensorlm.progress.DELAY_SECONDS", 0.0)
+    tiny_llama().save_pretrained(tmp_path / "Tiny-Llama")
+    full = ("--config", config, "model.fold=[]")
+    imported = launcher_here("convert.py", "import", *full, "--hf", tmp_path / "Tiny-Llama")
+    exported = launcher_here("convert.py", "export", *full, "--output", tmp_path / "hf")
+    assert imported == exported == 0
+    bars = capsys.readouterr().err
+    for title in ("import Tiny-Llama", "verify step-00000000", "export step 0"):
+        assert re.search(rf"{title}: 100%\|█+\| (\S+)/\1 \[", bars), bars
 
 
 def test_training_starts_from_imported_weights_and_exports_their_tokenizer(
@@ -246,7 +317,14 @@ def test_training_starts_from_imported_weights_and_exports_their_tokenizer(
     torch.testing.assert_close(after.read_parameter(name), wanted, rtol=0, atol=1e-6)
 
     export = ("export", "--config", config, "--output", tmp_path / "hf", "data.path=elsewhere")
-    assert launcher_here("convert.py", *export) == 0
+    assert launcher_here("convert.py", *export) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    carried = tmp_path / "run/imported/Tiny-Llama"
+    what = f"{carried}: is not the tokenizer that the data was encoded with"
+    assert line == f"error: {what} (choose one with --tokenizer DIR)"
+    assert not (tmp_path / "hf").exists()
+    assert launcher_here("convert.py", *export, "--tokenizer", carried) == 0
+    assert f"note: {what} (as asked)\n" in capsys.readouterr().out
     text = "def main():\n    return 'ünïcode'"
     wanted_ids = load_tokenizer(folder).encode(text)
     assert load_tokenizer(tmp_path / "hf").encode(text) == wanted_ids

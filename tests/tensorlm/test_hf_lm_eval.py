@@ -15,7 +15,7 @@ from tensorlm.data.tokenizers import load_tokenizer
 from tensorlm.hf.export_folder import export_checkpoint
 from tests.tensorlm.hf_models import random_checkpoint
 
-pytest.importorskip("lm_eval", reason="optional: pip install 'tensorlm[lm-eval]'")
+pytest.importorskip("lm_eval", reason="pip install 'lm_eval[hf]==0.4.13'")
 
 TASK = """
 task: local_choice

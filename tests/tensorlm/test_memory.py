@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from tensorlm.benchmarks.accounting import PeakMemory
 from tensorlm.config import ModelConfig
 from tensorlm.layers import SwiGLU
 from tensorlm.loss import OutputHead
 from tensorlm.model import Llama
-from tests.fold_parallel.accounting import PeakMemory
 
 LAYERS = 4
 

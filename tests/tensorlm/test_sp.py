@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from fold_parallel import Grid, create_grid
+from tensorlm.benchmarks.accounting import PeakMemory
 from tensorlm.config import ModelConfig
 from tensorlm.loss import IGNORED
 from tensorlm.model import Llama
 from tests.distributed import run_distributed
-from tests.fold_parallel.accounting import Log, PeakMemory
+from tests.fold_parallel.accounting import Log
 from tests.fold_parallel.backends import device, ranks_and_backends, result
 from tests.tensorlm.documents import rows_of, write_split
 

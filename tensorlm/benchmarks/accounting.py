@@ -1,0 +1,58 @@
+"""Tensors counted as they are made and freed: the peak of a computation on the CPU."""
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+_CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+
+
+class PeakMemory(TorchDispatchMode):
+    """The most bytes that were alive at one time in tensors that were made under this mode.
+
+    Only tensors of this thread, and not what PyTorch's own operations use inside.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._known: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
+
+    def restart(self) -> None:
+        """Forget the peak so far."""
+        self.peak = self.live
+
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        assert isinstance(func, torch._ops.OpOverload)
+        if func.namespace == "tensor_attention":  # a custom operator: what it makes inside counts
+            with self:
+                out = func.redispatch(_CPU, *args, **(kwargs or {}))
+        else:
+            out = func(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            # DeepSpeed keeps shapes as tensors without memory (device meta).
+            if isinstance(x, Tensor) and x.device.type != "meta":
+                self._count(x.untyped_storage())
+        return out
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        if storage in self._known:
+            return
+        self._known.add(storage)
+        weakref.finalize(storage, self._free, storage.nbytes())
+        self.live += storage.nbytes()
+        self.peak = max(self.peak, self.live)
+
+    def _free(self, num_bytes: int) -> None:
+        self.live -= num_bytes

@@ -1,0 +1,164 @@
+"""Predicted against measured memory and time of real training steps, one process a point.
+
+A point is a configuration. Its steps are those of `train.py`: the model, DeepSpeed, AdamW, on
+random tokens of one document a row. On a GPU PyTorch's allocator is asked for its peak; on a CPU
+every tensor is counted, and the attention operator's share is counted on its own, since the CPU
+path has other temporary tensors than the Triton kernels, which the formulas are of.
+"""
+
+import gc
+import resource
+import statistics
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+
+from fold_parallel import Grid, create_grid
+from tensor_attention import tensor_attention
+from tensorlm.benchmarks.accounting import PeakMemory
+from tensorlm.config import Config
+from tensorlm.engine import Engine, init_distributed
+from tensorlm.launch_env import LaunchEnv
+from tensorlm.layers import rotary_table
+from tensorlm.model import create_llama
+from tensorlm.plan.activations import Fold
+from tensorlm.plan.gpus import GPUS, Gpu
+from tensorlm.plan.host import host_memory
+from tensorlm.plan.job import CUDA, Job, Platform, plan_jobs
+from tensorlm.plan.memory import gpu_memory
+from tensorlm.plan.operator import OperatorMemory
+from tensorlm.plan.speed import step_time
+
+CPU = Platform(is_gpu=False, fused_adam=False, library_workspace=0)
+_LEARNING_RATE = 1e-5
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Bytes and seconds of one point; predictions are of `allocated` and `seconds`."""
+
+    device: str
+    predicted: int
+    predicted_phases: dict[str, int]  # by name, as in plan/memory.py
+    allocated: int
+    reserved: int  # 0 on a CPU
+    start: int  # allocated at the peak before the first step,
+    passes: int  # of forward and backward passes,
+    update: int  # and of updates
+    predicted_seconds: float | None  # None on a device that is not in plan/gpus.py
+    seconds: float
+    predicted_host: int
+    host: int  # the largest resident set of the process
+
+
+class _Meter:
+    """Peak of tensors on this device, since the last `restart`."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.counter = PeakMemory() if device.type == "cpu" else None
+
+    def restart(self) -> None:
+        if self.counter is None:
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            self.counter.restart()
+
+    @property
+    def peak(self) -> int:
+        return torch.cuda.max_memory_allocated() if self.counter is None else self.counter.peak
+
+
+def measure(config: Config, launch: LaunchEnv, steps: int) -> Measurement:
+    """Train `steps` optimizer steps (at least 2; times leave out the first) of the last stage.
+
+    Raises:
+        RuntimeError: a step was not applied; torch.OutOfMemoryError: as PyTorch does.
+    """
+    device = init_distributed(launch)
+    job = plan_jobs(config, launch.world_size, CUDA if device.type == "cuda" else CPU)[-1]
+    operators = None
+    if device.type == "cpu":
+        operators = {fold: count_operator(job, fold) for fold in set(job.folds)}
+    predicted = gpu_memory(job, operators)
+    meter = _Meter(device)
+    with meter.counter or nullcontext():
+        grid = create_grid(config.parallel.sp)
+        # Weights are what PyTorch begins with: `init_weights` of 8 B takes the CPU a minute.
+        engine = Engine(create_llama(config.model, config.train, grid, device), config)
+        gc.collect()
+        list(engine.parameter_slices())  # makes AdamW's state, as a resumed run does
+        start = meter.peak
+        done = [_step(engine, job, grid, device, meter) for _ in range(steps)]
+    seconds, passes, updates = zip(*done, strict=True)
+    is_gpu = device.type == "cuda"
+    gpu = find_sheet(torch.cuda.get_device_name(device)) if is_gpu else None
+    return Measurement(
+        device=torch.cuda.get_device_name(device) if is_gpu else "CPU",
+        predicted=predicted.allocated,
+        predicted_phases={phase.name: phase.total for phase in predicted.phases},
+        allocated=max(start, *passes, *updates),
+        reserved=torch.cuda.max_memory_reserved() if is_gpu else 0,
+        start=start,
+        passes=max(passes),
+        update=max(updates),
+        predicted_seconds=step_time(job, gpu).seconds if gpu else None,
+        seconds=statistics.median(seconds[1:]),
+        predicted_host=host_memory(job).needed,
+        host=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    )
+
+
+def find_sheet(device_name: str) -> Gpu | None:
+    """The data sheet of a device by what PyTorch calls it."""
+    return next((gpu for gpu in GPUS.values() if gpu.name in device_name), None)
+
+
+def _step(
+    engine: Engine, job: Job, grid: Grid, device: torch.device, meter: _Meter
+) -> tuple[float, int, int]:
+    """One optimizer step; returns its seconds, and the peaks of its passes and its update."""
+    meter.restart()
+    rows, length = job.stage.micro_batch, job.stage.seq_len // job.sp
+    vocab_size = job.config.model.vocab_size
+    started = time.perf_counter()
+    for _ in range(job.micro_batches):
+        tokens = torch.randint(vocab_size, (rows, length), device=device)
+        doc_start = torch.zeros_like(tokens, dtype=torch.int32)
+        loss = engine.forward(tokens, doc_start, tokens)
+        engine.backward(loss * (grid.world_size / (tokens.numel() * job.micro_batches)))
+        del loss
+    passes = meter.peak
+    meter.restart()
+    norm = engine.step(_LEARNING_RATE)  # waits for the device
+    if norm != norm:
+        raise RuntimeError("the step was not applied: its gradients are not finite")
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - started, passes, meter.peak
+
+
+def count_operator(job: Job, fold: Fold) -> OperatorMemory:
+    """`plan.operator.operator_memory` of the operator that this machine runs, counted."""
+    model, stage = job.config.model, job.stage
+    dtype = torch.bfloat16 if job.itemsize == 2 else torch.float32
+    shape = (stage.micro_batch, stage.seq_len)
+    rotary = rotary_table(model, stage.seq_len, torch.device("cpu"))
+    bias = torch.zeros(len(fold), model.num_heads, dtype=dtype, requires_grad=True)
+    with PeakMemory() as memory:
+        q, k, v = (
+            torch.zeros(*shape, heads, model.head_size, dtype=dtype, requires_grad=True)
+            for heads in (model.num_heads, model.num_kv_heads, model.num_kv_heads)
+        )
+        doc_start = torch.zeros(shape, dtype=torch.int32)
+        given = doc_start.nbytes
+        out = tensor_attention(
+            q, k, v, fold, doc_start=doc_start, hop_bias=bias if fold else None, rotary=rotary,
+            backend=job.config.train.attention,
+        )  # fmt: skip
+        saved = memory.live - given
+        gradient = torch.zeros_like(out)
+        memory.restart()
+        out.backward(gradient)
+        return OperatorMemory(saved, memory.peak - given - saved)

@@ -1,0 +1,173 @@
+"""The config.json of a Llama folder: its types are checked, then it is compared with `[model]`."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import (
+    AliasChoices,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
+
+from tensorlm.config import ModelConfig, problem_lines
+from tensorlm.errors import UserError
+from tensorlm.hf.export_folder import hf_config
+from tensorlm.section import raise_all
+
+_ARCHITECTURES = ("LlamaForCausalLM", "TensorLMForCausalLM")
+_FIELDS = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "intermediate_size": "intermediate_size",
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_heads",
+    "num_key_value_heads": "num_kv_heads",
+    "head_dim": "head_dim",
+    "rms_norm_eps": "rms_norm_eps",
+    "tie_word_embeddings": "tie_embeddings",
+}
+_FOLD_FIELDS = {"fold": "fold", "full_every": "full_every"}
+# What each kind of rotary scaling reads.
+_SCALING: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": (
+        "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings",
+    ),
+}  # fmt: skip
+
+
+class _Known(BaseModel):
+    """Base of what we read: strict types; null and {} count as absent, other fields are ignored."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_absent(cls, tree: Any) -> Any:
+        is_tree = isinstance(tree, dict)
+        return {k: v for k, v in tree.items() if v not in (None, {})} if is_tree else tree
+
+
+class _Rope(_Known):
+    """`rope_parameters` of transformers 5, `rope_scaling` of 4."""
+
+    rope_type: str = Field("default", validation_alias=AliasChoices("rope_type", "type"))
+    rope_theta: float | None = None
+    partial_rotary_factor: float = 1.0
+    factor: float | None = None
+    low_freq_factor: float | None = None
+    high_freq_factor: float | None = None
+    original_max_position_embeddings: int | None = None
+
+    @model_validator(mode="after")
+    def _is_whole(self) -> "_Rope":
+        names = _SCALING.get(self.rope_type, ())
+        missing = [name for name in names if getattr(self, name) is None]
+        return raise_all(self, [f"{name} is missing" for name in missing])
+
+
+class _LlamaConfig(_Known):
+    """Fields of config.json; those with a default may be absent."""
+
+    model_type: str = "llama"
+    vocab_size: PositiveInt
+    hidden_size: PositiveInt
+    intermediate_size: PositiveInt
+    num_hidden_layers: PositiveInt
+    num_attention_heads: PositiveInt
+    num_key_value_heads: PositiveInt | None = None
+    head_dim: PositiveInt | None = None
+    hidden_act: str = "silu"
+    rms_norm_eps: float = 1e-6
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    tie_word_embeddings: bool = False
+    rope_theta: float = 10000.0
+    partial_rotary_factor: float = 1.0
+    rope_parameters: _Rope | None = None
+    rope_scaling: _Rope | None = None
+    quantization_config: Any = None
+    fold: list[int] = []
+    full_every: int = 0
+
+    @property
+    def rope(self) -> _Rope:
+        return self.rope_parameters or self.rope_scaling or _Rope()
+
+
+def check_config(folder: Path, model: ModelConfig) -> None:
+    """Compare a folder's config.json with the configured model.
+
+    Raises:
+        UserError: it cannot be read, a field is missing or of a wrong type, or it has parts that
+            are not ours; else a line per difference, each with the setting that would mend it.
+    """
+    found = _read(folder)
+    problems = _strange_parts(found)
+    if problems:
+        raise UserError(*(f"{folder}: {problem}" for problem in problems))
+    heads = found.num_attention_heads
+    theirs = {
+        **found.model_dump(),
+        "num_key_value_heads": found.num_key_value_heads or heads,
+        "head_dim": found.head_dim or found.hidden_size // heads,
+    }
+    wanted = hf_config(model, 0, "fp32")
+    fields = _FIELDS | (_FOLD_FIELDS if found.model_type == "tensorlm" else {})
+    pairs = {ours: (wanted.get(name), theirs[name]) for name, ours in fields.items()}
+    rope = found.rope
+    pairs["rope_theta"] = (model.rope_theta, rope.rope_theta or found.rope_theta)
+    scaling = wanted.get("rope_scaling", {"rope_type": "default"})
+    if rope.rope_type == "default" != scaling["rope_type"]:
+        raise UserError(f"{folder}: has no rope_scaling (remove model.rope_scaling)")
+    for name in ("rope_type", *_SCALING[rope.rope_type]):
+        pairs[f"rope_scaling.{name}"] = (scaling.get(name), getattr(rope, name))
+    problems = [
+        f"model.{key}: is {json.dumps(ours)}, {folder} has {json.dumps(value)} "
+        f"(set model.{key}={json.dumps(value)})"
+        for key, (ours, value) in pairs.items()
+        if ours != value
+    ]
+    if problems:
+        raise UserError(*problems)
+
+
+def _read(folder: Path) -> _LlamaConfig:
+    path = folder / "config.json"
+    try:
+        content = dict(json.loads(path.read_bytes()))
+    except (OSError, ValueError, TypeError, RecursionError):
+        raise UserError(f"{folder}: no readable config.json (not a Hugging Face folder?)") from None
+    names = content.get("architectures")
+    if not isinstance(names, list) or not any(name in _ARCHITECTURES for name in names):
+        raise UserError(f"{folder}: architectures {json.dumps(names)}, not LlamaForCausalLM")
+    try:
+        return _LlamaConfig.model_validate(content)
+    except ValidationError as error:
+        raise UserError(*problem_lines(error, str(path))) from None
+
+
+def _strange_parts(found: _LlamaConfig) -> list[str]:
+    """What makes this another architecture than ours."""
+    problems = [
+        f"{key} is set: our projections have no bias"
+        for key in ("attention_bias", "mlp_bias")
+        if getattr(found, key)
+    ]
+    if found.hidden_act != "silu":
+        problems.append(f"hidden_act {found.hidden_act}, ours is silu")
+    if found.quantization_config:
+        problems.append("quantized weights (import the unquantized folder)")
+    for factor in {found.partial_rotary_factor, found.rope.partial_rotary_factor} - {1.0}:
+        problems.append(f"partial_rotary_factor {factor} is not supported (ours: 1)")
+    if found.rope.rope_type not in _SCALING:
+        problems.append(
+            f"rope_scaling of type {found.rope.rope_type} (ours: {', '.join(_SCALING)})"
+        )
+    return problems

@@ -1,0 +1,40 @@
+"""Load a Hugging Face folder, exported or any Llama's, by this installation's code alone."""
+
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
+
+from tensorlm.errors import UserError
+from tensorlm.hf.configuration_tensorlm import TensorLMConfig
+from tensorlm.hf.modeling_tensorlm import TensorLMForCausalLM
+
+
+def load_folder(folder: Path, dtype: torch.dtype | str = "auto") -> LlamaForCausalLM:
+    """The model of a folder, on the CPU; no code in the folder is run.
+
+    Args:
+        folder: with `config.json` and safetensors files.
+        dtype: of the weights; "auto": as they are stored.
+
+    Raises:
+        UserError: it is damaged, no Llama, or its weights are not those of its configuration.
+    """
+    AutoConfig.register("tensorlm", TensorLMConfig, exist_ok=True)
+    AutoModelForCausalLM.register(TensorLMConfig, TensorLMForCausalLM, exist_ok=True)
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder, trust_remote_code=False, local_files_only=True, dtype=dtype,
+            ignore_mismatched_sizes=True, output_loading_info=True,
+        )  # fmt: skip
+    except Exception as error:  # safetensors and the checks of a configuration have their own kinds
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise UserError(f"{folder}: cannot be loaded ({reason[:200]})") from None
+    if not isinstance(model, LlamaForCausalLM):
+        raise UserError(f"{folder}: a {type(model).__name__}, not a Llama")
+    # Such weights would be random numbers.
+    strange = sorted(info["missing_keys"]) or sorted(name for name, *_ in info["mismatched_keys"])
+    if strange:
+        what = "missing" if info["missing_keys"] else "not of the shape in config.json"
+        raise UserError(f"{folder}: {strange[0]} is {what} (export or download it again)")
+    return model

@@ -1,0 +1,89 @@
+"""Host memory of one rank, in bytes: what is offloaded, copied, read ahead."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import activations as act
+from .job import FP32, Job
+from .state import moment_bytes
+
+# Python, PyTorch, and CUDA's own host memory in one process. An assumption.
+PROCESS = 4 << 30
+_SAVED_STATE = 3 * FP32  # a background save copies weights and moments in float32 (checkpoint.py)
+
+
+@dataclass(frozen=True)
+class HostMemory:
+    """Bytes of one rank by part, while it trains and before; `mapped` are the token files, which
+    a node's ranks share and the system can drop.
+    """
+
+    parts: dict[str, int]
+    start: int
+    mapped: int
+
+    @property
+    def needed(self) -> int:
+        return max(sum(self.parts.values()), self.start)
+
+
+def host_memory(job: Job) -> HostMemory:
+    """What one rank needs of its node."""
+    parts = {
+        "process": PROCESS,
+        "offloaded_optimizer": offloaded_optimizer(job),
+        "offloaded_activations": offloaded_activations(job),
+        "checkpoint_copy": checkpoint_copy(job),
+        "batches": batches(job),
+    }
+    return HostMemory(parts, PROCESS + initialisation(job), mapped_data(job))
+
+
+def pinned(num_bytes: int) -> int:
+    """PyTorch's allocator of pinned memory rounds up to a power of two."""
+    return 1 << (num_bytes - 1).bit_length() if num_bytes else 0
+
+
+def offloaded_optimizer(job: Job) -> int:
+    """Weights, gradients, both moments, two tensors of AdamW's own; stage 3: gradients twice."""
+    if not job.offloads_optimizer:
+        return 0
+    moments = moment_bytes(job) * job.shard
+    if job.zero < 3:
+        copies = 2 * pinned(FP32 * job.shard) + pinned(job.itemsize * job.shard)
+        return copies + pinned(job.itemsize * job.largest) + moments + 2 * FP32 * job.shard
+    group = min(job.shard, job.limits.sub_group)
+    gradients = pinned(FP32 * job.shard) + -(-job.shard // group) * pinned(FP32 * group)
+    return FP32 * job.shard + gradients + moments + 2 * FP32 * group
+
+
+def offloaded_activations(job: Job) -> int:
+    """The hidden state that each block keeps."""
+    return len(job.folds) * pinned(act.hidden_state(job)) if job.offloads_activations else 0
+
+
+def checkpoint_copy(job: Job) -> int:
+    """12 P / N with background saves: what the thread writes while training goes on."""
+    if not job.config.checkpoint.background:
+        return 0
+    owned = job.shard if job.zero else job.parameters // job.gpus
+    return _SAVED_STATE * owned
+
+
+def batches(job: Job) -> int:
+    """This step's and the next one's."""
+    return 2 * job.micro_batches * act.batch(job)
+
+
+def initialisation(job: Job) -> int:
+    """Random values of the largest parameter, twice; DeepSpeed's stage 3 moves its shard through
+    the host.
+    """
+    through = job.itemsize * job.shard if job.zero == 3 else 0
+    return max(2 * FP32 * job.largest, through)
+
+
+def mapped_data(job: Job) -> int:
+    """Token files of the training split, where they are on this machine."""
+    folders = [Path(source.path) / "train" for source in job.config.data.all_sources]
+    return sum(path.stat().st_size for folder in folders for path in folder.glob("*.tokens"))

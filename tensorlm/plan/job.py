@@ -1,0 +1,178 @@
+"""What all formulas read: a configuration on a number of GPUs, one stage of it, in plain numbers.
+
+The letters are those of the formulas: V vocabulary, C hidden size, I size of SwiGLU, L layers, H
+query heads and K key heads of size D, t tokens that one rank passes through the model at one time,
+N ranks, w bytes of a working weight or activation.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from tensorlm.config import Config, StageConfig
+from tensorlm.fused import runs_liger
+
+FP32 = 4  # bytes of a float32
+
+
+@dataclass(frozen=True)
+class Platform:
+    """What differs between the device that trains and the CPU that tests count tensors on."""
+
+    is_gpu: bool = True
+    fused_adam: bool = True  # no temporary tensors in the update (optim.py)
+    rotates_above: int = 256  # windows from which keys are rotated into a copy (triton_tiles.py)
+    library_workspace: int = 32 << 20  # cuBLAS allocates it through PyTorch, on Hopper
+
+
+CUDA = Platform()
+
+
+@dataclass(frozen=True)
+class ZeroLimits:
+    """DeepSpeed's limits, in elements: `tensorlm/engine.py` leaves them at their defaults."""
+
+    reduce_bucket: int = 500_000_000
+    sub_group: int = 1_000_000_000  # stage 3: elements that are updated at one time
+    prefetch: int = 50_000_000  # stage 3: gathered ahead
+    max_reuse: int = 1_000_000_000  # stage 3: not released if used again within so many
+    persistent: int = 100_000  # stage 3: largest parameter that every rank keeps whole
+
+
+@dataclass(frozen=True)
+class Weight:
+    """`count` parameters of the same size."""
+
+    numel: int
+    count: int
+    decays: bool  # which of the optimizer's two groups it is in
+
+    @property
+    def total(self) -> int:
+        return self.numel * self.count
+
+
+@dataclass(frozen=True)
+class Job:
+    """One stage of a run, as one rank sees it."""
+
+    config: Config
+    gpus: int
+    stage: StageConfig
+    platform: Platform = CUDA
+    limits: ZeroLimits = ZeroLimits()
+
+    @property
+    def sp(self) -> int:
+        return self.config.parallel.sp
+
+    @property
+    def dp(self) -> int:
+        return self.gpus // self.sp
+
+    @property
+    def zero(self) -> int:
+        """The ZeRO stage."""
+        return self.config.zero.stage
+
+    @property
+    def itemsize(self) -> int:
+        """w: bytes of one element of the working weights and activations."""
+        return 2 if self.config.train.dtype == "bf16" else 4
+
+    @property
+    def tokens(self) -> int:
+        """t: tokens in one forward pass of one rank."""
+        return self.stage.micro_batch * self.stage.seq_len // self.sp
+
+    @property
+    def micro_batches(self) -> int:
+        """Forward passes of one rank in one optimizer step."""
+        return max(1, self.stage.rows_per_step // (self.dp * self.stage.micro_batch))
+
+    @property
+    def recomputes(self) -> bool:
+        return self.config.train.activation_checkpointing
+
+    @property
+    def runs_liger(self) -> bool:
+        """Whether norms and SwiGLU are Liger's kernels; "auto" asks what is installed here."""
+        return runs_liger(self.config.train.fused_layers, self.platform.is_gpu)
+
+    @property
+    def offloads_activations(self) -> bool:
+        """Only what a recomputed block keeps can be offloaded."""
+        return self.recomputes and self.config.train.activation_offload
+
+    @property
+    def offloads_optimizer(self) -> bool:
+        return self.config.zero.offload_optimizer
+
+    @cached_property
+    def weights(self) -> tuple[Weight, ...]:
+        """Every parameter of the model."""
+        m = self.config.model
+        c, heads, key_heads = m.hidden_size, m.num_heads * m.head_size, m.num_kv_heads * m.head_size
+        folded = [fold for fold in self.folds if fold]
+        tables = 1 if m.tie_embeddings else 2
+        return (
+            Weight(m.vocab_size * c, tables, decays=True),
+            Weight(c * heads, 2 * m.num_layers, decays=True),  # q, o
+            Weight(c * key_heads, 2 * m.num_layers, decays=True),  # k, v
+            Weight(c * m.intermediate_size, 3 * m.num_layers, decays=True),  # gate, up, down
+            Weight(c, 2 * m.num_layers + 1, decays=False),  # norms
+            *(Weight(len(fold) * m.num_heads, 1, decays=False) for fold in folded),  # hop biases
+        )
+
+    @cached_property
+    def parameters(self) -> int:
+        """P: parameters of the model."""
+        return sum(weight.total for weight in self.weights)
+
+    @cached_property
+    def folds(self) -> tuple[tuple[int, ...], ...]:
+        """The fold of each layer."""
+        return tuple(self.config.model.layer_fold(i) for i in range(self.config.model.num_layers))
+
+    @property
+    def table(self) -> int:
+        """V C: elements of the embedding, and of the output head; the largest parameters."""
+        return self.config.model.vocab_size * self.config.model.hidden_size
+
+    @property
+    def block(self) -> int:
+        """Elements of the seven matrices of one block."""
+        matrices = self.weights[1:4]
+        return sum(weight.total for weight in matrices) // self.config.model.num_layers
+
+    @property
+    def largest(self) -> int:
+        """Elements of the largest parameter."""
+        return max(weight.numel for weight in self.weights)
+
+    @cached_property
+    def shard(self) -> int:
+        """Elements that one rank updates: about P / N, with DeepSpeed's padding."""
+        if self.zero == 0:
+            return self.parameters
+        if self.zero == 3:  # each parameter is cut into equal parts
+            return sum(w.count * -(-w.numel // self.gpus) for w in self.weights)
+        align = 2 * self.gpus  # each of the two groups is one flat buffer
+        groups = [
+            sum(w.total for w in self.weights if w.decays == which) for which in (True, False)
+        ]
+        return sum(-(-numel // align) * 2 for numel in groups)
+
+
+def plan_jobs(
+    config: Config,
+    gpus: int,
+    platform: Platform = CUDA,
+    limits: ZeroLimits = ZeroLimits(),
+) -> list[Job]:
+    """One job for each stage of the run.
+
+    Raises:
+        UserError: so many ranks cannot share its work.
+    """
+    config.check_world(gpus)
+    return [Job(config, gpus, stage, platform, limits) for stage in config.stages]

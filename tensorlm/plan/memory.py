@@ -1,0 +1,189 @@
+"""GPU memory of one rank: what exists at the same time, in each phase of a step."""
+
+from dataclasses import dataclass
+
+from . import activations as act
+from . import state
+from .activations import Fold
+from .job import Job
+from .operator import OperatorMemory
+
+# PyTorch's allocator holds blocks that fit no request: reserved beyond what tensors need. Not
+# measured yet on a GPU; `launcher/benchmark.py memory` prints both.
+ALLOCATOR_SLACK = 0.04
+# Outside the allocator: CUDA's context and kernels, and NCCL's buffers where there are other ranks.
+CUDA_CONTEXT = 700 << 20
+NCCL_BUFFERS = 1 << 30
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A moment of a step and the bytes of each part then, by the names of the functions."""
+
+    name: str
+    parts: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
+
+
+@dataclass(frozen=True)
+class GpuMemory:
+    """All phases of one job, in bytes per rank."""
+
+    phases: tuple[Phase, ...]
+    gpus: int
+
+    @property
+    def peak(self) -> Phase:
+        return max(self.phases, key=lambda phase: phase.total)
+
+    @property
+    def allocated(self) -> int:
+        """Bytes in tensors at the peak: `torch.cuda.max_memory_allocated`."""
+        return self.peak.total
+
+    @property
+    def overhead(self) -> int:
+        """Beyond tensors: slack of the allocator, CUDA and NCCL."""
+        outside = CUDA_CONTEXT + (NCCL_BUFFERS if self.gpus > 1 else 0)
+        return round(self.allocated * ALLOCATOR_SLACK) + outside
+
+    @property
+    def needed(self) -> int:
+        """What the GPU must have."""
+        return self.allocated + self.overhead
+
+
+def gpu_memory(job: Job, operators: dict[Fold, OperatorMemory] | None = None) -> GpuMemory:
+    """All phases of a step, and the start.
+
+    Args:
+        operators: memory of the attention operator by fold; that of the Triton kernels by default.
+    """
+    operators = operators or act.operators_of(job)
+    layers = len(job.folds)
+    phases = [
+        Phase("start", {"initialisation": state.initialisation(job)}),
+        _loss(job, operators),
+        _head_gradient(job, operators),
+        _block(job, operators, layers),
+        _block(job, operators, 1),
+        _embedding(job),
+        _update(job),
+    ]
+    first = _first_reduction(job)
+    if first < layers:
+        phases.append(_block(job, operators, layers - first, job.limits.reduce_bucket))
+    return GpuMemory(tuple(phases), job.gpus)
+
+
+def _resting(job: Job) -> dict[str, int]:
+    """What exists all the time."""
+    return {
+        "weights": state.weights(job),
+        "master_weights": state.master_weights(job),
+        "moments": state.moments(job),
+        "offload_buffer": state.offload_buffer(job),
+        "library_workspace": job.platform.library_workspace,
+    }
+
+
+def _with_gradients(job: Job, computed: int) -> dict[str, int]:
+    """Also the gradients, after `computed` elements of this micro-batch and all of those before."""
+    reduces_all = job.micro_batches > 1 or computed == job.parameters
+    grads = state.gradients(job, job.parameters if reduces_all else computed, reduces_all)
+    return _resting(job) | {"gradients": grads, "reduce_bucket": state.reduce_bucket(job)}
+
+
+def _inputs(job: Job) -> dict[str, int]:
+    return {"rotary_table": act.rotary_table(job), "batch": act.batch(job)}
+
+
+def _loss(job: Job, operators: dict[Fold, OperatorMemory]) -> Phase:
+    parts = _with_gradients(job, 0) | _inputs(job)
+    if job.zero != 3:
+        parts["reduce_bucket"] = 0  # made with the first gradient
+    return Phase(
+        "loss",
+        parts
+        | {
+            "gathered_weights": state.gathered_weights(job, job.table),
+            "saved_activations": act.saved_activations(job, operators, len(job.folds)),
+            "head_peak": act.head_peak(job),
+        },
+    )
+
+
+def _head_gradient(job: Job, operators: dict[Fold, OperatorMemory]) -> Phase:
+    """The first gradient: it is cast, or reduced at once where the bucket is too small for it."""
+    large = job.zero < 2 or job.table > job.limits.reduce_bucket
+    reduction = state.reduction(job, job.table) if large else 0
+    return Phase(
+        "backward of the head",
+        _with_gradients(job, job.table)
+        | _inputs(job)
+        | {
+            "gathered_weights": state.gathered_weights(job, job.table),
+            "saved_activations": act.saved_activations(job, operators, len(job.folds)),
+            "head_gradient": act.head_gradient(job, reduction),
+        },
+    )
+
+
+def _block(job: Job, operators: dict[Fold, OperatorMemory], left: int, reduced: int = 0) -> Phase:
+    """Backward of block `left` (from 1): `left - 1` blocks have theirs before them."""
+    layers = len(job.folds)
+    computed = job.table + (layers - left) * job.block
+    each = job.config.model.hidden_size * job.config.model.intermediate_size
+    reduction = state.reduction(job, reduced or (each if job.zero < 2 else 0))
+    is_reducing = " while gradients are reduced" if reduced else ""
+    # Without recomputation what this block has kept is part of its own peak.
+    before = left if job.recomputes else left - 1
+    return Phase(
+        f"backward of block {left} of {layers}{is_reducing}",
+        _with_gradients(job, computed)
+        | _inputs(job)
+        | {
+            "shared_gradient": act.shared_gradient(job),
+            "gathered_weights": state.gathered_weights(job, job.block),
+            "saved_activations": act.saved_activations(job, operators, before),
+            "held_by_tiles": (layers - left) * act.held_by_tiles(job),
+            "block_peak": max(
+                act.block_peak(job, operators[fold], reduction) for fold in job.folds[:left]
+            ),
+        },
+    )
+
+
+def _embedding(job: Job) -> Phase:
+    """The last gradient, and the reduction of all that is in the bucket, or of the table alone."""
+    elements = min(job.parameters, job.limits.reduce_bucket)
+    if job.zero < 2 or job.table > job.limits.reduce_bucket:
+        elements = job.table
+    return Phase(
+        "end of the backward",
+        _with_gradients(job, job.parameters)
+        | _inputs(job)
+        | {
+            "gathered_weights": state.gathered_weights(job, job.table),
+            "embedding_peak": act.embedding_peak(job),
+            "reduction": state.reduction(job, elements),
+        },
+    )
+
+
+def _update(job: Job) -> Phase:
+    parts = _with_gradients(job, job.parameters)
+    if job.zero != 3:
+        parts["reduce_bucket"] = 0
+    return Phase("update", parts | {"update_workspace": state.update_workspace(job)})
+
+
+def _first_reduction(job: Job) -> int:
+    """Blocks whose gradients fill the bucket, so that it is emptied in the next one's backward."""
+    if job.zero < 2:
+        return len(job.folds)
+    head = 0 if job.table > job.limits.reduce_bucket else job.table
+    return (job.limits.reduce_bucket - head) // job.block

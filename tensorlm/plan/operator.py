@@ -1,0 +1,102 @@
+"""Memory of the attention operator, from the tensors that its Triton kernels are launched with.
+
+`chain` is `kernels/tensor_attention/triton_chain.py`, on whole rows. `shared` is the same on rows
+that `sp` ranks share (`parallel/fold_parallel/attention.py`): one operator per hop, and exchanges.
+Both are per rank and layer, in bytes, and count the letters of `job.py`; m is the number of hops.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from tensor_attention import fold_axes
+
+from .job import Job
+
+STATE = 4  # bytes of a log-sum-exp, a row sum, or a token's reach: float32, int32
+
+
+class OperatorMemory(NamedTuple):
+    """`saved` lives from forward to backward, with q, k, v and the output. `backward` is what the
+    backward adds at its peak, with the gradient that arrives.
+    """
+
+    saved: int
+    backward: int
+
+
+def operator_memory(job: Job, fold: Sequence[int]) -> OperatorMemory:
+    """Of one layer with this fold."""
+    if job.sp == 1:
+        return chain(job, fold)
+    return shared(job, fold) if fold else shared_heads(job)
+
+
+def chain(job: Job, fold: Sequence[int]) -> OperatorMemory:
+    """q, k, v, z of every hop, a log-sum-exp and a reach each; backward dq, dk, two dz, and q and k
+    rotated where windows are long.
+    """
+    q, k, lse, token = _sizes(job)
+    axes = fold_axes(fold, job.stage.seq_len)
+    hops = len(axes)
+    saved = q + 2 * k + hops * (q + lse + token)
+    peaks = []
+    for i, axis in enumerate(axes):
+        is_last = i == hops - 1
+        # dq, dk, dvalues, and dz that the hop after has left
+        gradients = q + k + (q if i else k) + (0 if is_last else q)
+        # <dz, z>; dlse from the hop after; dbias, dlse and <dz, z> for the hop before
+        rows = 1 + (not is_last) + (3 if i else 0)
+        peaks.append(gradients + _rotated(job, axis.stride, axis.length) + rows * lse)
+    return OperatorMemory(saved, q + max(peaks))
+
+
+def shared(job: Job, fold: Sequence[int]) -> OperatorMemory:
+    """Hop 1 keeps one inner row more (the halo); q, k, z are kept in rows and in columns."""
+    q, k, lse, token = _sizes(job)
+    axes = fold_axes(fold, job.stage.seq_len)
+    outer = len(axes) - 1
+    longer = 1 + job.stage.micro_batch * fold[0] / job.tokens  # the inner row in front
+    # Rank 0 makes a rotary table of its own: positions before the row have none.
+    table = 4 * job.config.model.head_size * (job.stage.seq_len // job.sp + fold[0])
+    in_rows = longer * (2 * q + 2 * k + lse + token) + table
+    in_columns = 2 * q + k + lse + outer * (q + lse + token)
+
+    peaks: list[float] = []
+    for done, axis in enumerate(reversed(axes[1:])):  # hops whose backward is over
+        summed = q + k if done else 0  # dq, dk of the hops before, until these are there
+        rows = 5 if done else 4
+        work: float = 3 * q + k + rows * lse + _rotated(job, axis.stride // job.sp, axis.length)
+        peaks.append(in_rows + in_columns - done * (q + lse + token) + summed + work)
+    # Hop 1, while the gradients of q and k travel: sent and received.
+    work = longer * (2 * q + 2 * k + 3 * lse + _rotated(job, 1, fold[0]))
+    peaks.append(in_rows + 2 * (q + k) + work)
+    saved = in_rows + in_columns + q  # and the output in rows, which is freed before
+    return OperatorMemory(round(saved), round(max(peaks) - saved))
+
+
+def shared_heads(job: Job) -> OperatorMemory:
+    """Full attention on H / P heads of the whole row; key heads repeated until P divides them."""
+    q, k, lse, token = _sizes(job)
+    m = job.config.model
+    k *= math.lcm(m.num_kv_heads, job.sp) // m.num_kv_heads
+    saved = 3 * q + 2 * k + lse + job.sp * token  # the output by heads, and by tokens
+    backward = q + 2 * k + lse  # dz and dq, without the output by tokens
+    if job.stage.seq_len > job.platform.rotates_above:
+        backward += q + k
+    return OperatorMemory(saved, backward)
+
+
+def _sizes(job: Job) -> tuple[int, int, int, int]:
+    """Bytes of t tokens of q (or z), of k (or v), of a log-sum-exp, and of a reach."""
+    m = job.config.model
+    q = job.tokens * m.num_heads * m.head_size * job.itemsize
+    k, lse = q * m.num_kv_heads // m.num_heads, job.tokens * m.num_heads * STATE
+    return q, k, lse, job.tokens * STATE
+
+
+def _rotated(job: Job, stride: int, length: int) -> int:
+    """q and k rotated into copies, where a query sees many keys."""
+    q, k, _, _ = _sizes(job)
+    steps = -(-(job.tokens // job.stage.micro_batch) // stride)
+    return q + k if min(length, steps) > job.platform.rotates_above else 0

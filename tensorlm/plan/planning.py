@@ -1,0 +1,111 @@
+"""A whole plan: whether a configuration fits these GPUs, what is left, how long rows may be."""
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+from tensorlm.config import Config, parse_config
+from tensorlm.errors import UserError
+
+from .gpus import Gpu
+from .host import HostMemory, host_memory
+from .job import Job, plan_jobs
+from .memory import GpuMemory, gpu_memory
+from .speed import StepTime, step_time
+
+_LONGEST = 1 << 30  # tokens: no search for rows beyond
+_UNIT = 1024  # row lengths are told in multiples of it
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A configuration on `gpus` GPUs of one kind; memory is that of its largest stage, time that of
+    its last.
+    """
+
+    config: Config
+    gpus: int
+    gpu: Gpu
+    jobs: tuple[Job, ...]
+    memories: tuple[GpuMemory, ...]  # of each stage
+
+    @property
+    def largest(self) -> int:
+        """Index of the stage that needs the most memory."""
+        return max(range(len(self.memories)), key=lambda i: self.memories[i].needed)
+
+    @property
+    def memory(self) -> GpuMemory:
+        return self.memories[self.largest]
+
+    @property
+    def margin(self) -> float:
+        """Bytes of the GPU that are left; negative if it does not fit."""
+        return self.gpu.memory - self.memory.needed
+
+    @property
+    def fits(self) -> bool:
+        return self.margin >= 0
+
+    @property
+    def can_start(self) -> bool:
+        """Whether the whole model, which is made before it is divided, fits one GPU."""
+        job = self.jobs[self.largest]
+        return job.itemsize * job.parameters <= self.gpu.memory
+
+    @cached_property
+    def host(self) -> HostMemory:
+        return max((host_memory(job) for job in self.jobs), key=lambda host: host.needed)
+
+    @cached_property
+    def time(self) -> StepTime:
+        """One step of the last stage."""
+        return step_time(self.jobs[-1], self.gpu)
+
+    @property
+    def cost(self) -> float:
+        """GPU seconds of one step of the last stage."""
+        return self.time.seconds * self.gpus
+
+
+def make_plan(config: Config, gpus: int, gpu: Gpu) -> Plan:
+    """Plan a configuration.
+
+    Raises:
+        UserError: so many GPUs cannot share its work, with the sizes that can.
+    """
+    jobs = tuple(plan_jobs(config, gpus))
+    return Plan(config, gpus, gpu, jobs, tuple(gpu_memory(job) for job in jobs))
+
+
+def longest_row(plan: Plan) -> int:
+    """The longest row of the last stage that fits with all other settings as they are; 0: none.
+
+    A multiple of 1,024 that the ranks can share.
+    """
+    model, sp = plan.config.model, plan.config.parallel.sp
+    unit = math.lcm(_UNIT, sp * (model.fold[0] if model.fold else 1))
+
+    def fits(units: int) -> bool:
+        data = plan.config.data.model_copy(update={"seq_len": units * unit})
+        config = plan.config.model_copy(update={"data": data})
+        return gpu_memory(plan_jobs(config, plan.gpus)[-1]).needed <= plan.gpu.memory
+
+    if not fits(1):
+        return 0
+    low, high = 1, 2
+    while high * unit <= _LONGEST and fits(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low * unit
+
+
+def is_legal(config: Config, gpus: int) -> bool:
+    """Whether `config` is valid and so many ranks can share its work."""
+    try:
+        parse_config(config.model_dump(), "").check_world(gpus)
+    except UserError:
+        return False
+    return True

@@ -1,0 +1,189 @@
+"""Time of one optimizer step: operations and bytes over what a GPU and its links reach.
+
+The rates are in `gpus.py`. Nothing here is measured for a whole step; what overlaps is said beside
+each part. In seconds per rank.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+from tensorlm.benchmarks.sp_projection import Machine, project
+from tensorlm.flops import (
+    attention_pairs,
+    linear_flops_per_token,
+    recomputed_linear_flops_per_token,
+)
+
+from . import activations as act
+from .gpus import (
+    BANDWIDTH_SHARE,
+    FOLDED_SHARE,
+    FULL_SHARE,
+    HOST_BANDWIDTH,
+    LINK_SHARE,
+    MATMUL_SHARE,
+    Gpu,
+)
+from .job import FP32, Job
+
+# 10 H D FLOPs for each (query, key) pair, where the forward has 4 (kernels/README.md).
+BACKWARD_PER_FORWARD = 2.5
+# Bytes that operations other than products read and write in bf16, forward and backward, counted
+# in layers.py, fused.py, loss.py: for each element of the hidden size (two norms, residuals), of
+# SwiGLU's width, and of the vocabulary (both at once); by PyTorch's operations, and by Liger's.
+HIDDEN_TRAFFIC = {False: (2 * 36 + 12, 2 * 92 + 30), True: (2 * 4 + 12, 2 * 6 + 30)}
+MLP_TRAFFIC = {False: (10, 18), True: (6, 10)}
+LOGIT_TRAFFIC = 30
+HEAD_GRADIENT_TRAFFIC = 12  # of each element of the head's weight, for each chunk of tokens
+# Bytes for each parameter of the update, the norm, and clipping; torch's AdamW on the CPU.
+UPDATE_TRAFFIC = {"fp32": 70, "bf16": 150}
+HOST_UPDATE_TRAFFIC = 110
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of each part, one after the other, and the rates that follow."""
+
+    parts: dict[str, float]
+    tokens: int  # of the whole step, all ranks
+    model_flops: float  # of the whole step, nothing recomputed
+    peak_flops: float  # of all ranks together
+
+    @property
+    def seconds(self) -> float:
+        return sum(self.parts.values())
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds
+
+    @property
+    def mfu(self) -> float:
+        return self.model_flops / self.seconds / self.peak_flops
+
+
+def step_time(job: Job, gpu: Gpu) -> StepTime:
+    """One optimizer step of one document a row."""
+    model, tokens = job.config.model, job.micro_batches * job.tokens
+    attention = [_attention_flops(job, fold) for fold in job.folds]
+    linear = linear_flops_per_token(model) * tokens
+    parts = {
+        "products": 3 * linear / (gpu.flops * MATMUL_SHARE),
+        "attention": sum(_attention_seconds(job, fold, gpu) for fold in job.folds),
+        "other_operations": _traffic(job) * tokens / (gpu.bandwidth * BANDWIDTH_SHARE),
+        "recomputation": _recomputation(job, gpu),
+        "activation_transfers": _activation_transfers(job, gpu),
+        "weight_exchange": _weight_exchange(job, gpu),
+        "row_exchange": _row_exchange(job, gpu),
+        "update": _update(job, gpu),
+    }
+    return StepTime(
+        parts,
+        tokens=job.stage.rows_per_step * job.stage.seq_len,
+        model_flops=3.0 * (linear + sum(attention)) * job.gpus,
+        peak_flops=gpu.flops * job.gpus,
+    )
+
+
+def _attention_flops(job: Job, fold: tuple[int, ...]) -> float:
+    """Forward, of one layer, in one step of one rank."""
+    model = job.config.model
+    pairs = _row_pairs(fold, job.stage.seq_len) * job.stage.micro_batch / job.sp
+    return 4.0 * model.num_heads * model.head_size * pairs * job.micro_batches
+
+
+@cache
+def _row_pairs(fold: tuple[int, ...], seq_len: int) -> int:
+    return attention_pairs(fold, torch.arange(seq_len)[None])
+
+
+def _attention_seconds(job: Job, fold: tuple[int, ...], gpu: Gpu) -> float:
+    """Forward and backward of one layer."""
+    forward, backward = FOLDED_SHARE if fold else FULL_SHARE
+    cost = 1 / forward + BACKWARD_PER_FORWARD / backward
+    return _attention_flops(job, fold) * cost / gpu.flops
+
+
+def _traffic(job: Job) -> float:
+    """Bytes a token of all operations that are no products, forward and backward."""
+    model = job.config.model
+    gradient = HEAD_GRADIENT_TRAFFIC * job.table / min(job.config.train.loss_chunk, job.tokens)
+    head = LOGIT_TRAFFIC * model.vocab_size + gradient
+    return job.itemsize / 2 * (sum(_layer_traffic(job)) * model.num_layers + head)
+
+
+def _layer_traffic(job: Job) -> tuple[float, float]:
+    """Bytes a token of one layer in bf16, forward and backward."""
+    hidden, width = HIDDEN_TRAFFIC[job.runs_liger], MLP_TRAFFIC[job.runs_liger]
+    model = job.config.model
+    forward, backward = (
+        h * model.hidden_size + w * model.intermediate_size
+        for h, w in zip(hidden, width, strict=True)
+    )
+    return forward, backward
+
+
+def _recomputation(job: Job, gpu: Gpu) -> float:
+    """What the backward computes again: products, attention, the rest of the forward."""
+    model, tokens = job.config.model, job.micro_batches * job.tokens
+    products = recomputed_linear_flops_per_token(model, job.recomputes, act.is_tiled(job))
+    seconds = products * tokens / (gpu.flops * MATMUL_SHARE)
+    if job.recomputes:
+        traffic = job.itemsize / 2 * model.num_layers * _layer_traffic(job)[0] * tokens
+        seconds += traffic / (gpu.bandwidth * BANDWIDTH_SHARE)
+        seconds += sum(
+            _attention_flops(job, fold) / (gpu.flops * (FOLDED_SHARE if fold else FULL_SHARE)[0])
+            for fold in job.folds
+        )
+    return seconds
+
+
+def _activation_transfers(job: Job, gpu: Gpu) -> float:
+    """Hidden states to the host and back, less the time in which a block computes forward."""
+    if not job.offloads_activations:
+        return 0.0
+    linear = linear_flops_per_token(job.config.model) * job.tokens / len(job.folds)
+    one_way = act.hidden_state(job) / (gpu.host_link * LINK_SHARE)
+    exposed = max(0.0, one_way - linear / (gpu.flops * MATMUL_SHARE))
+    return 2 * exposed * len(job.folds) * job.micro_batches
+
+
+def _weight_exchange(job: Job, gpu: Gpu) -> float:
+    """ZeRO over all ranks; nothing of it overlaps (overlap_comm is off in engine.py).
+
+    Stages 0, 1 all-reduce float32 gradients once a step, stage 2 every micro-batch; 1 and 2 gather
+    weights after the update. Stage 3 gathers them for every forward and backward and
+    reduce-scatters gradients. A ring over nodes uses every adapter of a node.
+    """
+    all_reduce, gather = 2 * FP32, job.itemsize
+    per_micro_batch = {2: all_reduce, 3: FP32 + 2 * gather}.get(job.zero, 0)
+    per_step = {0: all_reduce, 1: all_reduce + gather, 2: gather}.get(job.zero, 0)
+    sent = (per_micro_batch * job.micro_batches + per_step) * job.parameters
+    between = gpu.network * gpu.per_node if job.gpus > gpu.per_node else gpu.nvlink
+    return sent * (job.gpus - 1) / job.gpus / (min(gpu.nvlink, between) * LINK_SHARE)
+
+
+def _row_exchange(job: Job, gpu: Gpu) -> float:
+    """Swaps and halos of shared rows that hop 1 does not hide (docs/sequence_parallelism.md)."""
+    if job.sp == 1:
+        return 0.0
+    machine = Machine(
+        gpu.per_node, gpu.nvlink * LINK_SHARE, gpu.network * LINK_SHARE,
+        flops=gpu.flops * FOLDED_SHARE[0],
+    )  # fmt: skip
+    data = job.config.data.model_copy(update={"seq_len": job.stage.seq_len})
+    config = job.config.model_copy(update={"data": data})
+    layer = project(config, job.sp, machine).exposed_seconds
+    passes = 1.5 if job.recomputes else 1.0  # the forward's half comes again
+    return layer * len(job.folds) * job.stage.micro_batch * job.micro_batches * passes
+
+
+def _update(job: Job, gpu: Gpu) -> float:
+    """AdamW over this rank's shard; on the host if offloaded, with gradients and weights moved."""
+    if job.offloads_optimizer:
+        moved = (FP32 + job.itemsize) * job.shard / (gpu.host_link * LINK_SHARE)
+        return moved + HOST_UPDATE_TRAFFIC * job.shard / HOST_BANDWIDTH
+    traffic = UPDATE_TRAFFIC[job.config.optim.state_dtype]
+    return traffic * job.shard / (gpu.bandwidth * BANDWIDTH_SHARE)

@@ -1,0 +1,167 @@
+"""Preparing again after a bad input: what is finished and unchanged stays, and nothing is mixed."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tensorlm.data.inputs import find_files, mend_shards, plan_shards, read_part
+from tensorlm.data.prepare import encode
+from tensorlm.data.shards import Corpus
+from tensorlm.data.tokenizers import load_tokenizer, train_tokenizer
+from tensorlm.errors import UserError
+
+SHARD_BYTES = 4000
+BAD = '{"text": 5}'
+
+
+def lines(name: str) -> list[str]:
+    return [json.dumps({"text": f"{name} {number} and more words " * 3}) for number in range(60)]
+
+
+@pytest.fixture(scope="module")
+def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two tokenizers."""
+    folder = tmp_path_factory.mktemp("tokenizers")
+    for vocab_size in (300, 310):
+        train_tokenizer(lines("abc"), vocab_size, folder / str(vocab_size))
+    return [folder / "300", folder / "310"]
+
+
+def write(folder: Path, **files: list[str]) -> list[str]:
+    for name, rows in files.items():
+        (folder / f"{name}.jsonl").write_text("\n".join(rows))
+    return find_files([str(folder / "*.jsonl")])
+
+
+def prepare(files: list[str], tokenizer: Path, output: Path, **options: Any) -> str:
+    return encode(files, tokenizer, output, **{"shard_bytes": SHARD_BYTES, **options})
+
+
+def finished(output: Path) -> dict[str, int]:
+    """The headers that are there, and which files they are."""
+    paths = output.glob("train/shard-*.json")
+    return {path.name: path.stat().st_ino for path in paths}
+
+
+def texts(output: Path) -> list[str]:
+    tokenizer = load_tokenizer(output / "tokenizer")
+    documents = Corpus(output / "train").documents()
+    return [tokenizer.decode(document[1:-1]) for document in documents]
+
+
+def stopped_by_a_bad_row(folder: Path, tokenizer: Path, output: Path) -> list[str]:
+    """Three inputs, the second of which has a bad row: the first ones' shards get finished."""
+    rows = lines("b")
+    files = write(folder, a=lines("a"), b=[*rows[:40], BAD, *rows[40:]], c=lines("c"))
+    with pytest.raises(UserError, match=r"b\.jsonl: byte .* holds no text"):
+        prepare(files, tokenizer, output)
+    assert finished(output)
+    return files
+
+
+@pytest.mark.parametrize("repair", ["mended", "shortened", "emptied", "left out"])
+def test_after_a_bad_row_is_mended_only_its_file_is_encoded_again(
+    tmp_path: Path, tokenizers: list[Path], repair: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "set"
+    files = stopped_by_a_bad_row(tmp_path, tokenizers[0], output)
+    plan = plan_shards(files, "text", SHARD_BYTES)
+    holds_b = {
+        f"shard-{number:05d}.json"
+        for number, parts in enumerate(plan)
+        if any(part.source.endswith("b.jsonl") for part in parts)
+    }
+    before = finished(output)
+    rows = lines("b")
+    if repair == "mended":
+        rows.insert(40, json.dumps({"text": "a much longer line than it was " * 400}))
+    elif repair == "shortened":
+        rows = rows[:20]
+    elif repair == "emptied":
+        rows = []
+    if repair == "left out":
+        files, rows = [file for file in files if not file.endswith("b.jsonl")], []
+    else:
+        write(tmp_path, b=rows)
+    summary = prepare(files, tokenizers[0], output, workers=2)
+    assert "note: changed or left out: " + str(tmp_path / "b.jsonl") in capsys.readouterr().err
+    assert f"{len(before.keys() - holds_b)} were there" in summary
+    after = finished(output)
+    assert len(after) == len(plan)
+    kept = {name: inode for name, inode in before.items() if name not in holds_b}
+    assert kept
+    assert {name: after[name] for name in kept} == kept
+    wanted = [*lines("a"), *rows, *lines("c")]
+    assert texts(output) == [json.loads(row)["text"] for row in wanted]
+    # It is complete: from now on other inputs are refused.
+    write(tmp_path, c=lines("d"))
+    with pytest.raises(UserError, match=r"was begun with other inputs .* choose another --output"):
+        prepare(files, tokenizers[0], output)
+    assert finished(output) == after
+
+
+@pytest.mark.parametrize("change", ["text_field", "holdout", "tokenizer", "shard_bytes", "inputs"])
+def test_settings_are_never_mixed(tmp_path: Path, tokenizers: list[Path], change: str) -> None:
+    output = tmp_path / "set"
+    files = stopped_by_a_bad_row(tmp_path, tokenizers[0], output)
+    before = finished(output)
+    options: dict[str, Any] = {}
+    if change == "inputs":
+        files = write(tmp_path, d=lines("d"))
+    elif change != "tokenizer":
+        options = {change: {"text_field": "body", "holdout": 0.5, "shard_bytes": 9}[change]}
+    with pytest.raises(UserError) as caught:
+        prepare(files, tokenizers[change == "tokenizer"], output, **options)
+    (line,) = caught.value.problems
+    assert line.startswith(f"{output / 'prepare.json'}: was begun with other {change}")
+    assert finished(output) == before
+
+
+def test_before_the_first_shard_everything_may_change(
+    tmp_path: Path, tokenizers: list[Path]
+) -> None:
+    output = tmp_path / "set"
+    files = write(tmp_path, a=lines("a"), b=[BAD])
+    with pytest.raises(UserError, match="no field 'body'"):
+        prepare(files, tokenizers[0], output, text_field="body", holdout=0.5)
+    with pytest.raises(UserError, match="holds no text"):
+        prepare(files[1:], tokenizers[0], output, holdout=0.5, shard_bytes=10**6)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match=f"^{tmp_path / 'other'}: the tokenizer cannot be loaded"):
+        prepare(files[:1], tmp_path / "other", output)
+    prepare(files[:1], tokenizers[1], output)
+    prepare(files[:1], tokenizers[1], tmp_path / "fresh")
+    for path in (tmp_path / "fresh").rglob("*"):
+        copy = output / path.relative_to(tmp_path / "fresh")
+        assert path.is_dir() or copy.read_bytes() == path.read_bytes()
+    assert not (output / "valid").exists()
+
+
+def test_a_damaged_plan_or_shards_without_one_are_left_alone(
+    tmp_path: Path, tokenizers: list[Path]
+) -> None:
+    output = tmp_path / "set"
+    files = stopped_by_a_bad_row(tmp_path, tokenizers[0], output)
+    (output / "prepare.json").write_text('{"version": 2}')
+    with pytest.raises(UserError, match=r"prepare\.json: damaged, or of another version"):
+        prepare(files, tokenizers[0], output)
+    (output / "prepare.json").unlink()
+    with pytest.raises(UserError, match="holds shards already"):
+        prepare(files, tokenizers[0], output)
+    assert finished(output)
+
+
+def test_a_mended_file_ends_where_it_now_ends(tmp_path: Path) -> None:
+    files = write(tmp_path, a=lines("a"), b=lines("b"))
+    size = sum(Path(file).stat().st_size for file in files)
+    shards = plan_shards(files, "text", 1000, max_bytes=size - 1500)
+    write(tmp_path, b=lines("b") + lines("c"))
+    mended = mend_shards(shards, {files[1]}, files, "text", max_bytes=size - 1500)
+    assert mended == shards  # --max-bytes cut it off, and still does
+    mended = mend_shards(shards, {files[1]}, files, "text", max_bytes=size + 1500)
+    assert mended[:-1] == shards[:-1]
+    read = [text for part in mended[-1] for text in read_part(part, "text")]
+    assert read[-1] == json.loads(lines("c")[-1])["text"]
