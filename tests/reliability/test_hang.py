@@ -4,11 +4,13 @@ import ctypes
 import json
 import os
 import signal
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from tensorlm import disk
@@ -16,9 +18,11 @@ from tensorlm.config import GuardsConfig
 from tensorlm.data.loader import PackedRows
 from tensorlm.engine import Engine
 from tensorlm.errors import EXIT_INTERNAL
+from tensorlm.metrics import read_metrics
 from tensorlm.watchdog import Watchdog, describe_hang
 from tests.reliability.conftest import TinyRuns
 from tests.reliability.harness import Job, Prepare, final_state
+from tests.tensorlm.launching import ROOT, launch_command, launch_environment
 
 HANGING_RANK = 1
 FIRST_CALLS = 6  # steps before the hang, so that the usual length of a step is known
@@ -129,6 +133,31 @@ def test_hang_of_one_rank_of_two_ends_both(tiny: TinyRuns, kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_hang(tiny: TinyRuns, kind: str, world: int, trial: int) -> None:
     check_hang(tiny, kind, world)
+
+
+@pytest.mark.faults  # torchrun waits for 30 s before it kills a rank
+def test_launcher_leaves_no_process_behind_when_a_rank_is_stopped(tiny: TinyRuns) -> None:
+    config = tiny("run", "train.steps=100000")
+    command = [*launch_command("torchrun", 2), "--config", str(tiny.folder / "run.toml")]
+    command += ["train.steps=100000", "checkpoint.every=0", f"guards.hang_seconds={LIMIT}"]
+    with subprocess.Popen(
+        command, cwd=ROOT, env=launch_environment(), text=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+    ) as launcher:  # fmt: skip
+        deadline = time.monotonic() + 120
+        while len(read_metrics(Path(config.run.dir))) < FIRST_CALLS:
+            assert launcher.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        ranks = {p.environ()["RANK"]: p for p in psutil.Process(launcher.pid).children()}
+        ranks[str(HANGING_RANK)].suspend()
+        _, errors = launcher.communicate(timeout=120)
+    assert launcher.returncode != 0
+    lines = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, errors
+    assert lines[0].startswith(f"error: rank {HANGING_RANK}: no progress for ")
+    assert SILENT in lines[0]
+    assert not [rank for rank, process in ranks.items() if process.is_running()]
 
 
 def test_data_that_takes_longer_than_the_limit_to_verify_is_no_hang(tiny: TinyRuns) -> None:
