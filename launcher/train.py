@@ -5,14 +5,12 @@ Works the same under deepspeed, torchrun, srun, mpirun and plain python.
 
 import argparse
 
-from tensorlm.config import load_config
 from tensorlm.errors import run_launcher
 from tensorlm.launch_env import read_launch_env
 from tensorlm.preemption import StopRequest
 
 
-def main() -> int:
-    stop = StopRequest().listen()
+def main(stop: StopRequest) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config", required=True, help="TOML file of the run")
     parser.add_argument("--replay", type=int, metavar="STEP", help="compute one step again")
@@ -22,8 +20,10 @@ def main() -> int:
     )
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     args = parser.parse_intermixed_args()  # settings may stand anywhere
+    # What imports torch takes seconds, in which signals are listened to already.
+    from tensorlm.config import load_config
+
     config = load_config(args.config, args.overrides)
-    # What imports torch is imported after the configuration is known to be good.
     if args.dry_run is not None:
         from tensorlm.dry_run import check_run
 
@@ -40,4 +40,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    run_launcher(main, leave_at_once=True)
+    stop = StopRequest().listen()
+    # Launchers end all ranks when one has left: a request to stop may mean that it has told why.
+    run_launcher(lambda: main(stop), leave_at_once=True, is_told=lambda: stop.is_asked)

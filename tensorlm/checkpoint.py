@@ -8,6 +8,7 @@ how it is read, `publish.py` the order of writing.
 import contextlib
 import json
 import time
+import traceback
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from threading import Thread
@@ -29,11 +30,13 @@ from .publish import (
     publish,
     remove,
     start_folder,
+    was_imported,
     write_manifest,
     write_safetensors,
 )
 
 _Result = TypeVar("_Result")
+_STALE_SECONDS = 90.0  # NFS may show a folder as it was a minute ago
 
 # ------------------------------------------------------------------------------------------- write
 
@@ -60,7 +63,7 @@ class Saver:
         self._rank = dist.get_rank()
         self._copies: dict[str, Tensor] = {}
         self._thread: Thread | None = None
-        self._error: UserError | None = None
+        self._error: BaseException | None = None
 
     def save(self, step: int, slices: Iterable[ParameterSlice], info: dict[str, Any]) -> None:
         """Publish the checkpoint of `step` from this rank's slices, then let old ones go.
@@ -91,7 +94,7 @@ class Saver:
         def work() -> None:
             try:
                 self._publish(step, tensors, layout, info, started, stall)
-            except UserError as error:
+            except BaseException as error:  # whatever it is, `wait` raises it
                 self._error = error
 
         self._thread = Thread(target=work, name=f"save-{step}", daemon=True)
@@ -101,7 +104,8 @@ class Saver:
         """Return when nothing is in flight.
 
         Raises:
-            UserError: on every rank, if the save that was in flight failed on any.
+            UserError: on every rank, if the save that was in flight failed on any; or whatever kept
+                the ranks from telling one another.
         """
         if self._thread is not None:
             self._thread.join()
@@ -173,6 +177,9 @@ class Saver:
             outcome: dict[str, Any] = {"result": action()}
         except OSError as error:
             outcome = {"error": f"rank {self._rank}: {describe_os_error(error, self._run_dir)}"}
+        except Exception as error:  # the others must learn of it, or they wait for ever
+            traceback.print_exc()
+            outcome = {"error": f"rank {self._rank}: {type(error).__name__}: {error}"}
         self._progress("agree")
         outcomes: list[dict[str, Any]] = gather_json(outcome, self._group)
         errors = [o["error"] for o in outcomes if "error" in o]
@@ -211,29 +218,24 @@ def newest_checkpoint(
 ) -> Checkpoint | None:
     """The newest checkpoint (older than step `before`) that verifies; None in a run without any.
 
-    Collective where `world_size` > 1: rank 0 lists the folder, every rank checks its share of the
-    files, and all agree.
+    Collective where `world_size` > 1: rank 0 lists the folder and decides what is there, every rank
+    checks its share of the files, and all agree.
 
     Raises:
         UserError: there are, or were, checkpoints and none is good: a run never starts over by
-            itself.
+            itself, nor is a run that began with imported weights replayed from others.
     """
     steps = [s for s in list_steps(run_dir) if before is None or s < before]
+    had_some = (run_dir / LEDGER).exists() if before is None else was_imported(run_dir)
     if world_size > 1:
-        steps = gather_json(steps)[0]
+        steps, had_some = gather_json([steps, had_some])[0]
     reasons = []
     for step in steps:
         folder = step_folder(run_dir, step)
         try:
-            checkpoint = open_checkpoint(folder)
-            bad = checkpoint.bad_files(rank, world_size, progress)
+            return _verify(folder, rank, world_size, progress)
         except UserError as error:
-            bad = list(error.problems)
-        if world_size > 1:
-            bad = [problem for part in gather_json(bad) for problem in part]
-        if not bad:
-            return checkpoint
-        reasons.append(f"{folder.name}: {bad[0].removeprefix(f'{folder}/')}")
+            reasons.append(f"{folder.name}: {error.problems[0].removeprefix(f'{folder}/')}")
         if rank == 0:
             print(f"checkpoint passed over: {reasons[-1]}", flush=True)
     if reasons:
@@ -241,10 +243,13 @@ def newest_checkpoint(
             f"{run_dir}: no checkpoint is whole ({'; '.join(reasons[:3])}) "
             "(restore one, or choose a new run.dir)"
         )
-    if before is None and (run_dir / LEDGER).exists():
+    if had_some:
         raise UserError(
             f"{run_dir}: its checkpoints are gone, {LEDGER} lists them "
             "(restore one, or choose a new run.dir)"
+            if before is None
+            else f"--replay: no checkpoint before step {before} is left, and the run began with "
+            "imported weights (import them again, into another run.dir, and train)"
         )
     return None
 
@@ -259,18 +264,51 @@ def select_checkpoint(
     Raises:
         UserError: there is none, or it is damaged.
     """
-    if step is None:
-        newest = newest_checkpoint(run_dir, rank, world_size)
-        if newest is None:
-            raise UserError(f"{run_dir}: no checkpoint (train first, or set run.dir)")
-        return newest
-    checkpoint = open_checkpoint(step_folder(run_dir, step))
-    bad = checkpoint.bad_files(rank, world_size)
-    if world_size > 1:
-        bad = [problem for part in gather_json(bad) for problem in part]
-    if bad:
-        raise UserError(*(f"{checkpoint.folder}: {problem}" for problem in bad))
+    if step is not None:
+        return _verify(step_folder(run_dir, step), rank, world_size)
+    newest = newest_checkpoint(run_dir, rank, world_size)
+    if newest is None:
+        raise UserError(f"{run_dir}: no checkpoint (train first, or set run.dir)")
+    return newest
+
+
+def _verify(
+    folder: Path, rank: int, world_size: int, progress: Callable[[], None] = lambda: None
+) -> Checkpoint:
+    """The checkpoint in `folder`: rank 0 opens it first, then every rank checks its share.
+
+    Raises:
+        UserError: on all ranks, with all that is wrong for any of them.
+    """
+    share = gather_json if world_size > 1 else lambda problems: [problems]
+    checkpoint, problems = _open(folder, rank, progress) if rank == 0 else (None, [])
+    problems = share(problems)[0]
+    if not problems:
+        if rank > 0:
+            checkpoint, problems = _open(folder, rank, progress)
+        if checkpoint is not None:
+            bad = checkpoint.bad_files(rank, world_size, progress)
+            problems = [f"{folder}/{problem}" for problem in bad]
+        problems = [problem for part in share(problems) for problem in part]
+    if problems or checkpoint is None:
+        raise UserError(*problems)
     return checkpoint
+
+
+def _open(
+    folder: Path, rank: int, progress: Callable[[], None]
+) -> tuple[Checkpoint | None, list[str]]:
+    """The checkpoint, or what is wrong with it. Ranks above 0 know that it is there, and wait."""
+    deadline = time.monotonic() + (_STALE_SECONDS if rank else 0)
+    while True:
+        try:
+            return open_checkpoint(folder), []
+        except UserError as error:
+            if time.monotonic() >= deadline:
+                whose = f"rank {rank}: " if rank else ""
+                return None, [f"{whose}{problem}" for problem in error.problems]
+        progress()
+        time.sleep(0.5)
 
 
 def load(checkpoint: Checkpoint, slices: Iterable[ParameterSlice]) -> None:

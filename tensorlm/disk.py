@@ -96,15 +96,6 @@ def write_file(
     return size, digest.hexdigest()
 
 
-def replace_file(path: Path, content: str) -> None:
-    """Give `path` new content at once: a reader, or a restart, sees the old or the new one."""
-    temporary = path.with_name(f".tmp-{path.name}")
-    with contextlib.suppress(FileNotFoundError):
-        _disk.unlink(temporary)
-    write_file(temporary, [content.encode()])
-    rename(temporary, path)
-
-
 def rename(old: Path, new: Path) -> None:
     """Rename within one folder, durably."""
     _disk.rename(old, new)

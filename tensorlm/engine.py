@@ -8,10 +8,12 @@ and write this rank's share of the fp32 weights and Adam state, for every ZeRO s
 import io
 import logging
 import math
+import socket
 import warnings
 from collections.abc import Iterator
 from contextlib import redirect_stdout
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import deepspeed
@@ -20,14 +22,19 @@ import torch
 import torch.distributed as dist
 from deepspeed.utils import logger as deepspeed_logger
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 
 from .adamw import new_state
 from .config import Config
+from .errors import UserError
 from .launch_env import LaunchEnv, grow_memory_segments
 from .optim import create_optimizer
 
 ADAM_STATE = ("exp_avg", "exp_avg_sq")
 STATE = ("master", *ADAM_STATE)
+# Ranks of one job start within a minute or two, even where all import from one slow file system.
+_MEETING_LIMIT = timedelta(minutes=5)
+_EXCHANGE_LIMIT = timedelta(minutes=30)  # longer than the watchdog's limits, which say more
 
 
 @dataclass(frozen=True)
@@ -58,11 +65,39 @@ def init_distributed(launch: LaunchEnv) -> torch.device:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         torch.set_num_threads(max(1, torch.get_num_threads() // launch.local_world_size))
     backend = "nccl" if device.type == "cuda" else "gloo"
-    if launch.world_size == 1 and not dist.is_initialized():
-        # Nobody to meet, so no port is opened.
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    if not dist.is_initialized():
+        dist.init_process_group(
+            backend,
+            store=_meet(launch),
+            rank=launch.rank,
+            world_size=launch.world_size,
+            timeout=_EXCHANGE_LIMIT,
+            device_id=device if backend == "nccl" and launch.world_size > 1 else None,
+        )
     deepspeed.init_distributed(dist_backend=backend, verbose=False)
     return device
+
+
+def _meet(launch: LaunchEnv) -> dist.Store:
+    """Where all ranks find one another; none of them is missing.
+
+    Raises:
+        UserError: they do not, within _MEETING_LIMIT or soon after.
+    """
+    if launch.world_size == 1:
+        return dist.HashStore()
+    try:
+        socket.getaddrinfo(launch.master_addr, launch.master_port)
+        place = rendezvous("env://", launch.rank, launch.world_size, timeout=_MEETING_LIMIT)
+        store, _, _ = next(place)
+    except (OSError, dist.DistError) as error:
+        reason = str(error.strerror if isinstance(error, OSError) else error).splitlines()[0]
+        raise UserError(
+            f"MASTER_ADDR, MASTER_PORT: {launch.master_addr}:{launch.master_port}: {reason[:150]} "
+            f"(an address of rank 0, a free port there, and {launch.world_size} ranks are needed)"
+        ) from None
+    store.set_timeout(_EXCHANGE_LIMIT)
+    return store
 
 
 def leave_distributed() -> None:
@@ -105,7 +140,8 @@ class Engine:
     """A model, its AdamW and DeepSpeed, driven one optimizer step at a time."""
 
     def __init__(self, model: nn.Module, config: Config) -> None:
-        self._names = {p: name for name, p in model.named_parameters()}
+        # DeepSpeed adds fields to parameters: Any.
+        self._names: dict[Any, str] = {p: name for name, p in model.named_parameters()}
         self._stage = config.zero.stage
         self._grad_clip = config.optim.grad_clip
         self._unsharded_norm = float("nan")
@@ -201,6 +237,19 @@ class Engine:
             for parameter, name in self._names.items()
             if self._stage < 3 or getattr(parameter, "ds_persist", False)
         }
+
+    def kept(self) -> dict[str, Tensor]:
+        """Working weights and Adam state that this rank holds from one step to the next.
+
+        Only `step` and `refresh_weights` change them.
+        """
+        tensors = {
+            name: parameter.ds_tensor if self._stage == 3 else parameter.data
+            for parameter, name in self._names.items()
+        }
+        for piece in self.parameter_slices():
+            tensors |= {f"{piece.name}/{key}": value for key, value in piece.state.items()}
+        return tensors
 
     def _ensure_adam_state(self) -> None:
         """torch creates Adam's state at the first step; a checkpoint may need it before."""

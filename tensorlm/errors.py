@@ -1,15 +1,21 @@
 """What a user did wrong, in one line each; how a launcher reports it and leaves."""
 
+import errno
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable
 
 EXIT_DONE = 0
+EXIT_CRASH = 1
 EXIT_USER_ERROR = 2
 EXIT_INTERNAL = 70
 EXIT_PREEMPTED = 75
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells say it
+
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG)
+_PATIENCE_SECONDS = 2.0
 
 
 class UserError(Exception):
@@ -28,50 +34,74 @@ class MachineError(UserError):
     exit_code = EXIT_INTERNAL
 
 
-def run_launcher(main: Callable[[], int | None], *, leave_at_once: bool = False) -> None:
+def run_launcher(
+    main: Callable[[], int | None],
+    *,
+    leave_at_once: bool = False,
+    is_told: Callable[[], bool] = lambda: False,
+) -> None:
     """Run `main` and exit with its code; a UserError becomes one `error:` line per problem.
 
     Ctrl-C is one line, too.
 
     `leave_at_once` is for ranks of a process group that are done with one another: gloo's threads
-    may abort a process that is taken down piece by piece after its work is done.
+    may abort a process that is taken down piece by piece after its work is done, and after an error
+    that may take for ever. `is_told` is whether another rank has already said why all end.
     """
     try:
         code = main()
-    except (UserError, OSError) as caught:
-        error = caught if isinstance(caught, UserError) else _file_error(caught)
-        if _is_first_rank():
-            for problem in error.problems:
-                print(f"error: {problem}", file=sys.stderr, flush=True)
+    except Exception as caught:
+        error = _user_error(caught)
+        if error is not None:
+            _tell(error, is_told)
+            code = error.exit_code
+        elif leave_at_once:
+            # Perhaps it is only that another rank has left, and this one is about to be ended, too.
+            time.sleep(_PATIENCE_SECONDS)
+            traceback.print_exc()
+            code = EXIT_CRASH
         else:
-            # Every rank meets the same error and rank 0 tells it. Launchers end all ranks when one
-            # has left, so the silent ones give it time to speak.
-            time.sleep(2)
-        code = error.exit_code
+            raise
     except KeyboardInterrupt:
-        if _is_first_rank():
+        if _launched_rank() == 0:
             print("interrupted", file=sys.stderr, flush=True)
         code = EXIT_INTERRUPTED
     if leave_at_once:
         sys.stdout.flush()
         sys.stderr.flush()
-        if "mpi4py.MPI" in sys.modules:
-            sys.modules["mpi4py.MPI"].Finalize()
+        if "mpi4py.MPI" in sys.modules and code in (None, EXIT_DONE, EXIT_PREEMPTED):
+            sys.modules["mpi4py.MPI"].Finalize()  # waits for the others, who may not come otherwise
         os._exit(code or EXIT_DONE)
     sys.exit(code or EXIT_DONE)
 
 
-def _file_error(error: OSError) -> UserError:
-    """Of a file that cannot be used, as a user's mistake; any other error of the system goes on."""
-    if error.filename is None:
-        raise error
-    return UserError(f"{error.filename}: {error.strerror}")
+def _user_error(error: Exception) -> UserError | None:
+    """Of a file or disk that cannot be used, as a user's mistake; None of any other error."""
+    if isinstance(error, UserError):
+        return error
+    if isinstance(error, OSError) and error.filename is not None:
+        return UserError(f"{error.filename}: {error.strerror}")
+    if isinstance(error, OSError) and error.errno in _DISK_ERRORS:  # met while writing
+        return UserError(f"disk: {error.strerror} (look at the one of run.dir, and at its quota)")
+    return None
 
 
-def _is_first_rank() -> bool:
+def _tell(error: UserError, is_told: Callable[[], bool]) -> None:
+    """Rank 0 speaks. The others meet the same error, as a rule, and are silent then."""
+    rank = _launched_rank()
+    deadline = time.monotonic() + _PATIENCE_SECONDS
+    while rank and time.monotonic() < deadline and not is_told():
+        time.sleep(0.05)  # launchers end all ranks when one has left: rank 0 must be the first
+    if rank and is_told():
+        return
+    for problem in error.problems:
+        print(f"error: {f'rank {rank}: ' if rank else ''}{problem}", file=sys.stderr, flush=True)
+
+
+def _launched_rank() -> int:
     from .launch_env import launched_rank  # which raises UserError itself
 
     try:
-        return launched_rank() == 0
+        return launched_rank()
     except UserError:  # told by every rank that cannot say which it is
-        return True
+        return 0

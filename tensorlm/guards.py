@@ -1,9 +1,10 @@
-"""Guards of a run: bad steps, replicas that drift apart, two jobs in one folder, a full disk."""
+"""Guards of a run: bad steps, replicas, data and disk, and two jobs in one folder."""
 
 import errno
 import fcntl
 import math
 import os
+import re
 import shutil
 import socket
 import statistics
@@ -19,8 +20,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import disk
+from .checkpoint import gather_json
 from .config import Config
+from .data.loader import PackedRows
 from .errors import MachineError, UserError
+from .launch_env import slurm_job
+from .progress import byte_bar
 
 _DEVIATION_OF_MAD = 1.4826  # standard deviation of a normal distribution, in its MADs
 _LOCK = "lock"
@@ -101,7 +106,7 @@ def check_replicas(replicas: dict[str, Tensor], step: int) -> None:
     """
     if not replicas or dist.get_world_size() == 1:
         return
-    sums = torch.stack([_bit_sum(tensor) for tensor in replicas.values()])
+    sums = _bit_sums(replicas)
     gathered = [torch.empty_like(sums) for _ in range(dist.get_world_size())]
     dist.all_gather(gathered, sums)
     table = torch.stack(gathered).cpu()
@@ -114,14 +119,95 @@ def check_replicas(replicas: dict[str, Tensor], step: int) -> None:
         odd = list(range(len(table)))
     raise MachineError(
         f"rank {', '.join(map(str, odd))}: step {step}: weights differ between ranks, first in "
-        f"{name} (suspect that device; the newest checkpoint was compared and is good)"
+        f"{name} (suspect that device)"
     )
 
 
-def _bit_sum(tensor: Tensor) -> Tensor:
-    """Sum of the bit patterns, int64: any one flipped bit changes it."""
-    integer = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
-    return tensor.detach().contiguous().view(integer).sum(dtype=torch.int64)
+class MemoryGuard:
+    """What a rank keeps from one step to the next must not change in between.
+
+    That is all that can be compared where no other rank holds the same, as at ZeRO stages 1 to 3.
+    """
+
+    def __init__(self, every: int) -> None:
+        """`every`: steps between two that are guarded; 0: none is."""
+        self._every = every
+        self._sums: Tensor | None = None
+
+    def remember(self, step: int, kept: Callable[[], dict[str, Tensor]]) -> None:
+        """Right after step `step`, if the next one is to be guarded; costs a pass over `kept`."""
+        is_next_guarded = self._every and (step + 1) % self._every == 0
+        self._sums = _bit_sums(kept()) if is_next_guarded else None
+
+    def check(self, step: int, kept: Callable[[], dict[str, Tensor]]) -> None:
+        """Just before step `step` is applied: nothing has changed since `remember`; collective.
+
+        Raises:
+            MachineError: on all ranks, naming those on which something has.
+        """
+        if self._sums is None:
+            return
+        tensors = kept()
+        changed = (_bit_sums(tensors) != self._sums).nonzero().flatten().tolist()
+        found = gather_json([list(tensors)[index] for index in changed[:1]])
+        odd = [rank for rank, names in enumerate(found) if names]
+        if odd:
+            raise MachineError(
+                f"rank {', '.join(map(str, odd))}: step {step}: {found[odd[0]][0]} changed in "
+                f"memory since step {step - 1} (suspect that device; if there is a checkpoint of "
+                f"step {step - 1}, it may hold the change)"
+            )
+
+
+def _bit_sums(tensors: dict[str, Tensor]) -> Tensor:
+    """[N] int64, where the first tensor is: the sum of each one's bit patterns, as integers.
+
+    Any one flipped bit changes it.
+    """
+    sums = []
+    for tensor in tensors.values():
+        flat = tensor.detach().reshape(-1)
+        words = 8 // flat.element_size()
+        if flat.numel() % words or flat.storage_offset() % words:
+            bits = flat.view({1: torch.int8, 2: torch.int16, 4: torch.int32}[flat.element_size()])
+        else:
+            bits = flat.view(torch.int64)  # many times faster on a CPU
+        sums.append(bits.sum(dtype=torch.int64))
+    return torch.stack([total.to(sums[0].device) for total in sums])
+
+
+def check_data(rows: PackedRows, rank: int, world_size: int, progress: Callable[[], None]) -> None:
+    """Every byte of the data is as it was written; each rank reads its share of the files.
+
+    Raises:
+        UserError: on all ranks, a line for each file that differs.
+    """
+    entries = [
+        (entry, corpus.folder / name)
+        for corpus in rows.corpora
+        for shard in corpus.shards
+        for name, entry in shard.header.files.items()
+    ]
+    entries.sort(key=lambda item: item[0].bytes)  # equal shares
+    share, bad = entries[rank::world_size], []
+    total = sum(entry.bytes for entry, _ in share)
+    with byte_bar(total, "verify data", is_shown=rank == 0) as show:
+
+        def moved(num_bytes: int) -> None:
+            show(num_bytes)
+            progress()
+
+        for entry, path in share:
+            try:
+                _, sha256 = disk.file_sha256(path.resolve(), moved)
+                problem = "" if sha256 == entry.sha256 else "checksum differs"
+            except OSError as error:
+                problem = f"cannot be read: {error.strerror}"
+            if problem:
+                bad.append(f"{path}: {problem} (restore the file, or prepare the data again)")
+    bad = [line for part in gather_json(bad) for line in part]
+    if bad:
+        raise UserError(*bad)
 
 
 def lock_run(run_dir: Path) -> int:
@@ -131,30 +217,40 @@ def lock_run(run_dir: Path) -> int:
         The descriptor that holds the lock.
 
     Raises:
-        UserError: another job holds it, or the folder cannot be written.
+        UserError: another job, or another process of this one, holds it, or the folder cannot be
+            written.
     """
-    own_job = os.environ.get("SLURM_JOB_ID", "")
+    job, restarts = slurm_job()
     try:
         disk.make_folder(run_dir)
-        descriptor = os.open(run_dir / _LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        descriptor = _open_lock(run_dir / _LOCK)
     except OSError as error:
         raise UserError(f"run.dir: {error.filename}: {error.strerror}") from None
     try:
         _lock(descriptor)
     except BlockingIOError:
         holder = os.read(descriptor, 200).decode(errors="replace").strip()
-        if own_job and holder.startswith(f"job {own_job} "):  # this job, before it was requeued
-            return descriptor
-        raise UserError(
-            f"run.dir: {run_dir} is in use by {holder} (wait for it, or choose another)"
-        ) from None
+        earlier = re.match(r"job (\S+) restart (\d+) ", holder)
+        if not earlier or earlier[1] != job or int(earlier[2]) >= restarts:
+            raise UserError(
+                f"run.dir: {run_dir} is in use by {holder} (wait for it, or choose another)"
+            ) from None
+        # Held for a node that is gone, until the file system notices. A new file is ours for good.
+        descriptor = _open_lock(run_dir / f".{_LOCK}")
+        _lock(descriptor)
+        os.rename(run_dir / f".{_LOCK}", run_dir / _LOCK)
     except OSError as error:
         if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
             raise
         print(f"warning: {run_dir}: cannot be locked on this file system", flush=True)
+    owner = f"job {job} restart {restarts} pid {os.getpid()} on {socket.gethostname()}\n"
     os.ftruncate(descriptor, 0)
-    os.write(descriptor, f"job {own_job} pid {os.getpid()} on {socket.gethostname()}\n".encode())
+    os.write(descriptor, owner.encode())
     return descriptor
+
+
+def _open_lock(path: Path) -> int:
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
 
 
 def _lock(descriptor: int) -> None:

@@ -6,6 +6,7 @@
 
 import os
 import socket
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -33,20 +34,25 @@ class LaunchEnv:
             MASTER_ADDR=self.master_addr,
             MASTER_PORT=str(self.master_port),
         )
+        if self.local_world_size == self.world_size and sys.platform == "linux":
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # nobody elsewhere is to reach them
 
 
 def read_launch_env(environ: Mapping[str, str] | None = None) -> LaunchEnv:
     """Read rank, world size and rendezvous address from whichever launcher started this process.
 
     Raises:
-        UserError: several ranks but no rendezvous address.
+        UserError: values that make no sense, or several ranks but no rendezvous address.
     """
     env = os.environ if environ is None else environ
     place = _place(env)
     if place is None:
         return LaunchEnv(0, 1, 0, 1, "127.0.0.1", free_port())
     if "MASTER_ADDR" in env and "MASTER_PORT" in env:
-        return LaunchEnv(*place, env["MASTER_ADDR"], int(env["MASTER_PORT"]))
+        port = env["MASTER_PORT"]
+        if not (port.isascii() and port.isdigit() and 0 < int(port) < 1 << 16):
+            raise UserError(f"MASTER_PORT: {port} is no port (1 to 65535)")
+        return LaunchEnv(*place, env["MASTER_ADDR"], int(port))
     if place[1] == 1:
         return LaunchEnv(*place, "127.0.0.1", free_port())
     if "OMPI_COMM_WORLD_RANK" in env or "MPI_LOCALRANKID" in env:
@@ -76,11 +82,18 @@ def launched_world_size(environ: Mapping[str, str] | None = None) -> int:
     return place[1] if place else 1
 
 
+def slurm_job(environ: Mapping[str, str] | None = None) -> tuple[str, int]:
+    """The Slurm job that this process belongs to, and how often it was requeued; ("", 0): none."""
+    env = os.environ if environ is None else environ
+    restarts = env.get("SLURM_RESTART_COUNT", "")
+    return env.get("SLURM_JOB_ID", ""), int(restarts) if restarts.isdigit() else 0
+
+
 def _place(env: Mapping[str, str]) -> tuple[int, int, int, int] | None:
     """(rank, world size, local rank, local world size), or None for plain `python`."""
     if "RANK" in env and "WORLD_SIZE" in env:
-        # LOCAL_SIZE is what deepspeed calls it.
-        local_size = env.get("LOCAL_WORLD_SIZE", env.get("LOCAL_SIZE", env["WORLD_SIZE"]))
+        # LOCAL_SIZE is what deepspeed calls it. Whoever sets neither starts one rank on each node.
+        local_size = env.get("LOCAL_WORLD_SIZE", env.get("LOCAL_SIZE", "1"))
         values = [env["RANK"], env["WORLD_SIZE"], env.get("LOCAL_RANK", "0"), local_size]
     # MPI before Slurm: inside a job, mpirun's own agents are the tasks of a Slurm step.
     elif "OMPI_COMM_WORLD_RANK" in env:  # Open MPI
@@ -104,6 +117,11 @@ def _place(env: Mapping[str, str]) -> tuple[int, int, int, int] | None:
             f"the launcher's environment: rank, world size, local rank, local world size are "
             f"{', '.join(values)} (whole numbers are expected)"
         ) from None
+    if not 0 <= rank < world_size or local_rank < 0 or not 1 <= local_world_size <= world_size:
+        raise UserError(
+            f"the launcher's environment: rank {rank} of {world_size}, local rank {local_rank} of "
+            f"{local_world_size} (ranks are counted from 0)"
+        )
     return rank, world_size, local_rank, local_world_size
 
 

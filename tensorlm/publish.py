@@ -83,6 +83,12 @@ def note(run_dir: Path, step: int, num_bytes: int, stall: float, seconds: float)
         file.write(json.dumps(record) + "\n")
 
 
+def was_imported(run_dir: Path) -> bool:
+    """The first checkpoint of the run was imported weights, whether it is still there or not."""
+    ledger = run_dir / LEDGER
+    return ledger.exists() and ledger.read_text().startswith('{"step": 0,')
+
+
 def remove(folder: Path) -> None:
     """Take the name away first: what is half removed does not look like a checkpoint."""
     disk.rename(folder, _doomed(folder))

@@ -7,6 +7,7 @@ from .engine import leave_distributed
 from .errors import EXIT_DONE, UserError
 from .launch_env import LaunchEnv
 from .metrics import read_metrics
+from .publish import was_imported
 from .train import last_rows, start, train_step
 
 
@@ -22,6 +23,10 @@ def replay(config: Config, launch: LaunchEnv, step: int) -> int:
     if step < 1:
         raise UserError(f"--replay: {step} is no step (they count from 1)")
     run = start(config, launch, before=step)
+    if launch.rank == 0:
+        has_checkpoint = run.state.step or was_imported(run.dir)
+        begin = f"checkpoint {run.state.step}" if has_checkpoint else "scratch"
+        print(f"replay of step {step}: from {begin}", flush=True)
     while run.state.step < step:
         record, _ = train_step(run, must_stop=False)
     if launch.rank == 0:

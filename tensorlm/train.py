@@ -19,7 +19,14 @@ from .engine import Engine, init_distributed, leave_distributed
 from .errors import EXIT_DONE, EXIT_PREEMPTED, UserError
 from .flops import num_parameters, peak_flops, recomputed_flops, train_flops
 from .fused import runs_liger
-from .guards import StepGuard, check_disk_space, check_replicas, lock_run
+from .guards import (
+    MemoryGuard,
+    StepGuard,
+    check_data,
+    check_disk_space,
+    check_replicas,
+    lock_run,
+)
 from .launch_env import LaunchEnv
 from .manifest import Checkpoint
 from .metrics import Metrics, git_commit, peak_memory_gib
@@ -28,7 +35,7 @@ from .optim import learning_rate
 from .preemption import StopRequest
 from .profiler import start_profiler
 from .publish import sweep
-from .watchdog import Watchdog
+from .watchdog import FOLDER, Watchdog
 
 # In the run's directory: asks rank 0, at the end of a step, for a checkpoint and an end. Once it is
 # obeyed it is renamed. Launchers do not pass every signal on; a file needs none of them.
@@ -56,6 +63,7 @@ class Run:
     feed: Feed
     engine: Engine
     guard: StepGuard
+    memory: MemoryGuard
     watchdog: Watchdog
     state: TrainState
 
@@ -96,10 +104,10 @@ def train(config: Config, launch: LaunchEnv, stop: StopRequest) -> int:
     stopping = False
     while state.step < last_step and not stopping:
         started = time.perf_counter()
-        must_stop = stop.is_asked or (launch.rank == 0 and stop_file.exists()) or saver.has_failed
-        if must_stop:
-            print("stop requested: saving after this step", flush=True)
-        record, stopping = train_step(run, must_stop)
+        is_asked = stop.is_asked or (launch.rank == 0 and stop_file.exists())
+        if is_asked or saver.has_failed:
+            print(describe_stop(config, saver.has_failed), flush=True)
+        record, stopping = train_step(run, is_asked or saver.has_failed)
         watchdog.enter("log", state.step)
         if profiler:
             profiler.step()
@@ -136,6 +144,15 @@ def train(config: Config, launch: LaunchEnv, stop: StopRequest) -> int:
     return EXIT_PREEMPTED if stopping and state.step < last_step else EXIT_DONE
 
 
+def describe_stop(config: Config, save_has_failed: bool) -> str:
+    """Why this start of the run ends with the step that is about to be done, and what is kept."""
+    if save_has_failed:
+        return "a save in the background has failed: ending after this step"
+    if not config.checkpoint.every:
+        return "stop requested: ending after this step, nothing is saved (checkpoint.every = 0)"
+    return "stop requested: saving after this step"
+
+
 def evaluate_run(run: Run, metrics: Metrics | None) -> None:
     """Evaluate the model as it is now; all ranks together."""
     # They import transformers: a quarter of the time that a rank takes to start.
@@ -152,14 +169,17 @@ def start(config: Config, launch: LaunchEnv, before: int | None = None) -> Run:
     """Set everything up, and load the newest checkpoint (older than step `before`)."""
     config.check_world(launch.world_size)
     run_dir = Path(config.run.dir)
-    # One rank is enough to read every byte; the others wait for it to join them.
-    rows = open_rows(config, "train", verify=config.data.verify and launch.rank == 0)
-    watchdog = Watchdog(config.guards, run_dir, launch.rank, launch.world_size)
+    # A replay may run beside the run itself, whose watchdogs must not take its reports for theirs.
+    reports = run_dir / (FOLDER if before is None else f"{FOLDER}-replay")
+    watchdog = Watchdog(config.guards, reports, launch.rank, launch.world_size)
+    rows = open_rows(config, "train", verify=False)
     device = init_distributed(launch)
     if config.train.attention == "triton" and device.type == "cpu":
         raise UserError("train.attention: triton needs a GPU (auto, blocked and dense do not)")
     grid = create_grid(config.parallel.sp)
     watchdog.enter("resume", 0)
+    if config.data.verify:
+        check_data(rows, launch.rank, launch.world_size, watchdog.progress)
     found = checkpoint.newest_checkpoint(
         run_dir, launch.rank, launch.world_size, before=before, progress=watchdog.progress
     )
@@ -168,7 +188,8 @@ def start(config: Config, launch: LaunchEnv, before: int | None = None) -> Run:
         model.init_weights(config.run.seed)
     engine = Engine(model, config)
     feed = Feed(rows, config, grid, pin=device.type == "cuda")
-    run = Run(config, device, grid, rows, feed, engine, StepGuard(config), watchdog, TrainState())
+    guard, memory = StepGuard(config), MemoryGuard(config.guards.replica_every)
+    run = Run(config, device, grid, rows, feed, engine, guard, memory, watchdog, TrainState())
     if before is None and config.checkpoint.every:
         check_room(run)
     if found is not None:
@@ -180,7 +201,7 @@ def train_step(run: Run, must_stop: bool) -> tuple[dict[str, Any], bool]:
     """One optimizer step: advances the state, returns what to log and whether any rank must stop.
 
     Raises:
-        UserError: the step guard ends the run.
+        UserError: one of the guards ends the run.
     """
     config, grid, device, state = run.config, run.grid, run.device, run.state
     run.watchdog.enter("data", state.step + 1)
@@ -214,7 +235,9 @@ def train_step(run: Run, must_stop: bool) -> tuple[dict[str, Any], bool]:
         run.engine.backward(loss * loss_scale)
     run.watchdog.enter("step", state.step + 1)
     lr = learning_rate(state.step, config.train.steps, config.optim)
+    run.memory.check(state.step + 1, run.engine.kept)
     grad_norm = run.engine.step(lr)
+    run.memory.remember(state.step + 1, run.engine.kept)
     mean_loss = total_loss.item() / num_losses
 
     state.step += 1

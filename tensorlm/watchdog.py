@@ -1,10 +1,11 @@
 """The watchdog: a run that no longer moves says where, and ends, instead of burning its hours.
 
 Every rank watches itself: one thread, and the time of its last progress. When one rank stands still
-the others soon wait for it, so all reach their limit together; each leaves a report in RUN/hang/,
-the lowest rank that still can reads them and says which rank is the odd one.
+the others soon wait for it. The first that reaches its limit leaves a report in RUN/hang/, the
+others follow as soon as they see it, and the lowest rank that still can says which is the odd one.
 """
 
+import contextlib
 import faulthandler
 import json
 import os
@@ -25,24 +26,32 @@ PHASES = ("start", "resume", "data", "forward", "step", "log", "save", "agree", 
 _SLOW_PHASES = ("start", "resume", "save", "eval")
 _FEWEST_STEPS = 3  # the first ones compile kernels, open connections
 _MEDIANS = 5
-_GRACE_SECONDS = 2.0
+_GRACE_SECONDS = 5.0  # a report of another rank takes so long to be written, and to be seen
+_LEAD_SECONDS = 1.0  # launchers end all ranks when the first has left
 _COLLECTIVES = os.path.join("torch", "distributed")
 
 
 class Watchdog:
     """Ends this process with EXIT_INTERNAL after too long a time without `enter` or `progress`."""
 
-    def __init__(self, config: GuardsConfig, run_dir: Path, rank: int, world_size: int) -> None:
+    def __init__(self, config: GuardsConfig, folder: Path, rank: int, world_size: int) -> None:
+        """`folder` is where the ranks leave their reports."""
         self._config = config
-        self._folder = run_dir / FOLDER
+        self._folder = folder
         self._rank = rank
         self._world_size = world_size
         self._phase, self._step = PHASES[0], 0
         self._part_of_save = "save"
         self._progress_at = self._step_began_at = time.monotonic()
         self._step_seconds: deque[float] = deque(maxlen=64)
-        self._is_done = threading.Event()
-        threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+        self._is_done, self._is_reported = threading.Event(), threading.Event()
+        self._period = min(1.0, config.hang_seconds / 10)
+        if rank == 0:  # reports of an earlier start, perhaps of more ranks, are none of this one
+            for path in folder.glob("rank-*.json"):
+                path.unlink(missing_ok=True)
+        # Two threads, since it is perhaps the disk that does not answer.
+        for target in (self._watch, self._look_for_reports):
+            threading.Thread(target=target, name="watchdog", daemon=True).start()
 
     def enter(self, phase: str, step: int) -> None:
         """This rank begins `phase` (one of PHASES) of step `step`."""
@@ -73,19 +82,24 @@ class Watchdog:
         return max(self._config.hang_seconds, _MEDIANS * statistics.median(self._step_seconds))
 
     def _watch(self) -> None:
-        while not self._is_done.wait(min(1.0, self._config.hang_seconds / 10)):
+        while not self._is_done.wait(self._period):
             limit = self.limit()
             # Native code that never lets go of the interpreter would stop this thread as well.
-            faulthandler.dump_traceback_later(2 * limit + 10 * _GRACE_SECONDS, exit=True)
+            faulthandler.dump_traceback_later(2 * limit + 4 * _GRACE_SECONDS, exit=True)
             seconds = time.monotonic() - self._progress_at
-            if seconds > limit:
+            if seconds > limit or self._is_reported.is_set():
                 self._end(seconds)
 
+    def _look_for_reports(self) -> None:
+        while not self._is_done.wait(self._period) and not self._is_reported.is_set():
+            # Before the ranks have met, what is there may be what rank 0 is to remove.
+            if self._phase != PHASES[0] and self._reports():
+                self._is_reported.set()
+
     def _end(self, seconds: float) -> None:
-        # In a thread of its own: it is perhaps the disk that does not answer.
         report = threading.Thread(target=self._report, args=(seconds,), daemon=True)
         report.start()
-        report.join(3 * _GRACE_SECONDS)
+        report.join(2 * _GRACE_SECONDS)
         os._exit(EXIT_INTERNAL)
 
     def _report(self, seconds: float) -> None:
@@ -99,17 +113,28 @@ class Watchdog:
             "phase": phase,
             "step": self._step,
             "waits": _is_waiting(),
+            "seconds": seconds,
         }
         temporary = self._folder / f".{name}"
         temporary.write_text(json.dumps(report))
         temporary.rename(self._folder / f"{name}.json")
-        time.sleep(_GRACE_SECONDS)  # the other ranks report now
-        reports = [json.loads(path.read_text()) for path in self._folder.glob("rank-*.json")]
+        deadline = time.monotonic() + _GRACE_SECONDS
+        while len(reports := self._reports()) < self._world_size and time.monotonic() < deadline:
+            time.sleep(self._period)
         if min(r["rank"] for r in reports) == self._rank:
-            line = describe_hang(reports, self._world_size, seconds)
+            longest = max(r["seconds"] for r in reports)
+            line = describe_hang(reports, self._world_size, longest)
             print(f"error: {line} (stacks: {self._folder})", file=sys.stderr, flush=True)
         else:
-            time.sleep(_GRACE_SECONDS / 2)  # launchers end the others when the first has left
+            time.sleep(_LEAD_SECONDS)
+
+    def _reports(self) -> list[dict[str, Any]]:
+        """Those of all ranks that have left one."""
+        reports = []
+        for path in self._folder.glob("rank-*.json"):
+            with contextlib.suppress(OSError):  # removed, but NFS shows it for a while
+                reports.append(json.loads(path.read_text()))
+        return reports
 
 
 def _is_waiting() -> bool:

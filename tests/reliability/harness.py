@@ -14,7 +14,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -63,7 +63,9 @@ class Job:
         world: int = 1,
         prepare: Prepare = lambda rank: None,
         run: Run | None = None,
+        port: int | None = None,
     ) -> None:
+        """The ranks meet over a file; with `port`, as real ones do."""
         self.config = config
         self.dir = Path(config.run.dir)
         self.scratch = self.dir.with_name(f"{self.dir.name}.job")
@@ -73,14 +75,16 @@ class Job:
         for rank in range(world):
             pid = os.fork()
             if pid == 0:
-                self._run_rank(rank, world, prepare, run)
+                self._run_rank(rank, world, prepare, run, port)
             self.pids.append(pid)
         self._codes: dict[int, int] = {}
 
-    def wait_for(self, *paths: Path) -> None:
+    def wait_for(self, *paths: Path, limit: float = 120.0) -> None:
         """Until all of them exist; no rank may have ended before."""
+        deadline = time.monotonic() + limit
         while not all(path.exists() for path in paths):
             assert set(self.poll()) == {None}, self.output()
+            assert time.monotonic() < deadline, f"not in {limit:.0f} s: {paths}\n{self.output()}"
             time.sleep(0.005)
 
     def wait_for_listeners(self) -> None:
@@ -103,8 +107,12 @@ class Job:
 
     def wait(self, limit: float = 120.0) -> list[int | None]:
         """Exit codes of all ranks when all have ended; at the limit the rest is killed."""
+        return self.wait_for_ranks(range(len(self.pids)), limit)
+
+    def wait_for_ranks(self, ranks: Iterable[int], limit: float = 120.0) -> list[int | None]:
+        """Exit codes of all ranks when `ranks` have ended; then, or at the limit, kill the rest."""
         deadline = time.monotonic() + limit
-        while None in self.poll() and time.monotonic() < deadline:
+        while any(self.poll()[r] is None for r in ranks) and time.monotonic() < deadline:
             time.sleep(0.002)
         self.end()
         return self.poll()
@@ -114,7 +122,9 @@ class Job:
         for pid, code in zip(self.pids, self.poll(), strict=True):
             if code is None:
                 os.kill(pid, signal.SIGKILL)
+        deadline = time.monotonic() + 60
         while None in self.poll():
+            assert time.monotonic() < deadline, f"SIGKILL does not end it\n{self.output()}"
             time.sleep(0.001)
 
     def output(self) -> str:
@@ -126,14 +136,16 @@ class Job:
         """The `error:` lines."""
         return [line for line in self.output().splitlines() if line.startswith("error: ")]
 
-    def _run_rank(self, rank: int, world: int, prepare: Prepare, run: Run | None) -> None:
+    def _run_rank(
+        self, rank: int, world: int, prepare: Prepare, run: Run | None, port: int | None
+    ) -> None:
         # Nobody outlives the test process.
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         log = os.open(self.scratch / f"{rank}.log", os.O_WRONLY | os.O_CREAT, 0o666)
         os.dup2(log, 1)
         os.dup2(log, 2)
         sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
-        launch = LaunchEnv(rank, world, rank, world, "127.0.0.1", 1)
+        launch = LaunchEnv(rank, world, rank, world, "127.0.0.1", port or 1)
         launch.export()
         from tensorlm.train import train
 
@@ -141,19 +153,18 @@ class Job:
             stop = StopRequest().listen()
             (self.scratch / f"{rank}.listens").touch()
             prepare(rank)
-            store = dist.FileStore(str(self.scratch / "store"), world)
-            dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
+            if port is None:
+                store = dist.FileStore(str(self.scratch / "store"), world)
+                dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
             return (run or train)(self.config, launch, stop)
 
-        try:
-            run_launcher(main, leave_at_once=True)
-        except BaseException:
-            import traceback
+        def is_told() -> bool:
+            return "error: " in (self.scratch / "0.log").read_text()
 
-            traceback.print_exc()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(1)
+        try:
+            run_launcher(main, leave_at_once=True, is_told=is_told)
+        finally:
+            os._exit(1)  # not back into the test
 
 
 def final_state(config: Config) -> tuple[list[float], list[str]]:

@@ -1,20 +1,32 @@
 """Mistakes in the configuration, the environment and the run's folder: one line each, exit 2."""
 
+import errno
 import json
 import os
+import re
+import resource
 import shutil
+import socket
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
+from tensorboard.summary.writer.record_writer import RecordWriter
 
+from tensorlm import engine, train
 from tensorlm.config import Config, load_config
-from tensorlm.errors import EXIT_USER_ERROR, UserError, run_launcher
+from tensorlm.errors import EXIT_CRASH, EXIT_USER_ERROR, UserError, run_launcher
 from tensorlm.guards import lock_run
+from tensorlm.launch_env import LaunchEnv, free_port, read_launch_env
 from tensorlm.manifest import manifest_text
+from tensorlm.preemption import StopRequest
 from tests.reliability.conftest import TINY, TinyRuns
 from tests.reliability.harness import Job
 
@@ -183,6 +195,14 @@ ENVIRONMENTS: list[dict[str, str]] = [
     {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"},
     {"RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "1"},
     {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "first"},
+    {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "-1"},
+    {"RANK": "0", "WORLD_SIZE": "0"},
+    {"RANK": "2", "WORLD_SIZE": "2"},
+    {"RANK": "-1", "WORLD_SIZE": "2"},
+    {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "3"},
+    {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "abc"},
+    {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "99999"},
+    {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"},
 ]
 
 
@@ -211,6 +231,16 @@ def test_damaged_run_is_one_line(tiny: TinyRuns, finished: Path, kind: str) -> N
     check_refused(config)
 
 
+def test_damaged_data_is_one_line(tiny: TinyRuns, data: Path) -> None:
+    shutil.copytree(data, tiny.folder / "data")
+    path = sorted((tiny.folder / "data/train").glob("*.tokens"))[-1]
+    path.write_bytes(path.read_bytes()[::-1])
+    job = Job(tiny("run", f"data.path={tiny.folder / 'data'}"), 2)
+    assert job.wait() == [EXIT_USER_ERROR] * 2, job.output()
+    (line,) = job.errors()
+    assert line.startswith(f"error: {path}: checksum differs (")
+
+
 @pytest.mark.parametrize("override", CHANGED_SETTINGS)
 def test_setting_that_does_not_fit_the_run_is_one_line(
     tiny: TinyRuns, finished: Path, override: str
@@ -230,9 +260,8 @@ def test_folder_that_cannot_be_made_is_one_line(path: str) -> None:
 def test_unusable_environment_is_one_line(
     environment: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    from tensorlm.launch_env import read_launch_env
-
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    for name in names:
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
@@ -245,3 +274,121 @@ def test_unusable_environment_is_one_line(
     assert left.value.code == EXIT_USER_ERROR
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("port taken", "EADDRINUSE"),
+        ("rank missing", "1/2 clients"),
+        ("host unknown", "resolution|known"),
+    ],
+)
+def test_ranks_that_do_not_meet_are_told_why_soon(
+    tiny: TinyRuns, monkeypatch: pytest.MonkeyPatch, kind: str, reason: str
+) -> None:
+    monkeypatch.setattr(engine, "_MEETING_LIMIT", timedelta(seconds=1))
+
+    def prepare(rank: int) -> None:
+        if rank == 1:
+            os._exit(0)
+
+    def find(config: Config, launch: LaunchEnv, stop: StopRequest) -> int:
+        host = "no.such.host.invalid" if kind == "host unknown" else launch.master_addr
+        engine.init_distributed(replace(launch, master_addr=host))
+        return 0
+
+    port = free_port()
+    with socket.socket() as other:
+        if kind == "port taken":
+            other.bind(("0.0.0.0", port))
+            other.listen()
+        job = Job(tiny("run"), 2, prepare, find, port=port)
+        assert job.wait(30) == [EXIT_USER_ERROR, 0], job.output()
+    (line,) = job.errors()
+    assert line.startswith("error: MASTER_ADDR, MASTER_PORT: ")
+    assert re.search(reason, line), line
+    assert "Traceback" not in job.output()
+
+
+# ------------------------------------------------------------------------------- who tells an error
+
+
+def test_error_of_one_rank_is_told_by_it(tiny: TinyRuns) -> None:
+    def open_no_rows(*_: Any, **options: Any) -> None:
+        raise UserError("/data/train: missing")
+
+    def prepare(rank: int) -> None:
+        if rank == 1:
+            train.open_rows = open_no_rows  # type: ignore[assignment]
+
+    job = Job(tiny("run"), 2, prepare)
+    assert job.wait() == [EXIT_CRASH, EXIT_USER_ERROR], job.output()
+    assert job.errors() == ["error: rank 1: /data/train: missing"]
+
+
+FAILING_RANK = """
+import os, signal, sys
+from tensorlm.errors import UserError, run_launcher
+from tensorlm.preemption import StopRequest
+
+def main():
+    if "ended" in sys.argv:
+        os.kill(os.getpid(), signal.SIGTERM)
+    raise UserError("data.path: missing")
+
+stop = StopRequest().listen()
+run_launcher(main, leave_at_once=True, is_told=lambda: stop.is_asked)
+"""
+
+
+@pytest.mark.parametrize(
+    ("rank", "how", "told"),
+    [
+        ("0", "", "error: data.path: missing\n"),
+        ("1", "", "error: rank 1: data.path: missing\n"),
+        ("1", "ended", ""),  # by the launcher, since rank 0 has told the same and left
+    ],
+)
+def test_error_of_all_ranks_is_told_once(rank: str, how: str, told: str) -> None:
+    environment = {**os.environ, "RANK": rank, "WORLD_SIZE": "2"}
+    command = [sys.executable, "-c", FAILING_RANK, how]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stderr) == (EXIT_USER_ERROR, told)
+
+
+# ---------------------------------------------------------------------------------- the full disk
+
+
+def check_disk_is_named(job: Job) -> None:
+    assert job.wait() == [EXIT_USER_ERROR], job.output()
+    (line,) = job.errors()
+    assert line.startswith("error: disk: ")
+
+
+@pytest.mark.parametrize("room", [1_500, 10_000], ids=["config.toml", "metrics.jsonl"])
+def test_full_disk_under_the_metrics_is_one_line(tiny: TinyRuns, room: int) -> None:
+    """A limit on the size of a file stands for a full disk: the error has no file name either."""
+
+    def prepare(rank: int) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
+
+    job = Job(tiny("run", "train.steps=1000", "checkpoint.every=0"), 1, prepare)
+    check_disk_is_named(job)
+    assert "Traceback" not in job.output()
+
+
+@pytest.mark.parametrize("num_events", [1, 40], ids=["at once", "later"])
+def test_full_disk_under_tensorboard_is_one_line(tiny: TinyRuns, num_events: int) -> None:
+    def prepare(rank: int) -> None:
+        real, calls = RecordWriter.write, [0]
+
+        def write(self: RecordWriter, data: bytes) -> None:
+            calls[0] += 1
+            if calls[0] > num_events:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            real(self, data)
+
+        RecordWriter.write = write
+
+    check_disk_is_named(Job(tiny("run", "checkpoint.every=0"), 1, prepare))

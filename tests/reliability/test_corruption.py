@@ -8,8 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from tensorlm.checkpoint import newest_checkpoint
-from tensorlm.errors import UserError
+from tensorlm import checkpoint
+from tensorlm.checkpoint import newest_checkpoint, select_checkpoint
+from tensorlm.config import Config
+from tensorlm.errors import EXIT_USER_ERROR, UserError
+from tensorlm.launch_env import LaunchEnv
+from tensorlm.preemption import StopRequest
 from tests.reliability.conftest import TinyRuns
 from tests.reliability.harness import Job
 from tests.reliability.saves import LAST_STEP, holds_its_step, save_all
@@ -141,6 +145,57 @@ def test_every_single_bit_of_a_manifest_counts(saved: Path, capsys: pytest.Captu
         found = newest_checkpoint(saved)
         assert found is not None
         assert found.step == LAST_STEP - 1
+
+
+@pytest.mark.parametrize("step", [None, LAST_STEP])
+@pytest.mark.parametrize("damage", [flip_bit, truncate, remove])
+def test_damaged_checkpoint_is_not_selected(
+    saved: Path, step: int | None, damage: Callable[[Path, random.Random], None]
+) -> None:
+    """Export and evaluation read what `select_checkpoint` returns."""
+    assert select_checkpoint(saved, step).step == LAST_STEP
+    damage(saved / NEWEST / "rank-00001.safetensors", random.Random(0))
+    if step is None:
+        assert select_checkpoint(saved, step).step == LAST_STEP - 1
+    else:
+        with pytest.raises(UserError, match=f"{NEWEST}.*rank-00001"):
+            select_checkpoint(saved, step)
+
+
+def test_names_and_times_that_mean_nothing_change_nothing(saved: Path) -> None:
+    (saved / NEWEST / ".nfs000000000000001c00000001").touch()  # removed, but still open somewhere
+    os.utime(saved / NEWEST, (0, 0))  # clocks of two machines
+    os.utime(saved / NEWEST / "manifest.json", (0, 0))
+    found = newest_checkpoint(saved)
+    assert found is not None
+    assert found.step == LAST_STEP
+
+
+@pytest.mark.parametrize(("num_stale", "codes"), [(3, [0, 0]), (10**9, [EXIT_USER_ERROR] * 2)])
+def test_rank_that_sees_an_old_folder_waits_until_it_sees_what_rank_0_sees(
+    tiny: TinyRuns, saved: Path, num_stale: int, codes: list[int]
+) -> None:
+    def prepare(rank: int) -> None:
+        real, calls = os.listdir, [0]
+
+        def listdir(path: Path) -> list[str]:
+            calls[0] += 1
+            return [] if calls[0] <= num_stale else real(path)
+
+        if rank == 1:
+            os.listdir = listdir  # type: ignore[assignment]
+            checkpoint._STALE_SECONDS = 3.0 if num_stale < 10 else 0.3
+
+    def find(config: Config, launch: LaunchEnv, stop: StopRequest) -> int:
+        found = newest_checkpoint(saved, launch.rank, launch.world_size)
+        assert found is not None
+        assert found.step == LAST_STEP
+        return 0
+
+    job = Job(tiny("other"), 2, prepare, find)
+    assert job.wait(30) == codes, job.output()
+    if num_stale > 10:
+        assert f"{NEWEST}: rank 1: " in job.errors()[0]
 
 
 def test_nothing_whole_is_an_error_not_a_start_from_scratch(saved: Path) -> None:

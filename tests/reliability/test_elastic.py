@@ -101,7 +101,10 @@ def test_every_pair_of_topologies(tiny: TinyRuns, saved: Topology, resumed: Topo
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_optimizer_on_the_host_trains_and_resumes_like_any(tiny: TinyRuns, stage: int) -> None:
-    on_host = (f"zero.stage={stage}", "zero.offload_optimizer=true", "train.dtype=bf16")
+    on_host = (
+        f"zero.stage={stage}", "zero.offload_optimizer=true", "train.dtype=bf16",
+        "guards.replica_every=1",
+    )  # fmt: skip
     straight, cut = tiny("straight", *on_host), tiny("cut", *on_host)
     tiny.finish(straight, 2)
     tiny.finish(tiny("cut", *on_host, "train.stop_at=3"), 2)

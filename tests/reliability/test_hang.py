@@ -1,12 +1,16 @@
 """One rank stands still: every rank ends with 70, and one line says which it was, and where."""
 
 import ctypes
+import json
 import os
 import signal
+import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from tensorlm import disk
@@ -14,43 +18,64 @@ from tensorlm.config import GuardsConfig
 from tensorlm.data.loader import PackedRows
 from tensorlm.engine import Engine
 from tensorlm.errors import EXIT_INTERNAL
+from tensorlm.metrics import read_metrics
 from tensorlm.watchdog import Watchdog, describe_hang
 from tests.reliability.conftest import TinyRuns
 from tests.reliability.harness import Job, Prepare, final_state
+from tests.tensorlm.launching import ROOT, launch_command, launch_environment
 
 HANGING_RANK = 1
 FIRST_CALLS = 6  # steps before the hang, so that the usual length of a step is known
+LIMIT = 4.0
 
 
-def stop(*_: Any) -> None:
+def stop() -> None:
     os.kill(os.getpid(), signal.SIGSTOP)
 
 
-def hold_the_interpreter(*_: Any) -> None:
+def hold_the_interpreter() -> None:
     ctypes.PyDLL(None).sleep(1000)
 
 
-def spin(*_: Any) -> None:
+def spin() -> None:
     while True:
         pass
 
 
-def sleep(*_: Any) -> None:
+def sleep() -> None:
     time.sleep(1000)
 
 
-class DeadDisk(disk.Disk):
-    """A disk that does not answer."""
+SILENT = "stopped, or stuck in native code"
+KINDS: dict[str, tuple[type, str, Any, str, bool]] = {
+    # name: (what hangs, how, what the line says of the rank, does the rank itself notice)
+    "loader": (PackedRows, "micro_batches", sleep, 'in phase "data" of step 7', True),
+    "forward": (Engine, "forward", sleep, 'in phase "forward" of step 7', True),
+    "loop": (Engine, "step", spin, 'in phase "step" of step 7', True),
+    "stopped": (Engine, "forward", stop, SILENT, False),
+    "interpreter": (Engine, "step", hold_the_interpreter, SILENT, False),
+    "save": (disk.Disk, "write", sleep, 'in phase "save" of step 20', True),
+    "background save": (disk.Disk, "write", sleep, 'in phase "save" of step 40', True),
+}
 
-    def write(self, descriptor: int, data: memoryview) -> int:
-        time.sleep(1000)
-        return 0
 
+def hang(kind: str, begun: Path) -> Prepare:
+    """The hanging rank stands still some calls into the run, and the file `begun` appears.
 
-def hang_in(owner: type, name: str, how: Any) -> Prepare:
-    """The hanging rank does `how` at a call of `owner.name`, some steps into the run."""
+    Only then do the limits become short, and those of the ranks very different: the hanging rank
+    has to be told by the others' reports.
+    """
+    owner, name, how, *_ = KINDS[kind]
 
     def prepare(rank: int) -> None:
+        usual_limit = Watchdog.limit
+
+        def limit(self: Watchdog) -> float:
+            if not begun.exists():
+                return usual_limit(self)
+            return 1000.0 if rank == HANGING_RANK else LIMIT
+
+        Watchdog.limit = limit  # type: ignore[method-assign]
         if rank != HANGING_RANK:
             return
         real, calls = getattr(owner, name), [0]
@@ -58,6 +83,7 @@ def hang_in(owner: type, name: str, how: Any) -> Prepare:
         def call(*args: Any, **options: Any) -> Any:
             calls[0] += 1
             if calls[0] > FIRST_CALLS:
+                begun.touch()
                 how()
             return real(*args, **options)
 
@@ -66,36 +92,23 @@ def hang_in(owner: type, name: str, how: Any) -> Prepare:
     return prepare
 
 
-def dead_disk(rank: int) -> None:
-    if rank == HANGING_RANK:
-        disk.use(DeadDisk())
-
-
-SILENT = "stopped, or stuck in native code"
-KINDS: dict[str, tuple[Prepare, str, bool]] = {
-    # name: (how, what the line says of the rank, does the rank itself notice)
-    "loader": (hang_in(PackedRows, "micro_batches", sleep), 'in phase "data" of step 7', True),
-    "forward": (hang_in(Engine, "forward", sleep), 'in phase "forward" of step 7', True),
-    "loop": (hang_in(Engine, "step", spin), 'in phase "step" of step 7', True),
-    "stopped": (hang_in(Engine, "forward", stop), SILENT, False),
-    "interpreter": (hang_in(Engine, "step", hold_the_interpreter), SILENT, False),
-    "save": (dead_disk, 'in phase "save" of step 20', True),
-}
+def leave_old_reports(run: Path) -> None:
+    """What an earlier hang has left, of more ranks."""
+    (run / "hang").mkdir(parents=True)
+    for rank in range(4):
+        report = {"rank": rank, "phase": "eval", "step": 3, "waits": False, "seconds": 31.0}
+        (run / f"hang/rank-{rank:05d}.json").write_text(json.dumps(report))
 
 
 def check_hang(tiny: TinyRuns, kind: str, world: int) -> None:
-    prepare, where, notices = KINDS[kind]
-    config = tiny(
-        "run", "train.steps=40", "train.rows_per_step=6", f"train.micro_batch={6 // world}",
-        "checkpoint.every=20", "guards.hang_seconds=2.0", "guards.slow_phase_seconds=6.0",
-    )  # fmt: skip
-    job = Job(config, world, prepare)
-    deadline = time.monotonic() + 60
+    *_, where, notices = KINDS[kind]
+    steps = ["train.steps=40", "train.rows_per_step=6", f"train.micro_batch={6 // world}"]
+    saves = ["checkpoint.every=20", f"checkpoint.background={str('background' in kind).lower()}"]
+    config = tiny("run", *steps, *saves)
+    leave_old_reports(Path(config.run.dir))
+    job = Job(config, world, hang(kind, tiny.folder / "begun"))
     able = [rank for rank in range(world) if notices or rank != HANGING_RANK]
-    while any(job.poll()[rank] is None for rank in able) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    codes = job.poll()
-    job.end()
+    codes = job.wait_for_ranks(able)
     assert [codes[rank] for rank in able] == [EXIT_INTERNAL] * len(able), job.output()
     (line,) = job.errors()
     assert line.startswith(f"error: rank {HANGING_RANK}: no progress for "), line
@@ -104,16 +117,12 @@ def check_hang(tiny: TinyRuns, kind: str, world: int) -> None:
     assert "in train_step" in stacks or "in save" in stacks
     # The run goes on as if nothing had been.
     tiny.finish(config, world)
-    undisturbed = tiny("undisturbed", *config_overrides(world))
+    undisturbed = tiny("undisturbed", *steps)
     tiny.finish(undisturbed, world)
     assert final_state(config) == final_state(undisturbed)
 
 
-def config_overrides(world: int) -> list[str]:
-    return ["train.steps=40", "train.rows_per_step=6", f"train.micro_batch={6 // world}"]
-
-
-@pytest.mark.parametrize("kind", ["loader", "stopped", "save"])
+@pytest.mark.parametrize("kind", ["loader", "stopped", "background save"])
 def test_hang_of_one_rank_of_two_ends_both(tiny: TinyRuns, kind: str) -> None:
     check_hang(tiny, kind, 2)
 
@@ -124,6 +133,53 @@ def test_hang_of_one_rank_of_two_ends_both(tiny: TinyRuns, kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_hang(tiny: TinyRuns, kind: str, world: int, trial: int) -> None:
     check_hang(tiny, kind, world)
+
+
+@pytest.mark.faults  # torchrun waits for 30 s before it kills a rank
+def test_launcher_leaves_no_process_behind_when_a_rank_is_stopped(tiny: TinyRuns) -> None:
+    config = tiny("run", "train.steps=100000")
+    command = [*launch_command("torchrun", 2), "--config", str(tiny.folder / "run.toml")]
+    command += ["train.steps=100000", "checkpoint.every=0", f"guards.hang_seconds={LIMIT}"]
+    with subprocess.Popen(
+        command, cwd=ROOT, env=launch_environment(), text=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+    ) as launcher:  # fmt: skip
+        deadline = time.monotonic() + 120
+        while len(read_metrics(Path(config.run.dir))) < FIRST_CALLS:
+            assert launcher.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        ranks = {p.environ()["RANK"]: p for p in psutil.Process(launcher.pid).children()}
+        ranks[str(HANGING_RANK)].suspend()
+        _, errors = launcher.communicate(timeout=120)
+    assert launcher.returncode != 0
+    lines = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, errors
+    assert lines[0].startswith(f"error: rank {HANGING_RANK}: no progress for ")
+    assert SILENT in lines[0]
+    assert not [rank for rank, process in ranks.items() if process.is_running()]
+
+
+def test_data_that_takes_longer_than_the_limit_to_verify_is_no_hang(tiny: TinyRuns) -> None:
+    hashed = tiny.folder / "hashed"
+
+    def prepare(rank: int) -> None:
+        usual_limit, usual_hash = Watchdog.limit, disk.file_sha256
+
+        def hash_slowly(path: Path, progress: Callable[[int], object]) -> tuple[int, str]:
+            Watchdog.limit = lambda self: LIMIT  # type: ignore[method-assign]
+            for _ in range(10):
+                time.sleep(LIMIT / 8)
+                progress(0)
+            Watchdog.limit = usual_limit  # type: ignore[method-assign]
+            hashed.touch()
+            return usual_hash(path, progress)
+
+        disk.file_sha256 = hash_slowly  # type: ignore[assignment]
+
+    job = Job(tiny("run", "train.stop_at=1"), 2, prepare)
+    assert job.wait() == [0, 0], job.output()
+    assert hashed.exists()
 
 
 def test_limit_follows_the_median_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,8 +2,11 @@
 
 import os
 import random
+import re
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -12,10 +15,11 @@ import pytest
 from tensorlm import disk
 from tensorlm.checkpoint import newest_checkpoint
 from tensorlm.config import Config
-from tensorlm.errors import EXIT_DONE, EXIT_PREEMPTED
+from tensorlm.errors import EXIT_DONE, EXIT_PREEMPTED, EXIT_USER_ERROR
+from tensorlm.preemption import StopRequest
 from tests.reliability.conftest import TinyRuns
 from tests.reliability.harness import Job, final_state
-from tests.tensorlm.launching import losses
+from tests.tensorlm.launching import ROOT, launch_environment, losses
 
 
 def interrupt_sweep(config: Config, world: int, num_signals: int, seed: int) -> None:
@@ -75,6 +79,27 @@ class SlowDisk(disk.Disk):
         return super().write(descriptor, data)
 
 
+def insist(job: Job, rank: int, limit: float = 60.0) -> None:
+    """Ask again and again, until the rank has ended."""
+    deadline = time.monotonic() + limit
+    while job.poll()[rank] is None and time.monotonic() < deadline:
+        job.kill(rank, signal.SIGTERM)
+        time.sleep(0.1)
+
+
+def test_echo_of_a_signal_is_no_second_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A scheduler and a launcher may both pass on the same request."""
+    times = iter([50.0, 50.9, 51.1])
+    monkeypatch.setattr(time, "monotonic", lambda: next(times))
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    reader, writer = os.pipe()
+    os.write(writer, bytes([signal.SIGCHLD, signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM]))
+    stop = StopRequest()
+    with pytest.raises(SystemExit) as left:
+        stop._read(reader)
+    assert (left.value.code, list(times)) == (EXIT_PREEMPTED, [])
+
+
 def test_second_signal_ends_at_once_in_the_middle_of_a_save(tiny: TinyRuns) -> None:
     config = tiny("run", "train.stop_at=4")
     tiny.finish(config)
@@ -85,12 +110,8 @@ def test_second_signal_ends_at_once_in_the_middle_of_a_save(tiny: TinyRuns) -> N
 
     job = Job(longer, 1, prepare)
     job.wait_for(Path(config.run.dir) / ".tmp-step-00000006")
-    job.kill(0, signal.SIGUSR1)
-    job.kill(0, signal.SIGTERM)  # a scheduler and a launcher that pass on the same request
-    time.sleep(1.2)
-    assert job.poll() == [None]
-    job.kill(0, signal.SIGTERM)
-    assert job.wait(10) == [EXIT_PREEMPTED]
+    insist(job, 0)
+    assert job.poll() == [EXIT_PREEMPTED], job.output()
     found = newest_checkpoint(Path(config.run.dir))
     assert found is not None
     assert found.step == 4
@@ -106,24 +127,39 @@ def test_second_signal_ends_a_rank_that_waits_for_another_for_ever(tiny: TinyRun
 
     job = Job(tiny("run"), 2, prepare)
     job.wait_for_listeners()
-    job.kill(0, signal.SIGTERM)
-    time.sleep(1.2)
-    assert job.poll() == [None, None]
-    job.kill(0, signal.SIGTERM)
-    while job.poll()[0] is None:
-        time.sleep(0.01)
-    assert job.poll()[0] == EXIT_PREEMPTED
+    insist(job, 0)
+    assert job.poll() == [EXIT_PREEMPTED, None], job.output()
     job.end()
 
 
-def test_stop_file_ends_all_ranks_and_is_gone(tiny: TinyRuns) -> None:
-    config = tiny("run", "train.steps=100000", "checkpoint.every=100000")
+@pytest.mark.parametrize(
+    ("every", "said"),
+    [(100000, ": saving after"), (0, ", nothing is saved (checkpoint.every = 0)")],
+)
+def test_stop_file_ends_all_ranks_and_is_gone(tiny: TinyRuns, every: int, said: str) -> None:
+    config = tiny("run", "train.steps=100000", f"checkpoint.every={every}")
     job = Job(config, 2)
     run = Path(config.run.dir)
     job.wait_for(run / "metrics.jsonl")
     (run / "STOP").touch()
     assert job.wait() == [EXIT_PREEMPTED] * 2
     assert not (run / "STOP").exists()
+    (line,) = [line for line in job.output().splitlines() if "stop requested" in line]
+    assert said in line
     found = newest_checkpoint(run)
-    assert found is not None
-    assert found.step == len(losses(run))
+    assert (found and found.step) == (len(losses(run)) if every else None)
+
+
+def test_signals_are_listened_to_before_anything_slow_is_imported(tmp_path: Path) -> None:
+    command = [sys.executable, "launcher/train.py", "--config", str(tmp_path / "none.toml")]
+    with subprocess.Popen(
+        command, cwd=ROOT, env=launch_environment(), stderr=subprocess.PIPE, text=True
+    ) as process:
+        proc, bit = Path(f"/proc/{process.pid}"), 1 << (signal.SIGTERM - 1)
+        deadline = time.monotonic() + 60
+        while not int(re.findall(r"SigCgt:\s*(\w+)", (proc / "status").read_text())[0], 16) & bit:
+            assert time.monotonic() < deadline
+        assert "libtorch" not in (proc / "maps").read_text()
+        process.send_signal(signal.SIGTERM)
+        assert process.communicate(timeout=60)[1].startswith("error: ")
+    assert process.returncode == EXIT_USER_ERROR

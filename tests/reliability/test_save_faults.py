@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from tensorlm import disk
+from tensorlm.checkpoint import Saver
 from tensorlm.config import Config
-from tensorlm.errors import EXIT_USER_ERROR
+from tensorlm.errors import EXIT_CRASH, EXIT_USER_ERROR
 from tensorlm.launch_env import LaunchEnv
 from tensorlm.preemption import StopRequest
 from tests.reliability.conftest import TinyRuns
@@ -135,6 +136,42 @@ def test_operations_of_two_ranks(tiny: TinyRuns) -> None:
 
 def test_short_writes_are_completed(tiny: TinyRuns) -> None:
     run_with_fault(tiny("run", "checkpoint.background=true"), 2, 1, 0, "short")
+
+
+class FullMemory(disk.Disk):
+    """Refuses to write, and not with an error of the operating system."""
+
+    def write(self, descriptor: int, data: memoryview) -> int:
+        raise MemoryError("no room for a buffer")
+
+
+@pytest.mark.parametrize("background", ["false", "true"])
+def test_save_that_fails_in_an_unexpected_way_ends_all_ranks(
+    tiny: TinyRuns, background: str
+) -> None:
+    def prepare(rank: int) -> None:
+        if rank == 1:
+            disk.use(FullMemory())
+
+    config = tiny("run", f"checkpoint.background={background}")
+    job = Job(config, 2, prepare)
+    assert job.wait(20) == [EXIT_USER_ERROR] * 2, job.output()
+    assert job.errors() == ["error: rank 1: MemoryError: no room for a buffer"]
+    assert not list(Path(config.run.dir).glob("step-*"))
+
+
+def test_background_save_whose_ranks_cannot_agree_is_no_success(tiny: TinyRuns) -> None:
+    def agree(*_: Any) -> None:
+        raise RuntimeError("connection reset by peer")
+
+    def prepare(rank: int) -> None:
+        Saver._agree = agree  # type: ignore[assignment]
+
+    config = tiny("run", "checkpoint.background=true", "checkpoint.every=40", "train.steps=100000")
+    job = Job(config, 2, prepare)
+    assert job.wait() == [EXIT_CRASH] * 2, job.output()
+    assert "a save in the background has failed: ending after this step" in job.output()
+    assert "connection reset by peer" in job.output()
 
 
 @pytest.mark.faults

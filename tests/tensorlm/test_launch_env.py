@@ -1,6 +1,8 @@
 """Every launcher's ranks know their place. More of the real launchers run in tests/slurm."""
 
+import os
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -43,6 +45,19 @@ def test_no_launcher_is_a_world_of_one_even_in_a_batch_script() -> None:
         launch = read_launch_env(environ)
         assert (launch.rank, launch.world_size, launch.master_addr) == (0, 1, "127.0.0.1")
         assert launched_rank(environ) == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="lo is Linux's name for loopback")
+@pytest.mark.parametrize(
+    ("ranks_here", "chosen", "interface"), [(4, None, "lo"), (4, "ib0", "ib0"), (2, None, None)]
+)
+def test_ranks_of_one_machine_listen_to_no_other(
+    monkeypatch: pytest.MonkeyPatch, ranks_here: int, chosen: str | None, interface: str | None
+) -> None:
+    environment = {} if chosen is None else {"GLOO_SOCKET_IFNAME": chosen}
+    monkeypatch.setattr(os, "environ", environment)
+    LaunchEnv(1, 4, 1, ranks_here, "node1", 10042).export()
+    assert environment.get("GLOO_SOCKET_IFNAME") == interface
 
 
 def test_ranks_that_cannot_meet_are_told_what_is_missing() -> None:

@@ -118,8 +118,10 @@ def test_request_to_stop_saves_and_asks_to_be_requeued(
     with subprocess.Popen(
         command, cwd=ROOT, env=launch_environment(), stdout=subprocess.DEVNULL
     ) as process:
+        deadline = time.monotonic() + 120
         while not (run / "metrics.jsonl").exists() or not losses(run):
             assert process.poll() is None
+            assert time.monotonic() < deadline
             time.sleep(0.05)
         if request_stop == "signal":
             process.send_signal(signal.SIGUSR1)
