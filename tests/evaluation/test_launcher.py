@@ -97,7 +97,7 @@ for arguments in (
     ["--config", config, "--tasks", "pll"],
     ["--config", config, 'eval.ruler=["vtt"]'],
     ["--config", config, 'eval.ruler=["qa_1"]'],
-    ["--config", config, "--hf", folder],
+    ["--config", config, "--hf", folder, "--tasks", "niah", "zero.stage=3", "eval.every=9"],
     [],
     ["--compare", folder, "--output", folder],
 ):

@@ -50,7 +50,7 @@ def at_128_tokens(on: tuple[int, ...], happens: Callable[[], object], sp: int = 
             return forward(self, x, *args)
 
         if rank in on:
-            Attention.forward = disturbed  # type: ignore[method-assign]
+            Attention.forward = disturbed  # type: ignore[assignment,method-assign]
 
     return prepare
 

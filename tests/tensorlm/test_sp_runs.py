@@ -17,7 +17,7 @@ from tensorlm.config import Config, load_config
 from tensorlm.errors import UserError
 from tensorlm.evaluation.launch import evaluate_on_ranks
 from tensorlm.evaluation.model import open_checkpoint_model
-from tensorlm.evaluation.results import read_report
+from tensorlm.evaluation.results import Report, read_report
 from tensorlm.evaluation.run import evaluate
 from tensorlm.evaluation.text import held_out_documents
 from tensorlm.launch_env import LaunchEnv, free_port
@@ -29,7 +29,9 @@ from tests.tensorlm.launching import ROOT, TINY, launch_environment, losses
 
 # Tensorized and full layers in turn.
 OVERRIDES = ["train.steps=20", "train.micro_batch=4", "model.full_every=2", "checkpoint.every=20"]
-LENGTHS = [64, 256]
+LENGTHS = [64, 512]
+# Windows of 1.25 x `near` tokens are some that 4 ranks can share.
+EVAL = [f"eval.lengths={LENGTHS}", "eval.max_tokens=4096", "eval.near=256"]
 
 
 def train_rank(config: Path, overrides: list[str]) -> None:
@@ -88,9 +90,10 @@ def test_a_run_goes_on_with_another_number_of_ranks_to_a_row(
     tmp_path: Path, world_size: int, backend: str, config: Path, trained: Trained
 ) -> None:
     train_on_ranks(config, 2, "train.stop_at=3", backend=backend)
-    train_on_ranks(config, world_size, "train.stop_at=5", backend=backend)
+    train_on_ranks(config, world_size, "train.stop_at=5", "eval.every=5", *EVAL, backend=backend)
     expected = losses(trained(1, backend))[:5]
     assert losses(tmp_path / "run") == pytest.approx(expected, rel=2e-6)
+    check_report(read_report(tmp_path / "run/eval/step-00000005/report.json"), config)
 
 
 def test_rows_shared_by_two_nodes_have_the_losses_of_one_node(
@@ -137,19 +140,21 @@ def evaluate_rank(config: Config, output: Path) -> None:
 def test_ranks_that_share_windows_write_the_report_of_one_rank(
     tmp_path: Path, world_size: int, backend: str, trained: Trained
 ) -> None:
-    run_dir = trained(4, "gloo")
-    settings = [*OVERRIDES, f"eval.lengths={LENGTHS}", "eval.max_tokens=8192", "eval.near=128"]
-    shared = load_config(f"{run_dir}.toml", [*settings, f"parallel.sp={world_size}"])
+    path = Path(f"{trained(4, 'gloo')}.toml")
+    shared = load_config(path, [*OVERRIDES, *EVAL, f"parallel.sp={world_size}"])
     run_distributed(evaluate_rank, world_size, shared, tmp_path / "eval", backend=backend)
-    report = read_report(tmp_path / "eval/report.json")
+    check_report(read_report(tmp_path / "eval/report.json"), path)
 
-    config = load_config(f"{run_dir}.toml", settings)
+
+def check_report(report: Report, path: Path) -> None:
+    """It is the report that one rank writes about the newest checkpoint."""
+    config = load_config(path, [*OVERRIDES, *EVAL])
     model = open_checkpoint_model(config, None, torch.device("cpu"), Grid())
     documents = held_out_documents(config, model.tokenizer, Path(config.data.path) / "tokenizer")
     expected = evaluate(config.eval, model, documents)
     assert [entry.length for entry in report.perplexity] == LENGTHS
     for ours, one in zip(report.perplexity, expected.perplexity, strict=True):
-        assert ours.num_tokens == one.num_tokens == 8192
+        assert ours.num_tokens == one.num_tokens == 4096
         assert ours.perplexity == pytest.approx(one.perplexity, rel=1e-6)
     slid = [found.perplexity[0].sliding_perplexity for found in (report, expected)]
     assert slid[0] is not None
