@@ -14,7 +14,7 @@
 # Evaluates checkpoints at 4k to 128k, each (checkpoint, length) by itself, side by side; when all
 # have ended, one more job joins their reports:
 #   sbatch [options of sbatch] slurm/eval_128k.sh [--config FILE] [--lengths 4096,8192,...]
-#     [--checkpoints STEP,STEP,...] [options of launcher/evaluate.py] [key=value ...]
+#     [--checkpoints STEP,STEP,... | --hf DIR] [options of launcher/evaluate.py] [key=value ...]
 #
 # Without --checkpoints: the newest when the first task starts. Any number of array tasks will do:
 # they share the work (`--array=0-11%4`). Several GPUs in a task share the prompts, and with
@@ -48,7 +48,7 @@ fi
 config=configs/llama8b_32k.toml lengths=4096,8192,16384,32768,65536,131072 checkpoints=
 options=() settings=() hugging_face=
 while [ $# -gt 0 ]; do
-  case $1 in --*=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;; esac # --lengths=4096 like --lengths 4096
+  case $1 in --*=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;; esac # --hf=DIR like --hf DIR
   case $1 in
   --config | --lengths | --checkpoint | --checkpoints | --hf) need_value "$@" ;;&
   --config) config=$2 && shift ;;
