@@ -41,8 +41,8 @@ check: .venv/.installed-dev ## lint, format and types
 
 .PHONY: test
 test: check ## the whole suite, on the CPU
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not gpu and not faults' -n auto --dist loadfile \
-	  --no-loadscope-reorder
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest \
+	  -m 'not gpu and not multi_gpu and not faults' -n auto --dist loadfile --no-loadscope-reorder
 
 .PHONY: test-faults
 test-faults: .venv/.installed-dev ## the long tier of fault injection (docs/reliability.md; hours)
@@ -50,7 +50,7 @@ test-faults: .venv/.installed-dev ## the long tier of fault injection (docs/reli
 
 .PHONY: test-gpu
 test-gpu: .venv/.installed-dev ## the tests that need a GPU
-	$(BIN)/python -m pytest -m gpu
+	$(BIN)/python -m pytest -m 'gpu or multi_gpu'
 
 .PHONY: clean
 clean: ## remove what make demo made

@@ -45,6 +45,7 @@ def main() -> int:
     if args.tasks:
         names = ",".join(f'"{name}"' for name in args.tasks.split(","))
         overrides.append(f"eval.tasks=[{names}]")
+    overrides.append("eval.every=0")  # else what only holds in the middle of training is checked
     config = load_config(args.config, overrides)
 
     from tensorlm.evaluation.launch import evaluate_on_ranks

@@ -24,9 +24,19 @@ need() {
   command -v "$1" >/dev/null || die "$1: not found (load it in slurm/env.sh)"
 }
 
+# need_value OPTION [VALUE ...]: ends the script where an option stands alone.
+need_value() {
+  [ -n "${2:-}" ] || die "$1: what it is set to is missing"
+}
+
 # need_job SCRIPT: ends a script that was not started by sbatch.
 need_job() {
   [ -n "${SLURM_JOB_ID:-}" ] || die "slurm/$1: is a job (start it with sbatch slurm/$1)"
+}
+
+# check_tasks TASKS GPUS, of a node: each rank is a task of its own.
+check_tasks() {
+  [ "$1" -ge "$2" ] || die "--ntasks-per-node: $1 tasks for $2 GPUs (ask for as many)"
 }
 
 # run_dir_of CONFIG SETTINGS...: the folder of the run, or one line per mistake.

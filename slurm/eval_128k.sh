@@ -14,7 +14,7 @@
 # Evaluates checkpoints at 4k to 128k, each (checkpoint, length) by itself, side by side; when all
 # have ended, one more job joins their reports:
 #   sbatch [options of sbatch] slurm/eval_128k.sh [--config FILE] [--lengths 4096,8192,...]
-#     [--checkpoints STEP,STEP,...] [options of launcher/evaluate.py] [key=value ...]
+#     [--checkpoints STEP,STEP,... | --hf DIR] [options of launcher/evaluate.py] [key=value ...]
 #
 # Without --checkpoints: the newest when the first task starts. Any number of array tasks will do:
 # they share the work (`--array=0-11%4`). Several GPUs in a task share the prompts, and with
@@ -48,11 +48,13 @@ fi
 config=configs/llama8b_32k.toml lengths=4096,8192,16384,32768,65536,131072 checkpoints=
 options=() settings=() hugging_face=
 while [ $# -gt 0 ]; do
+  case $1 in --*=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;; esac # --hf=DIR like --hf DIR
   case $1 in
-  --config) config=${2:-} && shift ;;
-  --lengths) lengths=${2:-} && shift ;;
-  --checkpoints) checkpoints=${2:-} && shift ;;
-  --hf) hugging_face=${2:-} && shift ;;
+  --config | --lengths | --checkpoint | --checkpoints | --hf) need_value "$@" ;;&
+  --config) config=$2 && shift ;;
+  --lengths) lengths=$2 && shift ;;
+  --checkpoint | --checkpoints) checkpoints=$2 && shift ;;
+  --hf) hugging_face=$2 && shift ;;
   [a-z]*.*=*) settings+=("$1") ;;
   *) options+=("$1") ;;
   esac
@@ -60,6 +62,8 @@ while [ $# -gt 0 ]; do
 done
 longest=$(tr , '\n' <<<"$lengths" | sort -n | tail -n 1)
 describe_job
+gpus=${SLURM_GPUS_ON_NODE:-1}
+check_tasks "${SLURM_NTASKS_PER_NODE:-$gpus}" "$gpus"
 run_dir=$(run_dir_of "$config" "${settings[@]}") || exit
 out=$run_dir/eval/$SLURM_JOB_NAME-$SLURM_ARRAY_JOB_ID
 echo "output = $out"
@@ -91,7 +95,7 @@ fi
 
 # ------------------------------------------------------------------------------ this task's share
 
-ranks=$((SLURM_NNODES * ${SLURM_GPUS_ON_NODE:-1}))
+ranks=$((SLURM_NNODES * gpus))
 choose_rendezvous
 number=0 code=0
 while read -r part <&3; do

@@ -6,7 +6,7 @@
 # all ranks save the same step, whatever started them.
 set -u
 interrupted=
-# shellcheck disable=SC2317  # called by the trap
+# shellcheck disable=SC2317,SC2329  # called by the trap
 request_stop() {
   interrupted=1
   # When one task has left, srun sends SIGTERM to the others: that is no request.
@@ -20,7 +20,7 @@ deepspeed)
     --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT")
   ;;
 torchrun)
-  start=(torchrun --nnodes "$SLURM_NNODES" --nproc_per_node "$RANKS_PER_NODE"
+  start=(python slurm/torchrun.py --nnodes "$SLURM_NNODES" --nproc_per_node "$RANKS_PER_NODE"
     --node_rank "$SLURM_NODEID" --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT")
   ;;
 srun) start=(python) ;;

@@ -41,25 +41,37 @@ check() {
 
 # --------------------------------------------------------------------------------------- dry run
 
-# `asked OPTION`: what sbatch would be told, by the last of its options or by the header above.
-asked() {
-  { grep "^#SBATCH --$1=" slurm/train_llama8b.sh && printf '%s\n' "${options[@]}"; } |
-    sed -n "s/.*--$1=//p" | sed "s/.*://" | tail -n 1 # of h100:8 the 8
+# `header OPTION`: what sbatch is told above.
+header() {
+  sed -n "s/^#SBATCH --$1=//p" slurm/train_llama8b.sh
 }
 
 if [ "${1:-}" = --dry-run ]; then
   shift
   options=() settings=(--config configs/llama8b_32k.toml)
+  nodes=$(header nodes) gpus=$(header gpus-per-node) tasks=$(header ntasks-per-node)
   while [ $# -gt 0 ]; do
+    case $1 in # what is read here becomes two words: an option and its value
+    --nodes=* | --gpus-per-node=* | --ntasks-per-node=* | --config=*)
+      set -- "${1%%=*}" "${1#*=}" "${@:2}"
+      ;;
+    -N?*) set -- -N "${1#-N}" "${@:2}" ;;
+    esac
     case $1 in
-    --config) settings+=("$1" "${2:?--config: no file}") && shift ;;
-    --config=*) settings+=("$1") ;;
+    -N | --nodes | --gpus-per-node | --ntasks-per-node | --config) need_value "$@" ;;&
+    --config) settings+=("$1" "$2") && shift ;;
+    -N | --nodes) nodes=${2##*-} ;;& # of 2-4 the 4
+    --gpus-per-node) gpus=${2##*:} ;;& # of h100:8 the 8
+    --ntasks-per-node) tasks=$2 ;;&
     -*) options+=("$1") ;;
-    *) settings+=("$1") ;;
+    [a-z]*=*) settings+=("$1") ;;
+    *) options+=("$1") ;; # what an option is set to
     esac
     shift
   done
-  check $(($(asked nodes) * $(asked gpus-per-node))) "${settings[@]}" || exit
+  [[ $nodes$gpus$tasks =~ ^[0-9]+$ ]] || die "--nodes, --gpus-per-node: not whole numbers"
+  check_tasks "$tasks" "$gpus"
+  check $((nodes * gpus)) "${settings[@]}" || exit
   exec sbatch --test-only "${options[@]}" slurm/train_llama8b.sh
 fi
 
@@ -76,14 +88,13 @@ trap 'interrupted=1' USR1 TERM
 
 describe_job
 export RANKS_PER_NODE=${SLURM_GPUS_ON_NODE:-${SLURM_NTASKS_PER_NODE:-1}}
-if [ "$RANKS_PER_NODE" -gt "${SLURM_NTASKS_PER_NODE:-$RANKS_PER_NODE}" ]; then
-  die "--ntasks-per-node: $SLURM_NTASKS_PER_NODE tasks for $RANKS_PER_NODE GPUs (ask for as many)"
-fi
+check_tasks "${SLURM_NTASKS_PER_NODE:-$RANKS_PER_NODE}" "$RANKS_PER_NODE"
 ranks=$((SLURM_NNODES * RANKS_PER_NODE))
 set -- --config configs/llama8b_32k.toml "$@" # the last --config counts
 facts=$(check $ranks "$@") || exit
 echo "$facts"
 RUN_DIR=$(sed -n 's/^run.dir = //p' <<<"$facts")
+end_step=$(sed -n 's/^end = checkpoint //p' <<<"$facts")
 export RUN_DIR
 mkdir -p "$RUN_DIR/logs" && ln -sfn "$(job_field StdOut)" "$RUN_DIR/logs/" || exit
 rm -f "$RUN_DIR"/{STOP,STOPPED,REQUEUE}
@@ -138,6 +149,11 @@ trap '' USR1 TERM # a requeue sends TERM to this script
 # --------------------------------------------------------------------------------------- the end
 
 last_step=$(newest_step "$RUN_DIR") reason=
+# A launcher that was killed itself may leave with 0: deepspeed does.
+if [ $code = 0 ] && [ "$last_step" -lt "${end_step:-0}" ]; then
+  echo "error: $LAUNCHER: has ended before checkpoint $end_step" >&2
+  code=70
+fi
 if [ $code = 0 ]; then
   echo "done after step $last_step"
 elif [ -e "$RUN_DIR/STOPPED" ]; then # obeyed; without a request from Slurm, somebody wants it so

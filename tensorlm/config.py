@@ -256,6 +256,12 @@ class Config(Section):
                 f"eval.tasks: {generates[0]} in training needs zero.stage 0, 1 or 2 "
                 "(or run launcher/evaluate.py beside it)"
             )
+        if self.eval.every and "ppl" in self.eval.tasks:
+            for length in self.eval.lengths:
+                try:
+                    self.model.check_sharing(length, self.parallel.sp)
+                except ValueError as error:
+                    problems.append(f"eval.lengths: {error}")
         earlier_steps = sum(stage.steps for stage in self.train.earlier_stages)
         if earlier_steps >= self.train.steps:
             problems.append(

@@ -21,11 +21,12 @@ def check_run(config: Config, num_ranks: int) -> list[str]:
     config.check_world(num_ranks)
     open_rows(config, "train", verify=False)
     steps = list_steps(Path(config.run.dir))
-    sp = config.parallel.sp
+    sp, end = config.parallel.sp, config.train.stop_at or config.train.steps
     return [
         f"run.dir = {config.run.dir}",
         f"start = {f'after step {steps[0]}' if steps else 'from scratch'}, "
         f"of {config.train.steps} steps",
+        f"end = {f'checkpoint {end}' if config.checkpoint.every else f'step {end}, not saved'}",
         f"commit = {git_commit()}",
         f"config = {hashlib.sha256(config_toml(config).encode()).hexdigest()[:12]}",
         f"data = {', '.join(source.path for source in config.data.all_sources)}",

@@ -14,11 +14,23 @@ def progress_bar(
     total: int, unit: str, title: str, *, is_shown: bool = True, delay: float = 0.0
 ) -> tqdm:
     """A bar on standard error; into a log file it writes a line every 30 seconds."""
-    interval = 0.2 if sys.stderr.isatty() else 30.0
+    is_terminal = sys.stderr.isatty()
     return tqdm(
-        total=total, unit=unit, unit_scale=unit != "prompt", desc=title, mininterval=interval,
-        delay=delay, disable=not is_shown,
+        total=total, unit=unit, unit_scale=unit != "prompt", desc=title, delay=delay,
+        mininterval=0.2 if is_terminal else 30.0, miniters=1, disable=not is_shown,
+        file=sys.stderr if is_terminal else _Lines(),
     )  # fmt: skip
+
+
+class _Lines:
+    """Standard error for a bar in a log file: whole lines, so that none has another's end."""
+
+    def write(self, text: str) -> None:
+        if text.strip():
+            sys.stderr.write(f"{text.strip()}\n")
+
+    def flush(self) -> None:
+        sys.stderr.flush()
 
 
 @contextlib.contextmanager

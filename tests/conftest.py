@@ -1,4 +1,4 @@
-"""For all tests: Triton's interpreter where there is no GPU, and a tiny prepared data set."""
+"""For all tests: Triton's interpreter where no GPU is, examples that repeat, a tiny data set."""
 
 import email
 import os
@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 # Triton reads it when kernels, its own too, are defined: before anything below imports it.
 if not torch.cuda.is_available():
@@ -13,6 +14,11 @@ if not torch.cuda.is_available():
 
 from tensorlm.data.prepare import encode, find_files, read_documents
 from tensorlm.data.tokenizers import train_tokenizer
+
+# No example has a deadline, for a loaded machine is no bug. The same ones are tried every time, so
+# that a change is not blamed for what another run happened to find.
+settings.register_profile("tests", deadline=None, derandomize=True)
+settings.load_profile("tests")
 
 # Long files first, short ones last: all workers end at about the same time.
 LONG = ("tests/slurm/", "tests/reliability/")

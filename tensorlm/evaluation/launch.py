@@ -11,6 +11,7 @@ from tensorlm.config import Config
 from tensorlm.data.tokenizers import load_tokenizer
 from tensorlm.errors import EXIT_DONE, UserError
 from tensorlm.launch_env import LaunchEnv
+from tensorlm.watchdog import Watchdog
 
 from .model import (
     EvaluatedModel,
@@ -51,7 +52,13 @@ def evaluate_on_ranks(
     else:
         model = open_checkpoint_model(config, step, device, grid)
     output = output or _run_output(config, model)
+    if launch.world_size > 1:
+        watchdog = Watchdog(config.guards, output, launch.rank, launch.world_size)
+        watchdog.enter("eval", model.step or 0)
+        model.on_progress = watchdog.progress
     report = evaluate(config.eval, model, documents)
+    if launch.world_size > 1:
+        watchdog.stop()
     if launch.rank == 0:
         write_reports(output, [report])
         events = config.run.dir if model.step is not None else str(output)

@@ -1,12 +1,16 @@
 """What an evaluation took, and which lengths it could not measure: a line each, with what fits."""
 
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+import torch.distributed as dist
 
-from .ranks import DoesNotFitError
+from tensorlm.errors import UserError
+
+from .ranks import AloneError, DoesNotFitError
 from .results import Cost
 
 _USABLE = 0.95  # of the memory that the weights leave; the rest is lost between allocations
@@ -25,17 +29,24 @@ class Limits:
 
     @contextmanager
     def trying(self, what: str, length: int) -> Iterator[None]:
-        """Measure `what` at `length`: too little memory becomes a problem and not an exception."""
+        """Measure `what` at `length`: too little memory becomes a problem and not an exception.
+
+        Raises:
+            UserError: this rank alone ran out of memory, inside a pass that it shares with others.
+        """
         started = time.perf_counter()
         if self._is_cuda:
             torch.cuda.reset_peak_memory_stats(self._device)
         try:
             yield
+        except AloneError:
+            rank = dist.get_rank()
+            problem = self._problem(what, length, f" on rank {rank} alone")
+            if rank:  # nothing is said of other errors there: rank 0 has them as well
+                print(f"error: {problem}", file=sys.stderr, flush=True)
+            raise UserError(problem) from None
         except DoesNotFitError:
-            problem = (
-                f"eval.lengths: {what} at {length} tokens does not fit into {self._memory()} "
-                f"({self._advice(what, length)})"
-            )
+            problem = self._problem(what, length)
             if problem not in self.problems:
                 self.problems.append(problem)
         else:
@@ -66,6 +77,12 @@ class Limits:
             f"at {length} tokens there is no room for a prompt of: {', '.join(tasks)}"
             for length, tasks in self._without_room.items()
         ]
+
+    def _problem(self, what: str, length: int, where: str = "") -> str:
+        return (
+            f"eval.lengths: {what} at {length} tokens does not fit into {self._memory()}{where} "
+            f"({self._advice(what, length)})"
+        )
 
     def _memory(self) -> str:
         if not self._is_cuda:

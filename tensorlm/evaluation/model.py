@@ -5,7 +5,7 @@ model of `tensorlm.hf` is then laid over the same weights. A Hugging Face folder
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,15 @@ class EvaluatedModel:
     loss_chunk: int
     prefill_chunk: int
     on_progress: Callable[[], None] = lambda: None  # called after each pass, for a watchdog
+    gathers_weights: bool = False  # in each pass, from all ranks: ZeRO 3
+
+    @property
+    def partners(self) -> range:
+        """The ranks that take part in each of this rank's passes over windows."""
+        if self.gathers_weights:
+            return range(self.grid.world_size)
+        first = self.grid.dp_rank * self.grid.sp
+        return range(first, first + self.grid.sp)
 
     @property
     def window_unit(self) -> int:
@@ -213,7 +222,8 @@ def wrap_training_model(
     """The model that is being trained; `on_progress` is called after each of its passes."""
     seq_len = config.data.seq_len
     model = _evaluated(config, module, config.run.dir, step, seq_len, device, grid)
-    return replace(model, on_progress=on_progress)
+    model.on_progress, model.gathers_weights = on_progress, config.zero.stage == 3
+    return model
 
 
 def _evaluated(

@@ -11,6 +11,7 @@ from itertools import pairwise
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from .bootstrap import mean_over_documents
 from .model import EvaluatedModel
@@ -51,21 +52,32 @@ def window_losses(
     ]
     batch = max(1, min(spans.length, _BATCH_TOKENS) // length)
     batches = [places[at : at + batch] for at in range(0, len(places), batch)]
-    mine = batches[model.grid.dp_rank :: model.grid.dp]
+    dp, dp_rank = model.grid.dp, model.grid.dp_rank
+    mine = batches[dp_rank::dp]
+    # ZeRO 3 gathers weights from all ranks in each pass, so that every rank makes as many passes:
+    # one that has no batch left repeats the last, for nothing.
+    num_idle = -(-len(batches) // dp) - len(mine)
 
     def measure() -> NDArray[np.float32]:
         losses = np.zeros((len(spans.tokens), spans.length), np.float32)
         with progress(sum(map(len, mine)) * length, "tok", title, model.grid) as bar:
             for part in mine:
-                rows = [spans.tokens[span, start : start + length + 1] for span, start, _ in part]
-                found = model.losses(torch.from_numpy(np.stack(rows)))
+                found = model.losses(_windows_of(spans, part, length))
                 for (span, start, keep), row in zip(part, found, strict=True):
                     stop = start + length
                     losses[span, stop - keep : stop] = row[length - keep :]
                 bar.update(len(part) * length)
+            for _ in range(num_idle):
+                model.losses(_windows_of(spans, batches[-1], length))
         return losses
 
-    return compute_and_sum(measure, model.device)
+    return compute_and_sum(measure, model.device, model.partners)
+
+
+def _windows_of(spans: Spans, places: list[tuple[int, int, int]], length: int) -> Tensor:
+    """Windows of `length` tokens and one more, [B, length + 1], from (span, start, _)."""
+    rows = [spans.tokens[span, start : start + length + 1] for span, start, _ in places]
+    return torch.from_numpy(np.stack(rows))
 
 
 def _windows(num_tokens: int, length: int, stride: int) -> Iterator[tuple[int, int]]:

@@ -1,15 +1,20 @@
 """Sharing the work of an evaluation among ranks, and putting the results together."""
 
+import time
 from collections.abc import Callable
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
+from torch.distributed.distributed_c10d import _get_default_store
 from tqdm import tqdm
 
 from fold_parallel import Grid
 from tensorlm.progress import progress_bar
+
+# They met this rank in an exchange of the pass that failed, and need at most the rest of it.
+_PARTNERS_SECONDS = 60.0
 
 
 def progress(total: int, unit: str, title: str, grid: Grid) -> tqdm:
@@ -30,13 +35,23 @@ class DoesNotFitError(Exception):
     """A rank ran out of memory; every rank raises it."""
 
 
+class AloneError(DoesNotFitError):
+    """This rank alone ran out of memory, and others wait for it inside a pass: that is the end."""
+
+
 def compute_and_sum(
-    compute: Callable[[], NDArray[np.floating]], device: torch.device
+    compute: Callable[[], NDArray[np.floating]], device: torch.device, partners: range
 ) -> NDArray[np.float64]:
     """`compute` on every rank, and the sum of what they found.
 
+    Args:
+        compute: what this rank does.
+        device: for the exchange of the results.
+        partners: the ranks that it meets in exchanges within `compute`, itself among them.
+
     Raises:
         DoesNotFitError: some rank had too little memory.
+        AloneError: it was this one, and its partners cannot be told.
     """
     values: NDArray[np.floating] = np.zeros(0)
     failed = False
@@ -48,9 +63,35 @@ def compute_and_sum(
         failed = True
     if failed and device.type == "cuda":
         torch.cuda.empty_cache()
+    if len(partners) > 1:
+        arrived = _Arrivals(partners)
+        if failed and not arrived.all_within(_PARTNERS_SECONDS):
+            raise AloneError
     if sum_over_ranks(np.array([float(failed)]), device)[0]:
         raise DoesNotFitError
     return sum_over_ranks(values, device)
+
+
+class _Arrivals:
+    """Which of the partners have computed, told by way of the store: ranks that are still inside an
+    exchange cannot take part in another one.
+    """
+
+    def __init__(self, partners: range) -> None:
+        """This rank has."""
+        self._store, self._key = _get_default_store(), f"computed/{partners.start}"
+        count = self._store.add(self._key, 1)
+        # Nobody is a measurement ahead: each ends with a sum over all ranks.
+        self._expected = -(-count // len(partners)) * len(partners)
+
+    def all_within(self, seconds: float) -> bool:
+        """Wait for all partners, so long at most."""
+        deadline = time.monotonic() + seconds
+        while self._store.add(self._key, 0) < self._expected:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.1)
+        return True
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

@@ -58,7 +58,8 @@ def score_tasks(
                 bar.update()
         return scores
 
-    return Scores(compute_and_sum(measure, model.device), examples)
+    alone = range(model.grid.rank, model.grid.rank + 1)  # prompts are answered by one rank each
+    return Scores(compute_and_sum(measure, model.device, alone), examples)
 
 
 def _answer(

@@ -16,6 +16,6 @@ def solver(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = load_config(path)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # small matrices: several threads only wait for each other
-    save(train_solver(config, num_steps=240), config)
+    save(train_solver(config), config)
     torch.set_num_threads(threads)
     return path

@@ -1,5 +1,6 @@
 """A small model that learns to find the passkey: metrics must tell it from a broken one."""
 
+from collections import deque
 from pathlib import Path
 from random import Random
 
@@ -8,7 +9,6 @@ import torch
 from tensorlm.config import Config
 from tensorlm.data.tokenizers import load_tokenizer, train_tokenizer
 from tensorlm.evaluation.retrieval import passkey_task
-from tensorlm.loss import IGNORED
 from tensorlm.model import Llama
 from tensorlm.publish import write_weights
 
@@ -40,6 +40,9 @@ text = "{texts}"
 SPAN = 180  # tokens of a held-out text before the last digit of its answer
 _NUM_DIGITS = 5
 _BATCH = 16
+_QUICK_SEED = 3
+_SOLVED = 0.07  # loss of a digit, where a guess has 2.3: nine of ten keys are found, or more
+_MOST_STEPS = 2000
 
 
 def solved_text(seed: int, num_lines: int) -> str:
@@ -53,7 +56,7 @@ def write_inputs(folder: Path) -> Path:
     """Tokenizer, held-out texts and configuration; returns the latter."""
     train_tokenizer([solved_text(i, 20) for i in range(20)], 400, folder / "data/tokenizer")
     (folder / "texts").mkdir()
-    for i in range(8):
+    for i in range(24):
         (folder / f"texts/{i}.txt").write_text(solved_text(10_000 + i, num_lines=3))
     path = folder / "config.toml"
     texts = folder / "texts/*.txt"
@@ -61,29 +64,36 @@ def write_inputs(folder: Path) -> Path:
     return path
 
 
-def train_solver(config: Config, num_steps: int) -> Llama:
-    """Train on solved prompts of one to three lines; the digits of the answer count most."""
+def train_solver(config: Config) -> Llama:
+    """Train on solved prompts of one to three lines; the digits of the answer count most.
+
+    How many steps it takes depends on the seed (250 to 400 of those that were tried) and on how a
+    CPU rounds, so that the loss of the digits says when it is done.
+    """
     tokenizer = load_tokenizer(Path(config.data.path) / "tokenizer")
     model = Llama(config.model)
-    model.init_weights(0)
+    model.init_weights(_QUICK_SEED)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.98), weight_decay=0)
-    for step in range(num_steps):
+    recent: deque[float] = deque(maxlen=10)
+    for step in range(_MOST_STEPS):
         num_lines = 1 + step % 3
         texts = [solved_text(step * _BATCH + i, num_lines) for i in range(_BATCH)]
         ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
         assert len({len(row) for row in ids}) == 1
         rows = torch.tensor([[tokenizer.bos_token_id, *row] for row in ids])
         labels = rows[:, 1:]
-        answer = labels.clone()
-        answer[:, :-_NUM_DIGITS] = IGNORED
         losses = model(rows[:, :-1], None, labels, "none")
-        loss = losses[:, -_NUM_DIGITS:].mean() + losses.mean()
+        digits = losses[:, -_NUM_DIGITS:].mean()
+        loss = digits + losses.mean()
         optimizer.param_groups[0]["lr"] = 3e-3 * min(1.0, (step + 1) / 20)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-    return model
+        recent.append(digits.item())
+        if sum(recent) / len(recent) < _SOLVED:
+            return model
+    raise AssertionError(f"not learned in {_MOST_STEPS} steps: loss {digits.item():.2f} per digit")
 
 
 def save(model: Llama, config: Config) -> None:

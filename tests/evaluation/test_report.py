@@ -8,6 +8,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.tensorboard import SummaryWriter
 
 from tensorlm.errors import UserError
+from tensorlm.evaluation.plots import figures
 from tensorlm.evaluation.report import format_report, log_to_tensorboard, write_reports
 from tensorlm.evaluation.results import (
     Attribution,
@@ -105,6 +106,15 @@ def test_lengths_of_one_model_join_and_models_stay_apart() -> None:
     table = format_report([first, second])
     assert re.search(r"a step 30 +passkey +8,192 +50.0%", table)
     assert re.search(r"b step 30 +passkey +4,096 +100.0%", table)
+
+
+def test_perplexity_curve_marks_every_trained_length() -> None:
+    reports = [make_report("a", (4096, 8192)), make_report("b", (4096, 8192))]
+    reports[1] = reports[1].model_copy(update={"trained_length": 8192})
+    (axes,) = figures(reports)["perplexity"].axes
+    dashed = [line.get_xdata() for line in axes.lines if line.get_linestyle() == "--"]
+    assert dashed == [[4096, 4096], [8192, 8192]]
+    assert [text.get_text() for text in axes.texts] == ["trained length"] * 2
 
 
 def test_tensorboard_has_the_scalars_and_figures(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from fold_parallel import Grid, create_grid, sharded_tensor_attention
 from tensor_attention import tensor_attention
 from tests.distributed import run_distributed
-from tests.fold_parallel.backends import device, ranks_and_backends, result
+from tests.fold_parallel.backends import device, ranks_and_backends, require_equal_bits, result
 from tests.fold_parallel.cases import Case, Results, joined, make_row, run, whole
 
 # Documents that begin and end inside shards, on their borders, and one token off them.
@@ -71,6 +71,7 @@ def test_output_and_every_gradient_equal_those_of_the_whole_row(
 def test_the_tensorized_forward_is_bitwise_that_of_the_whole_row(
     world_size: int, case: Case
 ) -> None:
+    require_equal_bits(world_size, case.dtype)
     # Blocks, positions and softmaxes are those of the whole row, so are the matrix products. Full
     # attention multiplies other shapes (fewer heads at once); its last bit is up to the library.
     ours = sharded(world_size, "gloo")[case]

@@ -1,5 +1,7 @@
 """The Triton kernels run on shards: on a CPU in Triton's interpreter, on GPUs compiled."""
 
+import os
+
 import pytest
 import torch
 
@@ -34,6 +36,8 @@ def kernels_on_shards(sp: int) -> Results:
 
 @ranks_and_backends(2)
 def test_kernels_on_shards_equal_the_whole_row(world_size: int, backend: str) -> None:
+    if backend == "gloo" and os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("compiled kernels take no CPU tensors (interpreted ones do)")
     ours = joined(run_distributed(kernels_on_shards, world_size, world_size, backend=backend))
     whole = run(CASE, make_row(CASE), Grid(), torch.device("cpu"))
     assert ours.keys() == whole.keys()

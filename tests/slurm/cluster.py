@@ -54,7 +54,7 @@ SlurmdTimeout=300
 BatchStartTimeout=60
 InactiveLimit=0
 MinJobAge=86400
-KillWait=5
+KillWait=30
 JobRequeue=1
 ReturnToService=2
 PreemptType=preempt/partition_prio
@@ -158,18 +158,21 @@ class Cluster:
                 # Slurm lets it wait for its old credential to expire: 6 s, where 2 are enough to
                 # tell a new one from it.
                 self.run("scontrol", "update", f"JobId={job}", "StartTime=now+2")
-            return state == "RUNNING" and self.field(job, "Restarts") == str(number)
+            has_started = state == "RUNNING" or state in ENDED
+            return has_started and self.field(job, "Restarts") == str(number)
 
         self.wait_until(has_restarted, f"restart {number} of job {job}")
 
-    def wait_until(self, condition: Callable[[], object], what: str, limit: float = 120) -> None:
+    def wait_until(
+        self, condition: Callable[[], object], what: str, limit: float = 120, pause: float = 0.1
+    ) -> None:
         """Wait for something that must happen, and happens soon on a machine that is not loaded."""
         deadline = time.monotonic() + limit
         while not condition():
             assert time.monotonic() < deadline, f"not within {limit:.0f} s: {what}{self._logs()}"
             for name, daemon in self._daemons.items():
                 assert daemon.poll() is None, f"{name} has ended{self._logs()}"
-            time.sleep(0.1)
+            time.sleep(pause)
 
     def start_node(self, node: str) -> None:
         """Start a node; after `kill_node`, it comes back."""
@@ -186,12 +189,16 @@ class Cluster:
         # Slurm would find out by itself after SlurmdTimeout.
         self.run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=power")
 
-    def kill_rank(self, node: str) -> None:
-        """A rank on that node dies."""
-        for process in self._processes_on(node):
-            with suppress(psutil.Error):
-                if _variable(process, "RANK"):
-                    process.kill()
+    def ranks(self) -> list[psutil.Process]:
+        """The processes that train, whatever started them."""
+        return [p for p in self.processes() if _is_python_with("launcher/train.py", p)]
+
+    def kill_launchers(self) -> None:
+        """What deepspeed starts ranks with dies, on all nodes, and then the ranks."""
+        launchers = [p for p in self.processes() if _is_python_with("deepspeed.launcher.launch", p)]
+        for process in (*launchers, *self.ranks()):
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
 
     def _processes_on(self, node: str) -> list[psutil.Process]:
         return [p for p in self.processes() if _variable(p, "SLURMD_NODENAME") == node]
@@ -234,7 +241,9 @@ class Cluster:
         key.write_bytes(secrets.token_bytes(128))
         for gpu in range(2):
             (self.folder / f"gpu{gpu}").touch()  # slurmd only counts them
-        (self.folder / "gres.conf").write_text(f"Name=gpu File={self.folder}/gpu[0-1]\n")
+        (self.folder / "gres.conf").write_text(
+            f"Name=gpu File={self.folder}/gpu[0-1] Flags=no_gpu_env\n"
+        )
         (self.folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")  # asked for, unused
         with ExitStack() as stack:
             sockets = [stack.enter_context(socket.socket()) for _ in range(3)]
@@ -250,6 +259,17 @@ class Cluster:
             claims="CPUs=64 RealMemory=1024000 Gres=gpu:2 State=UNKNOWN",
         )
         (self.folder / "slurm.conf").write_text(text)
+
+
+def _is_python_with(script: str, process: psutil.Process) -> bool:
+    """It runs this script, or module; a dry run is none."""
+    try:
+        program, *arguments = process.cmdline()
+    except (psutil.Error, ValueError):
+        return False
+    options = {"-u", "-m"}
+    first = next((argument for argument in arguments if argument not in options), None)
+    return "python" in program and first == script and "--dry-run" not in arguments
 
 
 def _variable(process: psutil.Process, name: str) -> str | None:

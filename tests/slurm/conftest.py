@@ -12,7 +12,7 @@ from tests.slurm.cluster import Cluster, missing_commands
 from tests.tensorlm.launching import ROOT, TINY
 
 SITE = """
-export PATH="{binaries}:$PATH" DS_ACCELERATOR=cpu OMP_NUM_THREADS=1
+export PATH="{binaries}:$PATH" CUDA_VISIBLE_DEVICES= DS_ACCELERATOR=cpu OMP_NUM_THREADS=1
 # Open MPI leaves its session folder behind when it is killed.
 export TMPDIR={temporary}
 # The tests may run as root, and their nodes are one machine, whose shared memory they would mix up.
@@ -73,4 +73,4 @@ def site(cluster: Cluster, data: Path, tmp_path: Path) -> Iterator[Site]:
     prepared.set_site()
     yield prepared
     cluster.wait_until(lambda: not cluster.run("squeue", "-h"), "no job is left")
-    assert cluster.leftovers() == []
+    cluster.wait_until(lambda: not cluster.leftovers(), "nothing that a job has started is left")

@@ -14,6 +14,7 @@ from tests.tensorlm.hf_models import tiny_llama
 from tests.tensorlm.launching import ROOT, launch_environment
 
 ONE_NODE = "--nodes=1"
+REPORT_JOB = re.compile(r"^report = job (\d+)$", re.MULTILINE)
 
 
 def test_chain_of_import_training_and_evaluation_ends_in_one_table(
@@ -39,13 +40,23 @@ def test_chain_of_import_training_and_evaluation_ends_in_one_table(
         "eval_128k.sh", *settings, "--lengths", "64,256", "--checkpoints", "2,7", "--tasks", "ppl",
         *evaluation, options=(*after(trained), "--array=0-1"),
     )  # fmt: skip
+    folder = tmp_path / "exported"
+    exported = site.submit(
+        "convert.sh", "export", "--output", str(folder), "--dtype=fp32", *settings,
+        options=after(trained),
+    )  # fmt: skip
+    from_folder = site.submit(
+        "eval_128k.sh", f"--config={site.config}", f"--hf={folder}", "--lengths=64",
+        "--tasks=ppl", f"run.dir={run}", *evaluation, "eval.segment=256",
+        options=(*after(exported), "--array=0"),
+    )  # fmt: skip
     assert cluster.wait_for(imported) == "COMPLETED", site.log(imported)
     assert cluster.wait_for(trained) == "COMPLETED", site.log(trained)
     assert "start = after step 0, of 2 steps" in site.log(trained).splitlines()
     assert cluster.wait_for(job) == "FAILED"
     logs = [path.read_text() for path in (site.folder / "slurm/logs").glob(f"eval128k-{job}_*")]
     assert len(logs) == 2
-    (report_job,) = re.findall(r"^report = job (\d+)$", "".join(logs), re.MULTILINE)
+    (report_job,) = REPORT_JOB.findall("".join(logs))
     assert cluster.wait_for(report_job) == "FAILED"
     out = run / f"eval/eval128k-{job}"
     for missing in ("7-64", "7-256"):
@@ -58,6 +69,16 @@ def test_chain_of_import_training_and_evaluation_ends_in_one_table(
         assert f"{part.perplexity[0].perplexity:.3f}" in table
     assert (out / "report.html").exists()
     assert (out / "perplexity.png").read_bytes().startswith(b"\x89PNG")
+
+    # The same numbers as the exported folder has.
+    assert cluster.wait_for(from_folder) == "COMPLETED"
+    (log,) = (site.folder / "slurm/logs").glob(f"eval128k-{from_folder}_*")
+    (report_job,) = REPORT_JOB.findall(log.read_text())
+    assert cluster.wait_for(report_job) == "COMPLETED", site.log(report_job)
+    (hf_part,) = (run / f"eval/eval128k-{from_folder}/parts").iterdir()
+    found, expected = read_report(hf_part / "report.json"), parts["2-64"]
+    assert (hf_part.name, found.name) == ("hf-64", "exported")
+    assert found.perplexity[0].loss == pytest.approx(expected.perplexity[0].loss)
 
     # The same numbers as one evaluation of both lengths together.
     command = [sys.executable, "launcher/evaluate.py", *settings[:2], "--checkpoint", "2"]

@@ -8,7 +8,10 @@ import re
 import socket
 import subprocess
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+
+import psutil
 
 from tensorlm.checkpoint import newest_checkpoint
 from tensorlm.config import config_toml, load_config
@@ -30,7 +33,6 @@ def check_head_of_log(log: Path, run: Path) -> None:
     digest = hashlib.sha256(config_toml(load_config(run / "config.toml")).encode()).hexdigest()
     for line in (
         "nodes = 2 (node[1-2])",
-        "gpus = 1 on each node (nvidia-smi finds none)",
         f"log = {log}",
         f"run.dir = {run}",
         "start = from scratch, of 80 steps",
@@ -39,6 +41,7 @@ def check_head_of_log(log: Path, run: Path) -> None:
         "ranks = 2 (dp 1 x sp 2)",
     ):
         assert line in head.splitlines(), line
+    assert re.search(r"^gpus = 1 on each node \(.+\)$", head, re.MULTILINE)
     (port,) = re.findall(r"^launcher = srun, 2 ranks meet at 127.0.0.1:(\d+)$", head, re.MULTILINE)
     with socket.socket() as probe:
         assert probe.connect_ex(("127.0.0.1", int(port))) != 0  # nobody listens any more
@@ -58,34 +61,56 @@ def test_job_disturbed_under_every_launcher_ends_like_an_undisturbed_one(
     site.set_site("export LAUNCHER=deepspeed")
     job = site.train(broken, *steps)
 
+    urgent: list[str] = []
+
+    def stop_is_asked() -> None:
+        cluster.wait_until((broken / "STOP").exists, "the job has the signal")
+
+    def signal() -> None:
+        cluster.run("scancel", "--batch", "--signal=USR1", job)
+        stop_is_asked()
+
     def preempt() -> None:
         size = ("--nodes=2", "--gpus-per-node=2", "--output=/dev/null")
-        urgent = cluster.run("sbatch", "--parsable", "-p", "urgent", *size, "--wrap", "true")
-        assert cluster.wait_for(urgent) == "COMPLETED"
+        urgent.append(cluster.run("sbatch", "--parsable", "-p", "urgent", *size, "--wrap", "true"))
+        stop_is_asked()
+
+    def requeue() -> None:
+        cluster.run("scontrol", "requeue", job)
+        cluster.wait_until(lambda: cluster.field(job, "JobState") != "RUNNING", "it is on its way")
 
     def kill_node() -> None:
         cluster.kill_node("node2")
         cluster.start_node("node2")
 
     disturbances: list[tuple[Callable[[], object], str]] = [
-        (lambda: cluster.run("scancel", "--batch", "--signal=USR1", job), "torchrun"),
+        (signal, "torchrun"),
         (preempt, "mpirun"),
-        (lambda: cluster.run("scontrol", "requeue", job), "srun"),
+        (requeue, "srun"),
         (kill_node, "deepspeed"),
-        (lambda: cluster.kill_rank("node1"), "srun"),
+        (cluster.kill_launchers, "srun"),
     ]
+    log_file = Path(cluster.field(job, "StdOut"))
     for number, (disturb, next_launcher) in enumerate(disturbances, start=1):
-        # A rank that dies is made good for where there was progress, and only there.
+        # A launcher that dies is made good for where there was progress, and only there.
         sign = "\ncheckpoint " if number == 5 else "\nstep "
 
         def is_training(starts: int = number, sign: str = sign) -> bool:
-            parts = site.log(job).split("\n=== ")
+            parts = log_file.read_text().split("\n=== ")
             return len(parts) == starts and sign in parts[-1]
 
-        cluster.wait_until(is_training, f"steps of start {number}")
+        cluster.wait_until(lambda: len(cluster.ranks()) == 2, f"both ranks of start {number}")
+        ranks = cluster.ranks()
+        cluster.wait_until(is_training, f"steps of start {number}", pause=0.01)
+        for rank in ranks:  # else it may have ended by itself when the disturbance arrives
+            rank.suspend()
         site.set_site(f"export LAUNCHER={next_launcher}")
         disturb()
+        for rank in ranks:
+            with suppress(psutil.NoSuchProcess):
+                rank.resume()
         cluster.wait_for_restart(job, number)
+    assert cluster.wait_for(*urgent) == "COMPLETED"
     assert cluster.wait_for(job) == "COMPLETED", site.log(job)
 
     log = site.log(job)
@@ -95,7 +120,9 @@ def test_job_disturbed_under_every_launcher_ends_like_an_undisturbed_one(
     saved = re.findall(r"^requeue: saved .* continues (after step \d+)$", log, re.MULTILINE)
     # Asked to go, it saved where it was: no step is done twice.
     assert starts[:3] == ["from scratch", *saved]
-    assert re.search(r"^requeue: exit code \d+, after new checkpoints;", log, re.MULTILINE)
+    # deepspeed left with 0 when it was killed: that is not taken for the end.
+    assert "\nerror: deepspeed: has ended before checkpoint 80\n" in log
+    assert "\nrequeue: exit code 70, after new checkpoints;" in log
     assert hashes(broken) == hashes(whole)
     assert losses(broken) == losses(whole)
     # What was made for the job alone is gone.
@@ -115,25 +142,51 @@ def test_job_that_restarts_without_progress_stays_down(site: Site, tmp_path: Pat
     assert "1 restarts without a checkpoint after step 0" in site.log(job)
 
 
-def test_job_that_is_stopped_by_hand_stays_down(site: Site, tmp_path: Path) -> None:
+def test_job_that_is_ended_for_good_stays_down(site: Site, tmp_path: Path) -> None:
+    cluster, run = site.cluster, tmp_path / "run"
     site.set_site("export LAUNCHER=torchrun")
-    job = site.train(tmp_path / "run", "train.steps=2000")
-    site.cluster.wait_until(lambda: "\nstep " in site.log(job), "steps")
-    (tmp_path / "run/STOP").touch()
-    assert site.cluster.wait_for(job) == "FAILED"
-    assert "requeue: " not in site.log(job)
-    assert site.cluster.field(job, "Restarts") == "0"
-    found = newest_checkpoint(tmp_path / "run")
+    one_node = ("--nodes=1",)
+
+    def start(*settings: str) -> str:
+        job = site.train(run, "train.steps=100000", "parallel.sp=1", *settings, options=one_node)
+        cluster.wait_until(lambda: "\nstep " in site.log(job), "steps")
+        return job
+
+    def check_ended(job: str, state: str) -> None:
+        assert cluster.wait_for(job) == state, site.log(job)
+        assert "requeue: " not in site.log(job)
+        assert cluster.field(job, "Restarts") == "0"
+
+    job = start()
+    (run / "STOP").touch()
+    check_ended(job, "FAILED")
+    cancelled = start()
+    cluster.run("scancel", cancelled)
+    check_ended(cancelled, "CANCELLED")
+    found = newest_checkpoint(run)
     assert found is not None
-    assert found.step == len(losses(tmp_path / "run"))
+    assert found.step == len(losses(run))  # both have saved what they had
+    # A mistake of the user is no bad luck, although there was progress before it showed.
+    mistaken = start(
+        "optim.lr=1e30", "optim.warmup_steps=0", "train.max_skips=1", "checkpoint.every=1"
+    )
+    check_ended(mistaken, "FAILED")
+    assert cluster.field(mistaken, "ExitCode") == "2:0", site.log(mistaken)
+    newer = newest_checkpoint(run)
+    assert newer is not None
+    assert newer.step > found.step
 
 
 def test_bad_settings_are_one_line_each_before_the_queue_and_in_the_job(
     site: Site, tmp_path: Path
 ) -> None:
-    def dry_run(*arguments: str) -> "subprocess.CompletedProcess[str]":
-        command = ["slurm/train_llama8b.sh", "--dry-run", "--nodes=2", "--gpus-per-node=1"]
-        command += ["--ntasks-per-node=1", "--config", str(site.config), *arguments]
+    per_node = ("--gpus-per-node=1", "--ntasks-per-node=1")
+
+    def dry_run(
+        *arguments: str, size: tuple[str, ...] = ("--nodes=2", *per_node)
+    ) -> "subprocess.CompletedProcess[str]":
+        command = ["slurm/train_llama8b.sh", "--dry-run", *size, f"--config={site.config}"]
+        command += arguments
         return subprocess.run(
             command, cwd=site.folder, env=site.cluster.environment, capture_output=True, text=True
         )
@@ -141,6 +194,11 @@ def test_bad_settings_are_one_line_each_before_the_queue_and_in_the_job(
     good = dry_run("parallel.sp=2")
     assert good.returncode == 0, good.stderr
     assert "ranks = 2 (dp 1 x sp 2)" in good.stdout.splitlines()
+    # In whatever way sbatch would take it. Four nodes are asked for where nothing is said.
+    for nodes in (("-N2",), ("-N", "2", "-p", "debug"), ("--nodes", "1-2")):
+        assert dry_run("parallel.sp=2", size=(*nodes, *per_node)).stdout == good.stdout, nodes
+    unequal = dry_run(size=("-N2", "--gpus-per-node", "2", "--ntasks-per-node", "1"))
+    assert unequal.stderr == "error: --ntasks-per-node: 1 tasks for 2 GPUs (ask for as many)\n"
     bad = dry_run("train.stepz=3", "parallel.sp=two")
     assert bad.returncode == 2
     errors = [line for line in bad.stderr.splitlines() if line.startswith("error: ")]
@@ -152,4 +210,9 @@ def test_bad_settings_are_one_line_each_before_the_queue_and_in_the_job(
     assert site.cluster.wait_for(job) == "FAILED"
     assert site.cluster.field(job, "ExitCode") == "2:0"
     assert re.search(r"^error: .*parallel.sp: sp = 3 cannot", site.log(job), re.MULTILINE)
+    for script, options in (("train_llama8b.sh", ()), ("eval_128k.sh", ("--array=0",))):
+        arguments = ("--config", str(site.config), f"run.dir={tmp_path / 'run'}")
+        job = site.submit(script, *arguments, options=("--nodes=1", "--gpus-per-node=2", *options))
+        assert site.cluster.wait_for(job) == "FAILED"
+        assert "\nerror: --ntasks-per-node: 1 tasks for 2 GPUs" in site.log(job)
     assert not (tmp_path / "run").exists()

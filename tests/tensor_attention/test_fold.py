@@ -100,7 +100,7 @@ def rotary_table(positions: int, head_dim: int) -> Rotary:
     return Rotary(angles.cos(), angles.sin())
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.integers(0, 40), st.integers(0, 40), st.integers(0, 40), st.integers(1, 6))
 def test_rotated_scores_depend_on_relative_positions_alone(
     p: int, u: int, shift: int, half: int

@@ -49,7 +49,7 @@ def test_changing_a_token_changes_only_itself_and_later_tokens_of_its_document(
 
 
 @both_backends
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(
     fold=st.lists(st.integers(2, 6), max_size=3),
     lengths=st.lists(st.integers(1, 25), min_size=1, max_size=3),
@@ -64,7 +64,7 @@ def test_rows_of_the_effective_matrix_sum_to_one(
 
 
 @both_backends
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(
     fold=st.lists(st.integers(2, 6), max_size=3),
     lengths=st.lists(st.integers(1, 25), min_size=1, max_size=3),

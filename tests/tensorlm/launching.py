@@ -2,13 +2,14 @@
 
 import json
 import os
+import random
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
-
-from tensorlm.launch_env import free_port
 
 ROOT = Path(__file__).parents[2]
 
@@ -43,15 +44,24 @@ keep_last = 3
 RunTraining = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
+def rendezvous_port() -> int:
+    """A port that nobody has, and that the system gives to nobody who asks for just any port."""
+    while True:
+        port = random.SystemRandom().randrange(26000, 32768)
+        with suppress(OSError), socket.socket() as probe:
+            probe.bind(("127.0.0.1", port))
+            return port
+
+
 def launch_command(launcher: str, ranks: int) -> list[str]:
     """The command that starts `launcher/train.py` on `ranks` ranks of this machine."""
-    port, binaries = str(free_port()), Path(sys.executable).parent
+    binaries = Path(sys.executable).parent
     if launcher == "deepspeed":
         command = [str(binaries / "deepspeed"), "--quiet", "--num_accelerators", str(ranks)]
-        return [*command, "--master_port", port, "launcher/train.py"]
+        return [*command, "--master_port", str(rendezvous_port()), "launcher/train.py"]
     if launcher == "torchrun":
-        command = [str(binaries / "torchrun"), f"--nproc_per_node={ranks}"]
-        return [*command, f"--master_port={port}", "launcher/train.py"]
+        command = [str(binaries / "torchrun"), "--standalone", f"--nproc_per_node={ranks}"]
+        return [*command, "launcher/train.py"]
     if launcher == "mpirun":
         allow = ["--allow-run-as-root"] * (os.geteuid() == 0)
         command = ["mpirun", *allow, "--oversubscribe", "--bind-to", "none", "-np", str(ranks)]
@@ -62,7 +72,8 @@ def launch_command(launcher: str, ranks: int) -> list[str]:
 def launch_environment() -> dict[str, str]:
     """CPU only, one thread a rank, this interpreter first."""
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    return {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PATH": path}
+    cpu_only = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    return {**os.environ, **cpu_only, "PATH": path}
 
 
 def losses(run_dir: Path) -> list[Any]:

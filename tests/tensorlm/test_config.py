@@ -126,6 +126,15 @@ def test_every_stage_is_checked_for_sharing() -> None:
         config.check_world(2)
 
 
+def test_lengths_that_training_cannot_evaluate_are_refused() -> None:
+    settings = ("parallel.sp=2", "eval.lengths=[768,1536]", "eval.every=2")
+    (line,) = problems(*settings)
+    assert "eval.lengths: sp = 2 cannot share rows with seq_len = 768, fold = [256]" in line
+    # Beside training, one device may take windows that ranks could not share.
+    load_config(ROOT / "configs/demo.toml", [*settings, "eval.every=0"])
+    load_config(ROOT / "configs/demo.toml", [*settings, 'eval.tasks=["niah"]'])
+
+
 def test_rows_that_ranks_cannot_share_are_refused() -> None:
     config: Config = load_config(ROOT / "configs/demo.toml")
     config.check_world(2)

@@ -7,6 +7,7 @@ import subprocess
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -27,24 +28,31 @@ def test_run_killed_after_a_checkpoint_continues_bit_for_bit(
     tmp_path: Path, config: Path, run_training: RunTraining
 ) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    run_training(f"run.dir={whole}", "train.steps=40", launcher="deepspeed")
+    steps = "train.steps=60"
+    run_training(f"run.dir={whole}", steps, launcher="deepspeed")
 
     command = [*launch_command("deepspeed", 2), "--config", str(config), f"run.dir={broken}"]
     with subprocess.Popen(
-        [*command, "train.steps=40"], cwd=ROOT, env=launch_environment(), start_new_session=True,
+        [*command, steps], cwd=ROOT, env=launch_environment(), start_new_session=True,
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     ) as process:  # fmt: skip
         deadline = time.monotonic() + 120
+        while not (broken / "lock").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        # Looked up before there is a step: the run is not to end meanwhile.
+        job = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
         while not (broken / "step-00000003/manifest.json").exists():
             assert time.monotonic() < deadline
             time.sleep(0.002)
-        subprocess.run(["pkill", "-KILL", "-f", f"run.dir={broken}"], check=True)
+        for member in job:
+            member.kill()
         process.wait(timeout=30)
     killed_at = newest_checkpoint(broken)
     assert killed_at is not None
-    assert killed_at.step < 40  # it had not ended by itself
+    assert killed_at.step < 60  # it had not ended by itself
 
-    result = run_training(f"run.dir={broken}", "train.steps=40", launcher="deepspeed")
+    result = run_training(f"run.dir={broken}", steps, launcher="deepspeed")
     assert "resumed after step" in result.stdout
     assert losses(broken) == losses(whole)
     assert final_hashes(broken) == final_hashes(whole)
@@ -52,11 +60,11 @@ def test_run_killed_after_a_checkpoint_continues_bit_for_bit(
     # What people watch holds every step once, too.
     events = EventAccumulator(str(broken / "tensorboard"), size_guidance={"scalars": 0})
     scalars = events.Reload().Scalars("train/loss")
-    assert [event.step for event in scalars] == list(range(1, 41))
+    assert [event.step for event in scalars] == list(range(1, 61))
     assert [event.value for event in scalars] == pytest.approx(losses(whole), rel=1e-6)
-    assert load_config(broken / "config.toml").train.steps == 40
+    assert load_config(broken / "config.toml").train.steps == 60
     assert (broken / "config.toml").read_text().startswith(f"# commit {git_commit()}\n")
-    line = r"^step 40/40 \| loss [\d.]+ \| grad norm [\d.]+ \| lr [\d.e+-]+ \| [\d,]+ tokens/s "
+    line = r"^step 60/60 \| loss [\d.]+ \| grad norm [\d.]+ \| lr [\d.e+-]+ \| [\d,]+ tokens/s "
     line += r"\| MFU [\d.]+% \| [\d.]+ GiB \| ETA 0s$"
     assert re.search(line, result.stdout, re.MULTILINE)
 
