@@ -1,6 +1,5 @@
 """What an evaluation took, and which lengths it could not measure: a line each, with what fits."""
 
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,11 +39,7 @@ class Limits:
         try:
             yield
         except AloneError:
-            rank = dist.get_rank()
-            problem = self._problem(what, length, f" on rank {rank} alone")
-            if rank:  # nothing is said of other errors there: rank 0 has them as well
-                print(f"error: {problem}", file=sys.stderr, flush=True)
-            raise UserError(problem) from None
+            raise UserError(self._problem(what, length, f" of rank {dist.get_rank()} alone")) from None
         except DoesNotFitError:
             problem = self._problem(what, length)
             if problem not in self.problems:

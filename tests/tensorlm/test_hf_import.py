@@ -291,7 +291,7 @@ def test_long_conversions_show_how_far_they_are(
     assert imported == exported == 0
     bars = capsys.readouterr().err
     for title in ("import Tiny-Llama", "verify step-00000000", "export step 0"):
-        assert re.search(rf"{title}: 100%\|█+\| (\S+)/\1 \[", bars), bars
+        assert re.search(rf"{title}: 100%\|#+\| (\S+)/\1 \[", bars), bars
 
 
 def test_training_starts_from_imported_weights_and_exports_their_tokenizer(
