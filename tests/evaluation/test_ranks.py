@@ -99,7 +99,9 @@ def test_a_rank_that_alone_runs_out_of_memory_says_so_and_ends(
     job.end()
     assert job.poll()[1] == EXIT_USER_ERROR, job.output()
     (error,) = job.errors()
-    assert error.startswith("error: rank 1: eval.lengths: ppl at 128 tokens does not fit into memory")
+    assert error.startswith(
+        "error: rank 1: eval.lengths: ppl at 128 tokens does not fit into memory"
+    )
     assert error.endswith(" of rank 1 alone (64 did)")
 
 

@@ -5,7 +5,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.tensorlm.launching import ROOT, TINY, RunTraining, launch_command, launch_environment
+from tensorlm.config import load_config
+from tests.reliability.harness import Job, warm_up
+from tests.tensorlm.launching import (
+    ROOT,
+    TINY,
+    RunTraining,
+    TrainRanks,
+    launch_command,
+    launch_environment,
+)
 
 
 @pytest.fixture
@@ -31,3 +40,16 @@ def run_training(config: Path) -> RunTraining:
         return result
 
     return run
+
+
+@pytest.fixture
+def train_ranks(config: Path) -> TrainRanks:
+    """Train to the end on forked ranks, without a launcher: `train_ranks(*overrides, ranks=2)`."""
+    warm_up()
+
+    def train(*overrides: str, ranks: int = 2, code: int = 0) -> str:
+        job = Job(load_config(config, overrides), ranks)
+        assert job.wait() == [code] * ranks, job.output()
+        return job.output()
+
+    return train

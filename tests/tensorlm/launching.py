@@ -42,6 +42,7 @@ keep_last = 3
 """
 
 RunTraining = Callable[..., "subprocess.CompletedProcess[str]"]
+TrainRanks = Callable[..., str]  # what the ranks printed
 
 
 def rendezvous_port() -> int:

@@ -14,7 +14,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorlm.checkpoint import newest_checkpoint
 from tensorlm.config import load_config
 from tensorlm.metrics import git_commit
-from tests.tensorlm.launching import ROOT, RunTraining, launch_command, launch_environment, losses
+from tests.tensorlm.launching import (
+    ROOT,
+    RunTraining,
+    TrainRanks,
+    launch_command,
+    launch_environment,
+    losses,
+)
 
 
 def final_hashes(run_dir: Path) -> list[str]:
@@ -71,25 +78,25 @@ def test_run_killed_after_a_checkpoint_continues_bit_for_bit(
 
 @pytest.mark.parametrize("stage", [0, 1, 3])
 def test_every_zero_stage_trains_like_stage_2_and_resumes_exactly(
-    tmp_path: Path, run_training: RunTraining, stage: int
+    tmp_path: Path, train_ranks: TrainRanks, stage: int
 ) -> None:
-    run_training("train.steps=5", "checkpoint.every=5", f"run.dir={tmp_path / 'two'}")
+    train_ranks("train.steps=5", "checkpoint.every=5", f"run.dir={tmp_path / 'two'}")
     own = tmp_path / "own"
     for stop in (2, 5):
-        run_training(
+        train_ranks(
             "train.steps=5", f"train.stop_at={stop}", f"zero.stage={stage}", f"run.dir={own}"
         )
     straight = tmp_path / "straight"
-    run_training("train.steps=5", f"zero.stage={stage}", f"run.dir={straight}")
+    train_ranks("train.steps=5", f"zero.stage={stage}", f"run.dir={straight}")
     assert losses(own) == losses(straight)
     assert final_hashes(own) == final_hashes(straight)
     assert losses(own) == pytest.approx(losses(tmp_path / "two"), rel=1e-5)
 
 
 def test_ranks_and_micro_batches_give_the_same_losses(
-    tmp_path: Path, run_training: RunTraining
+    tmp_path: Path, train_ranks: TrainRanks
 ) -> None:
-    run_training(f"run.dir={tmp_path / 'one'}", "train.profile=[2, 4]", ranks=1, launcher="python")
+    train_ranks(f"run.dir={tmp_path / 'one'}", "train.profile=[2, 4]", ranks=1)
     expected = losses(tmp_path / "one")
     assert expected[-1] < expected[0] - 0.1  # it learns
     (trace,) = (tmp_path / "one/profile").glob("*.pt.trace.json")
@@ -100,18 +107,18 @@ def test_ranks_and_micro_batches_give_the_same_losses(
         ("dp2", 2),
         ("accumulated", 1, "train.micro_batch=2", "checkpoint.every=0"),
     ):
-        run_training(f"run.dir={tmp_path / name}", *overrides, ranks=ranks)
+        train_ranks(f"run.dir={tmp_path / name}", *overrides, ranks=ranks)
         assert losses(tmp_path / name) == pytest.approx(expected, rel=1e-5), name
     assert newest_checkpoint(tmp_path / "dp2") is not None
     assert newest_checkpoint(tmp_path / "accumulated") is None
 
 
-def test_bf16_follows_fp32_and_resumes_exactly(tmp_path: Path, run_training: RunTraining) -> None:
+def test_bf16_follows_fp32_and_resumes_exactly(tmp_path: Path, train_ranks: TrainRanks) -> None:
     bf16 = ("train.dtype=bf16", "optim.state_dtype=bf16")
     for name, *overrides in (("fp32", "train.dtype=fp32"), ("bf16", *bf16)):
-        run_training(f"run.dir={tmp_path / name}", *overrides)
+        train_ranks(f"run.dir={tmp_path / name}", *overrides)
     for stop in (4, 8):
-        run_training(f"run.dir={tmp_path / 'cut'}", *bf16, f"train.stop_at={stop}")
+        train_ranks(f"run.dir={tmp_path / 'cut'}", *bf16, f"train.stop_at={stop}")
     assert losses(tmp_path / "cut") == losses(tmp_path / "bf16")
     assert final_hashes(tmp_path / "cut") == final_hashes(tmp_path / "bf16")
     assert losses(tmp_path / "bf16") == pytest.approx(losses(tmp_path / "fp32"), rel=5e-3)
@@ -143,18 +150,18 @@ def test_request_to_stop_saves_and_asks_to_be_requeued(
 
 
 def test_other_data_or_a_damaged_checkpoint_is_one_error_line(
-    tmp_path: Path, run_training: RunTraining
+    tmp_path: Path, train_ranks: TrainRanks
 ) -> None:
-    run_training("train.stop_at=3", ranks=1, launcher="python")
-    other = run_training("run.seed=5", ranks=1, launcher="python", code=2)
-    assert "error: " in other.stderr
-    assert "other data" in other.stderr
+    train_ranks("train.stop_at=3", ranks=1)
+    other = train_ranks("run.seed=5", ranks=1, code=2)
+    assert "error: " in other
+    assert "other data" in other
     file = tmp_path / "run/step-00000003/rank-00000.safetensors"
     content = bytearray(file.read_bytes())
     content[-3] ^= 4
     file.write_bytes(content)
-    damaged = run_training(ranks=1, launcher="python", code=2)
-    assert "no checkpoint is whole" in damaged.stderr
-    assert "Traceback" not in damaged.stderr
+    damaged = train_ranks(ranks=1, code=2)
+    assert "no checkpoint is whole" in damaged
+    assert "Traceback" not in damaged
     manifest = json.loads((tmp_path / "run/step-00000003/manifest.json").read_text())
     assert manifest["step"] == 3
