@@ -10,64 +10,23 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fold_parallel import Grid
-from tensorlm.checkpoint import select_checkpoint
 from tensorlm.config import load_config
 from tensorlm.evaluation.model import open_checkpoint_model
 from tensorlm.evaluation.results import read_report
 from tensorlm.evaluation.run import evaluate
 from tensorlm.evaluation.text import held_out_documents
-from tensorlm.hf.export_folder import export_checkpoint
-from tests.evaluation.solver import SPAN
+from tensorlm.model import Llama
+from tests.evaluation.solver import save, write_inputs
 from tests.tensorlm.launching import ROOT, TINY, launch_command, launch_environment
 
-SMALL = ["eval.near=64", "eval.depths=2", "eval.repeats=2"]
 
-
-def launch(*arguments: str, code: int = 0) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, "launcher/evaluate.py", *arguments]
-    result = subprocess.run(
-        command, cwd=ROOT, env=launch_environment(), capture_output=True, text=True, timeout=300
-    )
-    assert result.returncode == code, result.stdout + result.stderr
-    return result
-
-
-def test_checkpoint_and_exported_folder_have_one_report(solver: Path, tmp_path: Path) -> None:
-    config = load_config(solver)
-    run_dir = Path(config.run.dir)
-    settings = ["--config", str(solver), *SMALL]
-    tasks = ["--lengths", f"90,{SPAN}", "--tasks", "ppl,passkey"]
-    ours = launch(*settings, *tasks)
-    assert "Perplexity by length" in ours.stdout
-    folder = run_dir / "eval/step-00000000"
-    assert {"report.json", "report.md", "report.html", "passkey.png"} <= {
-        path.name for path in folder.iterdir()
-    }
-    events = EventAccumulator(str(run_dir / "tensorboard")).Reload()
-    assert f"eval/ppl/{SPAN}" in events.Tags()["scalars"]
-
-    checkpoint = select_checkpoint(run_dir, 0)
-    tokenizer = Path(config.data.path) / "tokenizer"
-    export_checkpoint(checkpoint, config, tmp_path / "hf", "fp32", tokenizer)
-    launch(*settings, *tasks, "--hf", str(tmp_path / "hf"), "--output", str(tmp_path / "report"))
-    checkpoint_report = read_report(folder / "report.json")
-    exported_report = read_report(tmp_path / "report/report.json")
-    assert exported_report.trained_length == checkpoint_report.trained_length == 96
-    for a, b in zip(checkpoint_report.perplexity, exported_report.perplexity, strict=True):
-        assert a.perplexity == pytest.approx(b.perplexity, rel=1e-5)
-    assert checkpoint_report.passkey == exported_report.passkey
-    assert checkpoint_report.passkey[-1].accuracy > 0
-
-    joint = launch(
-        "--compare", str(folder), str(tmp_path / "report"), "--output", str(tmp_path / "joint")
-    )
-    assert "run step 0" in joint.stdout
-    page = (tmp_path / "joint/report.html").read_text()
-    assert page.count("data:image/png;base64,") == 4
-
-
-def test_mistakes_are_one_line(solver: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-c", MISTAKES, str(solver), str(tmp_path)]
+def test_mistakes_are_one_line(tmp_path: Path) -> None:
+    path = write_inputs(tmp_path / "untrained")
+    config = load_config(path)
+    model = Llama(config.model)
+    model.init_weights(seed=0)
+    save(model, config)
+    command = [sys.executable, "-c", MISTAKES, str(path), str(tmp_path)]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     found = [line for line in result.stderr.splitlines() if line.startswith("error: ")]

@@ -18,7 +18,7 @@ from tensorlm.data.loader import open_rows
 from tensorlm.data.prepare import encode, find_files, read_documents
 from tensorlm.data.tokenizers import train_tokenizer
 from tensorlm.metrics import read_metrics
-from tests.tensorlm.launching import TINY, RunTraining, losses
+from tests.tensorlm.launching import TINY, RunTraining, TrainRanks, losses
 
 DATA = """[data]
 seq_len = 256
@@ -80,7 +80,7 @@ def mixed(tmp_path: Path, config: Path) -> Path:
 
 
 def test_three_sources_are_mixed_and_trained_on_in_stages(
-    tmp_path: Path, mixed: Path, run_training: RunTraining
+    tmp_path: Path, mixed: Path, run_training: RunTraining, train_ranks: TrainRanks
 ) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     shown = run_training(f"run.dir={whole}", ranks=1, launcher="python").stdout
@@ -89,8 +89,8 @@ def test_three_sources_are_mixed_and_trained_on_in_stages(
     assert "3 of 8 rows of 64 tokens, then 2 of 4 rows of 128 tokens, then 3 of 4" in shown
 
     # Stopped inside the first stage, it goes on across both borders on two ranks that share rows.
-    run_training(f"run.dir={broken}", "train.stop_at=2", ranks=1, launcher="python")
-    run_training(f"run.dir={broken}", "parallel.sp=2", ranks=2)
+    train_ranks(f"run.dir={broken}", "train.stop_at=2", ranks=1)
+    train_ranks(f"run.dir={broken}", "parallel.sp=2", ranks=2)
     assert losses(broken) == pytest.approx(losses(whole), rel=1e-5)
     records = read_metrics(whole)
     assert [r["data/seq_len"] for r in records] == [64] * 3 + [128] * 2 + [256] * 3
@@ -114,13 +114,12 @@ def test_three_sources_are_mixed_and_trained_on_in_stages(
 
 
 def test_a_flipped_bit_stops_training_before_it_starts(
-    tmp_path: Path, mixed: Path, run_training: RunTraining
+    tmp_path: Path, mixed: Path, train_ranks: TrainRanks
 ) -> None:
     tokens = tmp_path / "data/prose/train/shard-00000.tokens"
     content = bytearray(tokens.read_bytes())
     content[4321] ^= 2
     tokens.write_bytes(content)
-    result = run_training(ranks=1, launcher="python", code=2)
-    assert result.stderr.splitlines()[-1] == (
+    assert train_ranks(ranks=1, code=2).splitlines()[-1] == (
         f"error: {tokens}: checksum differs (restore the file, or prepare the data again)"
     )

@@ -32,7 +32,7 @@ from tests.tensorlm.hf_models import (
     relative_error,
     run_without_us,
 )
-from tests.tensorlm.launching import ROOT, RunTraining
+from tests.tensorlm.launching import ROOT, TrainRanks
 from tests.tensorlm.stand_in_hub import StandInHub
 
 LOAD = """
@@ -68,10 +68,10 @@ torch.save({"logits": logits, "cached": last.logits}, out)
 
 
 def test_exported_run_gives_our_logits_and_cached_tokens_without_this_project(
-    tmp_path: Path, config: Path, run_training: RunTraining, data: Path
+    tmp_path: Path, config: Path, train_ranks: TrainRanks, data: Path
 ) -> None:
     overrides = ("model.fold=[4,8]", "zero.stage=3")
-    run_training("train.steps=12", *overrides, ranks=2)
+    train_ranks("train.steps=12", *overrides, ranks=2)
     settings = load_config(config, list(overrides))
     checkpoint = select_checkpoint(tmp_path / "run", None)
     assert len(checkpoint.manifest["files"]) == 2

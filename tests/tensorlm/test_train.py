@@ -32,11 +32,11 @@ def final_hashes(run_dir: Path) -> list[str]:
 
 
 def test_run_killed_after_a_checkpoint_continues_bit_for_bit(
-    tmp_path: Path, config: Path, run_training: RunTraining
+    tmp_path: Path, config: Path, run_training: RunTraining, train_ranks: TrainRanks
 ) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     steps = "train.steps=60"
-    run_training(f"run.dir={whole}", steps, launcher="deepspeed")
+    train_ranks(f"run.dir={whole}", steps)
 
     command = [*launch_command("deepspeed", 2), "--config", str(config), f"run.dir={broken}"]
     with subprocess.Popen(

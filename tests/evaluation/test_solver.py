@@ -1,17 +1,25 @@
-"""The metrics tell a model that uses its context from the same model when it cannot."""
+"""The metrics tell a model that uses its context from the same model when it cannot, and are the
+same of its checkpoint and its exported folder.
+"""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fold_parallel import Grid
+from tensorlm.checkpoint import select_checkpoint
 from tensorlm.config import Config, load_config
 from tensorlm.evaluation.model import EvaluatedModel, open_checkpoint_model
-from tensorlm.evaluation.results import Report
+from tensorlm.evaluation.results import Report, read_report
 from tensorlm.evaluation.run import evaluate
 from tensorlm.evaluation.text import held_out_documents
+from tensorlm.hf.export_folder import export_checkpoint
 from tests.evaluation.solver import SPAN
+from tests.tensorlm.launching import ROOT, launch_environment
 
 SETTINGS = [
     'eval.tasks=["ppl","passkey"]',
@@ -20,6 +28,18 @@ SETTINGS = [
     "eval.depths=5",
     "eval.repeats=4",
 ]
+
+
+SMALL = ["eval.near=64", "eval.depths=2", "eval.repeats=2"]
+
+
+def launch(*arguments: str, code: int = 0) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "launcher/evaluate.py", *arguments]
+    result = subprocess.run(
+        command, cwd=ROOT, env=launch_environment(), capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == code, result.stdout + result.stderr
+    return result
 
 
 def measure(config: Config, model: EvaluatedModel) -> Report:
@@ -109,3 +129,37 @@ def test_needles_and_ruler_are_scored_where_they_fit(config: Config, model: Eval
     (note,) = report.notes
     assert note == "at 64 tokens there is no room for a prompt of: niah, niah_single_1, fwe"
     assert len(report.examples) == 2 + 4
+
+
+def test_checkpoint_and_exported_folder_have_one_report(solver: Path, tmp_path: Path) -> None:
+    config = load_config(solver)
+    run_dir = Path(config.run.dir)
+    settings = ["--config", str(solver), *SMALL]
+    tasks = ["--lengths", f"90,{SPAN}", "--tasks", "ppl,passkey"]
+    ours = launch(*settings, *tasks)
+    assert "Perplexity by length" in ours.stdout
+    folder = run_dir / "eval/step-00000000"
+    assert {"report.json", "report.md", "report.html", "passkey.png"} <= {
+        path.name for path in folder.iterdir()
+    }
+    events = EventAccumulator(str(run_dir / "tensorboard")).Reload()
+    assert f"eval/ppl/{SPAN}" in events.Tags()["scalars"]
+
+    checkpoint = select_checkpoint(run_dir, 0)
+    tokenizer = Path(config.data.path) / "tokenizer"
+    export_checkpoint(checkpoint, config, tmp_path / "hf", "fp32", tokenizer)
+    launch(*settings, *tasks, "--hf", str(tmp_path / "hf"), "--output", str(tmp_path / "report"))
+    checkpoint_report = read_report(folder / "report.json")
+    exported_report = read_report(tmp_path / "report/report.json")
+    assert exported_report.trained_length == checkpoint_report.trained_length == 96
+    for a, b in zip(checkpoint_report.perplexity, exported_report.perplexity, strict=True):
+        assert a.perplexity == pytest.approx(b.perplexity, rel=1e-5)
+    assert checkpoint_report.passkey == exported_report.passkey
+    assert checkpoint_report.passkey[-1].accuracy > 0
+
+    joint = launch(
+        "--compare", str(folder), str(tmp_path / "report"), "--output", str(tmp_path / "joint")
+    )
+    assert "run step 0" in joint.stdout
+    page = (tmp_path / "joint/report.html").read_text()
+    assert page.count("data:image/png;base64,") == 4
