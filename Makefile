@@ -41,8 +41,10 @@ check: .venv/.installed-dev ## lint, format and types
 
 .PHONY: test
 test: check ## the whole suite, on the CPU
+	@# One worker more than cores: many tests wait for processes that they have started.
 	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest \
-	  -m 'not gpu and not multi_gpu and not faults' -n auto --dist loadfile --no-loadscope-reorder
+	  -m 'not gpu and not multi_gpu and not faults' -n $$(($$(nproc) + 1)) \
+	  --dist loadfile --no-loadscope-reorder
 
 .PHONY: test-faults
 test-faults: .venv/.installed-dev ## the long tier of fault injection (docs/reliability.md; hours)

@@ -147,7 +147,10 @@ def hop_backward_key_kernel(
         head = key_head * G + group
         if V == H:
             vector_v = per_value + token * V + head
-            b_v = load_tile(values, vector_v * E, exists, E, BLOCK_E)
+            if BULK:
+                b_v = values.load([row_zero + begin, head * E])
+            else:
+                b_v = load_tile(values, vector_v * E, exists, E, BLOCK_E)
             acc_v = tl.zeros([BLOCK_N, BLOCK_E], tl.float32)
         for part in tl.static_range(3):
             if part == 0:

@@ -39,7 +39,9 @@ class Limits:
         try:
             yield
         except AloneError:
-            raise UserError(self._problem(what, length, f" of rank {dist.get_rank()} alone")) from None
+            raise UserError(
+                self._problem(what, length, f" of rank {dist.get_rank()} alone")
+            ) from None
         except DoesNotFitError:
             problem = self._problem(what, length)
             if problem not in self.problems:

@@ -109,14 +109,15 @@ def table(num_tokens: int, dim: int) -> Rotary:
 # The operator at sizes that the interpreter can run.
 
 
-@pytest.mark.parametrize("kind", ["one", "many", "single"])
-@pytest.mark.parametrize("num_tokens", [1, 33, 70])
+@pytest.mark.parametrize(
+    ("num_tokens", "kind"), [(1, "one"), (33, "one"), (33, "many"), (33, "single"), (70, "many")]
+)
 @pytest.mark.parametrize("fold", [[], [16], [8, 3], [2, 3, 5], [64]])
 def test_output_and_gradients(fold: list[int], num_tokens: int, kind: str) -> None:
     # The group size, the dtype, the batch, the rotary table and the head size cycle over the grid.
     cycle = len(fold) + num_tokens + len(kind)
     key_heads, dtype = (4, 1, 2)[cycle % 3], (torch.float32, torch.float16)[cycle % 2]
-    dim, batch = (16, 20)[cycle // 2 % 2], 2 if num_tokens == 33 else 1
+    dim, batch = (16, 20)[cycle // 2 % 2], 2 if kind == "single" else 1
     check_operator(
         case(num_tokens, 4, key_heads, dim, fold, batch), dtype,
         table(num_tokens, dim) if cycle % 4 else None,
@@ -126,6 +127,11 @@ def test_output_and_gradients(fold: list[int], num_tokens: int, kind: str) -> No
 
 def test_eight_query_heads_of_one_key_head() -> None:
     check_operator(case(40, 8, 1, 16, [4, 3]), torch.float32, table(40, 16), fold=[4, 3])
+
+
+@pytest.mark.parametrize("fold", [[], [100]])
+def test_as_many_key_heads_as_query_heads_and_a_long_window(fold: list[int]) -> None:
+    check_operator(case(120, 2, 2, 16, fold), torch.float32, table(120, 16), fold=fold)
 
 
 def test_window_so_long_that_keys_are_rotated_first() -> None:
@@ -178,6 +184,14 @@ def test_real_sizes(fold: list[int], dtype: torch.dtype, dim: int) -> None:
         case(num_tokens, 8, 2, dim, fold), dtype, table(num_tokens, dim), fold=fold,
         doc_start=documents("one" if dim % 64 else "many", num_tokens),
     )  # fmt: skip
+
+
+@pytest.mark.gpu
+@needs_cuda
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("fold", [[], [16, 8], [512]])
+def test_as_many_key_heads_as_query_heads(fold: list[int], dim: int) -> None:
+    check_operator(case(2041, 4, 4, dim, fold), torch.bfloat16, table(2041, dim), fold=fold)
 
 
 @pytest.mark.gpu
