@@ -1,5 +1,6 @@
 """Floating-point operations of the model, counted from its real folds and documents."""
 
+import functools
 import time
 
 import torch
@@ -93,6 +94,7 @@ def peak_flops(device: torch.device) -> float:
     return _measured_flops(device)
 
 
+@functools.cache
 def _measured_flops(device: torch.device, size: int = 1024, repeats: int = 5) -> float:
     """Best of a few float32 matrix products: a fair ceiling where no data sheet applies."""
     a = torch.randn(size, size, device=device)

@@ -34,6 +34,7 @@ _LATE_IMPORTS = (
     "setuptools",
     "torch._inductor.compile_fx",
     "torch.utils.tensorboard",
+    "deepspeed.module_inject.auto_ep_layer",
     "deepspeed.runtime.zero.muon.original_muon",
 )
 

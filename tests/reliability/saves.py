@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from tensorlm.checkpoint import Checkpoint, Saver, newest_checkpoint
 from tensorlm.config import Config
@@ -38,6 +39,7 @@ def save_all(config: Config, launch: LaunchEnv, stop: StopRequest) -> int:
     """
     note = Path(config.run.dir).with_name(f"acknowledged-{launch.rank}")
     save_steps(config, launch, lambda step: note.write_text(str(step)))
+    dist.barrier()  # where nothing was left to be saved, others may still be connecting
     return 0
 
 
