@@ -129,6 +129,7 @@ def test_ctrl_c_is_one_line_and_leaves_no_process(
     with subprocess.Popen(
         command, cwd=ROOT, env=launch_environment(), stderr=subprocess.PIPE, text=True,
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # it may be ignored
     ) as process:  # fmt: skip
         deadline = time.monotonic() + 100
         while not (output / "train/shard-00000.json").exists():
