@@ -28,17 +28,15 @@ SETTINGS = [
     "eval.depths=5",
     "eval.repeats=4",
 ]
-
-
 SMALL = ["eval.near=64", "eval.depths=2", "eval.repeats=2"]
 
 
-def launch(*arguments: str, code: int = 0) -> "subprocess.CompletedProcess[str]":
+def launch(*arguments: str) -> "subprocess.CompletedProcess[str]":
     command = [sys.executable, "launcher/evaluate.py", *arguments]
     result = subprocess.run(
         command, cwd=ROOT, env=launch_environment(), capture_output=True, text=True, timeout=300
     )
-    assert result.returncode == code, result.stdout + result.stderr
+    assert result.returncode == 0, result.stdout + result.stderr
     return result
 
 
