@@ -181,11 +181,14 @@ class Cluster:
     def kill_node(self, node: str) -> None:
         """A node loses power: its daemon and all that it runs are gone, and Slurm notices."""
         self._daemons.pop(node).kill()
-        for process in self._processes_on(node):
-            with suppress(psutil.Error):
-                for doomed in (process.parent(), process):
-                    if doomed and (doomed == process or doomed.name() == "slurmstepd"):
-                        doomed.kill()
+        # What was just being started shows up a moment later: a second without anything is the end.
+        quiet_since = time.monotonic()
+        while time.monotonic() < quiet_since + 1:
+            for process in (*self._managers_on(node), *self._processes_on(node)):
+                quiet_since = time.monotonic()
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
+            time.sleep(0.05)
         # Slurm would find out by itself after SlurmdTimeout.
         self.run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=power")
 
@@ -199,6 +202,18 @@ class Cluster:
         for process in (*launchers, *self.ranks()):
             with suppress(psutil.NoSuchProcess):
                 process.kill()
+
+    def _managers_on(self, node: str) -> list[psutil.Process]:
+        """The slurmstepds of a node, which clear their environment: their sockets tell whose."""
+        found = []
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                if process.name() == "slurmstepd" and any(
+                    str(end.laddr).startswith(f"{self.folder}/spool-{node}/")
+                    for end in process.net_connections(kind="unix")
+                ):
+                    found.append(process)
+        return found
 
     def _processes_on(self, node: str) -> list[psutil.Process]:
         return [p for p in self.processes() if _variable(p, "SLURMD_NODENAME") == node]
@@ -225,8 +240,8 @@ class Cluster:
             )  # fmt: skip
 
     def _logs(self) -> str:
-        """The ends of the daemons' logs, for a failed test."""
-        ends = []
+        """What is alive and the ends of the daemons' logs, for a failed test."""
+        ends = ["--- alive", *self.leftovers()]
         for path in sorted(self.folder.glob("*.log")):
             lines = path.read_text(errors="replace").splitlines()[-15:]
             ends += [f"--- {path.name}", *lines]
