@@ -29,8 +29,9 @@ def tiled_swiglu(
     Returns:
         [..., C] in the dtype of x.
     """
-    inputs = _KeepInputs.apply(x, gate, up, down).grad_fn
-    return _TiledSwiGLU.apply(x, gate, up, down, chunk, multiply, inputs)
+    kept = _KeepInputs.apply(x, gate, up, down)
+    # In a tuple, autograd does not see it, and has no gradient for it to compute.
+    return _TiledSwiGLU.apply(x, gate, up, down, chunk, multiply, (kept,))
 
 
 class _KeepInputs(torch.autograd.Function):
@@ -54,9 +55,10 @@ class _TiledSwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, gate: Tensor, up: Tensor, down: Tensor, chunk: int,
-        multiply: Multiply, inputs: Any,
+        multiply: Multiply, kept: tuple[Tensor],
     ) -> Tensor:  # fmt: skip
-        ctx.inputs, ctx.chunk, ctx.multiply = inputs, chunk, multiply
+        # The tensor, not its grad_fn alone: before torch 2.13 that does not keep what it saved.
+        ctx.kept, ctx.chunk, ctx.multiply = kept[0], chunk, multiply
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
         tiles = (tensor.flatten(0, -2).split(chunk) for tensor in (x, out))
         for part, target in zip(*tiles, strict=True):
@@ -66,7 +68,7 @@ class _TiledSwiGLU(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        x, *weights = ctx.inputs.saved_tensors
+        x, *weights = ctx.kept.grad_fn.saved_tensors
         dx = torch.empty_like(x, memory_format=torch.contiguous_format)
         wide = torch.promote_types(x.dtype, torch.float32)
         sums = [torch.zeros_like(weight, dtype=wide) for weight in weights]

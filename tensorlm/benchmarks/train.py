@@ -133,8 +133,8 @@ def build(config: Config, method: str, longest: int, device: torch.device) -> nn
         return theirs.train()
     shape_of = config.model if method == "tensorized" else full_attention(config.model)
     settings = config.train.model_copy(update={"activation_checkpointing": True})
+    # Weights are what PyTorch begins with: `init_weights` of billions takes the CPU a minute.
     model = create_llama(shape_of, settings, Grid(), device)
-    model.init_weights(config.run.seed)
     if method == "full":
         for block in model.layers:
             assert isinstance(block, Block)

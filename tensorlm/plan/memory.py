@@ -73,9 +73,10 @@ def gpu_memory(job: Job, operators: dict[Fold, OperatorMemory] | None = None) ->
         _embedding(job),
         _update(job),
     ]
-    first = _first_reduction(job)
-    if first < layers:
-        phases.append(_block(job, operators, layers - first, job.limits.reduce_bucket))
+    done = _blocks_before_reductions(job)
+    # From one to the next, gradients grow and saved activations shrink: an end is the largest.
+    for blocks in sorted({*done[:1], *done[-1:]}):
+        phases.append(_block(job, operators, layers - blocks, job.limits.reduce_bucket))
     return GpuMemory(tuple(phases), job.gpus)
 
 
@@ -181,9 +182,12 @@ def _update(job: Job) -> Phase:
     return Phase("update", parts | {"update_workspace": state.update_workspace(job)})
 
 
-def _first_reduction(job: Job) -> int:
-    """Blocks whose gradients fill the bucket, so that it is emptied in the next one's backward."""
+def _blocks_before_reductions(job: Job) -> list[int]:
+    """How many blocks are done when one's gradients no longer fit the bucket, which is reduced."""
     if job.zero < 2:
-        return len(job.folds)
+        return []
     head = 0 if job.table > job.limits.reduce_bucket else job.table
-    return (job.limits.reduce_bucket - head) // job.block
+    room = range(
+        job.limits.reduce_bucket - head, len(job.folds) * job.block, job.limits.reduce_bucket
+    )
+    return [elements // job.block for elements in room]
