@@ -2,12 +2,17 @@
 
 import contextlib
 import sys
+import threading
 from collections.abc import Callable, Iterator
 
 from tqdm import tqdm
 
 # Bars of bytes do not show for work that is done sooner.
 DELAY_SECONDS = 2.0
+
+# By default all processes that come from one share a semaphore, and one that is killed while it
+# holds it stops the bars, and so the work, of all others. Bars here are of one process each.
+tqdm.set_lock(threading.RLock())
 
 
 def progress_bar(
