@@ -162,6 +162,7 @@ def _time_step(
             else:
                 loss = model(tokens, None, tokens) / length
             loss.backward()
+            del loss  # and with it the graph, whose buffers the next step takes over
             model.zero_grad()
             if device.type == "cuda":
                 torch.cuda.synchronize()

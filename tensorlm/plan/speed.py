@@ -1,7 +1,7 @@
 """Time of one optimizer step: operations and bytes over what a GPU and its links reach.
 
-The rates are in `gpus.py`. Nothing here is measured for a whole step; what overlaps is said beside
-each part. In seconds per rank.
+The rates are in `gpus.py`; what overlaps is said beside each part. In seconds per rank, and next to
+those of real steps in docs/planning.md.
 """
 
 from dataclasses import dataclass
