@@ -97,9 +97,10 @@ class PackedRows:
         self.mix = Mix(weights, num_rows)
         sizes = [stage.num_rows or 0 for stage in stages]
         self._stage_first = list(itertools.accumulate(sizes[:-1], initial=0))
-        self.sources = []
+        self.sources, self._before_stage = [], []  # rows of each source before each stage
         for source, corpus in enumerate(corpora):
             counts = [self.mix.count(source, first) for first in self._stage_first]
+            self._before_stage.append(counts)
             own = [b - a for a, b in itertools.pairwise(counts)]
             wanted = [(s.seq_len, n) for s, n in zip(stages, [*own, None], strict=True)]
             self.sources.append(SourceRows(corpus.lengths, wanted, packing, seed))
@@ -183,8 +184,7 @@ class PackedRows:
 
     def _row_of_source(self, source: int, index: int, stage: int) -> int:
         """How many rows of a source the stage has before global row `index`."""
-        count = self.mix.count
-        return count(source, index) - count(source, self._stage_first[stage])
+        return self.mix.count(source, index) - self._before_stage[source][stage]
 
     def _locate(self, index: int) -> tuple[int, RowPlan, int]:
         stage, source = self._stage(index), self.mix.source(index)
@@ -238,8 +238,15 @@ def _digest(index: int, first: int, tokens: NDArray[np.int64], doc_start: NDArra
     """Sum over tokens of (token, document start) times words that place and row determine."""
     words = _words(first + len(tokens))[:, first:]
     place = int(words[0] @ tokens.view(np.uint64)) + int(words[1] @ doc_start.astype(np.uint64))
-    row = int(np.random.SeedSequence(index).generate_state(1, np.uint64)[0]) | 1
-    return place * row & _WORD
+    return place * (_mixed(index) | 1) & _WORD
+
+
+def _mixed(number: int) -> int:
+    """SplitMix64 (Steele, Lea, Flood 2014): neighbours get words that have nothing in common."""
+    word = (number + 1) * 0x9E3779B97F4A7C15 & _WORD
+    word = (word ^ word >> 30) * 0xBF58476D1CE4E5B9 & _WORD
+    word = (word ^ word >> 27) * 0x94D049BB133111EB & _WORD
+    return word ^ word >> 31
 
 
 @cache
