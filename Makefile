@@ -52,7 +52,9 @@ test-faults: .venv/.installed-dev ## the long tier of fault injection (docs/reli
 
 .PHONY: test-gpu
 test-gpu: .venv/.installed-dev ## the tests that need a GPU
-	$(BIN)/python -m pytest -m 'gpu or multi_gpu'
+	@# Most of their time goes into compiling kernels.
+	$(BIN)/python -m pytest -m gpu -n 8
+	$(BIN)/python -m pytest -m multi_gpu
 
 .PHONY: clean
 clean: ## remove what make demo made
