@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -145,14 +146,14 @@ class PackedRows:
         """The slice `tokens` of the global rows `indices`, all of one stage; only it is read."""
         first, stop, _ = tokens.indices(self.seq_len(indices[0]))
         shape = (len(indices), stop - first)
-        ids = torch.empty(shape, dtype=torch.int64, pin_memory=pin)
-        labels = torch.empty(shape, dtype=torch.int64, pin_memory=pin)
-        doc_start = torch.empty(shape, dtype=torch.int32, pin_memory=pin)
+        # Plain memory is made faster by NumPy than by PyTorch.
+        columns: list[NDArray[Any]] = [np.empty(shape, d) for d in (np.int64, np.int64, np.int32)]
         digest = 0
-        columns = (ids.numpy(), labels.numpy(), doc_start.numpy())
         for index, *row in zip(indices, *columns, strict=True):
             self._fill(index, first, *row)
             digest += _digest(index, first, row[0], row[2])
+        tensors = map(torch.from_numpy, columns)
+        ids, labels, doc_start = (x.pin_memory() if pin else x for x in tensors)
         return Batch(ids, labels, doc_start, first, digest & _WORD)
 
     def micro_batches(

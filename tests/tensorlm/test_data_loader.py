@@ -214,19 +214,21 @@ def test_the_next_step_is_read_while_this_one_computes(tmp_path: Path, pin: bool
     assert watched.pins == {pin}
 
 
-def test_pinned_batches_are_allocated_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batches_are_pinned_where_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = open_rows(run_config(tmp_path), "train", verify=False)
-    allocate, pinned = torch.empty, []
+    pinned = []
 
-    def empty(*shape: Any, pin_memory: bool, **options: Any) -> torch.Tensor:
-        pinned.append(pin_memory)
-        return allocate(*shape, **options)
+    def pin_memory(tensor: torch.Tensor) -> torch.Tensor:  # needs a GPU
+        pinned.append(tensor.dtype)
+        return tensor.clone()
 
-    monkeypatch.setattr(torch, "empty", empty)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
+    plain = rows.batch(range(1))
+    assert pinned == []
     (batch,) = rows.micro_batches(0, 1, 1, pin=True)
-    assert pinned == [True] * 3
-    assert torch.equal(batch.tokens, rows.batch(range(1)).tokens)
-    assert pinned == [True] * 3 + [False] * 3
+    assert pinned == [torch.int64, torch.int64, torch.int32]
+    for name in ("tokens", "labels", "doc_start"):
+        assert torch.equal(getattr(batch, name), getattr(plain, name))
 
 
 @pytest.mark.gpu
