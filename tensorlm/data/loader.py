@@ -98,10 +98,9 @@ class PackedRows:
         self.mix = Mix(weights, num_rows)
         sizes = [stage.num_rows or 0 for stage in stages]
         self._stage_first = list(itertools.accumulate(sizes[:-1], initial=0))
-        self.sources, self._before_stage = [], []  # rows of each source before each stage
+        self.sources = []
         for source, corpus in enumerate(corpora):
             counts = [self.mix.count(source, first) for first in self._stage_first]
-            self._before_stage.append(counts)
             own = [b - a for a, b in itertools.pairwise(counts)]
             wanted = [(s.seq_len, n) for s, n in zip(stages, [*own, None], strict=True)]
             self.sources.append(SourceRows(corpus.lengths, wanted, packing, seed))
@@ -146,14 +145,13 @@ class PackedRows:
         """The slice `tokens` of the global rows `indices`, all of one stage; only it is read."""
         first, stop, _ = tokens.indices(self.seq_len(indices[0]))
         shape = (len(indices), stop - first)
-        # Plain memory is made faster by NumPy than by PyTorch.
-        columns: list[NDArray[Any]] = [np.empty(shape, d) for d in (np.int64, np.int64, np.int32)]
+        (ids, a), (labels, b), (doc_start, c) = (
+            _new(shape, dtype, pin) for dtype in (torch.int64, torch.int64, torch.int32)
+        )
         digest = 0
-        for index, *row in zip(indices, *columns, strict=True):
+        for index, *row in zip(indices, a, b, c, strict=True):
             self._fill(index, first, *row)
             digest += _digest(index, first, row[0], row[2])
-        tensors = map(torch.from_numpy, columns)
-        ids, labels, doc_start = (x.pin_memory() if pin else x for x in tensors)
         return Batch(ids, labels, doc_start, first, digest & _WORD)
 
     def micro_batches(
@@ -185,7 +183,8 @@ class PackedRows:
 
     def _row_of_source(self, source: int, index: int, stage: int) -> int:
         """How many rows of a source the stage has before global row `index`."""
-        return self.mix.count(source, index) - self._before_stage[source][stage]
+        count = self.mix.count
+        return count(source, index) - count(source, self._stage_first[stage])
 
     def _locate(self, index: int) -> tuple[int, RowPlan, int]:
         stage, source = self._stage(index), self.mix.source(index)
@@ -233,6 +232,15 @@ class PackedRows:
         padding = max(end - first, 0)
         tokens[padding:], labels[padding:] = 0, IGNORED
         doc_start[padding:] = np.arange(first + padding, stop)
+
+
+def _new(shape: tuple[int, int], dtype: torch.dtype, pin: bool) -> tuple[Tensor, NDArray[Any]]:
+    """A tensor to fill, and its memory, which NumPy makes faster than PyTorch where it is plain."""
+    if pin:
+        tensor = torch.empty(shape, dtype=dtype, pin_memory=True)
+        return tensor, tensor.numpy()
+    array = np.empty(shape, np.int32 if dtype == torch.int32 else np.int64)
+    return torch.from_numpy(array), array
 
 
 def _digest(index: int, first: int, tokens: NDArray[np.int64], doc_start: NDArray[np.int32]) -> int:

@@ -17,6 +17,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from tensorlm.errors import UserError
+from tensorlm.progress import progress_bar
 
 from .begun import Settings, begin
 from .inputs import Part, find_files, read_documents, read_part
@@ -108,9 +109,7 @@ def _progress_bar(jobs: list[ShardJob], is_shown: bool) -> Iterator[Callable[[li
     """Yields what shows (documents, tokens, bytes) done so far, with rates and the time left."""
     total = sum(part.num_bytes for job in jobs for part in job.parts)
     started = time.monotonic()
-    with tqdm(
-        total=total, unit="B", unit_scale=True, desc="encode", disable=not (is_shown and jobs)
-    ) as bar:
+    with progress_bar(total, "B", "encode", is_shown=is_shown and bool(jobs)) as bar:
 
         def report(counts: list[int]) -> None:
             documents, tokens, num_bytes = counts

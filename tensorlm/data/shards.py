@@ -20,10 +20,10 @@ from typing import Any, Final, Literal
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, ValidationError
-from tqdm import tqdm
 
 from tensorlm.config import Section
 from tensorlm.errors import UserError
+from tensorlm.progress import byte_bar
 
 FORMAT: Final = "tensorlm-shard"
 VERSION: Final = 2
@@ -206,12 +206,12 @@ def verify_shards(folder: str | Path) -> list[str]:
     ]
     total = sum(entry.bytes for _, entry in entries)
     with (
-        tqdm(total=total, unit="B", unit_scale=True, desc=f"verify {folder}", delay=2) as bar,
+        byte_bar(total, f"verify {folder}") as advance,
         ThreadPoolExecutor(_HASH_THREADS) as threads,
     ):
         bad = []
         for file, entry, digest in threads.map(_digest, entries):
-            bar.update(entry.bytes)
+            advance(entry.bytes)
             if digest != entry.sha256:
                 bad.append(f"{file}: checksum differs ({_REPAIR})")
     return bad

@@ -39,9 +39,9 @@ MODEL_FILES = ("configuration_tensorlm.py", "cache_tensorlm.py", "modeling_tenso
 OPERATOR_FILES = ("fold.py", "blocked.py", "cached.py")
 
 # Unread rows in front of each new query from which on gathering what the query visits is faster
-# than the kernel: measured on a CPU, and on a GPU where 65,536 queries of a prompt took 1 s to
-# gather and 131,072 rows take the kernel 5 ms.
-_GATHER_FROM = {"cpu": 4, "cuda": 256}
+# than the kernel. Measured on a CPU; for GPUs an estimate, from 65,536 queries that took about a
+# second to gather where a hop of 131,072 rows takes the kernel 2 ms.
+_GATHER_FROM, _GATHER_FROM_ON_GPU = 4, 256
 
 # Queries whose mask exists at one time, in full-attention layers of padded batches.
 _QUERY_CHUNK = 1024
@@ -175,7 +175,7 @@ def _hop_new(
     num_tokens, num_new = k.shape[1], q.shape[1]
     first = max(0, num_tokens - num_new - (axis.length - 1) * axis.stride)
     pad = num_tokens - num_new - first
-    if pad > num_new * _GATHER_FROM.get(q.device.type, 4):
+    if pad > num_new * (_GATHER_FROM_ON_GPU if q.is_cuda else _GATHER_FROM):
         return hop_cached(
             q, k, values, stride=axis.stride, length=axis.length, reach=reach, bias=bias,
             state=state, rotary=rotary, scale=scale,

@@ -131,7 +131,7 @@ def test_operations_of_one_process(tiny: TinyRuns, fault: str | int, every: int)
 
 
 def test_operations_of_two_ranks(tiny: TinyRuns) -> None:
-    assert sweep_operations(tiny("run"), 2, ("kill", errno.ENOSPC), every=16) >= 10
+    assert sweep_operations(tiny("run"), 2, ("kill", errno.ENOSPC), every=12) >= 10
 
 
 def test_short_writes_are_completed(tiny: TinyRuns) -> None:

@@ -133,7 +133,7 @@ def test_job_disturbed_under_every_launcher_ends_like_an_undisturbed_one(
 def test_job_that_restarts_without_progress_stays_down(site: Site, tmp_path: Path) -> None:
     site.set_site("export LAUNCHER=srun", "MAX_RESTARTS=1")
     job = site.train(tmp_path / "run", "train.steps=100000", "checkpoint.every=100000")
-    # Slurm forgets to end a rank of node2 that it is just starting.
+    # Slurm may miss a rank of node2 that it is just starting.
     site.cluster.wait_until(lambda: len(site.cluster.ranks()) == 2, "both ranks")
     # The node of the job's script and of rank 0: nobody is left who could save.
     site.cluster.kill_node("node1")
