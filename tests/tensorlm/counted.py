@@ -247,7 +247,9 @@ def _engine(job: Job, device: torch.device, trains: bool) -> dict[str, int]:
                 del loss, tokens
             counts["backward"] = memory.peak
             gc.collect()  # graphs of recomputed blocks may be cycles
-            time.sleep(0.2)  # gloo's threads hold what they have reduced for a moment longer
+            # gloo's threads hold what they have reduced for a moment longer: on a loaded machine
+            # 0.2 s were not always enough.
+            time.sleep(1.0)
             memory.restart()
             norm = engine.step(1e-3)
             assert norm == norm, "the update was skipped"
