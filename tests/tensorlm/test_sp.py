@@ -107,7 +107,8 @@ def test_loss_and_every_gradient_equal_those_of_one_rank(
     world_size: int, backend: str, name: str
 ) -> None:
     ours = sharded(world_size, backend)[name, torch.float64]
-    expected = run_model(name, torch.float64, Grid(), torch.device("cpu"))
+    # On the same device: the rotary table is float32, and a GPU rounds its cosines otherwise.
+    expected = sharded(1, backend)[name, torch.float64]
     assert ours.keys() == expected.keys()
     assert sum(key.startswith("d ") for key in ours) == len(list(build(name, Grid()).parameters()))
     for key, x in expected.items():
@@ -198,9 +199,11 @@ def test_peak_activation_memory_falls_with_the_number_of_ranks(
 ) -> None:
     (alone,) = peaks(1, backend)
     # On top come the inner row in front of each shard (3 % of the row on 8 ranks), the rotary table
-    # of the whole row (3 % too), and what a swap sends and receives.
+    # of the whole row (3 % too), and what a swap sends and receives. The kernels make so little else
+    # that q, k and z in columns, float32, show too: 2 x 4 + 2 heads of 16.
+    columns = 4 * (2 * 4 + 2) * 16 * LONG / world_size if backend == "nccl" else 0
     for peak in peaks(world_size, backend):
-        assert alone / world_size < peak <= 1.1 * alone / world_size
+        assert alone / world_size < peak <= 1.1 * alone / world_size + columns
 
 
 class CountedTokens:

@@ -141,7 +141,7 @@ def evaluate_rank(config: Config, output: Path) -> None:
 def test_ranks_that_share_windows_write_the_report_of_one_rank(
     tmp_path: Path, world_size: int, backend: str, trained: Trained
 ) -> None:
-    path = Path(f"{trained(4, 'gloo')}.toml")
+    path = Path(f"{trained(world_size, backend)}.toml")
     shared = load_config(path, [*OVERRIDES, *EVAL, f"parallel.sp={world_size}"])
     run_distributed(evaluate_rank, world_size, shared, tmp_path / "eval", backend=backend)
     check_report(read_report(tmp_path / "eval/report.json"), path)
