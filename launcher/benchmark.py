@@ -111,10 +111,11 @@ def add_sp(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every number")
     parser.add_argument("--only-project", action="store_true", help="measure nothing")
     parser.add_argument("--gpus-per-node", type=int, default=8, help="assumed by the projection,")
-    parser.add_argument("--nvlink", type=float, default=360, help="GB/s of a GPU inside a node,")
+    parser.add_argument("--nvlink", type=float, default=120, help="GB/s of a GPU inside a node,")
     parser.add_argument("--network", type=float, default=40, help="GB/s of a GPU between nodes,")
     parser.add_argument("--latency", type=float, default=2, help="microseconds a message,")
-    parser.add_argument("--tflops", type=float, default=400, help="and what a GPU computes")
+    parser.add_argument("--tflops", type=float, default=570, help="what a GPU computes,")
+    parser.add_argument("--overlap", type=float, default=0.2, help="share of hop 1 that hides")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     parser.set_defaults(run=sp)
 
@@ -124,6 +125,8 @@ def sp(args: argparse.Namespace) -> int:
     for name in ("repeats", "gpus_per_node", "nvlink", "network", "latency", "tflops"):
         if getattr(args, name) <= 0:
             raise UserError(f"--{name.replace('_', '-')}: must be positive")
+    if not 0 <= args.overlap <= 1:
+        raise UserError("--overlap: must be from 0 to 1")
     if not args.only_project:
         config.check_ranks(launch.world_size)
 
@@ -132,7 +135,7 @@ def sp(args: argparse.Namespace) -> int:
 
     machine = Machine(
         args.gpus_per_node, args.nvlink * 1e9, args.network * 1e9, args.latency * 1e-6,
-        args.tflops * 1e12,
+        args.tflops * 1e12, args.overlap,
     )  # fmt: skip
     cost = None if args.only_project else bench.measure(config, launch, args.repeats)
     if launch.rank == 0:

@@ -243,14 +243,20 @@ def format_table(rows: Sequence[Measurement], ceilings: Ceilings) -> str:
 
 
 def plot(rows: Sequence[Measurement], path: str) -> None:
-    """Forward time against length, one line per method, both axes logarithmic (PNG)."""
+    """Time against length, one line per method, all axes logarithmic (PNG)."""
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(7, 5))
-    for name in dict.fromkeys(r.method for r in rows):
-        points = sorted((r.length, r.forward_ms) for r in rows if r.method == name)
-        axes.plot(*zip(*points, strict=True), marker="o", label=name)
-    axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="forward time in ms")
-    axes.legend()
-    axes.grid(alpha=0.3)
+    figure, panels = plt.subplots(1, 2, figsize=(11, 4.5), sharey=True)
+    for axes, title in zip(panels, ("forward", "forward and backward"), strict=True):
+        for name in dict.fromkeys(r.method for r in rows):
+            measured = sorted((r for r in rows if r.method == name), key=lambda r: r.length)
+            times = [r.forward_ms if title == "forward" else r.both_ms for r in measured]
+            axes.plot([r.length for r in measured], times, marker="o", label=name)
+        axes.set(yscale="log", xlabel="tokens", title=title)
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(lambda tokens, _: f"{tokens / 1024:g}k")
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("milliseconds")
+    panels[0].legend()
     figure.savefig(path, dpi=120, bbox_inches="tight")
+    plt.close(figure)

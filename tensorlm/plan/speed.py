@@ -24,6 +24,7 @@ from .gpus import (
     HOST_BANDWIDTH,
     LINK_SHARE,
     MATMUL_SHARE,
+    SWAP_SHARE,
     Gpu,
 )
 from .job import FP32, Job
@@ -170,7 +171,7 @@ def _row_exchange(job: Job, gpu: Gpu) -> float:
     if job.sp == 1:
         return 0.0
     machine = Machine(
-        gpu.per_node, gpu.nvlink * LINK_SHARE, gpu.network * LINK_SHARE,
+        gpu.per_node, gpu.nvlink * SWAP_SHARE, gpu.network * LINK_SHARE,
         flops=gpu.flops * FOLDED_SHARE[0],
     )  # fmt: skip
     data = job.config.data.model_copy(update={"seq_len": job.stage.seq_len})
