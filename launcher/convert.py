@@ -45,9 +45,10 @@ def export(args: argparse.Namespace, config: Config) -> int:
     from tensorlm.checkpoint import check_model, select_checkpoint
     from tensorlm.data.tokenizers import check_tokenizer
     from tensorlm.hf import hub
-    from tensorlm.hf.export_folder import export_checkpoint
+    from tensorlm.hf.export_folder import check_new_folder, export_checkpoint
     from tensorlm.hf.import_folder import imported_folder
 
+    check_new_folder(args.output)  # now: to verify a large checkpoint takes minutes
     run_dir = Path(config.run.dir)
     checkpoint = select_checkpoint(run_dir, args.checkpoint)
     trained = parse_config(checkpoint.manifest["config"], str(checkpoint.folder))

@@ -135,13 +135,19 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n")
 
 
+def check_new_folder(output: Path) -> None:
+    """Raise UserError unless `output` is a folder that an export may fill: none, or an empty one."""
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        state = "is not empty" if output.is_dir() else "is no folder"
+        raise UserError(f"{output}: {state} (choose another --output)")
+
+
 @contextmanager
 def _published(output: Path) -> Iterator[Path]:
     """A temporary folder that takes the name `output` when the body is done, else vanishes."""
     temporary = output.absolute().with_name(f".tmp-{output.absolute().name}")
     try:
-        if output.exists() and any(output.iterdir()):
-            raise UserError(f"{output}: is not empty (choose another --output)")
+        check_new_folder(output)
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         yield temporary

@@ -247,6 +247,20 @@ def test_another_model_than_the_checkpoints_is_refused(
         open_checkpoint_model(other, None, torch.device("cpu"), Grid())
 
 
+@pytest.mark.parametrize("taken", ["folder", "file"])
+def test_an_output_that_is_taken_is_refused_before_the_checkpoint_is_read(
+    tmp_path: Path, config: Path, capsys: pytest.CaptureFixture[str], taken: str
+) -> None:
+    output = tmp_path / "hf"
+    if taken == "folder":
+        output.mkdir()
+    (output / "model.safetensors" if taken == "folder" else output).write_text("mine")
+    # There is no checkpoint either.
+    assert launcher_here("convert.py", "export", "--config", config, "--output", output) == 2
+    state = "is not empty" if taken == "folder" else "is no folder"
+    assert capsys.readouterr().err == f"error: {output}: {state} (choose another --output)\n"
+
+
 @pytest.fixture
 def hub(tmp_path: Path) -> Iterator[StandInHub]:
     server = StandInHub(tmp_path / "home")
