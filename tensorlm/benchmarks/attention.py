@@ -5,6 +5,8 @@ causal, one document). Tensorized attention rotates and adds its hop bias inside
 inputs that are rotated already, so the ratios favour them.
 """
 
+import importlib
+import importlib.util
 import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
@@ -119,11 +121,9 @@ def methods(
         yield name, _sdpa(backend), full
     window = WINDOW * (length - (WINDOW - 1) / 2) if length > WINDOW else length * (length + 1) / 2
     yield f"Flex window {WINDOW}", _flex_window(length), (4 * HEAD_DIM * HEADS * window, full[1])
-    try:
-        from flash_attn import flash_attn_func
-    except ImportError:
-        return
-    yield "flash-attn", lambda q, k, v: flash_attn_func(q, k, v, causal=True), full
+    for version, module in ((2, "flash_attn"), (3, "flash_attn_interface")):
+        if importlib.util.find_spec(module) is not None:
+            yield f"flash-attn {version}", _flash_attn(module), full
 
 
 def _sdpa(backend: SDPBackend) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
@@ -134,6 +134,16 @@ def _sdpa(backend: SDPBackend) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
                 is_causal=True, enable_gqa=True,
             )  # fmt: skip
         return out.transpose(1, 2)
+
+    return run
+
+
+def _flash_attn(module: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    attend = importlib.import_module(module).flash_attn_func
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = attend(q, k, v, causal=True)
+        return out[0] if isinstance(out, tuple) else out  # version 3 may add log-sum-exps
 
     return run
 
@@ -186,7 +196,7 @@ def measure(
     rows = []
     for name, run, (flops, moved) in methods(length, folds, doc_start):
         forward_ms = both_ms = peak = math.nan
-        is_full = name in ("SDPA flash", "SDPA cuDNN", "flash-attn", "tensor []")
+        is_full = name == "tensor []" or name.startswith(("SDPA", "flash-attn"))
         if not (is_full and full_limit and length > full_limit):
             repeats = 3 if is_full and length > 65536 else 10
 

@@ -136,7 +136,7 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def check_new_folder(output: Path) -> None:
-    """Raise UserError unless `output` is a folder that an export may fill: none, or an empty one."""
+    """Raise UserError unless an export may fill `output`: it does not exist, or is empty."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         state = "is not empty" if output.is_dir() else "is no folder"
         raise UserError(f"{output}: {state} (choose another --output)")
