@@ -200,10 +200,10 @@ def test_peak_activation_memory_falls_with_the_number_of_ranks(
     (alone,) = peaks(1, backend)
     # On top come the inner row in front of each shard (3 % of the row on 8 ranks), the rotary table
     # of the whole row (3 % too), and what a swap sends and receives. The kernels keep so little
-    # else that q, k and z in columns, float32, show too: 2 x 4 + 2 heads of 16.
-    columns = 4 * (2 * 4 + 2) * 16 * LONG / world_size if backend == "nccl" else 0
+    # else that q, k and z, which are there in columns too, show: 16 to 22 % by plan/operator.py.
+    most = 1.25 if backend == "nccl" else 1.1
     for peak in peaks(world_size, backend):
-        assert alone / world_size < peak <= 1.1 * alone / world_size + columns
+        assert alone / world_size < peak <= most * alone / world_size
 
 
 class CountedTokens:
