@@ -115,11 +115,12 @@ class InFlight:
 
     def __init__(self, route: _Route, tensors: Sequence[Tensor]) -> None:
         self._flight = _Flight(route)
-        self._received = _Start.apply(self._flight, *tensors)
+        self._received: tuple[Tensor, ...] = _Start.apply(self._flight, *tensors)
 
     def wait(self) -> tuple[Tensor, ...]:
         """The received tensors, shaped as those that were sent."""
-        outputs: tuple[Tensor, ...] = _Wait.apply(self._flight, *self._received)
+        received, self._received = self._received, ()  # whoever keeps this keeps no tensors
+        outputs: tuple[Tensor, ...] = _Wait.apply(self._flight, *received)
         return outputs
 
 

@@ -157,8 +157,8 @@ def count_operator(job: Job, fold: Fold) -> OperatorMemory:
             q, k, v, fold, doc_start=doc_start, hop_bias=bias if fold else None, rotary=rotary,
             backend=job.config.train.attention,
         )  # fmt: skip
-        saved = memory.live - given
+        saved, forward = memory.live - given, memory.peak - given
         gradient = torch.zeros_like(out)
         memory.restart()
         out.backward(gradient)
-        return OperatorMemory(saved, memory.peak - given - saved)
+        return OperatorMemory(saved, memory.peak - given - saved, forward)

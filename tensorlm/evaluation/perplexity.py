@@ -17,10 +17,10 @@ from .bootstrap import mean_over_documents
 from .model import EvaluatedModel
 from .ranks import compute_and_sum, progress
 from .results import Bucket, LengthResult, Ratio
+from .settings import windows_at_once
 from .text import Spans
 
 _FIRST_BUCKET = 256
-_BATCH_TOKENS = 32768  # short windows go through the model together
 
 # Loss of every token of the spans, [S, N].
 Losses = NDArray[np.float64]
@@ -50,7 +50,7 @@ def window_losses(
         for span in range(len(spans.tokens))
         for start, keep in _windows(spans.length, length, stride)
     ]
-    batch = max(1, min(spans.length, _BATCH_TOKENS) // length)
+    batch = windows_at_once(spans.length, length)
     batches = [places[at : at + batch] for at in range(0, len(places), batch)]
     dp, dp_rank = model.grid.dp, model.grid.dp_rank
     mine = batches[dp_rank::dp]

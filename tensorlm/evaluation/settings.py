@@ -13,6 +13,12 @@ RULER_TASKS = (
     "niah_single_1", "niah_single_2", "niah_single_3", "niah_multikey_1", "niah_multikey_2",
     "niah_multikey_3", "niah_multivalue", "niah_multiquery", "vt", "cwe", "fwe", "qa_1", "qa_2",
 )  # fmt: skip
+_BATCH_TOKENS = 32768
+
+
+def windows_at_once(span: int, length: int) -> int:
+    """How many windows of `length` tokens, of spans of `span`, go through the model together."""
+    return max(1, min(span, _BATCH_TOKENS) // length)
 
 
 class EvalConfig(Section):

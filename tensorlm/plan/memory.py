@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from . import activations as act
-from . import state
+from . import evaluation, state
 from .activations import Fold
 from .job import Job
 from .operator import OperatorMemory
@@ -79,6 +79,23 @@ def gpu_memory(job: Job, operators: dict[Fold, OperatorMemory] | None = None) ->
     for blocks in sorted({*done[:1], *done[-1:]}):
         phases.append(_block(job, operators, layers - blocks, job.limits.reduce_bucket))
     return GpuMemory(tuple(phases), job.gpus)
+
+
+def evaluation_memory(job: Job) -> dict[int, GpuMemory]:
+    """Perplexity between two steps, by the length of its windows; none where it is not measured."""
+    memories = {}
+    for windows in evaluation.window_jobs(job):
+        length = windows.stage.seq_len
+        parts = _resting(windows) | _inputs(windows)
+        parts |= {
+            "gradients": state.gradients(windows, 0),
+            "reduce_bucket": state.reduce_bucket(windows) if windows.zero == 3 else 0,
+            "gathered_weights": state.gathered_weights(windows, windows.block),
+            "pass_peak": evaluation.pass_peak(windows, act.operators_of(windows)),
+        }
+        phase = Phase(f"perplexity at {length:,} tokens", parts)
+        memories[length] = GpuMemory((phase,), job.gpus)
+    return memories
 
 
 def _resting(job: Job) -> dict[str, int]:

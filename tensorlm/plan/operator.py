@@ -18,11 +18,13 @@ STATE = 4  # bytes of a log-sum-exp, a row sum, or a token's reach: float32, int
 
 class OperatorMemory(NamedTuple):
     """`saved` lives from forward to backward, with q, k, v and the output. `backward` is what the
-    backward adds at its peak, with the gradient that arrives.
+    backward adds at its peak, with the gradient that arrives. `forward` is the peak of a forward
+    that keeps nothing, with q, k, v.
     """
 
     saved: int
     backward: int
+    forward: int
 
 
 def operator_memory(job: Job, fold: Sequence[int]) -> OperatorMemory:
@@ -36,7 +38,7 @@ def chain(job: Job, fold: Sequence[int]) -> OperatorMemory:
     """q, k, v, z of every hop, a log-sum-exp and a reach each; backward dq, dk, two dz, and q and k
     rotated where windows are long.
     """
-    q, k, lse, token = _sizes(job)
+    q, k, lse, token = sizes(job)
     axes = fold_axes(fold, job.stage.seq_len)
     hops = len(axes)
     saved = q + 2 * k + hops * (q + lse + token)
@@ -47,13 +49,14 @@ def chain(job: Job, fold: Sequence[int]) -> OperatorMemory:
         gradients = q + k + (q if i else k) + (0 if is_last else q)
         # <dz, z>; dlse from the hop after; dbias, dlse and <dz, z> for the hop before
         rows = 1 + (not is_last) + (3 if i else 0)
-        peaks.append(gradients + _rotated(job, axis.stride, axis.length) + rows * lse)
-    return OperatorMemory(saved, q + max(peaks))
+        peaks.append(gradients + sum(_rotated(job, axis.stride, axis.length)) + rows * lse)
+    keys = max(_rotated(job, axis.stride, axis.length)[1] for axis in axes)
+    return OperatorMemory(saved, q + max(peaks), saved + keys)
 
 
 def shared(job: Job, fold: Sequence[int]) -> OperatorMemory:
     """Hop 1 keeps one inner row more (the halo); q, k, z are kept in rows and in columns."""
-    q, k, lse, token = _sizes(job)
+    q, k, lse, token = sizes(job)
     axes = fold_axes(fold, job.stage.seq_len)
     outer = len(axes) - 1
     longer = 1 + job.stage.micro_batch * fold[0] / job.tokens  # the inner row in front
@@ -66,28 +69,43 @@ def shared(job: Job, fold: Sequence[int]) -> OperatorMemory:
     for done, axis in enumerate(reversed(axes[1:])):  # hops whose backward is over
         summed = q + k if done else 0  # dq, dk of the hops before, until these are there
         rows = 5 if done else 4
-        work: float = 3 * q + k + rows * lse + _rotated(job, axis.stride // job.sp, axis.length)
+        rotated = sum(_rotated(job, axis.stride // job.sp, axis.length))
+        work: float = 3 * q + k + rows * lse + rotated
         peaks.append(in_rows + in_columns - done * (q + lse + token) + summed + work)
     # Hop 1, while the gradients of q and k travel: sent and received.
-    work = longer * (2 * q + 2 * k + 3 * lse + _rotated(job, 1, fold[0]))
+    work = longer * (2 * q + 2 * k + 3 * lse + sum(_rotated(job, 1, fold[0])))
     peaks.append(in_rows + 2 * (q + k) + work)
     saved = in_rows + in_columns + q  # and the output in rows, which is freed before
-    return OperatorMemory(round(saved), round(max(peaks) - saved))
+    forward = q + 2 * k + max(
+        # Hop 1 beside the halo, while q, k and depths travel: sent and received.
+        2 * (q + k + token) + in_rows + token
+        + (longer - 1) * 2 * k + longer * _rotated(job, 1, fold[0])[1],
+        # Its results, while they travel.
+        q + k + token + longer * (q + lse) + 2 * (q + lse),
+    )  # fmt: skip
+    return OperatorMemory(round(saved), round(max(peaks) - saved), round(forward))
 
 
 def shared_heads(job: Job) -> OperatorMemory:
     """Full attention on H / P heads of the whole row; key heads repeated until P divides them."""
-    q, k, lse, token = _sizes(job)
+    q, k, lse, token = sizes(job)
     m = job.config.model
-    k *= math.lcm(m.num_kv_heads, job.sp) // m.num_kv_heads
+    given, repeats = q + 2 * k, math.lcm(m.num_kv_heads, job.sp) // m.num_kv_heads
+    k *= repeats
     saved = 3 * q + 2 * k + lse + job.sp * token  # the output by heads, and by tokens
     backward = q + 2 * k + lse  # dz and dq, without the output by tokens
-    if job.stage.seq_len > job.platform.rotates_above:
+    by_heads, rotates = q + 2 * k + job.sp * token, job.stage.seq_len > job.platform.rotates_above
+    if rotates:
         backward += q + k
-    return OperatorMemory(saved, backward)
+    forward = given + max(
+        2 * by_heads + (2 * k if repeats > 1 else 0),  # sent and received
+        by_heads + q + lse + job.sp * token + (k if rotates else 0),
+        by_heads + 3 * q,  # the output by heads, sent and received
+    )
+    return OperatorMemory(saved, backward, forward)
 
 
-def _sizes(job: Job) -> tuple[int, int, int, int]:
+def sizes(job: Job) -> tuple[int, int, int, int]:
     """Bytes of t tokens of q (or z), of k (or v), of a log-sum-exp, and of a reach."""
     m = job.config.model
     q = job.tokens * m.num_heads * m.head_size * job.itemsize
@@ -95,8 +113,8 @@ def _sizes(job: Job) -> tuple[int, int, int, int]:
     return q, k, lse, job.tokens * STATE
 
 
-def _rotated(job: Job, stride: int, length: int) -> int:
-    """q and k rotated into copies, where a query sees many keys."""
-    q, k, _, _ = _sizes(job)
+def _rotated(job: Job, stride: int, length: int) -> tuple[int, int]:
+    """q and k rotated into copies, where a query sees many keys; forward copies k alone."""
+    q, k, _, _ = sizes(job)
     steps = -(-(job.tokens // job.stage.micro_batch) // stride)
-    return q + k if min(length, steps) > job.platform.rotates_above else 0
+    return (q, k) if min(length, steps) > job.platform.rotates_above else (0, 0)

@@ -49,11 +49,16 @@ def _verdict(plan: Plan) -> str:
     word, left = ("fits", "to spare") if plan.fits else ("does not fit", "missing")
     row = longest_row(plan)
     longest = f"longest row that fits: {row:,} tokens" if row else "no row fits"
-    return (
+    lines = [
         f"{word}: {needed:.1f} of {capacity:g} GiB, {abs(plan.margin) / GIB:.1f} GiB {left}; the "
-        f"largest part is {dominating} ({peak.parts[dominating] / memory.needed:.0%})\n"
-        f"{longest}, all else as it is"
-    )
+        f"largest part is {dominating} ({peak.parts[dominating] / memory.needed:.0%})",
+        f"{longest}, all else as it is",
+    ]
+    for evaluation in plan.evaluations.values():
+        fits = evaluation.needed <= plan.gpu.memory
+        verdict = "fits" if fits else "does not fit, and will be left out"
+        lines.append(f"{evaluation.peak.name}: {evaluation.needed / GIB:.1f} GiB, {verdict}")
+    return "\n".join(lines)
 
 
 def _host(plan: Plan) -> str:
@@ -115,6 +120,10 @@ def plan_json(plan: Plan, proposals: list[Proposal]) -> dict[str, Any]:
         "peak": plan.memory.peak.name,
         "phases": {phase.name: phase.parts for phase in plan.memory.phases},
         "longest_row": longest_row(plan),
+        "evaluations": {
+            length: {"needed_bytes": memory.needed, "parts": memory.peak.parts}
+            for length, memory in plan.evaluations.items()
+        },
         "host_bytes": plan.host.needed,
         "host": plan.host.parts,
         "step_seconds": plan.time.seconds,

@@ -157,6 +157,47 @@ def _operator(config: Config) -> tuple[int, int]:
         return saved, memory.peak - before
 
 
+def operator_pass(config: Config) -> int:
+    """The peak of a forward of the operator of layer 0 that keeps nothing, with q, k, v."""
+    return min(_operator_pass(config) for _ in range(3))  # as in `operator`
+
+
+def _operator_pass(config: Config) -> int:
+    grid, model, rows = create_grid(config.parallel.sp), config.model, config.train.micro_batch
+    shard, fold = config.data.seq_len // config.parallel.sp, config.model.layer_fold(0)
+    with silent_kernels(), torch.no_grad(), PeakMemory() as memory:
+        rotary = rotary_table(model, config.data.seq_len, torch.device("cpu"))
+        doc_start = torch.zeros(rows, shard, dtype=torch.int32)
+        before = memory.live
+        q, k, v = (
+            torch.zeros(rows, shard, heads, model.head_size, dtype=_dtype(config))
+            for heads in (model.num_heads, model.num_kv_heads, model.num_kv_heads)
+        )
+        memory.restart()
+        sharded_tensor_attention(
+            q, k, v, fold, grid=grid, doc_start=doc_start, rotary=rotary, backend="triton"
+        )
+        peak = memory.peak - before
+    if grid.sp > 1:
+        dist.barrier()
+        time.sleep(0.01)
+    return peak
+
+
+def window_pass(config: Config) -> int:
+    """The peak of one pass of perplexity over rows of the run, without the weights."""
+    rows, length = config.train.micro_batch, config.data.seq_len
+    with silent_kernels(), torch.no_grad(), PeakMemory() as memory:
+        model = create_llama(config.model, config.train, create_grid(1), torch.device("cpu"))
+        model.eval()
+        gc.collect()
+        before = memory.live
+        tokens, labels = (torch.zeros(rows, length, dtype=torch.int64) for _ in range(2))
+        memory.restart()
+        model(tokens, None, labels, "none")
+        return memory.peak - before
+
+
 def block(config: Config) -> tuple[int, int]:
     """Kept from forward to backward, and the peak of the backward, of layer 0."""
     grid, rows, dtype = create_grid(1), config.train.micro_batch, _dtype(config)

@@ -328,6 +328,21 @@ def test_the_longest_row_fits_and_a_longer_one_does_not(overrides: tuple[str, ..
     assert longest_row(plan(*overrides, gpu="20")) == 0
 
 
+def test_perplexity_during_training_is_told_by_length() -> None:
+    assert not plan().evaluations
+    assert not plan("eval.every=100", "eval.tasks=['passkey']", "zero.stage=2").evaluations
+    assert list(plan("eval.every=100").evaluations) == [32768]  # that of the rows
+    planned = plan("eval.every=100", "eval.lengths=[32768,2097152]", "train.mlp_chunk=8192")
+    short, long = planned.evaluations.values()
+    assert short.allocated < planned.memory.allocated  # nothing is kept for a backward
+    assert long.needed > planned.gpu.memory
+    assert planned.fits  # training does, and goes on
+    report = format_plan(planned, [], "it")
+    assert f"perplexity at 32,768 tokens: {short.needed / GIB:.1f} GiB, fits\n" in report
+    line = f"perplexity at 2,097,152 tokens: {long.needed / GIB:.1f} GiB, does not fit, and will be"
+    assert line in report
+
+
 def test_the_largest_stage_decides() -> None:
     config = load_config(ROOT / "configs/llama8b_128k.toml", ["parallel.sp=1"])
     planned = make_plan(config, 8, GPUS["h200"])

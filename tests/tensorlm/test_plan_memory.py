@@ -10,7 +10,7 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
 from tensorlm.benchmarks.memory import CPU, count_operator
 from tensorlm.config import Config, load_config
-from tensorlm.plan import activations, host, state
+from tensorlm.plan import activations, evaluation, host, state
 from tensorlm.plan.job import Job, ZeroLimits, plan_jobs
 from tensorlm.plan.memory import GpuMemory, gpu_memory
 from tensorlm.plan.operator import operator_memory
@@ -47,6 +47,7 @@ def test_operator_on_whole_rows(changes: dict[str, Any]) -> None:
     saved, peak = counted.operator(config)
     assert predicted.saved == saved
     assert predicted.saved + predicted.backward == pytest.approx(peak, abs=SCALARS)
+    assert predicted.forward == pytest.approx(counted.operator_pass(config), abs=SCALARS)
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
@@ -56,11 +57,14 @@ def test_operator_on_shared_rows(ranks: int) -> None:
     row = {**LONG, "data__seq_len": 8192}
     configs = [small(**row, model__fold=fold, parallel__sp=ranks) for fold in folds]
     configs.append(small(**row, model__fold="[32]", parallel__sp=ranks, train__micro_batch=2))
-    counts = run_distributed(lambda: [counted.operator(c) for c in configs], ranks)
-    for config, (saved, peak) in zip(configs, counts[0], strict=True):
+    counts = run_distributed(
+        lambda: [(*counted.operator(c), counted.operator_pass(c)) for c in configs], ranks
+    )
+    for config, (saved, peak, forward) in zip(configs, counts[0], strict=True):
         predicted = operator_memory(job_of(config, ranks), config.model.fold)
         assert predicted.saved == saved
         assert predicted.saved + predicted.backward == pytest.approx(peak, abs=SCALARS)
+        assert predicted.forward == pytest.approx(forward, rel=0.001)
 
 
 def test_operator_is_what_was_measured_on_a_gpu() -> None:
@@ -113,6 +117,34 @@ def test_each_part_of_a_block_is_the_peak_of_one_case() -> None:
         ]  # fmt: skip
         peaks.append(parts.index(max(parts)))
     assert peaks == [0, 1, 2]
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("layers", ["torch", "liger"])
+@pytest.mark.parametrize("changes", [*BLOCKS, {"model__vocab_size": 8192}], ids=str)
+def test_pass_of_perplexity(changes: dict[str, Any], layers: str, dtype: str) -> None:
+    config = small(
+        **changes, train__dtype=dtype, train__fused_layers=layers, train__attention="triton",
+        data__seq_len=2048,
+    )  # fmt: skip
+    job = job_of(config)
+    predicted = evaluation.pass_peak(job, activations.operators_of(job))
+    predicted += activations.rotary_table(job) + activations.batch(job)
+    assert predicted == pytest.approx(counted.window_pass(config), abs=SCALARS + 4 * 4 * job.tokens)
+
+
+def test_pass_of_perplexity_is_what_was_measured_on_a_gpu() -> None:
+    # docs/evaluation.md: Llama-8B evaluated on an H200, with its weights and nothing else.
+    lengths = {32768: 18.4, 131072: 28.6}
+    config = load_config(
+        ROOT / "configs/llama8b_32k.toml",
+        ["train.fused_layers=liger", "eval.every=1", f"eval.lengths={list(lengths)}"],
+    )
+    job = Job(config, 1, config.stages[0])
+    for windows, gib in zip(evaluation.window_jobs(job), lengths.values(), strict=True):
+        made = evaluation.pass_peak(windows, activations.operators_of(windows))
+        made += activations.rotary_table(windows) + activations.batch(windows)
+        assert (state.weights(job) + made) / 2**30 == pytest.approx(gib, abs=0.1)
 
 
 HEADS = [(512, 512, 512), (4096, 512, 128), (8192, 64, 16)]  # vocabulary, tokens, chunk

@@ -1,0 +1,66 @@
+"""Memory of perplexity in the middle of training: passes over whole windows, without a backward.
+
+Windows are batched as in `tensorlm/evaluation/perplexity.py`. Prompts (passkey, needles, RULER),
+whose keys and values are kept from token to token, are not planned.
+"""
+
+import dataclasses
+
+from tensorlm.evaluation.settings import windows_at_once
+
+from . import activations as act
+from .job import FP32, Job
+from .operator import OperatorMemory, sizes
+
+
+def window_jobs(job: Job) -> list[Job]:
+    """The passes of an evaluation, one for each length: `job` with its windows as rows."""
+    settings = job.config.eval
+    if not settings.every or "ppl" not in settings.tasks:
+        return []
+    lengths = sorted(settings.lengths or (job.config.data.seq_len,))
+    span = settings.span_length(lengths)
+    stages = [
+        job.stage.model_copy(
+            update={"seq_len": length, "micro_batch": windows_at_once(span, length)}
+        )
+        for length in lengths
+    ]
+    return [dataclasses.replace(job, stage=stage) for stage in stages]
+
+
+def pass_peak(job: Job, operators: dict[act.Fold, OperatorMemory]) -> int:
+    """Of one pass: its largest block, or the output head."""
+    return max(*(block_pass(job, operators[fold]) for fold in job.folds), head_pass(job))
+
+
+def block_pass(job: Job, operator: OperatorMemory) -> int:
+    """The largest of a block's parts, each beside the hidden states that wait for it."""
+    x = act.hidden_state(job)
+    q, k, _, _ = sizes(job)
+    attention = max(operator.forward, 2 * (q + k) + x)  # the last product, beside q, k, v
+    return max(2 * x + attention, 2 * x + norm_pass(job), 3 * x + mlp_pass(job))
+
+
+def norm_pass(job: Job) -> int:
+    """A norm's output; by PyTorch's operations also what it is the product of, in float32 first."""
+    x, wide = act.hidden_state(job), FP32 * job.config.model.hidden_size * job.tokens
+    if job.runs_liger:
+        return x + FP32 * job.tokens
+    return 2 * x + 2 * wide if job.itemsize < FP32 else 2 * wide
+
+
+def mlp_pass(job: Job) -> int:
+    """gate, up and their product (PyTorch: silu(gate) too), and in tiles the product before."""
+    tensors = 3 if job.runs_liger else 4
+    if not act.is_tiled(job):
+        return tensors * act.mlp_width(job, job.tokens)
+    tile = act.mlp_width(job, job.config.train.mlp_chunk)
+    return act.hidden_state(job) + (tensors + 1) * tile
+
+
+def head_pass(job: Job) -> int:
+    """The last norm beside its input, or float32 logits of a chunk and their logarithms."""
+    chunk = min(job.config.train.loss_chunk, job.tokens)
+    logits = 2 * FP32 * job.config.model.vocab_size * chunk
+    return act.hidden_state(job) + max(norm_pass(job), logits)
