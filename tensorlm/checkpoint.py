@@ -52,11 +52,16 @@ class Saver:
         self,
         run_dir: Path,
         config: CheckpointConfig,
+        resumed_at: int | None = None,
         progress: Callable[[str], None] = lambda part: None,
     ) -> None:
-        """`progress("save")` is called as bytes are written, "agree" when others are waited for."""
+        """`resumed_at` is the step that the run goes on from, None where that does not matter.
+        `progress("save")` is called as bytes are written, "agree" when others are waited for.
+        """
         self._run_dir = run_dir
         self._config = config
+        self._resumed_at = resumed_at
+        self._saved: set[int] = set()
         self._progress = progress
         # Its own, since a background save talks while training does; on the CPU on any machine.
         self._group = dist.new_group(backend="gloo")
@@ -190,13 +195,18 @@ class Saver:
     def _retire(self, step: int) -> None:
         """Remove older checkpoints, except the newest `keep_last` and each `keep_every` steps.
 
-        Newer ones were passed over when the run resumed. They do not count as kept.
+        Those between the one that the run goes on from and its own were passed over when it began,
+        and do not count as kept; nor do newer ones.
         """
+        self._saved.add(step)
         every = self._config.keep_every
-        older = [s for s in list_steps(self._run_dir) if s < step][self._config.keep_last - 1 :]
+        older = [s for s in list_steps(self._run_dir) if s < step]
+        begin = step if self._resumed_at is None else self._resumed_at
+        good = [s for s in older if s <= begin or s in self._saved]
+        oldest = min([step, *good[: self._config.keep_last - 1]])
         try:
             for old in older:
-                if not every or old % every:
+                if old < oldest and not (every and old % every == 0):
                     remove(step_folder(self._run_dir, old))
         except OSError as error:
             print(

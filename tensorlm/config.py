@@ -295,6 +295,14 @@ class Config(Section):
         ends = itertools.accumulate(stage.steps for stage in self.stages)
         return next(s for s, end in zip(self.stages, ends, strict=True) if step < end)
 
+    def rows_after(self, step: int) -> int:
+        """Packed rows of the first `step` steps."""
+        rows = 0
+        for stage in self.stages:
+            steps = min(step, stage.steps)
+            rows, step = rows + steps * stage.rows_per_step, step - steps
+        return rows
+
     def check_ranks(self, world_size: int, lengths: Sequence[int] = ()) -> None:
         """Raise UserError unless `parallel.sp` of so many ranks can share rows of these lengths."""
         try:
@@ -306,6 +314,8 @@ class Config(Section):
 
     def check_world(self, world_size: int) -> None:
         """Raise UserError unless `world_size` ranks can share the work of this configuration."""
+        if world_size < 1:
+            raise UserError(f"ranks: {world_size} is no number of ranks")
         self.check_ranks(world_size)
         dp = world_size // self.parallel.sp
         problems = []

@@ -90,7 +90,7 @@ def train(config: Config, launch: LaunchEnv, stop: StopRequest) -> int:
         check_held_out(config)
     run = start(config, launch)
     state, watchdog = run.state, run.watchdog
-    saver = checkpoint.Saver(run.dir, config.checkpoint, watchdog.progress)
+    saver = checkpoint.Saver(run.dir, config.checkpoint, state.step, watchdog.progress)
     metrics = Metrics(config, state.step, git_commit()) if launch.rank == 0 else None
     if metrics:
         sweep(run.dir)
@@ -206,6 +206,8 @@ def train_step(run: Run, must_stop: bool) -> tuple[dict[str, Any], bool]:
     config, grid, device, state = run.config, run.grid, run.device, run.state
     run.watchdog.enter("data", state.step + 1)
     stage = config.stage_at(state.step)
+    if state.step and config.stage_at(state.step - 1) != stage:
+        run.watchdog.expect_other_steps()
     batches = run.feed.batches(state.step, state.rows)
     run.watchdog.enter("forward", state.step + 1)
     digest = sum(batch.digest for batch in batches)
@@ -298,10 +300,26 @@ def resume(run: Run, found: Checkpoint) -> None:
             f"{found.folder}: was trained on other data, or with another data section or seed "
             "(restore them, or choose a new run.dir)"
         )
+    check_rows(run.state, run.config, found)
     checkpoint.check_model(found, run.config)
     checkpoint.check_names(found, (name for name, _ in run.engine.module.named_parameters()))
     checkpoint.load(found, run.engine.parameter_slices())
     run.engine.refresh_weights(adam_step)
+
+
+def check_rows(state: TrainState, config: Config, found: Checkpoint) -> None:
+    """Raise UserError unless the earlier stages have the rows that were trained on until now.
+
+    The last stage has no end: it may go on with other rows a step.
+    """
+    earlier = config.rows_after(sum(stage.steps for stage in config.train.earlier_stages))
+    expected = config.rows_after(state.step)
+    fits = state.rows >= earlier if expected >= earlier else state.rows == expected
+    if not fits:
+        raise UserError(
+            f"train.earlier_stages: {state.step} steps have {min(expected, earlier)} rows, "
+            f"{found.folder} has {state.rows} (set them back, or choose a new run.dir)"
+        )
 
 
 def describe_state(run: Run) -> dict[str, Any]:

@@ -24,7 +24,7 @@ FOLDER = "hang"
 # In the order in which a rank passes them, within one step.
 PHASES = ("start", "resume", "data", "forward", "step", "log", "save", "agree", "eval")
 _SLOW_PHASES = ("start", "resume", "save", "eval")
-_FEWEST_STEPS = 3  # the first ones compile kernels, open connections
+_FEWEST_STEPS = 3  # the first ones, of a stage too, compile kernels, open connections
 _MEDIANS = 5
 _GRACE_SECONDS = 5.0  # a report of another rank takes so long to be written, and to be seen
 _LEAD_SECONDS = 1.0  # launchers end all ranks when the first has left
@@ -62,6 +62,10 @@ class Watchdog:
                 self._step_seconds.append(now - self._step_began_at)
             self._step_began_at = now
         self._phase, self._step = phase, step
+
+    def expect_other_steps(self) -> None:
+        """The steps from now on are not like those before: nothing is known of their time."""
+        self._step_seconds.clear()
 
     def progress(self, part_of_save: str = "save") -> None:
         """A slow phase is no hang: bytes moved, a prompt was answered, a part of a save is done."""

@@ -442,6 +442,39 @@ def test_multiples_of_keep_every_are_kept_for_ever(tiny: TinyRuns) -> None:
     assert list_steps(Path(config.run.dir)) == [10, 8, 4]
 
 
+def test_a_damaged_checkpoint_does_not_count_as_kept(tiny: TinyRuns) -> None:
+    tiny.finish(tiny("run", "train.stop_at=4"))
+    tiny.finish(tiny("run", "train.stop_at=5"))
+    run = Path(tiny("run").run.dir)
+    assert list_steps(run) == [5, 4]
+    (file,) = step_folder(run, 5).glob("*.safetensors")
+    os.truncate(file, 100)
+    job = tiny.finish(tiny("run", "train.stop_at=6"))
+    assert "checkpoint passed over: step-00000005" in job.output()
+    assert list_steps(run) == [6, 5, 4]  # two of them are good
+    tiny.finish(tiny("run"))
+    assert list_steps(run) == [8, 6]
+
+
+@pytest.mark.parametrize(
+    ("stage", "rows"),
+    [
+        ("{steps=6,seq_len=16,rows_per_step=4}", 8),
+        ("{steps=2,seq_len=16,rows_per_step=12}", 24),
+    ],
+)
+def test_an_earlier_stage_keeps_its_rows_per_step(tiny: TinyRuns, stage: str, rows: int) -> None:
+    stages = "train.earlier_stages=[{steps=3,seq_len=16,rows_per_step=8}]"
+    tiny.finish(tiny("run", stages, "train.stop_at=2"))
+    job = Job(tiny("run", f"train.earlier_stages=[{stage}]"))
+    assert job.wait() == [EXIT_USER_ERROR], job.output()
+    (line,) = job.errors()
+    assert line.startswith(f"error: train.earlier_stages: 2 steps have {rows} rows, ")
+    assert line.endswith("has 16 (set them back, or choose a new run.dir)")
+    # The last stage has no end, and may change.
+    tiny.finish(tiny("run", stages, "train.rows_per_step=2", "train.steps=5"))
+
+
 def test_step_whose_rows_have_nothing_to_predict_has_no_loss(tiny: TinyRuns) -> None:
     """Rows of 32 tokens: the document's last token is a row of its own."""
     tokens = np.random.default_rng(0).integers(3, 512, 3 * 32 + 1)

@@ -234,3 +234,19 @@ def test_line_names_the_odd_rank(
         for rank, (step, phase, waits) in places.items()
     ]
     assert describe_hang(reports, world, 31.2) == line
+
+
+def test_longer_rows_of_a_new_stage_are_no_hang(tiny: TinyRuns) -> None:
+    forward = Engine.forward
+
+    def slow_if_long(engine: Engine, tokens: Any, *rest: Any) -> Any:
+        time.sleep(1.5 if tokens.shape[1] == 64 else 0)
+        return forward(engine, tokens, *rest)
+
+    config = tiny(
+        "run", "guards.hang_seconds=1", "data.seq_len=64", "train.rows_per_step=2",
+        "train.earlier_stages=[{steps=6,seq_len=32,rows_per_step=4,micro_batch=2}]",
+    )  # fmt: skip
+    job = Job(config, 1, lambda rank: setattr(Engine, "forward", slow_if_long))
+    assert job.wait() == [0], job.output()
+    assert len(read_metrics(job.dir)) == 8
