@@ -42,11 +42,12 @@ def add_export(parser: argparse.ArgumentParser) -> None:
 
 
 def export(args: argparse.Namespace, config: Config) -> int:
-    from tensorlm.checkpoint import check_model, select_checkpoint
+    from tensorlm.checkpoint import select_checkpoint
     from tensorlm.data.tokenizers import check_tokenizer
     from tensorlm.hf import hub
     from tensorlm.hf.export_folder import check_new_folder, export_checkpoint
     from tensorlm.hf.import_folder import imported_folder
+    from tensorlm.manifest import check_model
 
     check_new_folder(args.output)  # now: to verify a large checkpoint takes minutes
     run_dir = Path(config.run.dir)

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from . import disk
-from .config import CheckpointConfig, Config, model_differences
+from .config import CheckpointConfig
 from .engine import STATE, ParameterSlice
 from .errors import UserError
 from .manifest import Checkpoint, list_steps, open_checkpoint, step_folder
@@ -349,20 +349,6 @@ def check_names(checkpoint: Checkpoint, names: Iterable[str]) -> None:
     strange = sorted(checkpoint.shapes.keys() - set(names))
     if strange:
         raise UserError(f"{checkpoint.folder}: holds {strange[0]}, which the model has not")
-
-
-def check_model(checkpoint: Checkpoint, config: Config) -> None:
-    """The configured model is the one that was trained.
-
-    Raises:
-        UserError: a line for each setting that differs.
-    """
-    try:
-        differences = model_differences(checkpoint.manifest["config"], config)
-    except (KeyError, TypeError, ValueError):
-        raise UserError(f"{checkpoint.folder}: not the checkpoint of a run") from None
-    if differences:
-        raise UserError(*(f"{checkpoint.folder}: {line}" for line in differences))
 
 
 def load_weights(checkpoint: Checkpoint, model: nn.Module) -> None:

@@ -80,8 +80,8 @@ def recomputed_linear_flops_per_token(
 
 
 def num_parameters(model: torch.nn.Module) -> int:
-    """Number of distinct parameters (tied ones count once)."""
-    return sum(p.numel() for p in model.parameters())
+    """Number of distinct parameters (tied ones count once), whole where ZeRO 3 divides them."""
+    return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
 
 
 def peak_flops(device: torch.device) -> float:

@@ -20,8 +20,8 @@ def replay(config: Config, launch: LaunchEnv, step: int) -> int:
     Raises:
         UserError: there is no such step, or what `start` raises.
     """
-    if step < 1:
-        raise UserError(f"--replay: {step} is no step (they count from 1)")
+    if not 1 <= step <= config.train.steps:
+        raise UserError(f"--replay: {step} is no step (they count from 1 to {config.train.steps})")
     run = start(config, launch, before=step)
     if launch.rank == 0:
         has_checkpoint = run.state.step or was_imported(run.dir)

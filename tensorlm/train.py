@@ -28,13 +28,13 @@ from .guards import (
     lock_run,
 )
 from .launch_env import LaunchEnv
-from .manifest import Checkpoint
+from .manifest import Checkpoint, check_resumable
 from .metrics import Metrics, git_commit, peak_memory_gib
 from .model import create_llama
 from .optim import learning_rate
 from .preemption import StopRequest
 from .profiler import start_profiler
-from .publish import sweep
+from .publish import sweep, was_imported
 from .watchdog import FOLDER, Watchdog
 
 # In the run's directory: asks rank 0, at the end of a step, for a checkpoint and an end. Once it is
@@ -176,6 +176,8 @@ def start(config: Config, launch: LaunchEnv, before: int | None = None) -> Run:
     device = init_distributed(launch)
     if config.train.attention == "triton" and device.type == "cpu":
         raise UserError("train.attention: triton needs a GPU (auto, blocked and dense do not)")
+    if config.train.fused_layers == "liger" and device.type == "cpu":
+        raise UserError("train.fused_layers: liger needs a GPU (auto and torch do not)")
     grid = create_grid(config.parallel.sp)
     watchdog.enter("resume", 0)
     if config.data.verify:
@@ -289,37 +291,16 @@ def resume(run: Run, found: Checkpoint) -> None:
     Raises:
         UserError: it is of another model or data.
     """
+    check_resumable(found, run.config, run.rows.fingerprint)
     try:
         run.state = TrainState(**found.manifest["state"])
         run.guard.restore(found.manifest.get("guard", run.guard.state()))
-        fingerprint, adam_step = found.manifest["data_fingerprint"], found.manifest["adam_step"]
+        adam_step = found.manifest["adam_step"]
     except (KeyError, TypeError) as error:
         raise UserError(f"{found.folder}: not the manifest of a run ({error})") from None
-    if run.state.rows and fingerprint != run.rows.fingerprint:
-        raise UserError(
-            f"{found.folder}: was trained on other data, or with another data section or seed "
-            "(restore them, or choose a new run.dir)"
-        )
-    check_rows(run.state, run.config, found)
-    checkpoint.check_model(found, run.config)
     checkpoint.check_names(found, (name for name, _ in run.engine.module.named_parameters()))
     checkpoint.load(found, run.engine.parameter_slices())
     run.engine.refresh_weights(adam_step)
-
-
-def check_rows(state: TrainState, config: Config, found: Checkpoint) -> None:
-    """Raise UserError unless the earlier stages have the rows that were trained on until now.
-
-    The last stage has no end: it may go on with other rows a step.
-    """
-    earlier = config.rows_after(sum(stage.steps for stage in config.train.earlier_stages))
-    expected = config.rows_after(state.step)
-    fits = state.rows >= earlier if expected >= earlier else state.rows == expected
-    if not fits:
-        raise UserError(
-            f"train.earlier_stages: {state.step} steps have {min(expected, earlier)} rows, "
-            f"{found.folder} has {state.rows} (set them back, or choose a new run.dir)"
-        )
 
 
 def describe_state(run: Run) -> dict[str, Any]:
@@ -347,6 +328,8 @@ def describe_run(run: Run) -> list[str]:
     config, grid = run.config, run.grid
     fold = list(config.model.fold) or "none (full attention)"
     begin = f"resumed after step {run.state.step}" if run.state.step else "from scratch"
+    if not run.state.step and was_imported(run.dir):
+        begin = "from imported weights"
     is_gpu = run.device.type == "cuda"
     name = torch.cuda.get_device_name(run.device) if is_gpu else "CPU"
     num = num_parameters(run.engine.module)

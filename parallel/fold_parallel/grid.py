@@ -113,7 +113,8 @@ def check_sizes(
     legal = [f"sp in {degrees}"]
     unit = sp * fold[0] if fold else sp
     if sp > 1 and fold and fold[0] % sp:
-        legal.append(f"fold[0] a multiple of {sp}")
+        row = "" if seq_len % sp**2 == 0 else f", and seq_len one of {sp} x fold[0]"
+        legal.append(f"fold[0] a multiple of {sp}{row}")
     elif sp > 1 and seq_len % unit:
         below = seq_len // unit * unit
         nearest = f"{below} or {below + unit}" if below else f"{unit}"

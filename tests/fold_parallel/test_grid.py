@@ -52,7 +52,8 @@ def test_ranks_own_each_token_exactly_once(rows: int, sp: int, data: st.DataObje
         (
             (64, 3, [8]),
             "sp = 3 cannot share rows with seq_len = 64, fold = [8]"
-            " (legal: sp in [1, 2, 4, 8]; or fold[0] a multiple of 3)",
+            " (legal: sp in [1, 2, 4, 8];"
+            " or fold[0] a multiple of 3, and seq_len one of 3 x fold[0])",
         ),
         (
             (10, 4, []),

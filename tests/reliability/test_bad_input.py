@@ -185,7 +185,8 @@ CHANGED_SETTINGS = [
     "data.seq_len=64", 'data.packing="concat"', "model.hidden_size=32", "model.num_layers=2",
     "model.intermediate_size=48", "model.vocab_size=100", "model.vocab_size=1024",
     "model.tie_embeddings=true", "model.num_kv_heads=2", "parallel.sp=2",
-    "train.rows_per_step=5", "train.attention=triton", "model.fold=[4]", "model.rope_theta=5.0",
+    "train.rows_per_step=5", "train.attention=triton", "train.fused_layers=liger",
+    "model.fold=[4]", "model.rope_theta=5.0",
 ]  # fmt: skip
 
 ENVIRONMENTS: list[dict[str, str]] = [

@@ -377,6 +377,13 @@ def test_replay_gives_the_recorded_step_and_writes_nothing(
     assert snapshot(run) == before
 
 
+@pytest.mark.parametrize("step", [0, 9])
+def test_replay_is_of_a_step_of_the_run(tiny: TinyRuns, step: int) -> None:
+    job = replay_job(tiny("run"), step, 1)
+    assert job.wait() == [EXIT_USER_ERROR], job.output()
+    assert job.errors() == [f"error: --replay: {step} is no step (they count from 1 to 8)"]
+
+
 def test_replay_of_an_imported_run_never_begins_with_other_weights(tiny: TinyRuns) -> None:
     config = tiny("run", "checkpoint.keep_last=1", "train.stop_at=2")
     run = Path(config.run.dir)

@@ -310,7 +310,8 @@ def test_training_starts_from_imported_weights_and_exports_their_tokenizer(
     # It was saved as tokenizer.json, the data set's is a tokenizer.model.
     assert "was encoded with another tokenizer" in capsys.readouterr().out
     assert imported_folder(tmp_path / "run") == tmp_path / "run/imported/Tiny-Llama"
-    run_training("train.stop_at=1", "optim.lr=1e-12", ranks=1, launcher="python")
+    result = run_training("train.stop_at=1", "optim.lr=1e-12", ranks=1, launcher="python")
+    assert f"run {tmp_path / 'run'}: from imported weights, 8 steps" in result.stdout
     after = select_checkpoint(tmp_path / "run", 1)
     name = "layers.0.self_attn.q_proj.weight"
     wanted = reference.state_dict()[f"model.{name}"]

@@ -14,6 +14,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from tensorlm.checkpoint import newest_checkpoint
 from tensorlm.config import load_config
+from tensorlm.dry_run import check_run
+from tensorlm.errors import UserError
 from tensorlm.metrics import git_commit
 from tests.tensorlm.launching import (
     ROOT,
@@ -89,7 +91,8 @@ def test_every_zero_stage_trains_like_stage_2_and_resumes_exactly(
             "train.steps=5", f"train.stop_at={stop}", f"zero.stage={stage}", f"run.dir={own}"
         )
     straight = tmp_path / "straight"
-    train_ranks("train.steps=5", f"zero.stage={stage}", f"run.dir={straight}")
+    said = train_ranks("train.steps=5", f"zero.stage={stage}", f"run.dir={straight}")
+    assert "model: 51,368 parameters" in said  # whole, however they are divided
     assert losses(own) == losses(straight)
     assert final_hashes(own) == final_hashes(straight)
     assert losses(own) == pytest.approx(losses(tmp_path / "two"), rel=1e-5)
@@ -149,6 +152,29 @@ def test_request_to_stop_saves_and_asks_to_be_requeued(
     found = newest_checkpoint(run)
     assert found is not None
     assert found.step == len(losses(run))
+
+
+@pytest.mark.parametrize(
+    ("override", "problem"),
+    [
+        ("model.fold=[8]", "model.fold: is [8], the checkpoint has [16]"),
+        ("run.seed=5", "was trained on other data"),
+        ("run.dir={config}", "run.dir: {config} is no folder"),
+    ],
+)
+def test_dry_run_refuses_what_the_run_would(
+    config: Path, train_ranks: TrainRanks, override: str, problem: str
+) -> None:
+    train_ranks("train.stop_at=1", "train.rows_per_step=1", ranks=1)
+    assert "start = after step 1, of 8 steps" in check_run(load_config(config), 2)
+    with pytest.raises(UserError, match=re.escape(problem.format(config=config))):
+        check_run(load_config(config, [override.format(config=config)]), 2)
+
+
+@pytest.mark.parametrize("ranks", [0, -1])
+def test_dry_run_is_of_at_least_one_rank(config: Path, ranks: int) -> None:
+    with pytest.raises(UserError, match=f"ranks: {ranks} is no number of ranks"):
+        check_run(load_config(config), ranks)
 
 
 def test_other_data_or_a_damaged_checkpoint_is_one_error_line(
