@@ -14,6 +14,8 @@ from torch.utils.tensorboard import SummaryWriter
 
 from .config import Config, config_toml
 
+SETTINGS = "config.toml"  # in the run's folder: those of the newest start
+
 
 class Metrics:
     """One per run, on rank 0; the other ranks have none.
@@ -26,7 +28,7 @@ class Metrics:
         self.run_dir = Path(config.run.dir)
         self.run_dir.mkdir(parents=True, exist_ok=True)
         _drop_later_steps(self.run_dir / "metrics.jsonl", resumed_step)
-        (self.run_dir / "config.toml").write_text(f"# commit {commit}\n{config_toml(config)}")
+        (self.run_dir / SETTINGS).write_text(f"# commit {commit}\n{config_toml(config)}")
         self._file = open(self.run_dir / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115
         self.writer = SummaryWriter(
             str(self.run_dir / "tensorboard"), purge_step=resumed_step + 1, flush_secs=10

@@ -1,12 +1,14 @@
 """Computing one step of a run again: was it the data, or the machine?"""
 
 import json
+import tomllib
+from pathlib import Path
 
 from .config import Config
 from .engine import leave_distributed
 from .errors import EXIT_DONE, UserError
 from .launch_env import LaunchEnv
-from .metrics import read_metrics
+from .metrics import SETTINGS, read_metrics
 from .publish import was_imported
 from .train import last_rows, start, train_step
 
@@ -27,6 +29,8 @@ def replay(config: Config, launch: LaunchEnv, step: int) -> int:
         has_checkpoint = run.state.step or was_imported(run.dir)
         begin = f"checkpoint {run.state.step}" if has_checkpoint else "scratch"
         print(f"replay of step {step}: from {begin}", flush=True)
+        if changed := changed_settings(config):
+            print(f"note: {', '.join(changed)}: not as when the run was last started", flush=True)
     while run.state.step < step:
         record, _ = train_step(run, must_stop=False)
     if launch.rank == 0:
@@ -39,3 +43,17 @@ def replay(config: Config, launch: LaunchEnv, step: int) -> int:
     leave_distributed()
     run.watchdog.stop()
     return EXIT_DONE
+
+
+def changed_settings(config: Config) -> list[str]:
+    """Keys whose values are not those that the run left in its folder; none if it left nothing."""
+    path = Path(config.run.dir) / SETTINGS
+    if not path.exists():
+        return []
+    now, then = config.model_dump(mode="json", exclude_none=True), tomllib.loads(path.read_text())
+    return [
+        f"{section}.{key}"
+        for section in now
+        for key in sorted(now[section].keys() | then.get(section, {}).keys())
+        if now[section].get(key) != then.get(section, {}).get(key)
+    ]

@@ -374,7 +374,16 @@ def test_replay_gives_the_recorded_step_and_writes_nothing(
     assert f"train/loss: {recorded!r}, then {recorded!r}: as recorded" in lines
     assert sum(line.endswith(": as recorded") for line in lines) == 2
     assert any(line.startswith("documents: ") for line in lines)
+    assert not any(line.startswith("note: ") for line in lines)
     assert snapshot(run) == before
+
+
+def test_replay_names_settings_that_are_not_those_of_the_run(tiny: TinyRuns) -> None:
+    tiny.finish(tiny("run", "checkpoint.keep_every=2"))
+    job = replay_job(tiny("run", "checkpoint.keep_every=2", "optim.lr=0.1", "zero.stage=1"), 5, 1)
+    assert job.wait() == [0], job.output()
+    note = "note: optim.lr, zero.stage: not as when the run was last started"
+    assert note in job.output().splitlines()
 
 
 @pytest.mark.parametrize("step", [0, 9])
