@@ -1,4 +1,4 @@
-"""Measure on this machine: `launcher/benchmark.py attention --lengths 32768,131072 --folds 1024`.
+"""Measure on this machine: `python launcher/benchmark.py attention --lengths 32768,131072`.
 
 `attention` times tensorized attention against full attention and a window on one GPU.
 `train` times forward and backward of a model against full attention and Hugging Face's Llama.
@@ -18,6 +18,7 @@ import os
 from dataclasses import asdict
 from pathlib import Path
 
+from tensorlm.arguments import check_plot, check_positive, parse_arguments
 from tensorlm.config import load_config
 from tensorlm.errors import UserError, run_launcher
 from tensorlm.launch_env import grow_memory_segments, read_launch_env
@@ -34,7 +35,7 @@ def main() -> int:
     add_conversion(commands.add_parser("conversion", help="memory of import and export"))
     add_memory(commands.add_parser("memory", help="predictions against real training steps"))
     add_data(commands.add_parser("data", help="preparing, planning and serving data"))
-    args = parser.parse_args()
+    args = parse_arguments(parser)
     return int(args.run(args))
 
 
@@ -58,6 +59,7 @@ def add_data(parser: argparse.ArgumentParser) -> None:
 
 
 def data(args: argparse.Namespace) -> int:
+    check_positive(args, "documents", "max_bytes")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core
     from tensorlm.benchmarks import data as bench
 
@@ -69,6 +71,7 @@ def data(args: argparse.Namespace) -> int:
 
 
 def attention(args: argparse.Namespace) -> int:
+    check_plot(args.plot)
     try:
         lengths = [int(part) for part in args.lengths.split(",")]
         folds = [_fold(part) for part in args.folds.split(";")]
@@ -122,9 +125,7 @@ def add_sp(parser: argparse.ArgumentParser) -> None:
 
 def sp(args: argparse.Namespace) -> int:
     config, launch = load_config(args.config, args.overrides), read_launch_env()
-    for name in ("repeats", "gpus_per_node", "nvlink", "network", "latency", "tflops"):
-        if getattr(args, name) <= 0:
-            raise UserError(f"--{name.replace('_', '-')}: must be positive")
+    check_positive(args, "repeats", "gpus_per_node", "nvlink", "network", "latency", "tflops")
     if not 0 <= args.overlap <= 1:
         raise UserError("--overlap: must be from 0 to 1")
     if not args.only_project:
@@ -164,9 +165,11 @@ def add_train(parser: argparse.ArgumentParser) -> None:
 
 def train(args: argparse.Namespace) -> int:
     config = load_config(args.config, args.overrides)
-    lengths = [int(part) for part in args.lengths.split(",") if part.isdigit()]
-    if not lengths or len(lengths) != len(args.lengths.split(",")):
+    lengths = [int(part) for part in args.lengths.split(",") if part.isdigit() and int(part)]
+    if len(lengths) != len(args.lengths.split(",")):
         raise UserError(f"--lengths: {args.lengths} is not a list like 32768,131072")
+    check_positive(args, "repeats")
+    check_plot(args.plot)
 
     import torch
 
@@ -237,9 +240,7 @@ def memory(args: argparse.Namespace) -> int:
         measurement = measure(bench.point_config(point), read_launch_env(), point.steps)
         args.answer.write_text(json.dumps(asdict(measurement)))
         return 0
-    for name in ("seconds", "each"):
-        if getattr(args, name) <= 0:
-            raise UserError(f"--{name}: must be positive")
+    check_positive(args, "seconds", "each")
     if args.points == "default":
         import torch
 

@@ -1,12 +1,13 @@
 """Convert weights between checkpoints and Hugging Face folders.
 
-launcher/convert.py export --config C --output DIR [--checkpoint STEP] [--dtype bf16]
-launcher/convert.py import --config C --hf DIR
+python launcher/convert.py export --config C --output DIR [--checkpoint STEP] [--dtype bf16]
+python launcher/convert.py import --config C --hf DIR
 """
 
 import argparse
 from pathlib import Path
 
+from tensorlm.arguments import parse_arguments
 from tensorlm.config import Config, load_config, parse_config
 from tensorlm.errors import UserError, run_launcher
 
@@ -23,7 +24,7 @@ def main() -> int:
     imported = commands.add_parser("import", parents=[common], help="Llama folder -> checkpoint 0")
     imported.add_argument("--hf", type=Path, required=True, help="folder with Llama weights")
     imported.set_defaults(run=import_)
-    args = parser.parse_args()
+    args = parse_arguments(parser)
     return int(args.run(args, load_config(args.config, args.overrides)))
 
 

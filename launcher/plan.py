@@ -1,4 +1,4 @@
-"""Predict memory and time: `launcher/plan.py --config C --gpus 8 --gpu h100 [key.sub=value ...]`.
+"""Predict memory and time: `python launcher/plan.py --config C --gpus 8 --gpu h100`.
 
 Nothing is built and no GPU is needed. docs/planning.md has the formulas and what they were compared
 with.

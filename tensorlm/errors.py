@@ -2,6 +2,7 @@
 
 import errno
 import os
+import select
 import sys
 import time
 import traceback
@@ -13,6 +14,7 @@ EXIT_USER_ERROR = 2
 EXIT_INTERNAL = 70
 EXIT_PREEMPTED = 75
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells say it
+EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
 
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG)
 _PATIENCE_SECONDS = 2.0
@@ -50,9 +52,12 @@ def run_launcher(
     """
     try:
         code = main()
+        sys.stdout.flush()
     except Exception as caught:
         error = _user_error(caught)
-        if error is not None:
+        if isinstance(caught, BrokenPipeError) and _has_nobody_to_tell():
+            code = EXIT_BROKEN_PIPE
+        elif error is not None:
             _tell(error, is_told)
             code = error.exit_code
         elif leave_at_once:
@@ -73,6 +78,16 @@ def run_launcher(
             sys.modules["mpi4py.MPI"].Finalize()  # waits for the others, who may not come otherwise
         os._exit(code or EXIT_DONE)
     sys.exit(code or EXIT_DONE)
+
+
+def _has_nobody_to_tell() -> bool:
+    """Whether the reader of the output has left, as `head` does; what else is said is dropped."""
+    output = select.poll()
+    output.register(1, 0)  # an error is reported unasked
+    if not any(event & select.POLLERR for _, event in output.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    return True
 
 
 def _user_error(error: Exception) -> UserError | None:

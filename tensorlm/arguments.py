@@ -1,0 +1,34 @@
+"""Arguments of the launchers that have commands."""
+
+import argparse
+from pathlib import Path
+
+from .errors import UserError
+
+
+def parse_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Parse the command line; settings (`overrides`) may stand anywhere behind their command.
+
+    (`parse_intermixed_args` does this for parsers without commands alone.)
+    """
+    args, rest = parser.parse_known_args()
+    takes_settings = hasattr(args, "overrides")
+    wrong = [word for word in rest if word.startswith("-") or not takes_settings]
+    if wrong:
+        parser.error(f"unrecognized arguments: {' '.join(wrong)}")
+    if takes_settings:
+        args.overrides = [*args.overrides, *rest]
+    return args
+
+
+def check_positive(args: argparse.Namespace, *names: str) -> None:
+    """Raise UserError unless these numbers are above 0."""
+    for name in names:
+        if getattr(args, name) <= 0:
+            raise UserError(f"--{name.replace('_', '-')}: must be positive")
+
+
+def check_plot(path: Path | None) -> None:
+    """Raise UserError, before anything is measured, unless a plot could have this name."""
+    if path is not None and path.suffix != ".png":
+        raise UserError(f"--plot: {path} is no PNG (write NAME.png)")
