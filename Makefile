@@ -47,7 +47,7 @@ test: check ## the whole suite, on the CPU
 	  --dist loadfile --no-loadscope-reorder
 
 .PHONY: test-faults
-test-faults: .venv/.installed-dev ## the long tier of fault injection (docs/reliability.md; hours)
+test-faults: .venv/.installed-dev ## the long tier of fault injection (docs/reliability.md; an hour)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m faults -n auto tests/reliability
 
 .PHONY: test-gpu

@@ -9,8 +9,8 @@ from tensorlm.flops import GPU_PEAKS
 
 GIB = 2**30
 
-# Shares of the data sheet. A product of 8192^3 reaches 0.79 of an H100's peak and a copy 0.87 of
-# its bandwidth (kernels/README.md); a layer's products are smaller, other kernels less simple.
+# Shares of the data sheet. A product of 8192^3 reaches 0.8 of an H100's peak and a copy 0.9 of its
+# bandwidth (kernels/README.md); a layer's products are smaller, other kernels less simple.
 MATMUL_SHARE = 0.70
 BANDWIDTH_SHARE = 0.80
 LINK_SHARE = 0.80
