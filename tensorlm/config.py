@@ -44,13 +44,13 @@ class ModelConfig(Section):
     num_heads: int = Field(gt=0)
     num_kv_heads: int = Field(gt=0)
     head_dim: int = Field(0, ge=0, description="0: hidden_size / num_heads")
-    rope_theta: float = Field(500000.0, gt=0)
-    rope_scaling: RopeScaling | None = None
+    rope_theta: float = Field(500000.0, gt=0, description="base of the rotary frequencies")
+    rope_scaling: RopeScaling | None = Field(None, description="of an extended model")
     rms_norm_eps: float = Field(1e-5, gt=0)
-    tie_embeddings: bool = False
-    init_std: float = Field(0.02, gt=0)
+    tie_embeddings: bool = Field(False, description="the embedding is the output head, too")
+    init_std: float = Field(0.02, gt=0, description="of random weights")
     fold: tuple[int, ...] = Field((), strict=False, description="inner axes; () is full attention")
-    hop_bias_init: float = -4.0
+    hop_bias_init: float = Field(-4.0, description="bias of hops 2, 3, ...; low: the window alone")
     full_every: int = Field(0, ge=0, description="every k-th layer is full attention; 0: none")
 
     @model_validator(mode="after")
@@ -104,7 +104,9 @@ class DataConfig(Section):
     path: str = Field(description="beside sources: whose held-out text is evaluated (the first's)")
     sources: tuple[SourceConfig, ...] = Field((), strict=False, description="(): path alone")
     seq_len: int = Field(gt=1, description="tokens in a packed row (of the last stage)")
-    packing: Literal["best_fit", "concat"] = "best_fit"
+    packing: Literal["best_fit", "concat"] = Field(
+        "best_fit", description="cut few documents, or join them all end to end"
+    )
     verify: bool = Field(True, description="read and check every byte of the data at start")
 
     @model_validator(mode="before")
@@ -127,14 +129,16 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 class OptimConfig(Section):
     """AdamW and its learning-rate schedule."""
 
-    lr: float = Field(gt=0)
-    min_lr: float = Field(0.0, ge=0)
-    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
-    warmup_steps: int = Field(0, ge=0)
+    lr: float = Field(gt=0, description="learning rate after the warm-up")
+    min_lr: float = Field(0.0, ge=0, description="learning rate at the end of the schedule")
+    schedule: Literal["cosine", "wsd", "constant"] = Field(
+        "cosine", description="wsd: constant, then linear over the last decay_steps"
+    )
+    warmup_steps: int = Field(0, ge=0, description="first steps, in which lr grows from 0")
     decay_steps: int = Field(0, ge=0, description="last steps of schedule wsd")
     betas: tuple[Beta, Beta] = Field((0.9, 0.95), strict=False)
     eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.1, ge=0)
+    weight_decay: float = Field(0.1, ge=0, description="of matrices; norms and biases have none")
     state_dtype: Literal["fp32", "bf16"] = Field("fp32", description="of Adam's two moments")
     grad_clip: float = Field(1.0, ge=0, description="largest gradient norm; 0: no clipping")
 
@@ -163,11 +167,11 @@ class TrainConfig(Section):
     earlier_stages: tuple[StageConfig, ...] = Field(
         (), strict=False, description="first steps, with other rows than those of all the rest"
     )
-    dtype: Literal["bf16", "fp32"] = "bf16"
+    dtype: Literal["bf16", "fp32"] = Field("bf16", description="of working weights, activations")
     attention: Backend = Field("auto", description="implementation of the operator (api.py)")
     fused_layers: FusedLayers = Field("auto", description="of RMSNorm and SwiGLU (fused.py)")
-    activation_checkpointing: bool = False
-    activation_offload: bool = Field(False, description="keep what it saves in host memory")
+    activation_checkpointing: bool = Field(False, description="compute blocks again in backward")
+    activation_offload: bool = Field(False, description="keep their inputs in host memory")
     mlp_chunk: int = Field(0, ge=0, description="tokens in SwiGLU at one time; 0: all")
     loss_chunk: int = Field(2048, gt=0, description="tokens whose logits exist at one time")
     max_skips: int = Field(10, gt=0, description="non-finite steps in a row before the run stops")
@@ -185,15 +189,17 @@ class ParallelConfig(Section):
 class ZeroConfig(Section):
     """DeepSpeed ZeRO over all ranks."""
 
-    stage: Literal[0, 1, 2, 3] = 2
-    offload_optimizer: bool = False
+    stage: Literal[0, 1, 2, 3] = Field(
+        2, description="ranks divide 1: Adam's state, 2: gradients too, 3: weights too"
+    )
+    offload_optimizer: bool = Field(False, description="Adam's state in host memory")
 
 
 class CheckpointConfig(Section):
     """When to save and how many to keep."""
 
     every: int = Field(100, ge=0, description="steps between checkpoints; 0: none, even at the end")
-    keep_last: int = Field(2, gt=0)
+    keep_last: int = Field(2, gt=0, description="how many of the newest are kept")
     keep_every: int = Field(0, ge=0, description="keep multiples of it for ever; 0: none")
     background: bool = Field(False, description="write a copy of the state while training goes on")
 
@@ -201,7 +207,7 @@ class CheckpointConfig(Section):
 class GuardsConfig(Section):
     """What ends a bad step, or a run that no longer moves (docs/reliability.md)."""
 
-    spike: Literal["off", "skip", "stop"] = "off"
+    spike: Literal["off", "skip", "stop"] = Field("off", description="at a loss far above others")
     spike_threshold: float = Field(10.0, gt=0, description="deviations above the median loss")
     spike_window: int = Field(128, ge=8, description="steps that median and deviation are of")
     replica_every: int = Field(100, ge=0, description="steps between replica checks; 0: none")
@@ -212,8 +218,8 @@ class GuardsConfig(Section):
 class RunConfig(Section):
     """Where the run lives and its one seed."""
 
-    dir: str
-    seed: int = Field(0, ge=0, lt=2**63)
+    dir: str = Field(description="folder of its checkpoints, metrics and reports")
+    seed: int = Field(0, ge=0, lt=2**63, description="of weights, and of the order of rows")
 
 
 class Config(Section):

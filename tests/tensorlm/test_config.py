@@ -10,6 +10,7 @@ import torch
 from tensorlm.config import Config, config_toml, load_config, model_differences
 from tensorlm.errors import UserError
 from tensorlm.model import Llama
+from tensorlm.settings_table import settings_table
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = sorted((ROOT / "configs").glob("*.toml"))
@@ -171,3 +172,8 @@ def test_launcher_prints_error_lines_and_exits_2() -> None:
     lines = result.stderr.splitlines()
     assert len(lines) == 2
     assert all(line.startswith("error: configs/demo.toml: ") for line in lines)
+
+
+def test_the_page_of_settings_is_current() -> None:
+    page = (ROOT / "docs/configuration.md").read_text()
+    assert page.endswith(f"\n\n{settings_table().strip()}\n"), "python -m tensorlm.settings_table"
