@@ -61,7 +61,7 @@ class Saver:
         self._run_dir = run_dir
         self._config = config
         self._resumed_at = resumed_at
-        self._saved: set[int] = set()
+        self._first_saved: int | None = None
         self._progress = progress
         # Its own, since a background save talks while training does; on the CPU on any machine.
         self._group = dist.new_group(backend="gloo")
@@ -198,11 +198,12 @@ class Saver:
         Those between the one that the run goes on from and its own were passed over when it began,
         and do not count as kept; nor do newer ones.
         """
-        self._saved.add(step)
+        if self._first_saved is None:
+            self._first_saved = step
         every = self._config.keep_every
         older = [s for s in list_steps(self._run_dir) if s < step]
         begin = step if self._resumed_at is None else self._resumed_at
-        good = [s for s in older if s <= begin or s in self._saved]
+        good = [s for s in older if s <= begin or s >= self._first_saved]
         oldest = min([step, *good[: self._config.keep_last - 1]])
         try:
             for old in older:
