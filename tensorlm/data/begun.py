@@ -113,7 +113,9 @@ def _go_on(path: Path, settings: Settings, files: list[str]) -> Begun:
         )
     if not changed:
         return begun
-    shards = mend_shards(begun.parts, changed, files, settings.text_field, settings.max_bytes)
+    shards = mend_shards(
+        begun.parts, changed, files, settings.text_field, settings.shard_bytes, settings.max_bytes
+    )
     again = [n for n, parts in enumerate(begun.parts) if any(p.source in changed for p in parts)]
     for number in again:
         _remove(path.parent, f"{shard_name(number)}.json")

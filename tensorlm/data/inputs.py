@@ -127,24 +127,29 @@ def mend_shards(
     changed: Collection[str],
     files: list[str],
     text_field: str,
+    shard_bytes: int,
     max_bytes: int = 0,
 ) -> list[list[Part]]:
     """The same cut of inputs of which some have changed, or are no longer among `files`.
 
     The last part of a changed source ends where the source now ends; all other sources stay as they
-    are cut. A shard may have no parts left.
+    are cut. A changed source without parts (it was empty) gets new shards behind the others. A
+    shard may have no parts left.
 
     Args:
         shards: from `plan_shards`.
         changed: sources that are not as they were.
-        files: the sources that there still are, all of them in `shards`.
+        files: the sources that there still are, in the order of `plan_shards`.
         text_field: field (column) that holds the text.
+        shard_bytes: that of `plan_shards`.
         max_bytes: that of `plan_shards`; where it cut the inputs off, it still does.
     """
     extents = {source: _extent(source, text_field) for source in changed if source in files}
     end = {part.source: part for shard in shards for part in shard}
-    if max_bytes and sum(part.num_bytes for shard in shards for part in shard) >= max_bytes:
+    new = [file for file in files if file in changed and file not in end]
+    if max_bytes and _num_bytes(shards) >= max_bytes:
         del end[next(reversed(end))]
+        new = []
 
     def mended(part: Part) -> Part | None:
         if part.source not in changed:
@@ -157,7 +162,15 @@ def mend_shards(
             return None
         return replace(part, stop=stop, num_bytes=round(num_bytes * (stop - part.start) / extent))
 
-    return [[new for part in shard if (new := mended(part))] for shard in shards]
+    kept = [[now for part in shard if (now := mended(part))] for shard in shards]
+    left = max_bytes - _num_bytes(kept)
+    if max_bytes and left <= 0:
+        return kept
+    return kept + plan_shards(new, text_field, shard_bytes, left if max_bytes else 0)
+
+
+def _num_bytes(shards: list[list[Part]]) -> int:
+    return sum(part.num_bytes for shard in shards for part in shard)
 
 
 def read_documents(files: list[str], text_field: str, max_bytes: int = 0) -> Iterator[str]:

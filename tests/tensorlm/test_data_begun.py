@@ -102,6 +102,20 @@ def test_after_a_bad_row_is_mended_only_its_file_is_encoded_again(
     assert finished(output) == after
 
 
+def test_an_input_that_was_empty_and_is_filled_is_encoded_too(
+    tmp_path: Path, tokenizers: list[Path]
+) -> None:
+    output = tmp_path / "set"
+    write(tmp_path, aa=[], d=[])
+    stopped_by_a_bad_row(tmp_path, tokenizers[0], output)
+    before = finished(output)
+    files = write(tmp_path, aa=lines("aa"), b=lines("b"), d=lines("d"))
+    prepare(files, tokenizers[0], output)
+    rows = [row for name in ("a", "b", "c", "aa", "d") for row in lines(name)]
+    assert texts(output) == [json.loads(row)["text"] for row in rows]
+    assert before.items() & finished(output).items()
+
+
 @pytest.mark.parametrize("change", ["text_field", "holdout", "tokenizer", "shard_bytes", "inputs"])
 def test_settings_are_never_mixed(tmp_path: Path, tokenizers: list[Path], change: str) -> None:
     output = tmp_path / "set"
@@ -159,9 +173,23 @@ def test_a_mended_file_ends_where_it_now_ends(tmp_path: Path) -> None:
     size = sum(Path(file).stat().st_size for file in files)
     shards = plan_shards(files, "text", 1000, max_bytes=size - 1500)
     write(tmp_path, b=lines("b") + lines("c"))
-    mended = mend_shards(shards, {files[1]}, files, "text", max_bytes=size - 1500)
+    mended = mend_shards(shards, {files[1]}, files, "text", 1000, max_bytes=size - 1500)
     assert mended == shards  # --max-bytes cut it off, and still does
-    mended = mend_shards(shards, {files[1]}, files, "text", max_bytes=size + 1500)
+    mended = mend_shards(shards, {files[1]}, files, "text", 1000, max_bytes=size + 1500)
     assert mended[:-1] == shards[:-1]
     read = [text for part in mended[-1] for text in read_part(part, "text")]
     assert read[-1] == json.loads(lines("c")[-1])["text"]
+
+
+def test_a_file_that_was_empty_takes_what_max_bytes_leaves(tmp_path: Path) -> None:
+    files = write(tmp_path, a=lines("a"), b=[], c=lines("c"))
+    size = Path(files[0]).stat().st_size + Path(files[2]).stat().st_size
+    write(tmp_path, b=lines("b"))
+    for max_bytes, taken in ((size - 1, 0), (size, 0), (size + 1500, 1500), (0, size // 2)):
+        shards = plan_shards([files[0], files[2]], "text", 1000, max_bytes)
+        mended = mend_shards(shards, {files[1]}, files, "text", 1000, max_bytes)
+        assert mended[: len(shards)] == shards
+        new = [part for parts in mended[len(shards) :] for part in parts]
+        assert {part.source for part in new} <= {files[1]}
+        assert sum(part.num_bytes for part in new) == taken
+    assert max(sum(part.num_bytes for part in parts) for parts in mended) <= 1000
