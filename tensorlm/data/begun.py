@@ -6,6 +6,7 @@ that held them are made again, and all others stay.
 """
 
 import contextlib
+import hashlib
 import sys
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from pydantic import ValidationError
 from tensorlm.errors import UserError
 from tensorlm.section import Section
 
-from .inputs import HUB, Part, mend_shards, plan_shards
+from .inputs import HUB, Part, dataset_identity, mend_shards, plan_shards
 from .shard_writer import make_folder, write_atomically
 from .shards import INDEX, shard_name
 
@@ -41,8 +42,9 @@ class Settings(Section):
 class Begun(Section):
     """The content of the file.
 
-    sources: (name, bytes, time of the last change) of each; shards: the parts of each, which are
-    (index of the source, start, stop, bytes).
+    sources: (name, bytes, time of the last change) of each, of a data set (name, rows, number that
+    its fingerprint gives); shards: the parts of each, which are (index of the source, start, stop,
+    bytes).
     """
 
     settings: Settings
@@ -142,6 +144,8 @@ def _remove(output: Path, pattern: str) -> None:
 
 def _identity(file: str) -> tuple[str, int, int]:
     if file.startswith(HUB):
-        return file, 0, 0
+        rows, fingerprint = dataset_identity(file)
+        digest = hashlib.sha256(fingerprint.encode()).digest()
+        return file, rows, int.from_bytes(digest[:7])
     stat = Path(file).stat()
     return file, stat.st_size, stat.st_mtime_ns

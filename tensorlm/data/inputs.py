@@ -266,7 +266,7 @@ def _extent(source: str, text_field: str) -> tuple[int, int, bool]:
             size = sum(group.column(column).total_uncompressed_size for group in groups)
             return metadata.num_rows, max(1, size), True
         if kind in ("arrow", "dataset"):
-            table = _open_arrow(source) if kind == "arrow" else _open_dataset(source)
+            table = _open_arrow(source) if kind == "arrow" else open_dataset(source)
             _column(table.column_names, text_field, source)
             size = table.nbytes if kind == "arrow" else table.data.nbytes
             return len(table), max(1, size), True
@@ -396,15 +396,25 @@ def _open_arrow(source: str) -> Any:
 
 
 def _read_dataset(part: Part, text_field: str) -> Iterator[tuple[str, Any, int]]:
-    dataset = _open_dataset(part.source).select_columns([text_field])
+    dataset = open_dataset(part.source).select_columns([text_field])
     for start in range(part.start, part.stop, _BATCH_ROWS):
         texts = dataset[start : min(start + _BATCH_ROWS, part.stop)][text_field]
         for number, text in enumerate(texts, start):
             yield f"row {number}", text, _bytes_before(number + 1, part)
 
 
+def dataset_identity(source: str) -> tuple[int, str]:
+    """Rows and fingerprint of an `hf:` source: equal in every process as long as it is unchanged.
+
+    Raises:
+        UserError: it cannot be loaded.
+    """
+    dataset = open_dataset(source)
+    return len(dataset), dataset._fingerprint
+
+
 @cache
-def _open_dataset(source: str) -> Any:
+def open_dataset(source: str) -> Any:
     """A `datasets` data set; once a process, since a hub name may be looked up over the network."""
     import datasets
 

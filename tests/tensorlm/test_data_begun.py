@@ -4,9 +4,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from datasets import Dataset
 
-from tensorlm.data.inputs import find_files, mend_shards, plan_shards, read_part
+from tensorlm.data.inputs import find_files, mend_shards, open_dataset, plan_shards, read_part
 from tensorlm.data.prepare import encode
 from tensorlm.data.shards import Corpus
 from tensorlm.data.tokenizers import load_tokenizer, train_tokenizer
@@ -114,6 +117,39 @@ def test_an_input_that_was_empty_and_is_filled_is_encoded_too(
     rows = [row for name in ("a", "b", "c", "aa", "d") for row in lines(name)]
     assert texts(output) == [json.loads(row)["text"] for row in rows]
     assert before.items() & finished(output).items()
+
+
+@pytest.mark.parametrize("kind", ["saved", "parquet"])
+def test_rows_of_a_data_set_that_has_changed_are_not_mixed(
+    tmp_path: Path, tokenizers: list[Path], kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    folder, output = tmp_path / "rows", tmp_path / "set"
+    old = [json.loads(line)["text"] for line in lines("old")]
+    new = [text.replace("old", "new") for text in old]
+
+    def save(rows: list[str | None]) -> None:
+        if kind == "saved":
+            Dataset.from_dict({"text": rows}).save_to_disk(folder)
+        else:
+            folder.mkdir(exist_ok=True)
+            pq.write_table(pa.table({"text": rows}), folder / "train.parquet")
+
+    def prepare_once_more() -> str:
+        open_dataset.cache_clear()  # as in a process of its own
+        return prepare([f"hf:{folder}"], tokenizers[0], output)
+
+    save([*old, None])
+    with pytest.raises(UserError, match="row 60: field 'text' holds no text"):
+        prepare_once_more()
+    assert finished(output)
+    save([*new, "and an end"])
+    assert "nothing to do" not in prepare_once_more()
+    assert texts(output) == [*new, "and an end"]
+    assert "nothing to do" in prepare_once_more()
+    save([*old, "and an end"])
+    with pytest.raises(UserError, match="was begun with other inputs"):
+        prepare_once_more()
 
 
 @pytest.mark.parametrize("change", ["text_field", "holdout", "tokenizer", "shard_bytes", "inputs"])
