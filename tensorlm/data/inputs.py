@@ -57,14 +57,16 @@ class Part:
 def find_files(patterns: list[str], exclude: list[str] | None = None) -> list[str]:
     """Files that match any glob pattern (`**` reaches into folders), sorted, less the excluded.
 
-    Names that start with `hf:` are passed on.
+    A pattern that is the name of a file stands for that one alone. Names that start with `hf:` are
+    passed on.
 
     Raises:
-        UserError: a pattern matches nothing, nothing is left, or a file is of a kind not read.
+        UserError: a pattern matches nothing, nothing is left, or a file is of a kind not read, or
+            has a name that is not UTF-8.
     """
     found: set[str] = set()
     for pattern in patterns:
-        if pattern.startswith(HUB):
+        if pattern.startswith(HUB) or os.path.isfile(pattern):
             found.add(pattern)
             continue
         files = [f for f in glob.glob(pattern, recursive=True) if Path(f).is_file()]
@@ -77,6 +79,11 @@ def find_files(patterns: list[str], exclude: list[str] | None = None) -> list[st
     if not kept:
         raise UserError(f"--exclude: leaves nothing of {len(found)} files (exclude fewer)")
     for file in kept:
+        if not _is_unicode(file):
+            shown = os.fsencode(file).decode(errors="backslashreplace")
+            raise UserError(
+                f"{shown}: the name is not UTF-8 (rename it, or leave it out with --exclude)"
+            )
         if not file.startswith(HUB) and _suffix(file) in _NOT_READ:
             raise UserError(
                 f"{file}: {_suffix(file)} is not read (make it .jsonl or .parquet, or leave it out "
