@@ -30,6 +30,14 @@ TOKENIZER_FILES = (
 _LINE_BYTES = 4192  # sentencepiece leaves out longer lines, without a word
 
 
+def check_new_tokenizer(output: Path) -> None:
+    """Raise UserError unless a tokenizer may be written to `output` in no other one's place."""
+    if output.exists() and not output.is_dir():
+        raise UserError(f"{output}: is no folder (choose another --output)")
+    if any((output / name).exists() for name in TOKENIZER_FILES):
+        raise UserError(f"{output}: holds a tokenizer already (choose another --output)")
+
+
 def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> None:
     """Train a sentencepiece BPE with byte fallback on `texts`; writes a loadable folder.
 
