@@ -21,6 +21,7 @@ from .shards import INDEX, shard_name
 
 PLAN = "prepare.json"
 _SPLITS = ("train", "valid")
+_ENTRIES = {PLAN, "tokenizer", *_SPLITS}
 _CHOOSE = "choose another --output"
 
 
@@ -74,9 +75,13 @@ def begin(output: Path, settings: Settings, files: list[str]) -> list[list[Part]
     """Make the folders of a data set, or see how it was begun; returns the parts of each shard.
 
     Raises:
-        UserError: there are shards of other settings or inputs, or there is nothing to read.
+        UserError: there are shards of other settings or inputs, or other files only, or there is
+            nothing to read.
     """
     path = output / PLAN
+    there = [entry.name for entry in output.glob("[!.]*")]
+    if there and not _ENTRIES.intersection(there):
+        raise UserError(f"{output}: holds other files than a data set's ({_CHOOSE})")
     if not path.exists() and any(any((output / split).glob("shard-*")) for split in _SPLITS):
         raise UserError(f"{output}: holds shards already ({_CHOOSE})")
     if _has_finished(output):

@@ -190,6 +190,20 @@ def test_before_the_first_shard_everything_may_change(
     assert not (output / "valid").exists()
 
 
+def test_a_folder_of_other_files_is_left_alone(tmp_path: Path, tokenizers: list[Path]) -> None:
+    files = write(tmp_path, a=lines("a"))
+    for folder in (tmp_path, tokenizers[0]):
+        before = sorted(folder.rglob("*"))
+        with pytest.raises(UserError, match=rf"^{folder}: holds other files .* another --output"):
+            prepare(files, tokenizers[0], folder)
+        assert sorted(folder.rglob("*")) == before
+    # Its own tokenizer may be made first.
+    train_tokenizer(lines("abc"), 300, tmp_path / "set/tokenizer")
+    prepare(files, tmp_path / "set/tokenizer", tmp_path / "set")
+    (tmp_path / "empty").mkdir()
+    prepare(files, tokenizers[0], tmp_path / "empty")
+
+
 def test_a_damaged_plan_or_shards_without_one_are_left_alone(
     tmp_path: Path, tokenizers: list[Path]
 ) -> None:
