@@ -40,14 +40,16 @@ def main() -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = load_tokenizer(args.model)
     model = load_folder(args.model).to(device)
-    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(device)
-    if inputs["input_ids"].shape[1] == 0:
-        raise UserError("--prompt: is empty")
+    ids = tokenizer.encode(prompt, add_special_tokens=False)
+    if ids[:1] != [tokenizer.bos_token_id]:  # as documents began in training
+        ids.insert(0, tokenizer.bos_token_id)
+    tokens = torch.tensor([ids], device=device)
     settings = {"do_sample": args.temperature > 0, "prefill_chunk_size": args.prefill_chunk}
     if args.temperature > 0:
         settings |= {"temperature": args.temperature, "top_p": args.top_p}
     streamer = TextStreamer(tokenizer, skip_special_tokens=True)
-    model.generate(**inputs, max_new_tokens=args.max_new_tokens, streamer=streamer, **settings)
+    settings |= {"max_new_tokens": args.max_new_tokens, "streamer": streamer}
+    model.generate(input_ids=tokens, attention_mask=torch.ones_like(tokens), **settings)
     return 0
 
 
@@ -72,6 +74,8 @@ def check_arguments(args: argparse.Namespace) -> None:
 def read_prompt(argument: str) -> str:
     """The text of `--prompt`, or of standard input."""
     content = sys.stdin.buffer.read() if argument == "-" else os.fsencode(argument)
+    if not content:
+        raise UserError("--prompt: is empty")
     try:
         return content.decode()
     except UnicodeDecodeError as error:

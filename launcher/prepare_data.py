@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tensorlm.data.prepare import SHARD_BYTES, encode, find_files, read_documents
 from tensorlm.data.shards import open_shards, verify_shards
-from tensorlm.data.tokenizers import check_tokenizer, train_tokenizer
+from tensorlm.data.tokenizers import check_new_tokenizer, check_tokenizer, train_tokenizer
 from tensorlm.errors import UserError, run_launcher
 from tensorlm.launch_env import launched_world_size
 
@@ -40,7 +40,7 @@ def main() -> int:
 
     tokenizer = commands.add_parser("tokenizer", parents=[source], help="train a sentencepiece BPE")
     tokenizer.add_argument("--vocab-size", type=int, required=True)
-    tokenizer.add_argument("--output", type=Path, required=True, help="folder to write")
+    tokenizer.add_argument("--output", type=Path, required=True, help="folder without a tokenizer")
 
     shards = commands.add_parser("encode", parents=[source], help="encode documents into shards")
     shards.add_argument(
@@ -77,6 +77,7 @@ def main() -> int:
 
     _check(args)
     if args.command == "tokenizer":
+        check_new_tokenizer(args.output)  # now: training takes minutes
         files = find_files(args.input, args.exclude)
         texts = read_documents(files, args.text_field, args.max_bytes)
         train_tokenizer(texts, args.vocab_size, args.output)

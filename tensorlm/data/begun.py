@@ -6,6 +6,7 @@ that held them are made again, and all others stay.
 """
 
 import contextlib
+import hashlib
 import sys
 from pathlib import Path
 
@@ -14,12 +15,13 @@ from pydantic import ValidationError
 from tensorlm.errors import UserError
 from tensorlm.section import Section
 
-from .inputs import HUB, Part, mend_shards, plan_shards
+from .inputs import HUB, Part, dataset_identity, mend_shards, plan_shards
 from .shard_writer import make_folder, write_atomically
 from .shards import INDEX, shard_name
 
 PLAN = "prepare.json"
 _SPLITS = ("train", "valid")
+_ENTRIES = {PLAN, "tokenizer", *_SPLITS}
 _CHOOSE = "choose another --output"
 
 
@@ -41,8 +43,9 @@ class Settings(Section):
 class Begun(Section):
     """The content of the file.
 
-    sources: (name, bytes, time of the last change) of each; shards: the parts of each, which are
-    (index of the source, start, stop, bytes).
+    sources: (name, bytes, time of the last change) of each, of a data set (name, rows, number that
+    its fingerprint gives); shards: the parts of each, which are (index of the source, start, stop,
+    bytes).
     """
 
     settings: Settings
@@ -72,9 +75,13 @@ def begin(output: Path, settings: Settings, files: list[str]) -> list[list[Part]
     """Make the folders of a data set, or see how it was begun; returns the parts of each shard.
 
     Raises:
-        UserError: there are shards of other settings or inputs, or there is nothing to read.
+        UserError: there are shards of other settings or inputs, or other files only, or there is
+            nothing to read.
     """
     path = output / PLAN
+    there = [entry.name for entry in output.glob("[!.]*")]
+    if there and not _ENTRIES.intersection(there):
+        raise UserError(f"{output}: holds other files than a data set's ({_CHOOSE})")
     if not path.exists() and any(any((output / split).glob("shard-*")) for split in _SPLITS):
         raise UserError(f"{output}: holds shards already ({_CHOOSE})")
     if _has_finished(output):
@@ -113,7 +120,9 @@ def _go_on(path: Path, settings: Settings, files: list[str]) -> Begun:
         )
     if not changed:
         return begun
-    shards = mend_shards(begun.parts, changed, files, settings.text_field, settings.max_bytes)
+    shards = mend_shards(
+        begun.parts, changed, files, settings.text_field, settings.shard_bytes, settings.max_bytes
+    )
     again = [n for n, parts in enumerate(begun.parts) if any(p.source in changed for p in parts)]
     for number in again:
         _remove(path.parent, f"{shard_name(number)}.json")
@@ -140,6 +149,8 @@ def _remove(output: Path, pattern: str) -> None:
 
 def _identity(file: str) -> tuple[str, int, int]:
     if file.startswith(HUB):
-        return file, 0, 0
+        rows, fingerprint = dataset_identity(file)
+        digest = hashlib.sha256(fingerprint.encode()).digest()
+        return file, rows, int.from_bytes(digest[:7])
     stat = Path(file).stat()
     return file, stat.st_size, stat.st_mtime_ns

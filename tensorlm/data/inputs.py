@@ -57,14 +57,16 @@ class Part:
 def find_files(patterns: list[str], exclude: list[str] | None = None) -> list[str]:
     """Files that match any glob pattern (`**` reaches into folders), sorted, less the excluded.
 
-    Names that start with `hf:` are passed on.
+    A pattern that is the name of a file stands for that one alone. Names that start with `hf:` are
+    passed on.
 
     Raises:
-        UserError: a pattern matches nothing, nothing is left, or a file is of a kind not read.
+        UserError: a pattern matches nothing, nothing is left, or a file is of a kind not read, or
+            has a name that is not UTF-8.
     """
     found: set[str] = set()
     for pattern in patterns:
-        if pattern.startswith(HUB):
+        if pattern.startswith(HUB) or os.path.isfile(pattern):
             found.add(pattern)
             continue
         files = [f for f in glob.glob(pattern, recursive=True) if Path(f).is_file()]
@@ -77,6 +79,11 @@ def find_files(patterns: list[str], exclude: list[str] | None = None) -> list[st
     if not kept:
         raise UserError(f"--exclude: leaves nothing of {len(found)} files (exclude fewer)")
     for file in kept:
+        if not _is_unicode(file):
+            shown = os.fsencode(file).decode(errors="backslashreplace")
+            raise UserError(
+                f"{shown}: the name is not UTF-8 (rename it, or leave it out with --exclude)"
+            )
         if not file.startswith(HUB) and _suffix(file) in _NOT_READ:
             raise UserError(
                 f"{file}: {_suffix(file)} is not read (make it .jsonl or .parquet, or leave it out "
@@ -127,24 +134,29 @@ def mend_shards(
     changed: Collection[str],
     files: list[str],
     text_field: str,
+    shard_bytes: int,
     max_bytes: int = 0,
 ) -> list[list[Part]]:
     """The same cut of inputs of which some have changed, or are no longer among `files`.
 
     The last part of a changed source ends where the source now ends; all other sources stay as they
-    are cut. A shard may have no parts left.
+    are cut. A changed source without parts (it was empty) gets new shards behind the others. A
+    shard may have no parts left.
 
     Args:
         shards: from `plan_shards`.
         changed: sources that are not as they were.
-        files: the sources that there still are, all of them in `shards`.
+        files: the sources that there still are, in the order of `plan_shards`.
         text_field: field (column) that holds the text.
+        shard_bytes: that of `plan_shards`.
         max_bytes: that of `plan_shards`; where it cut the inputs off, it still does.
     """
     extents = {source: _extent(source, text_field) for source in changed if source in files}
     end = {part.source: part for shard in shards for part in shard}
-    if max_bytes and sum(part.num_bytes for shard in shards for part in shard) >= max_bytes:
+    new = [file for file in files if file in changed and file not in end]
+    if max_bytes and _num_bytes(shards) >= max_bytes:
         del end[next(reversed(end))]
+        new = []
 
     def mended(part: Part) -> Part | None:
         if part.source not in changed:
@@ -157,7 +169,15 @@ def mend_shards(
             return None
         return replace(part, stop=stop, num_bytes=round(num_bytes * (stop - part.start) / extent))
 
-    return [[new for part in shard if (new := mended(part))] for shard in shards]
+    kept = [[now for part in shard if (now := mended(part))] for shard in shards]
+    left = max_bytes - _num_bytes(kept)
+    if max_bytes and left <= 0:
+        return kept
+    return kept + plan_shards(new, text_field, shard_bytes, left if max_bytes else 0)
+
+
+def _num_bytes(shards: list[list[Part]]) -> int:
+    return sum(part.num_bytes for shard in shards for part in shard)
 
 
 def read_documents(files: list[str], text_field: str, max_bytes: int = 0) -> Iterator[str]:
@@ -253,7 +273,7 @@ def _extent(source: str, text_field: str) -> tuple[int, int, bool]:
             size = sum(group.column(column).total_uncompressed_size for group in groups)
             return metadata.num_rows, max(1, size), True
         if kind in ("arrow", "dataset"):
-            table = _open_arrow(source) if kind == "arrow" else _open_dataset(source)
+            table = _open_arrow(source) if kind == "arrow" else open_dataset(source)
             _column(table.column_names, text_field, source)
             size = table.nbytes if kind == "arrow" else table.data.nbytes
             return len(table), max(1, size), True
@@ -383,15 +403,25 @@ def _open_arrow(source: str) -> Any:
 
 
 def _read_dataset(part: Part, text_field: str) -> Iterator[tuple[str, Any, int]]:
-    dataset = _open_dataset(part.source).select_columns([text_field])
+    dataset = open_dataset(part.source).select_columns([text_field])
     for start in range(part.start, part.stop, _BATCH_ROWS):
         texts = dataset[start : min(start + _BATCH_ROWS, part.stop)][text_field]
         for number, text in enumerate(texts, start):
             yield f"row {number}", text, _bytes_before(number + 1, part)
 
 
+def dataset_identity(source: str) -> tuple[int, str]:
+    """Rows and fingerprint of an `hf:` source: equal in every process as long as it is unchanged.
+
+    Raises:
+        UserError: it cannot be loaded.
+    """
+    dataset = open_dataset(source)
+    return len(dataset), dataset._fingerprint
+
+
 @cache
-def _open_dataset(source: str) -> Any:
+def open_dataset(source: str) -> Any:
     """A `datasets` data set; once a process, since a hub name may be looked up over the network."""
     import datasets
 

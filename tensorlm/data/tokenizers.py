@@ -27,6 +27,15 @@ TOKENIZER_FILES = (
     "tokenizer_config.json",
     "special_tokens_map.json",
 )
+_LINE_BYTES = 4192  # sentencepiece leaves out longer lines, without a word
+
+
+def check_new_tokenizer(output: Path) -> None:
+    """Raise UserError unless a tokenizer may be written to `output` in no other one's place."""
+    if output.exists() and not output.is_dir():
+        raise UserError(f"{output}: is no folder (choose another --output)")
+    if any((output / name).exists() for name in TOKENIZER_FILES):
+        raise UserError(f"{output}: holds a tokenizer already (choose another --output)")
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> None:
@@ -41,7 +50,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> None
     def lines() -> Iterator[str]:
         try:
             for text in texts:
-                yield from filter(None, text.splitlines())
+                for line in text.splitlines():
+                    yield from cut_line(line)
         except UserError as error:  # of which sentencepiece makes an error of its own
             unreadable.append(error)
             raise
@@ -70,6 +80,22 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> None
     _write_files(_files_of_model(model.getvalue()), folder)
 
 
+def cut_line(line: str) -> Iterator[str]:
+    """Pieces of at most `_LINE_BYTES` that make up a line, each cut behind its last space if any.
+
+    An empty line has none.
+    """
+    content, start = line.encode(), 0
+    while start < len(content):
+        stop = start + _LINE_BYTES
+        if stop < len(content):
+            while content[stop] & 0xC0 == 0x80:  # within a character
+                stop -= 1
+            stop = content.rfind(b" ", start, stop) + 1 or stop
+        yield content[start:stop].decode()
+        start = stop
+
+
 def _training_problem(message: str) -> str:
     """What sentencepiece's message means; it names lines of its own source."""
     if limit := re.search(r"too high.*<= (\d+)", message):
@@ -77,7 +103,7 @@ def _training_problem(message: str) -> str:
     if limit := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
         return f"too small for the characters of these texts ({limit[1]} is the smallest)"
     if "sentences_.empty" in message:
-        return "there is no text to train on (no line of at most 4,192 bytes)"
+        return "there is no text to train on"
     return f"sentencepiece cannot train on these texts ({message.strip().splitlines()[-1]})"
 
 

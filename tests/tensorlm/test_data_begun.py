@@ -4,9 +4,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from datasets import Dataset
 
-from tensorlm.data.inputs import find_files, mend_shards, plan_shards, read_part
+from tensorlm.data.inputs import find_files, mend_shards, open_dataset, plan_shards, read_part
 from tensorlm.data.prepare import encode
 from tensorlm.data.shards import Corpus
 from tensorlm.data.tokenizers import load_tokenizer, train_tokenizer
@@ -102,6 +105,53 @@ def test_after_a_bad_row_is_mended_only_its_file_is_encoded_again(
     assert finished(output) == after
 
 
+def test_an_input_that_was_empty_and_is_filled_is_encoded_too(
+    tmp_path: Path, tokenizers: list[Path]
+) -> None:
+    output = tmp_path / "set"
+    write(tmp_path, aa=[], d=[])
+    stopped_by_a_bad_row(tmp_path, tokenizers[0], output)
+    before = finished(output)
+    files = write(tmp_path, aa=lines("aa"), b=lines("b"), d=lines("d"))
+    prepare(files, tokenizers[0], output)
+    rows = [row for name in ("a", "b", "c", "aa", "d") for row in lines(name)]
+    assert texts(output) == [json.loads(row)["text"] for row in rows]
+    assert before.items() & finished(output).items()
+
+
+@pytest.mark.parametrize("kind", ["saved", "parquet"])
+def test_rows_of_a_data_set_that_has_changed_are_not_mixed(
+    tmp_path: Path, tokenizers: list[Path], kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    folder, output = tmp_path / "rows", tmp_path / "set"
+    old = [json.loads(line)["text"] for line in lines("old")]
+    new = [text.replace("old", "new") for text in old]
+
+    def save(rows: list[str | None]) -> None:
+        if kind == "saved":
+            Dataset.from_dict({"text": rows}).save_to_disk(folder)
+        else:
+            folder.mkdir(exist_ok=True)
+            pq.write_table(pa.table({"text": rows}), folder / "train.parquet")
+
+    def prepare_once_more() -> str:
+        open_dataset.cache_clear()  # as in a process of its own
+        return prepare([f"hf:{folder}"], tokenizers[0], output)
+
+    save([*old, None])
+    with pytest.raises(UserError, match="row 60: field 'text' holds no text"):
+        prepare_once_more()
+    assert finished(output)
+    save([*new, "and an end"])
+    assert "nothing to do" not in prepare_once_more()
+    assert texts(output) == [*new, "and an end"]
+    assert "nothing to do" in prepare_once_more()
+    save([*old, "and an end"])
+    with pytest.raises(UserError, match="was begun with other inputs"):
+        prepare_once_more()
+
+
 @pytest.mark.parametrize("change", ["text_field", "holdout", "tokenizer", "shard_bytes", "inputs"])
 def test_settings_are_never_mixed(tmp_path: Path, tokenizers: list[Path], change: str) -> None:
     output = tmp_path / "set"
@@ -140,6 +190,20 @@ def test_before_the_first_shard_everything_may_change(
     assert not (output / "valid").exists()
 
 
+def test_a_folder_of_other_files_is_left_alone(tmp_path: Path, tokenizers: list[Path]) -> None:
+    files = write(tmp_path, a=lines("a"))
+    for folder in (tmp_path, tokenizers[0]):
+        before = sorted(folder.rglob("*"))
+        with pytest.raises(UserError, match=rf"^{folder}: holds other files .* another --output"):
+            prepare(files, tokenizers[0], folder)
+        assert sorted(folder.rglob("*")) == before
+    # Its own tokenizer may be made first.
+    train_tokenizer(lines("abc"), 300, tmp_path / "set/tokenizer")
+    prepare(files, tmp_path / "set/tokenizer", tmp_path / "set")
+    (tmp_path / "empty").mkdir()
+    prepare(files, tokenizers[0], tmp_path / "empty")
+
+
 def test_a_damaged_plan_or_shards_without_one_are_left_alone(
     tmp_path: Path, tokenizers: list[Path]
 ) -> None:
@@ -159,9 +223,23 @@ def test_a_mended_file_ends_where_it_now_ends(tmp_path: Path) -> None:
     size = sum(Path(file).stat().st_size for file in files)
     shards = plan_shards(files, "text", 1000, max_bytes=size - 1500)
     write(tmp_path, b=lines("b") + lines("c"))
-    mended = mend_shards(shards, {files[1]}, files, "text", max_bytes=size - 1500)
+    mended = mend_shards(shards, {files[1]}, files, "text", 1000, max_bytes=size - 1500)
     assert mended == shards  # --max-bytes cut it off, and still does
-    mended = mend_shards(shards, {files[1]}, files, "text", max_bytes=size + 1500)
+    mended = mend_shards(shards, {files[1]}, files, "text", 1000, max_bytes=size + 1500)
     assert mended[:-1] == shards[:-1]
     read = [text for part in mended[-1] for text in read_part(part, "text")]
     assert read[-1] == json.loads(lines("c")[-1])["text"]
+
+
+def test_a_file_that_was_empty_takes_what_max_bytes_leaves(tmp_path: Path) -> None:
+    files = write(tmp_path, a=lines("a"), b=[], c=lines("c"))
+    size = Path(files[0]).stat().st_size + Path(files[2]).stat().st_size
+    write(tmp_path, b=lines("b"))
+    for max_bytes, taken in ((size - 1, 0), (size, 0), (size + 1500, 1500), (0, size // 2)):
+        shards = plan_shards([files[0], files[2]], "text", 1000, max_bytes)
+        mended = mend_shards(shards, {files[1]}, files, "text", 1000, max_bytes)
+        assert mended[: len(shards)] == shards
+        new = [part for parts in mended[len(shards) :] for part in parts]
+        assert {part.source for part in new} <= {files[1]}
+        assert sum(part.num_bytes for part in new) == taken
+    assert max(sum(part.num_bytes for part in parts) for parts in mended) <= 1000

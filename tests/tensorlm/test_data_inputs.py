@@ -3,6 +3,7 @@
 import codecs
 import gzip
 import json
+import os
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -204,6 +205,23 @@ def test_patterns_that_name_nothing_to_read_are_one_line(
         find_files([str(tmp_path / pattern)], [exclude])
     assert len(caught.value.problems) == 1
     assert len(find_files([str(tmp_path / "more/*")], ["*.gz", "*.pt"])) == 1
+
+
+def test_a_file_is_found_by_its_name_even_if_that_is_a_pattern(tmp_path: Path) -> None:
+    for name in ("x[1].jsonl", "x1.jsonl", "x2.jsonl"):
+        (tmp_path / name).write_bytes(LINES)
+    assert find_files([str(tmp_path / "x[1].jsonl")]) == [str(tmp_path / "x[1].jsonl")]
+    assert find_files([str(tmp_path / "x[2].jsonl")]) == [str(tmp_path / "x2.jsonl")]
+
+
+def test_a_name_that_is_not_utf8_is_one_line(tmp_path: Path) -> None:
+    write_texts(tmp_path)
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.txt")).touch()
+    with pytest.raises(UserError) as caught:
+        find_files([str(tmp_path / "*.txt")])
+    (line,) = caught.value.problems
+    assert line.startswith(rf"{tmp_path}/caf\xe9.txt: the name is not UTF-8 (rename it")
+    assert len(find_files([str(tmp_path / "*.txt")], ["*/caf*"])) == len(TEXTS)
 
 
 def damaged(name: str, content: bytes) -> Callable[[Path], str]:

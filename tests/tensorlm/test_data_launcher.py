@@ -67,6 +67,25 @@ def test_training_a_tokenizer_is_asked_for_what_makes_sense(
     assert not (tmp_path / "new").exists()
 
 
+def test_a_tokenizer_is_never_overwritten(
+    tmp_path: Path, corpus: Path, tokenizer: Path, capsys: Capture
+) -> None:
+    def command(output: Path) -> list[str | Path]:
+        return ["tokenizer", "--input", corpus, "--output", output, "--vocab-size", "275"]
+
+    sha256 = tokenizer_sha256(tokenizer)
+    line = f"{tokenizer}: holds a tokenizer already (choose another --output)"
+    assert error(capsys, *command(tokenizer)) == line
+    assert tokenizer_sha256(tokenizer) == sha256
+    exported = tmp_path / "hf"
+    exported.mkdir()
+    (exported / "tokenizer_config.json").write_text("{}")
+    assert error(capsys, *command(exported)).startswith(f"{exported}: holds a tokenizer already")
+    assert error(capsys, *command(corpus)) == f"{corpus}: is no folder (choose another --output)"
+    assert launcher_here("prepare_data.py", *command(tmp_path / "new")) == 0
+    assert error(capsys, *command(tmp_path / "new")).startswith(f"{tmp_path / 'new'}: holds")
+
+
 def test_no_held_out_documents_are_told_and_are_no_error(
     tmp_path: Path, corpus: Path, tokenizer: Path, capsys: Capture
 ) -> None:

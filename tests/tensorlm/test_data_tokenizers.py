@@ -15,6 +15,7 @@ from tensorlm.data.tokenizers import (
     DocumentEncoder,
     check_tokenizer,
     copy_tokenizer,
+    cut_line,
     load_tokenizer,
     tokenizer_sha256,
     train_tokenizer,
@@ -157,7 +158,7 @@ def test_our_own_tokenizer_keeps_every_space(tmp_path: Path) -> None:
         (["a few words"] * 9, 5000, r"5000: too large for these texts \((\d+) is the largest"),
         (["a few words"] * 9, 260, r"260: too small for the characters .* \((\d+) is the smallest"),
         ([], 300, "300: there is no text to train on"),
-        (["x" * 5000], 300, "300: there is no text to train on"),
+        (["\n\n", ""], 300, "300: there is no text to train on"),
     ],
 )
 def test_a_vocabulary_that_does_not_fit_says_which_would(
@@ -171,6 +172,29 @@ def test_a_vocabulary_that_does_not_fit_says_which_would(
     if found.groups():
         train_tokenizer(texts, int(found[1]), tmp_path / "tokenizer")
         assert len(load_tokenizer(tmp_path / "tokenizer")) == int(found[1])
+
+
+def test_long_lines_are_trained_on_too(tmp_path: Path) -> None:
+    words = random.Random(0).choices(["日本語の", "文章です。", "長い", "漢字、"], k=2000)
+    text = "".join(words)  # one line, 20 kB, no space
+    train_tokenizer([text], 300, tmp_path / "tokenizer")
+    (ids,) = DocumentEncoder(tmp_path / "tokenizer")([text])
+    assert len(ids) < len(text)
+    assert load_tokenizer(tmp_path / "tokenizer").decode(ids[1:-1]) == text
+
+
+@pytest.mark.parametrize("characters", ["ab c", "語é x", "漢字", "😀é", " "])
+def test_pieces_of_a_long_line_are_short_and_make_it_up(characters: str) -> None:
+    for seed in range(20):
+        line = "".join(random.Random(seed).choices(characters, k=6000))
+        pieces = list(cut_line(line))
+        assert "".join(pieces) == line
+        assert max(len(piece.encode()) for piece in pieces) <= 4192
+        assert len(pieces) <= len(line.encode()) // 4000 + 1
+        if " " in characters:
+            assert all(piece.endswith(" ") for piece in pieces[:-1])
+    assert list(cut_line("x" * 4192)) == ["x" * 4192]
+    assert list(cut_line("")) == []
 
 
 def test_a_tokenizer_takes_the_place_of_another_whole(tmp_path: Path) -> None:

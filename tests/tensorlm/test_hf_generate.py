@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache
 
-from tensorlm.data.tokenizers import load_tokenizer
+from tensorlm.data.tokenizers import DocumentEncoder, load_tokenizer
 from tensorlm.errors import UserError
 from tensorlm.hf.cache_tensorlm import FoldCache, Rows
 from tensorlm.hf.configuration_tensorlm import TensorLMConfig
@@ -226,6 +226,29 @@ def test_launcher_streams_what_plain_generation_gives(
     assert b"".join(pieces).decode() == wanted + "\n"
 
 
+@pytest.mark.parametrize("has_template", [True, False])
+def test_a_prompt_begins_as_documents_did(
+    tmp_path: Path, config: Path, data: Path, monkeypatch: pytest.MonkeyPatch, has_template: bool
+) -> None:
+    checkpoint, settings, _ = random_checkpoint(config)
+    folder = tmp_path / "hf"
+    export_checkpoint(checkpoint, settings, folder, "fp32", data / "tokenizer")
+    if not has_template:
+        fields = json.loads((folder / "tokenizer.json").read_text())
+        (folder / "tokenizer.json").write_text(json.dumps(fields | {"post_processor": None}))
+    prompts: list[Tensor] = []
+
+    def record(self: TensorLMForCausalLM, input_ids: Tensor, **settings: Any) -> None:
+        prompts.append(input_ids)
+
+    monkeypatch.setattr(TensorLMForCausalLM, "generate", record)
+    for prompt in ("import os", "<s>import os"):
+        assert launcher_here("generate.py", "--model", folder, "--prompt", prompt) == 0
+    document = DocumentEncoder(data / "tokenizer")(["import os"])[0].tolist()
+    assert prompts[0].tolist() == [document[:-1]]
+    assert [token for token in prompts[1][0].tolist() if token == 1] == [1]
+
+
 def test_options_and_prompts_that_make_no_sense_are_one_line_each(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -249,6 +272,9 @@ def test_options_and_prompts_that_make_no_sense_are_one_line_each(
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"abc\xff")))
     for prompt in ("-", "abc\udcff"):
         assert errors(prompt) == ["error: --prompt: not UTF-8 text (invalid start byte at 3)"]
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"")))
+    for prompt in ("-", ""):
+        assert errors(prompt) == ["error: --prompt: is empty"]
 
 
 @pytest.mark.parametrize("tied", [False, True])
