@@ -1,10 +1,10 @@
 """Prepare data: train a tokenizer, encode documents into shards, verify and inspect them.
 
-launcher/prepare_data.py tokenizer --input 'texts/**/*.txt' --vocab-size 4096 --output TOKENIZER
-launcher/prepare_data.py encode --input 'corpus/*.parquet' --tokenizer TOKENIZER --output DATA
+python launcher/prepare_data.py tokenizer --input 'texts/*.txt' --vocab-size 4096 --output TOKENIZER
+python launcher/prepare_data.py encode --input '*.parquet' --tokenizer TOKENIZER --output DATA
 mpirun -np 8 python launcher/prepare_data.py encode ...    # the same, over the ranks (also: srun)
-launcher/prepare_data.py verify DATA
-launcher/prepare_data.py inspect DATA --plot lengths.png
+python launcher/prepare_data.py verify DATA
+python launcher/prepare_data.py inspect DATA --plot lengths.png
 """
 
 import argparse
