@@ -10,13 +10,21 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fold_parallel import Grid
+from tensorlm.checkpoint import select_checkpoint
 from tensorlm.config import load_config
-from tensorlm.evaluation.model import open_checkpoint_model
+from tensorlm.data.tokenizers import train_tokenizer
+from tensorlm.errors import UserError
+from tensorlm.evaluation.model import (
+    open_checkpoint_model,
+    open_hugging_face_model,
+    open_random_model,
+)
 from tensorlm.evaluation.results import read_report
 from tensorlm.evaluation.run import evaluate
 from tensorlm.evaluation.text import held_out_documents
+from tensorlm.hf.export_folder import export_checkpoint
 from tensorlm.model import Llama
-from tests.evaluation.solver import save, write_inputs
+from tests.evaluation.solver import save, solved_text, write_inputs
 from tests.tensorlm.launching import ROOT, TINY, launch_command, launch_environment
 
 
@@ -67,6 +75,30 @@ for arguments in (
         for problem in error.problems:
             print("error:", problem, file=sys.stderr)
 """
+
+
+def test_another_tokenizer_than_the_models_is_refused(tmp_path: Path) -> None:
+    path = write_inputs(tmp_path / "untrained")
+    config = load_config(path)
+    model = Llama(config.model)
+    model.init_weights(seed=0)
+    save(model, config)
+    device, grid = torch.device("cpu"), Grid()
+    assert len(open_checkpoint_model(config, 0, device, grid).tokenizer) == 400
+    for vocab_size in (380, 420):
+        other = tmp_path / str(vocab_size) / "tokenizer"
+        train_tokenizer([solved_text(i, 20) for i in range(20)], vocab_size, other)
+        config = load_config(path, [f"data.path={other.parent}"])
+        with pytest.raises(UserError) as caught:
+            open_checkpoint_model(config, 0, device, grid)
+        (line,) = caught.value.problems
+        assert line.startswith(f"{other}: is not the tokenizer that the data was encoded with (set")
+    with pytest.raises(UserError, match=r"tokenizer: has 420 ids, the model's vocab_size is 400"):
+        open_random_model(config, device, grid)
+    folder = tmp_path / "hf"
+    export_checkpoint(select_checkpoint(Path(config.run.dir), 0), config, folder, "fp32", other)
+    with pytest.raises(UserError, match=r"hf: has 420 ids, the model's vocab_size is 400"):
+        open_hugging_face_model(config, folder, device, grid)
 
 
 @pytest.mark.parametrize(
