@@ -40,7 +40,7 @@ class EvaluatedModel:
     """
 
     network: Any
-    name: str
+    name: str  # where it is: the path of a run or folder
     step: int | None
     trained_length: int
     tokenizer: Any
@@ -176,7 +176,7 @@ def open_checkpoint_model(
     tokenizer = _load_tokenizer(_tokenizer_folder(config), trained.model.vocab_size)
     model = create_llama(trained.model, config.train, grid, device).eval()
     load_weights(checkpoint, model)
-    name = str(checkpoint.folder.parent)
+    name = str(checkpoint.folder.parent.resolve())
     seq_len = trained.data.seq_len
     return _evaluated(config, model, tokenizer, name, checkpoint.step, seq_len, device, grid)
 
@@ -198,7 +198,7 @@ def open_random_model(config: Config, device: torch.device, grid: Grid) -> Evalu
                 parameter.fill_(1.0)
             else:
                 parameter.normal_(std=config.model.init_std)
-    name, seq_len = "random weights", config.data.seq_len
+    name, seq_len = str(Path(config.run.dir).resolve() / "random weights"), config.data.seq_len
     return _evaluated(config, model, tokenizer, name, None, seq_len, device, grid)
 
 
@@ -214,7 +214,7 @@ def open_hugging_face_model(
     tokenizer = _load_tokenizer(folder, network.config.vocab_size)
     return EvaluatedModel(
         network=network.to(device).eval(),
-        name=folder.name,
+        name=str(folder.resolve()),
         step=None,
         trained_length=network.config.max_position_embeddings,
         tokenizer=tokenizer,
@@ -235,7 +235,8 @@ def wrap_training_model(
 ) -> EvaluatedModel:
     """The model that is being trained; `on_progress` is called after each of its passes."""
     tokenizer, seq_len = load_tokenizer(_tokenizer_folder(config)), config.data.seq_len
-    model = _evaluated(config, module, tokenizer, config.run.dir, step, seq_len, device, grid)
+    name = str(Path(config.run.dir).resolve())
+    model = _evaluated(config, module, tokenizer, name, step, seq_len, device, grid)
     model.on_progress, model.gathers_weights = on_progress, config.zero.stage == 3
     return model
 

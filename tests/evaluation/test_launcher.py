@@ -101,6 +101,24 @@ def test_another_tokenizer_than_the_models_is_refused(tmp_path: Path) -> None:
         open_hugging_face_model(config, folder, device, grid)
 
 
+def test_models_are_named_by_their_whole_paths(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = write_inputs(tmp_path / "untrained")
+    config = load_config(path, ["run.dir=run"])
+    model = Llama(config.model)
+    model.init_weights(seed=0)
+    save(model, config)
+    tokenizer = tmp_path / "untrained/data/tokenizer"
+    export_checkpoint(select_checkpoint(Path("run"), 0), config, Path("big/hf"), "fp32", tokenizer)
+    where = (torch.device("cpu"), Grid())
+    assert open_checkpoint_model(config, 0, *where).name == str(tmp_path / "run")
+    assert open_random_model(config, *where).name == str(tmp_path / "run/random weights")
+    found = open_hugging_face_model(config, Path("big/hf"), *where)
+    assert found.name == str(tmp_path / "big/hf")
+
+
 @pytest.mark.parametrize(
     ("launcher", "ranks", "stage", "tasks"),
     [("torchrun", 2, 3, '["ppl"]'), ("python", 1, 2, '["ppl","passkey"]')],

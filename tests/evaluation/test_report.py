@@ -66,7 +66,7 @@ def test_page_is_whole_without_any_other_file(tmp_path: Path) -> None:
     assert "&lt;CPU &amp; more&gt;" in page
     assert "expected: &lt;a&gt;" in page
     text = (tmp_path / "report.md").read_text()
-    assert text.startswith("# Evaluation of runs/a step 30")
+    assert text.startswith("# Evaluation of a step 30")
     for name in re.findall(r"\]\((\w+\.png)\)", text):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     assert "| 8,192 | 2.00 | 2.0000 | 7.389 | 7.000 - 7.700 |" in text
@@ -106,6 +106,22 @@ def test_lengths_of_one_model_join_and_models_stay_apart() -> None:
     table = format_report([first, second])
     assert re.search(r"a step 30 +passkey +8,192 +50.0%", table)
     assert re.search(r"b step 30 +passkey +4,096 +100.0%", table)
+
+
+def test_folders_of_one_name_are_models_of_their_own(tmp_path: Path) -> None:
+    paths = ("/x/big/hf", "/x/small/hf", "/y/base")
+    parts = [make_report(path, (4096,), accuracy=i / 4) for i, path in enumerate(paths)]
+    reports = merge_reports(parts)
+    assert reports == parts
+    table = format_report(reports)
+    for name, accuracy in (("big/hf", "0.0%"), ("small/hf", "25.0%"), ("base", "50.0%")):
+        assert re.search(rf"^ *{name} step 30 +passkey +4,096 +{accuracy}", table, re.MULTILINE)
+    write_reports(tmp_path, reports)
+    title = "Evaluation of big/hf step 30, small/hf step 30, base step 30"
+    assert f"<h1>{title}</h1>" in (tmp_path / "report.html").read_text()
+    write_reports(tmp_path, reports[:1])
+    assert "<h1>Evaluation of hf step 30</h1>" in (tmp_path / "report.html").read_text()
+    assert read_report(tmp_path / "report.json").name == "/x/big/hf"
 
 
 def test_perplexity_curve_marks_every_trained_length() -> None:
