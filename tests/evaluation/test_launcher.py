@@ -34,6 +34,7 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
     model = Llama(config.model)
     model.init_weights(seed=0)
     save(model, config)
+    (tmp_path / "file").write_text("mine")
     command = [sys.executable, "-c", MISTAKES, str(path), str(tmp_path)]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
@@ -46,6 +47,9 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
         "eval: ruler: no task vtt",
         "eval: ruler: qa_1 and qa_2 need files (eval.qa)",
         "no config.json (make it with launcher/convert.py export)",
+        f"{tmp_path}/file: cannot be written (File exists; choose another folder with --output)",
+        f"{tmp_path}/file/out: cannot be written (Not a directory; ",
+        "error: /proc: cannot be written (",
         "--config: missing",
         "--compare: no report.json below",
     ]
@@ -67,6 +71,10 @@ for arguments in (
     ["--config", config, 'eval.ruler=["vtt"]'],
     ["--config", config, 'eval.ruler=["qa_1"]'],
     ["--config", config, "--hf", folder, "--tasks", "niah", "zero.stage=3", "eval.every=9"],
+    *(  # found before there turns out to be no such checkpoint
+        ["--config", config, "--checkpoint", "7", "--output", output]
+        for output in (f"{folder}/file", f"{folder}/file/out", "/proc")
+    ),
     [],
     ["--compare", folder, "--output", folder],
 ):

@@ -8,7 +8,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.tensorboard import SummaryWriter
 
 from tensorlm.errors import UserError
-from tensorlm.evaluation.plots import figures
+from tensorlm.evaluation.plots import FIGURES, figures
 from tensorlm.evaluation.report import format_report, log_to_tensorboard, write_reports
 from tensorlm.evaluation.results import (
     Attribution,
@@ -70,6 +70,19 @@ def test_page_is_whole_without_any_other_file(tmp_path: Path) -> None:
     for name in re.findall(r"\]\((\w+\.png)\)", text):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     assert "| 8,192 | 2.00 | 2.0000 | 7.389 | 7.000 - 7.700 |" in text
+
+
+def test_a_report_replaces_an_earlier_one_with_its_plots(tmp_path: Path) -> None:
+    (tmp_path / "ruler.png").write_text("mine")
+    earlier = make_report("a", (4096, 8192))
+    write_reports(tmp_path, [earlier.model_copy(update={"ruler": []})])
+    assert (tmp_path / "ruler.png").read_text() == "mine"  # no report was there
+    write_reports(tmp_path, [earlier])
+    (tmp_path / "mine.png").write_text("mine")
+    written = {f"{name}.png" for name in FIGURES}
+    assert written == set(re.findall(r"\]\((.*?)\)", (tmp_path / "report.md").read_text()))
+    write_reports(tmp_path, [Report(name="a", trained_length=4096, passkey=earlier.passkey)])
+    assert {path.name for path in tmp_path.glob("*.png")} == {"passkey.png", "mine.png"}
 
 
 def test_json_comes_back_as_it_was(tmp_path: Path) -> None:
