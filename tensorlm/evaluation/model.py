@@ -102,8 +102,10 @@ class EvaluatedModel:
 
     def encode(self, text: str) -> list[int]:
         """BOS and the ids of `text`, as documents were encoded for training."""
-        ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        return [self.tokenizer.bos_token_id, *ids]
+        encoded = self.tokenizer(
+            text, add_special_tokens=False, split_special_tokens=True, verbose=False
+        )
+        return [self.tokenizer.bos_token_id, *encoded["input_ids"]]
 
     @torch.no_grad()
     def generate(self, prompt: list[int], num_tokens: int) -> str:
