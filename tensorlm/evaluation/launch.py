@@ -5,6 +5,7 @@ from pathlib import Path
 from tempfile import TemporaryFile
 
 import torch
+import torch.distributed as dist
 from torch.utils.tensorboard import SummaryWriter
 
 from fold_parallel import Grid, create_grid
@@ -60,6 +61,7 @@ def evaluate_on_ranks(
     output = output or _run_output(config, model.step)
     if launch.world_size > 1:
         watchdog = Watchdog(config.guards, output, launch.rank, launch.world_size)
+        dist.barrier()  # now rank 0 has removed the reports of an earlier hang
         watchdog.enter("eval", model.step or 0)
         model.on_progress = watchdog.progress
     report = evaluate(config.eval, model, documents)
