@@ -7,6 +7,7 @@ from tempfile import TemporaryFile
 import torch
 import torch.distributed as dist
 from torch.utils.tensorboard import SummaryWriter
+from transformers.utils import logging
 
 from fold_parallel import Grid, create_grid
 from tensorlm.config import Config
@@ -44,6 +45,7 @@ def evaluate_on_ranks(
     if hugging_face and not (hugging_face / "config.json").exists():
         raise UserError(f"{hugging_face}: no config.json (make it with launcher/convert.py export)")
     folder = hugging_face or Path(config.data.path) / "tokenizer"
+    logging.set_verbosity_error()  # else a warning that `tensorlm` is not one of its own models
     documents = _open_documents(config, config.eval.lengths, folder)
     if output is None and hugging_face:
         output = hugging_face / "eval"

@@ -42,6 +42,8 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
     expected = [
         "error: eval.lengths: no held-out document has the 1048577 tokens",
         "eval: lengths: 60 does not divide 90",
+        "error: --lengths: foo is not a list like 32768,131072",
+        "error: --lengths: 60,,90 is not a list like 32768,131072",
         "eval.tasks.0: input should be 'ppl', 'passkey', 'niah' or 'ruler'",
         "eval: near: 3 is too short (at least 4, or 0: none)",
         "eval: ruler: no task vtt",
@@ -66,6 +68,8 @@ config, folder = sys.argv[1:]
 for arguments in (
     ["--config", config, "--lengths", "1048576"],
     ["--config", config, "--lengths", "60,90"],
+    ["--config", config, "--lengths", "foo"],
+    ["--config", config, "--lengths", "60,,90"],
     ["--config", config, "--tasks", "pll"],
     ["--config", config, "eval.near=3"],
     ["--config", config, 'eval.ruler=["vtt"]'],
