@@ -52,6 +52,7 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
         f"{tmp_path}/file: cannot be written (File exists; choose another folder with --output)",
         f"{tmp_path}/file/out: cannot be written (Not a directory; ",
         "error: /proc: cannot be written (",
+        f"error: {config.run.dir}: no checkpoint of step 4 (choose one of 0)",
         "--config: missing",
         "--compare: no report.json below",
     ]
@@ -79,6 +80,7 @@ for arguments in (
         ["--config", config, "--checkpoint", "7", "--output", output]
         for output in (f"{folder}/file", f"{folder}/file/out", "/proc")
     ),
+    ["--config", config, "--checkpoint", "4"],
     [],
     ["--compare", folder, "--output", folder],
 ):

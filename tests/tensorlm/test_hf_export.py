@@ -270,6 +270,24 @@ def test_another_model_than_the_checkpoints_is_refused(
         open_checkpoint_model(other, None, torch.device("cpu"), Grid())
 
 
+def test_a_step_without_a_checkpoint_is_refused_with_those_that_there_are(
+    tmp_path: Path, config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    export = ("export", "--config", config, "--output", tmp_path / "hf", "--checkpoint", "4")
+    what = f"error: {tmp_path / 'run'}: no checkpoint of step 4"
+    assert launcher_here("convert.py", *export) == 2
+    assert capsys.readouterr().err == f"{what} (train first, or set run.dir)\n"
+    random_checkpoint(config)
+    for step in range(3, 14, 2):
+        (tmp_path / f"run/step-{step:08d}").mkdir()
+    assert launcher_here("convert.py", *export) == 2
+    assert capsys.readouterr().err == f"{what} (choose one of 13, 11, 9, 7, 5, 3, 0)\n"
+    for step in (15, 17):
+        (tmp_path / f"run/step-{step:08d}").mkdir()
+    assert launcher_here("convert.py", *export) == 2
+    assert capsys.readouterr().err == f"{what} (choose one of 17, 15, 13, 11, 9, 7, 5, 3, ...)\n"
+
+
 @pytest.mark.parametrize("taken", ["folder", "file"])
 def test_an_output_that_is_taken_is_refused_before_the_checkpoint_is_read(
     tmp_path: Path, config: Path, capsys: pytest.CaptureFixture[str], taken: str
