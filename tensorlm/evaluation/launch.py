@@ -52,7 +52,7 @@ def evaluate_on_ranks(
     elif output is None and is_random:
         output = _run_output(config, None)
     if output:  # else it is a folder of the run, which has been written to
-        _make_output(output)
+        _check_output(output)
     device, grid = _join_ranks(config, launch, is_sharded=hugging_face is None)
     if hugging_face:
         model = open_hugging_face_model(config, hugging_face, device, grid)
@@ -122,11 +122,11 @@ def _run_output(config: Config, step: int | None) -> Path:
     return Path(config.run.dir) / "eval" / name
 
 
-def _make_output(folder: Path) -> None:
-    """Make the folder of the report; UserError now, not after the work, if it cannot be written."""
+def _check_output(folder: Path) -> None:
+    """Raise UserError now, not after the work, unless the folder can be made, or written to."""
+    place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with TemporaryFile(dir=folder):
+        with TemporaryFile(dir=place):
             pass
     except OSError as error:
         raise UserError(

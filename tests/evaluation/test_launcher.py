@@ -49,7 +49,7 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
         "eval: ruler: no task vtt",
         "eval: ruler: qa_1 and qa_2 need files (eval.qa)",
         "no config.json (make it with launcher/convert.py export)",
-        f"{tmp_path}/file: cannot be written (File exists; choose another folder with --output)",
+        f"{tmp_path}/file: cannot be written (Not a directory; choose another folder with --out",
         f"{tmp_path}/file/out: cannot be written (Not a directory; ",
         "error: /proc: cannot be written (",
         f"error: {config.run.dir}: no checkpoint of step 4 (choose one of 0)",
@@ -59,6 +59,7 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
     assert len(found) == len(expected), result.stderr
     for line, part in zip(found, expected, strict=True):
         assert part in line
+    assert not (tmp_path / "new").exists()  # nothing was measured
 
 
 # Several mistakes in one process: importing torch takes longer than all of them.
@@ -80,7 +81,7 @@ for arguments in (
         ["--config", config, "--checkpoint", "7", "--output", output]
         for output in (f"{folder}/file", f"{folder}/file/out", "/proc")
     ),
-    ["--config", config, "--checkpoint", "4"],
+    ["--config", config, "--checkpoint", "4", "--output", f"{folder}/new/report"],
     [],
     ["--compare", folder, "--output", folder],
 ):
