@@ -41,7 +41,10 @@ def main() -> int:
         raise UserError("--config: missing (the TOML file of the run)")
     overrides = list(args.overrides)
     if args.lengths:
-        overrides.append(f"eval.lengths=[{args.lengths}]")
+        parts = [part.strip() for part in args.lengths.split(",")]
+        if not all(part.isascii() and part.isdigit() for part in parts):
+            raise UserError(f"--lengths: {args.lengths} is not a list like 32768,131072")
+        overrides.append(f"eval.lengths=[{','.join(map(str, map(int, parts)))}]")
     if args.tasks:
         names = ",".join(f'"{name}"' for name in args.tasks.split(","))
         overrides.append(f"eval.tasks=[{names}]")

@@ -36,6 +36,7 @@ from .publish import (
 )
 
 _Result = TypeVar("_Result")
+_SHOWN_STEPS = 8  # where one is asked for that is not there
 _STALE_SECONDS = 90.0  # NFS may show a folder as it was a minute ago
 
 # ------------------------------------------------------------------------------------------- write
@@ -276,6 +277,15 @@ def select_checkpoint(
         UserError: there is none, or it is damaged.
     """
     if step is not None:
+        steps = list_steps(run_dir)
+        if world_size > 1:
+            steps = gather_json(steps)[0]
+        if step not in steps:
+            shown = ", ".join(map(str, steps[:_SHOWN_STEPS]))
+            if len(steps) > _SHOWN_STEPS:
+                shown += ", ..."
+            fix = f"choose one of {shown}" if steps else "train first, or set run.dir"
+            raise UserError(f"{run_dir}: no checkpoint of step {step} ({fix})")
         return _verify(step_folder(run_dir, step), rank, world_size)
     newest = newest_checkpoint(run_dir, rank, world_size)
     if newest is None:

@@ -2,9 +2,12 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import torch
+import torch.distributed as dist
 from torch.utils.tensorboard import SummaryWriter
+from transformers.utils import logging
 
 from fold_parallel import Grid, create_grid
 from tensorlm.config import Config
@@ -42,18 +45,25 @@ def evaluate_on_ranks(
     if hugging_face and not (hugging_face / "config.json").exists():
         raise UserError(f"{hugging_face}: no config.json (make it with launcher/convert.py export)")
     folder = hugging_face or Path(config.data.path) / "tokenizer"
+    logging.set_verbosity_error()  # else a warning that `tensorlm` is not one of its own models
     documents = _open_documents(config, config.eval.lengths, folder)
+    if output is None and hugging_face:
+        output = hugging_face / "eval"
+    elif output is None and is_random:
+        output = _run_output(config, None)
+    if output:  # else it is a folder of the run, which has been written to
+        _check_output(output)
     device, grid = _join_ranks(config, launch, is_sharded=hugging_face is None)
     if hugging_face:
         model = open_hugging_face_model(config, hugging_face, device, grid)
-        output = output or hugging_face / "eval"
     elif is_random:
         model = open_random_model(config, device, grid)
     else:
         model = open_checkpoint_model(config, step, device, grid)
-    output = output or _run_output(config, model)
+    output = output or _run_output(config, model.step)
     if launch.world_size > 1:
         watchdog = Watchdog(config.guards, output, launch.rank, launch.world_size)
+        dist.barrier()  # now rank 0 has removed the reports of an earlier hang
         watchdog.enter("eval", model.step or 0)
         model.on_progress = watchdog.progress
     report = evaluate(config.eval, model, documents)
@@ -102,14 +112,26 @@ def evaluate_in_training(
     model.network.train()
     if writer:
         assert model.step is not None
-        write_reports(_run_output(config, model), [report])
+        write_reports(_run_output(config, model.step), [report])
         log_to_tensorboard(writer, report, model.step)
         print(format_report([report]), *report.problems, *report.notes, sep="\n", flush=True)
 
 
-def _run_output(config: Config, model: EvaluatedModel) -> Path:
-    name = "random" if model.step is None else f"step-{model.step:08d}"
+def _run_output(config: Config, step: int | None) -> Path:
+    name = "random" if step is None else f"step-{step:08d}"
     return Path(config.run.dir) / "eval" / name
+
+
+def _check_output(folder: Path) -> None:
+    """Raise UserError now, not after the work, unless the folder can be made, or written to."""
+    place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    try:
+        with TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"{folder}: cannot be written ({error.strerror}; choose another folder with --output)"
+        ) from None
 
 
 def _join_ranks(config: Config, launch: LaunchEnv, is_sharded: bool) -> tuple[torch.device, Grid]:

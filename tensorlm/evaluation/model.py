@@ -22,7 +22,8 @@ from transformers.utils import logging
 from fold_parallel import Grid
 from tensorlm.checkpoint import load_weights, select_checkpoint
 from tensorlm.config import Config, parse_config
-from tensorlm.data.tokenizers import load_tokenizer
+from tensorlm.data.tokenizers import check_tokenizer, load_tokenizer
+from tensorlm.errors import UserError
 from tensorlm.hf.cache_tensorlm import FoldCache
 from tensorlm.hf.configuration_tensorlm import TensorLMConfig
 from tensorlm.hf.export_folder import DTYPES, hf_config, hf_name
@@ -40,7 +41,7 @@ class EvaluatedModel:
     """
 
     network: Any
-    name: str
+    name: str  # where it is: the path of a run or folder
     step: int | None
     trained_length: int
     tokenizer: Any
@@ -102,8 +103,10 @@ class EvaluatedModel:
 
     def encode(self, text: str) -> list[int]:
         """BOS and the ids of `text`, as documents were encoded for training."""
-        ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        return [self.tokenizer.bos_token_id, *ids]
+        encoded = self.tokenizer(
+            text, add_special_tokens=False, split_special_tokens=True, verbose=False
+        )
+        return [self.tokenizer.bos_token_id, *encoded["input_ids"]]
 
     @torch.no_grad()
     def generate(self, prompt: list[int], num_tokens: int) -> str:
@@ -163,19 +166,31 @@ def open_checkpoint_model(
     """The model of a checkpoint of `config.run.dir`, the newest where `step` is None.
 
     Raises:
-        UserError: no such checkpoint, it is damaged, or it is of another model than the configured.
+        UserError: no such checkpoint, it is damaged, it is of another model than the configured, or
+            it was trained with another tokenizer than that of `data.path`.
     """
     checkpoint = select_checkpoint(Path(config.run.dir), step, grid.rank, grid.world_size)
     trained = parse_config(checkpoint.manifest["config"], str(checkpoint.folder))
     check_model(checkpoint, config)
+    sha256 = checkpoint.manifest.get("tokenizer_sha256")  # None: it was imported, not trained
+    if sha256:
+        fix = f"set data.path to the data of {checkpoint.folder.parent}"
+        check_tokenizer(_tokenizer_folder(config), sha256, fix)
+    tokenizer = _load_tokenizer(_tokenizer_folder(config), trained.model.vocab_size)
     model = create_llama(trained.model, config.train, grid, device).eval()
     load_weights(checkpoint, model)
-    name = str(checkpoint.folder.parent)
-    return _evaluated(config, model, name, checkpoint.step, trained.data.seq_len, device, grid)
+    name = str(checkpoint.folder.parent.resolve())
+    seq_len = trained.data.seq_len
+    return _evaluated(config, model, tokenizer, name, checkpoint.step, seq_len, device, grid)
 
 
 def open_random_model(config: Config, device: torch.device, grid: Grid) -> EvaluatedModel:
-    """The configured model with random weights: for the time and memory that evaluation takes."""
+    """The configured model with random weights: for the time and memory that evaluation takes.
+
+    Raises:
+        UserError: the tokenizer of `data.path` has more ids than the model.
+    """
+    tokenizer = _load_tokenizer(_tokenizer_folder(config), config.model.vocab_size)
     model = create_llama(config.model, config.train, grid, device).eval()
     torch.manual_seed(config.run.seed)
     with torch.no_grad():
@@ -186,7 +201,8 @@ def open_random_model(config: Config, device: torch.device, grid: Grid) -> Evalu
                 parameter.fill_(1.0)
             else:
                 parameter.normal_(std=config.model.init_std)
-    return _evaluated(config, model, "random weights", None, config.data.seq_len, device, grid)
+    name, seq_len = str(Path(config.run.dir).resolve() / "random weights"), config.data.seq_len
+    return _evaluated(config, model, tokenizer, name, None, seq_len, device, grid)
 
 
 def open_hugging_face_model(
@@ -195,13 +211,13 @@ def open_hugging_face_model(
     """A Llama or tensorlm folder; no code in it is run, this installation's is.
 
     Raises:
-        UserError: not such a folder.
+        UserError: not such a folder, or its tokenizer has more ids than its model.
     """
-    tokenizer = load_tokenizer(folder)
     network = load_folder(folder, DTYPES[config.train.dtype])
+    tokenizer = _load_tokenizer(folder, network.config.vocab_size)
     return EvaluatedModel(
         network=network.to(device).eval(),
-        name=folder.name,
+        name=str(folder.resolve()),
         step=None,
         trained_length=network.config.max_position_embeddings,
         tokenizer=tokenizer,
@@ -221,22 +237,42 @@ def wrap_training_model(
     on_progress: Callable[[], None],
 ) -> EvaluatedModel:
     """The model that is being trained; `on_progress` is called after each of its passes."""
-    seq_len = config.data.seq_len
-    model = _evaluated(config, module, config.run.dir, step, seq_len, device, grid)
+    tokenizer, seq_len = load_tokenizer(_tokenizer_folder(config)), config.data.seq_len
+    name = str(Path(config.run.dir).resolve())
+    model = _evaluated(config, module, tokenizer, name, step, seq_len, device, grid)
     model.on_progress, model.gathers_weights = on_progress, config.zero.stage == 3
     return model
+
+
+def _tokenizer_folder(config: Config) -> Path:
+    return Path(config.data.path) / "tokenizer"
+
+
+def _load_tokenizer(folder: Path, vocab_size: int) -> Any:
+    """The tokenizer of a model with `vocab_size` ids.
+
+    Raises:
+        UserError: none there, or it has more ids.
+    """
+    tokenizer = load_tokenizer(folder)
+    if len(tokenizer) > vocab_size:
+        raise UserError(
+            f"{folder}: has {len(tokenizer)} ids, the model's vocab_size is {vocab_size} "
+            "(the tokenizer must be that of the model)"
+        )
+    return tokenizer
 
 
 def _evaluated(
     config: Config,
     network: nn.Module,
+    tokenizer: Any,
     name: str,
     step: int | None,
     trained_length: int,
     device: torch.device,
     grid: Grid,
 ) -> EvaluatedModel:
-    tokenizer = load_tokenizer(Path(config.data.path) / "tokenizer")
     return EvaluatedModel(
         network=network,
         name=name,

@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 
 from .results import Cell, LengthResult, Mean, Report
 
+FIGURES = ("perplexity", "positions", "attribution", "passkey", "niah", "ruler")
 _COLORS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown")
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from torch.utils.tensorboard import SummaryWriter
 
-from .plots import figures, label
-from .results import Mean, Report
+from .plots import FIGURES, figures, label
+from .results import Mean, Report, with_short_names
 from .settings import RULER_TASKS
 
 
@@ -26,13 +26,20 @@ class Table:
 
 
 def write_reports(folder: Path, reports: list[Report]) -> None:
-    """Write report.md, report.html and the plots; report.json too where there is one report."""
+    """Write report.md, report.html and the plots; report.json too where there is one report.
+
+    They replace those of an earlier report in that folder, whose other plots are removed.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    has_earlier = (folder / "report.md").exists()
     if len(reports) == 1:
         reports[0].write(folder)
+    reports = with_short_names(reports)
     images = {name: _png(figure) for name, figure in figures(reports).items()}
     for name, image in images.items():
         (folder / f"{name}.png").write_bytes(image)
+    for name in set(FIGURES) - images.keys() if has_earlier else ():
+        (folder / f"{name}.png").unlink(missing_ok=True)
     tables = make_tables(reports)
     (folder / "report.md").write_text(_markdown(reports, tables, images))
     (folder / "report.html").write_text(_html(reports, tables, images))
@@ -54,14 +61,14 @@ def log_to_tensorboard(writer: SummaryWriter, report: Report, step: int) -> None
     for score in report.ruler:
         writer.add_scalar(f"eval/ruler/{score.task}/{score.length}", score.score, step)
     tags = {"niah": "eval/needle"}
-    for name, figure in figures([report]).items():
+    for name, figure in figures(with_short_names([report])).items():
         writer.add_figure(tags.get(name, f"eval/{name}"), figure, step)
 
 
 def format_report(reports: list[Report]) -> str:
     """All tables for the terminal."""
     parts = []
-    for table in make_tables(reports):
+    for table in make_tables(with_short_names(reports)):
         widths = [max(map(len, column)) for column in zip(table.header, *table.rows, strict=True)]
         lines = [table.title]
         for row in (table.header, *table.rows):

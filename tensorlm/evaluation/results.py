@@ -118,7 +118,7 @@ class Example(Result):
 class Report(Result):
     """One evaluation of one model."""
 
-    name: str
+    name: str  # with `step` it tells models apart: the path of a run or folder
     step: int | None = None
     trained_length: int
     facts: dict[str, Any] = {}
@@ -165,6 +165,22 @@ def merge_reports(reports: list[Report]) -> list[Report]:
         key = (report.name, report.step)
         merged[key] = _join(merged[key], report) if key in merged else report
     return list(merged.values())
+
+
+def with_short_names(reports: list[Report]) -> list[Report]:
+    """For people to read: of each name the last parts of the path, as few as tell models apart."""
+    names = {report.name for report in reports}
+
+    def tail(name: str, num_parts: int) -> str:
+        return str(Path(*Path(name).parts[-num_parts:]))
+
+    def short(name: str) -> str:
+        for num_parts in range(1, len(Path(name).parts)):
+            if tail(name, num_parts) not in {tail(n, num_parts) for n in names - {name}}:
+                return tail(name, num_parts)
+        return name
+
+    return [report.model_copy(update={"name": short(report.name)}) for report in reports]
 
 
 def _join(first: Report, second: Report) -> Report:

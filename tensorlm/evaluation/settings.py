@@ -37,7 +37,9 @@ class EvalConfig(Section):
         2, ge=1, description="sliding windows move by length / slide; 1: none are measured"
     )
     near: int = Field(
-        4096, ge=0, description="context that attribution compares the whole one with; 0: none"
+        4096,
+        ge=0,
+        description="context that attribution compares the whole one with, at least 4; 0: none",
     )
     depths: int = Field(11, ge=1, description="needle depths of the heat maps, 0 to 100 %")
     repeats: int = Field(5, ge=1, description="prompts for each cell of the heat maps")
@@ -73,6 +75,8 @@ class EvalConfig(Section):
             for n in self.lengths
             if "ppl" in self.tasks and n >= 2 and longest % n
         ]
+        if 0 < self.near < 4:
+            problems.append(f"near: {self.near} is too short (at least 4, or 0: none)")
         for name in set(self.ruler) - set(RULER_TASKS):
             problems.append(f"ruler: no task {name} (tasks: {', '.join(RULER_TASKS)})")
         if not self.qa and any(name.startswith("qa_") for name in self.ruler):

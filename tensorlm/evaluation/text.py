@@ -27,13 +27,15 @@ class Documents(Protocol):
 
 
 class EncodedTexts:
-    """Text files, encoded when evaluation starts."""
+    """Text files, encoded when evaluation starts, with the ids that training data would have."""
 
     def __init__(self, pattern: str, tokenizer: Any) -> None:
         texts = list(read_documents(find_files([pattern]), "text"))
         if not texts:
             raise UserError(f"eval.text: {pattern} holds no text")
-        encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False)
+        encoded = tokenizer(
+            texts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False
+        )
         bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
         self._ids = [np.array([bos, *ids, eos]) for ids in encoded["input_ids"]]
         self.lengths = np.array([len(ids) for ids in self._ids])

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tensorlm import disk
 from tensorlm.config import Config, ModelConfig
-from tensorlm.data.tokenizers import copy_tokenizer, load_tokenizer
+from tensorlm.data.tokenizers import copy_tokenizer, load_tokenizer, tokenizer_sha256
 from tensorlm.errors import UserError
 from tensorlm.hf.configuration_tensorlm import AUTO_MAP
 from tensorlm.hf.model_card import model_card
@@ -72,7 +72,11 @@ def export_checkpoint(
                 shutil.copyfile(tokenizer / CHAT_TEMPLATE, folder / CHAT_TEMPLATE)
             loaded = load_tokenizer(folder)  # before config.json, whose auto_map asks for trust
             ids = {"bos_token_id": loaded.bos_token_id, "eos_token_id": loaded.eos_token_id}
-            generation = ids | generation
+            if imported is not None and _have_one_tokenizer(imported, tokenizer):
+                generation = ids | generation  # it may have several ends of text
+            else:
+                generation.pop("pad_token_id", None)
+                generation |= ids
         _write_shards(checkpoint, folder, DTYPES[dtype], shard_bytes)
         ids = {key: generation[key] for key in _TOKEN_IDS if key in generation}
         fields = hf_config(config.model, config.data.seq_len, dtype) | ids
@@ -118,6 +122,12 @@ def hf_config(model: ModelConfig, seq_len: int, dtype: str) -> dict[str, Any]:
             "hop_bias_init": model.hop_bias_init,
         }
     return config
+
+
+def _have_one_tokenizer(imported: Path, tokenizer: Path) -> bool:
+    """The imported folder has a tokenizer, and it is this one."""
+    has_some = any((imported / name).exists() for name in ("tokenizer.json", "tokenizer.model"))
+    return has_some and tokenizer_sha256(imported) == tokenizer_sha256(tokenizer)
 
 
 def _read_generation_config(imported: Path | None) -> dict[str, Any]:

@@ -257,7 +257,7 @@ class TensorLMModel(LlamaModel):
         x = self.norm(x)
         return BaseModelOutputWithPast(
             last_hidden_state=x,
-            past_key_values=past_key_values if use_cache else None,
+            past_key_values=past_key_values,
             hidden_states=(*hidden_states[:-1], x) if output_hidden_states else None,
         )
 

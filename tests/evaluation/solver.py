@@ -7,7 +7,7 @@ from random import Random
 import torch
 
 from tensorlm.config import Config
-from tensorlm.data.tokenizers import load_tokenizer, train_tokenizer
+from tensorlm.data.tokenizers import load_tokenizer, tokenizer_sha256, train_tokenizer
 from tensorlm.evaluation.retrieval import passkey_task
 from tensorlm.model import Llama
 from tensorlm.publish import write_weights
@@ -104,5 +104,6 @@ def save(model: Llama, config: Config) -> None:
         "adam_state": False,
         "config": config.model_dump(mode="json", exclude_none=True),
         "data_fingerprint": "",
+        "tokenizer_sha256": tokenizer_sha256(Path(config.data.path) / "tokenizer"),
     }
     write_weights(Path(config.run.dir), model.named_parameters(), info)

@@ -10,13 +10,21 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fold_parallel import Grid
+from tensorlm.checkpoint import select_checkpoint
 from tensorlm.config import load_config
-from tensorlm.evaluation.model import open_checkpoint_model
+from tensorlm.data.tokenizers import train_tokenizer
+from tensorlm.errors import UserError
+from tensorlm.evaluation.model import (
+    open_checkpoint_model,
+    open_hugging_face_model,
+    open_random_model,
+)
 from tensorlm.evaluation.results import read_report
 from tensorlm.evaluation.run import evaluate
 from tensorlm.evaluation.text import held_out_documents
+from tensorlm.hf.export_folder import export_checkpoint
 from tensorlm.model import Llama
-from tests.evaluation.solver import save, write_inputs
+from tests.evaluation.solver import save, solved_text, write_inputs
 from tests.tensorlm.launching import ROOT, TINY, launch_command, launch_environment
 
 
@@ -26,6 +34,7 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
     model = Llama(config.model)
     model.init_weights(seed=0)
     save(model, config)
+    (tmp_path / "file").write_text("mine")
     command = [sys.executable, "-c", MISTAKES, str(path), str(tmp_path)]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
@@ -33,16 +42,24 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
     expected = [
         "error: eval.lengths: no held-out document has the 1048577 tokens",
         "eval: lengths: 60 does not divide 90",
+        "error: --lengths: foo is not a list like 32768,131072",
+        "error: --lengths: 60,,90 is not a list like 32768,131072",
         "eval.tasks.0: input should be 'ppl', 'passkey', 'niah' or 'ruler'",
+        "eval: near: 3 is too short (at least 4, or 0: none)",
         "eval: ruler: no task vtt",
         "eval: ruler: qa_1 and qa_2 need files (eval.qa)",
         "no config.json (make it with launcher/convert.py export)",
+        f"{tmp_path}/file: cannot be written (Not a directory; choose another folder with --out",
+        f"{tmp_path}/file/out: cannot be written (Not a directory; ",
+        "error: /proc: cannot be written (",
+        f"error: {config.run.dir}: no checkpoint of step 4 (choose one of 0)",
         "--config: missing",
         "--compare: no report.json below",
     ]
     assert len(found) == len(expected), result.stderr
     for line, part in zip(found, expected, strict=True):
         assert part in line
+    assert not (tmp_path / "new").exists()  # nothing was measured
 
 
 # Several mistakes in one process: importing torch takes longer than all of them.
@@ -53,10 +70,18 @@ config, folder = sys.argv[1:]
 for arguments in (
     ["--config", config, "--lengths", "1048576"],
     ["--config", config, "--lengths", "60,90"],
+    ["--config", config, "--lengths", "foo"],
+    ["--config", config, "--lengths", "60,,90"],
     ["--config", config, "--tasks", "pll"],
+    ["--config", config, "eval.near=3"],
     ["--config", config, 'eval.ruler=["vtt"]'],
     ["--config", config, 'eval.ruler=["qa_1"]'],
     ["--config", config, "--hf", folder, "--tasks", "niah", "zero.stage=3", "eval.every=9"],
+    *(  # found before there turns out to be no such checkpoint
+        ["--config", config, "--checkpoint", "7", "--output", output]
+        for output in (f"{folder}/file", f"{folder}/file/out", "/proc")
+    ),
+    ["--config", config, "--checkpoint", "4", "--output", f"{folder}/new/report"],
     [],
     ["--compare", folder, "--output", folder],
 ):
@@ -67,6 +92,48 @@ for arguments in (
         for problem in error.problems:
             print("error:", problem, file=sys.stderr)
 """
+
+
+def test_another_tokenizer_than_the_models_is_refused(tmp_path: Path) -> None:
+    path = write_inputs(tmp_path / "untrained")
+    config = load_config(path)
+    model = Llama(config.model)
+    model.init_weights(seed=0)
+    save(model, config)
+    device, grid = torch.device("cpu"), Grid()
+    assert len(open_checkpoint_model(config, 0, device, grid).tokenizer) == 400
+    for vocab_size in (380, 420):
+        other = tmp_path / str(vocab_size) / "tokenizer"
+        train_tokenizer([solved_text(i, 20) for i in range(20)], vocab_size, other)
+        config = load_config(path, [f"data.path={other.parent}"])
+        with pytest.raises(UserError) as caught:
+            open_checkpoint_model(config, 0, device, grid)
+        (line,) = caught.value.problems
+        assert line.startswith(f"{other}: is not the tokenizer that the data was encoded with (set")
+    with pytest.raises(UserError, match=r"tokenizer: has 420 ids, the model's vocab_size is 400"):
+        open_random_model(config, device, grid)
+    folder = tmp_path / "hf"
+    export_checkpoint(select_checkpoint(Path(config.run.dir), 0), config, folder, "fp32", other)
+    with pytest.raises(UserError, match=r"hf: has 420 ids, the model's vocab_size is 400"):
+        open_hugging_face_model(config, folder, device, grid)
+
+
+def test_models_are_named_by_their_whole_paths(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = write_inputs(tmp_path / "untrained")
+    config = load_config(path, ["run.dir=run"])
+    model = Llama(config.model)
+    model.init_weights(seed=0)
+    save(model, config)
+    tokenizer = tmp_path / "untrained/data/tokenizer"
+    export_checkpoint(select_checkpoint(Path("run"), 0), config, Path("big/hf"), "fp32", tokenizer)
+    where = (torch.device("cpu"), Grid())
+    assert open_checkpoint_model(config, 0, *where).name == str(tmp_path / "run")
+    assert open_random_model(config, *where).name == str(tmp_path / "run/random weights")
+    found = open_hugging_face_model(config, Path("big/hf"), *where)
+    assert found.name == str(tmp_path / "big/hf")
 
 
 @pytest.mark.parametrize(

@@ -9,11 +9,12 @@ import torch
 
 from fold_parallel import Grid
 from tensorlm.config import load_config
+from tensorlm.data.tokenizers import DocumentEncoder
 from tensorlm.errors import UserError
 from tensorlm.evaluation.bootstrap import mean_over_documents
 from tensorlm.evaluation.model import EvaluatedModel, open_random_model
 from tensorlm.evaluation.perplexity import compare_lengths, loss_by_position, window_losses
-from tensorlm.evaluation.text import Spans, choose_spans
+from tensorlm.evaluation.text import EncodedTexts, Spans, choose_spans
 from tests.tensorlm.launching import TINY
 
 
@@ -62,6 +63,18 @@ def test_spans_come_from_as_many_documents_as_possible_and_never_cross_two() -> 
         assert (np.diff(tokens) == 1).all()
         assert len(tokens) == 11
     assert len(np.unique(spans.tokens[:, 1:])) == 50  # each token is predicted once
+
+
+def test_texts_and_prompts_have_the_ids_that_training_data_has(
+    tmp_path: Path, data: Path, model: EvaluatedModel
+) -> None:
+    texts = ["what <s> and </s> and <unk> mean", "def main():\n    return 'ünïcode'"]
+    for number, text in enumerate(texts):
+        (tmp_path / f"{number}.txt").write_text(text)
+    found = EncodedTexts(str(tmp_path / "*.txt"), model.tokenizer)
+    for number, wanted in enumerate(DocumentEncoder(data / "tokenizer")(texts)):
+        assert found.tokens(number, 0, 1000).tolist() == wanted.tolist()
+        assert model.encode(texts[number]) == wanted.tolist()[:-1]
 
 
 def test_a_length_without_a_document_names_the_longest() -> None:

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 import tensorlm.engine
+from tensorlm import watchdog
 from tensorlm.attention import Attention
 from tensorlm.config import Config, load_config
 from tensorlm.errors import EXIT_INTERNAL, EXIT_USER_ERROR
-from tensorlm.evaluation import ranks
+from tensorlm.evaluation import launch, ranks
 from tensorlm.evaluation.launch import evaluate_on_ranks
 from tensorlm.evaluation.results import read_report
 from tensorlm.launch_env import LaunchEnv
@@ -34,8 +35,8 @@ def configure(tmp_path: Path, data: Path) -> Configure:
     return configure
 
 
-def evaluate_rank(config: Config, launch: LaunchEnv, _: StopRequest) -> int:
-    return evaluate_on_ranks(config, launch, None, None, True, Path(config.run.dir) / "eval")
+def evaluate_rank(config: Config, env: LaunchEnv, _: StopRequest) -> int:
+    return evaluate_on_ranks(config, env, None, None, True, Path(config.run.dir) / "eval")
 
 
 def at_128_tokens(on: tuple[int, ...], happens: Callable[[], object], sp: int = 1) -> Prepare:
@@ -125,3 +126,26 @@ def test_a_rank_that_stands_still_is_named_in_a_line_of_its_own(configure: Confi
     assert job.wait() == [EXIT_INTERNAL] * 2, job.output()
     (error,) = job.errors()
     assert error.startswith("error: rank 1: no progress for "), error
+
+
+def test_reports_of_an_earlier_hang_end_no_rank(
+    configure: Configure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watchdog, "_GRACE_SECONDS", 0.2)
+    monkeypatch.setattr(watchdog, "_LEAD_SECONDS", 0.2)
+    config = configure("eval.lengths=[128]", "eval.max_tokens=256", "guards.hang_seconds=1.0")
+    earlier = Path(config.run.dir) / "eval/rank-00001.json"
+    earlier.parent.mkdir(parents=True)
+    earlier.write_text('{"rank": 1, "phase": "eval", "step": 0, "waits": false, "seconds": 9.0}')
+
+    def prepare(rank: int) -> None:
+        def late(*arguments: Any) -> watchdog.Watchdog:
+            time.sleep(2.0)  # the other rank looks for reports ten times a second
+            return watchdog.Watchdog(*arguments)
+
+        if rank == 0:
+            launch.Watchdog = late  # type: ignore[assignment,misc]
+
+    job = Job(config, 2, prepare, evaluate_rank)
+    assert job.wait() == [0, 0], job.output()
+    assert not earlier.exists()

@@ -8,7 +8,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.tensorboard import SummaryWriter
 
 from tensorlm.errors import UserError
-from tensorlm.evaluation.plots import figures
+from tensorlm.evaluation.plots import FIGURES, figures
 from tensorlm.evaluation.report import format_report, log_to_tensorboard, write_reports
 from tensorlm.evaluation.results import (
     Attribution,
@@ -66,10 +66,23 @@ def test_page_is_whole_without_any_other_file(tmp_path: Path) -> None:
     assert "&lt;CPU &amp; more&gt;" in page
     assert "expected: &lt;a&gt;" in page
     text = (tmp_path / "report.md").read_text()
-    assert text.startswith("# Evaluation of runs/a step 30")
+    assert text.startswith("# Evaluation of a step 30")
     for name in re.findall(r"\]\((\w+\.png)\)", text):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     assert "| 8,192 | 2.00 | 2.0000 | 7.389 | 7.000 - 7.700 |" in text
+
+
+def test_a_report_replaces_an_earlier_one_with_its_plots(tmp_path: Path) -> None:
+    (tmp_path / "ruler.png").write_text("mine")
+    earlier = make_report("a", (4096, 8192))
+    write_reports(tmp_path, [earlier.model_copy(update={"ruler": []})])
+    assert (tmp_path / "ruler.png").read_text() == "mine"  # no report was there
+    write_reports(tmp_path, [earlier])
+    (tmp_path / "mine.png").write_text("mine")
+    written = {f"{name}.png" for name in FIGURES}
+    assert written == set(re.findall(r"\]\((.*?)\)", (tmp_path / "report.md").read_text()))
+    write_reports(tmp_path, [Report(name="a", trained_length=4096, passkey=earlier.passkey)])
+    assert {path.name for path in tmp_path.glob("*.png")} == {"passkey.png", "mine.png"}
 
 
 def test_json_comes_back_as_it_was(tmp_path: Path) -> None:
@@ -106,6 +119,22 @@ def test_lengths_of_one_model_join_and_models_stay_apart() -> None:
     table = format_report([first, second])
     assert re.search(r"a step 30 +passkey +8,192 +50.0%", table)
     assert re.search(r"b step 30 +passkey +4,096 +100.0%", table)
+
+
+def test_folders_of_one_name_are_models_of_their_own(tmp_path: Path) -> None:
+    paths = ("/x/big/hf", "/x/small/hf", "/y/base")
+    parts = [make_report(path, (4096,), accuracy=i / 4) for i, path in enumerate(paths)]
+    reports = merge_reports(parts)
+    assert reports == parts
+    table = format_report(reports)
+    for name, accuracy in (("big/hf", "0.0%"), ("small/hf", "25.0%"), ("base", "50.0%")):
+        assert re.search(rf"^ *{name} step 30 +passkey +4,096 +{accuracy}", table, re.MULTILINE)
+    write_reports(tmp_path, reports)
+    title = "Evaluation of big/hf step 30, small/hf step 30, base step 30"
+    assert f"<h1>{title}</h1>" in (tmp_path / "report.html").read_text()
+    write_reports(tmp_path, reports[:1])
+    assert "<h1>Evaluation of hf step 30</h1>" in (tmp_path / "report.html").read_text()
+    assert read_report(tmp_path / "report.json").name == "/x/big/hf"
 
 
 def test_perplexity_curve_marks_every_trained_length() -> None:

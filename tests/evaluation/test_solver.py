@@ -146,7 +146,9 @@ def test_checkpoint_and_exported_folder_have_one_report(solver: Path, tmp_path: 
     checkpoint = select_checkpoint(run_dir, 0)
     tokenizer = Path(config.data.path) / "tokenizer"
     export_checkpoint(checkpoint, config, tmp_path / "hf", "fp32", tokenizer)
-    launch(*settings, *tasks, "--hf", str(tmp_path / "hf"), "--output", str(tmp_path / "report"))
+    output = ("--output", str(tmp_path / "report"))
+    exported = launch(*settings, *tasks, "--hf", str(tmp_path / "hf"), *output)
+    assert "You are using a model of type" not in exported.stderr
     checkpoint_report = read_report(folder / "report.json")
     exported_report = read_report(tmp_path / "report/report.json")
     assert exported_report.trained_length == checkpoint_report.trained_length == 96

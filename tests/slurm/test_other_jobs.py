@@ -77,7 +77,7 @@ def test_chain_of_import_training_and_evaluation_ends_in_one_table(
     assert cluster.wait_for(report_job) == "COMPLETED", site.log(report_job)
     (hf_part,) = (run / f"eval/eval128k-{from_folder}/parts").iterdir()
     found, expected = read_report(hf_part / "report.json"), parts["2-64"]
-    assert (hf_part.name, found.name) == ("hf-64", "exported")
+    assert (hf_part.name, found.name) == ("hf-64", str(folder))
     assert found.perplexity[0].loss == pytest.approx(expected.perplexity[0].loss)
 
     # The same numbers as one evaluation of both lengths together.

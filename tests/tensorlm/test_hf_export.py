@@ -15,7 +15,7 @@ from transformers import AutoModel, AutoModelForCausalLM, LlamaForCausalLM
 from fold_parallel import Grid
 from tensorlm.checkpoint import Saver, load_weights, select_checkpoint
 from tensorlm.config import CheckpointConfig, load_config
-from tensorlm.data.tokenizers import load_tokenizer
+from tensorlm.data.tokenizers import copy_tokenizer, load_tokenizer
 from tensorlm.engine import STATE, ParameterSlice
 from tensorlm.errors import UserError
 from tensorlm.evaluation.model import open_checkpoint_model
@@ -210,6 +210,29 @@ assert model.generate(**tokens, max_new_tokens=4).shape[1] == tokens["input_ids"
     run_without_us(check, folder, cwd=tmp_path)
 
 
+@pytest.mark.parametrize("carries", ["that tokenizer", "another", "none"])
+def test_ids_of_an_imported_folder_hold_for_its_own_tokenizer_only(
+    tmp_path: Path, config: Path, data: Path, carries: str
+) -> None:
+    checkpoint, settings, _ = random_checkpoint(config)
+    imported, tokenizer = tmp_path / "imported", data / "tokenizer"
+    imported.mkdir()
+    ids = {"bos_token_id": 5, "eos_token_id": [2, 7], "pad_token_id": 9}
+    (imported / "generation_config.json").write_text(json.dumps(ids | {"top_k": 50}))
+    if carries == "that tokenizer":
+        copy_tokenizer(tokenizer, imported)
+    elif carries == "another":
+        load_tokenizer(tokenizer).save_pretrained(imported)  # other files
+    folder = tmp_path / "hf"
+    export_checkpoint(checkpoint, settings, folder, "bf16", tokenizer, imported=imported)
+    own = {"bos_token_id": 1, "eos_token_id": 2}
+    wanted = ids if carries == "that tokenizer" else own
+    generation = json.loads((folder / "generation_config.json").read_text())
+    assert generation == wanted | {"top_k": 50}
+    fields = json.loads((folder / "config.json").read_text())
+    assert {key: fields[key] for key in ids if key in fields} == wanted
+
+
 def test_export_that_cannot_be_written_leaves_nothing_behind(
     tmp_path: Path, config: Path, data: Path
 ) -> None:
@@ -245,6 +268,24 @@ def test_another_model_than_the_checkpoints_is_refused(
     other = load_config(config, ["model.fold=[16]"])
     with pytest.raises(UserError, match=re.escape(what)):
         open_checkpoint_model(other, None, torch.device("cpu"), Grid())
+
+
+def test_a_step_without_a_checkpoint_is_refused_with_those_that_there_are(
+    tmp_path: Path, config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    export = ("export", "--config", config, "--output", tmp_path / "hf", "--checkpoint", "4")
+    what = f"error: {tmp_path / 'run'}: no checkpoint of step 4"
+    assert launcher_here("convert.py", *export) == 2
+    assert capsys.readouterr().err == f"{what} (train first, or set run.dir)\n"
+    random_checkpoint(config)
+    for step in range(3, 14, 2):
+        (tmp_path / f"run/step-{step:08d}").mkdir()
+    assert launcher_here("convert.py", *export) == 2
+    assert capsys.readouterr().err == f"{what} (choose one of 13, 11, 9, 7, 5, 3, 0)\n"
+    for step in (15, 17):
+        (tmp_path / f"run/step-{step:08d}").mkdir()
+    assert launcher_here("convert.py", *export) == 2
+    assert capsys.readouterr().err == f"{what} (choose one of 17, 15, 13, 11, 9, 7, 5, 3, ...)\n"
 
 
 @pytest.mark.parametrize("taken", ["folder", "file"])

@@ -78,6 +78,21 @@ def test_cache_and_prefill_in_chunks_change_no_token(
         assert torch.equal(generate(model, **batch, prefill_chunk_size=size), wanted)
 
 
+@torch.no_grad()
+def test_a_loop_that_hands_the_cache_on_gives_the_tokens_of_generate(
+    model: TensorLMForCausalLM, batch: dict[str, Any]
+) -> None:
+    tokens = batch["input_ids"][:1]
+    wanted = generate(model, input_ids=tokens)
+    out = model(tokens, use_cache=True)
+    for _ in range(30):
+        new = out.logits[:, -1:].argmax(-1)
+        tokens = torch.cat([tokens, new], dim=1)
+        out = model(new, past_key_values=out.past_key_values)
+    assert torch.equal(tokens, wanted)
+    assert model(tokens).past_key_values is None
+
+
 def test_cache_changes_no_beam_and_no_sample(
     model: TensorLMForCausalLM, batch: dict[str, Any]
 ) -> None:
