@@ -1,4 +1,4 @@
-"""Write text with an exported folder: `python launcher/generate.py --model DIR --prompt "def main"`.
+"""Write text with an exported folder: `python launcher/generate.py --model DIR --prompt TEXT`.
 
 The text appears as it is generated. A folder's own code is never run: this installation's is.
 """

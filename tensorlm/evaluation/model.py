@@ -214,7 +214,9 @@ def open_hugging_face_model(
         UserError: not such a folder, or its tokenizer has more ids than its model.
     """
     network = load_folder(folder, DTYPES[config.train.dtype])
-    tokenizer = _load_tokenizer(folder, network.config.vocab_size)
+    tokenizer = load_tokenizer(folder)
+    # Ids that were added, such as one for padding, are none of a text.
+    _check_ids(folder, tokenizer.vocab_size, network.config.vocab_size)
     return EvaluatedModel(
         network=network.to(device).eval(),
         name=str(folder.resolve()),
@@ -255,12 +257,16 @@ def _load_tokenizer(folder: Path, vocab_size: int) -> Any:
         UserError: none there, or it has more ids.
     """
     tokenizer = load_tokenizer(folder)
-    if len(tokenizer) > vocab_size:
+    _check_ids(folder, len(tokenizer), vocab_size)
+    return tokenizer
+
+
+def _check_ids(folder: Path, num_ids: int, vocab_size: int) -> None:
+    if num_ids > vocab_size:
         raise UserError(
-            f"{folder}: has {len(tokenizer)} ids, the model's vocab_size is {vocab_size} "
+            f"{folder}: has {num_ids} ids, the model's vocab_size is {vocab_size} "
             "(the tokenizer must be that of the model)"
         )
-    return tokenizer
 
 
 def _evaluated(
