@@ -1,9 +1,10 @@
 """Load a Hugging Face folder, exported or any Llama's, by this installation's code alone."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from tensorlm.errors import UserError
 from tensorlm.hf.configuration_tensorlm import TensorLMConfig
@@ -20,10 +21,12 @@ def load_folder(folder: Path, dtype: torch.dtype | str = "auto") -> LlamaForCaus
     Raises:
         UserError: it is damaged, no Llama, or its weights are not those of its configuration.
     """
-    AutoConfig.register("tensorlm", TensorLMConfig, exist_ok=True)
-    AutoModelForCausalLM.register(TensorLMConfig, TensorLMForCausalLM, exist_ok=True)
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        fields, _ = LlamaConfig.get_config_dict(folder, local_files_only=True)
+        is_ours = fields.get("model_type") == TensorLMConfig.model_type
+        # Not registered with AutoConfig: folders whose code is trusted would get this class, too.
+        kind: Any = TensorLMForCausalLM if is_ours else AutoModelForCausalLM
+        model, info = kind.from_pretrained(
             folder, trust_remote_code=False, local_files_only=True, dtype=dtype,
             ignore_mismatched_sizes=True, output_loading_info=True,
         )  # fmt: skip
