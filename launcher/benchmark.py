@@ -18,7 +18,7 @@ import os
 from dataclasses import asdict
 from pathlib import Path
 
-from tensorlm.arguments import check_plot, check_positive, parse_arguments
+from tensorlm.arguments import check_plot, check_positive, parse_arguments, parse_lengths
 from tensorlm.config import load_config
 from tensorlm.errors import UserError, run_launcher
 from tensorlm.launch_env import grow_memory_segments, read_launch_env
@@ -165,9 +165,7 @@ def add_train(parser: argparse.ArgumentParser) -> None:
 
 def train(args: argparse.Namespace) -> int:
     config = load_config(args.config, args.overrides)
-    lengths = [int(part) for part in args.lengths.split(",") if part.isdigit() and int(part)]
-    if len(lengths) != len(args.lengths.split(",")):
-        raise UserError(f"--lengths: {args.lengths} is not a list like 32768,131072")
+    lengths = parse_lengths(args.lengths)
     check_positive(args, "repeats")
     check_plot(args.plot)
 

@@ -9,6 +9,7 @@ Writes RUN/eval/step-N/report.{json,md,html}, the plots, and TensorBoard scalars
 import argparse
 from pathlib import Path
 
+from tensorlm.arguments import parse_lengths
 from tensorlm.config import load_config
 from tensorlm.errors import UserError, run_launcher
 
@@ -41,10 +42,7 @@ def main() -> int:
         raise UserError("--config: missing (the TOML file of the run)")
     overrides = list(args.overrides)
     if args.lengths:
-        parts = [part.strip() for part in args.lengths.split(",")]
-        if not all(part.isascii() and part.isdigit() for part in parts):
-            raise UserError(f"--lengths: {args.lengths} is not a list like 32768,131072")
-        overrides.append(f"eval.lengths=[{','.join(map(str, map(int, parts)))}]")
+        overrides.append(f"eval.lengths={parse_lengths(args.lengths)}")
     if args.tasks:
         names = ",".join(f'"{name}"' for name in args.tasks.split(","))
         overrides.append(f"eval.tasks=[{names}]")

@@ -1,4 +1,4 @@
-"""Arguments of the launchers that have commands."""
+"""Arguments of the launchers: what several of them take, and refuse, alike."""
 
 import argparse
 from pathlib import Path
@@ -19,6 +19,18 @@ def parse_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
     if takes_settings:
         args.overrides = [*args.overrides, *rest]
     return args
+
+
+def parse_lengths(text: str) -> list[int]:
+    """Numbers of tokens, from `--lengths`.
+
+    Raises:
+        UserError: one is no number above 0.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isascii() and part.isdigit() and int(part) for part in parts):
+        raise UserError(f"--lengths: {text} is not a list like 32768,131072")
+    return [int(part) for part in parts]
 
 
 def check_positive(args: argparse.Namespace, *names: str) -> None:

@@ -107,3 +107,10 @@ def save(model: Llama, config: Config) -> None:
         "tokenizer_sha256": tokenizer_sha256(Path(config.data.path) / "tokenizer"),
     }
     write_weights(Path(config.run.dir), model.named_parameters(), info)
+
+
+def save_untrained(config: Config) -> None:
+    """Write random weights as the run's checkpoint 0."""
+    model = Llama(config.model)
+    model.init_weights(seed=0)
+    save(model, config)

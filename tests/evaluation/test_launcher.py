@@ -23,17 +23,14 @@ from tensorlm.evaluation.results import read_report
 from tensorlm.evaluation.run import evaluate
 from tensorlm.evaluation.text import held_out_documents
 from tensorlm.hf.export_folder import export_checkpoint
-from tensorlm.model import Llama
-from tests.evaluation.solver import save, solved_text, write_inputs
+from tests.evaluation.solver import save_untrained, solved_text, write_inputs
 from tests.tensorlm.launching import ROOT, TINY, launch_command, launch_environment
 
 
 def test_mistakes_are_one_line(tmp_path: Path) -> None:
     path = write_inputs(tmp_path / "untrained")
     config = load_config(path)
-    model = Llama(config.model)
-    model.init_weights(seed=0)
-    save(model, config)
+    save_untrained(config)
     (tmp_path / "file").write_text("mine")
     command = [sys.executable, "-c", MISTAKES, str(path), str(tmp_path)]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
@@ -97,9 +94,7 @@ for arguments in (
 def test_another_tokenizer_than_the_models_is_refused(tmp_path: Path) -> None:
     path = write_inputs(tmp_path / "untrained")
     config = load_config(path)
-    model = Llama(config.model)
-    model.init_weights(seed=0)
-    save(model, config)
+    save_untrained(config)
     device, grid = torch.device("cpu"), Grid()
     assert len(open_checkpoint_model(config, 0, device, grid).tokenizer) == 400
     for vocab_size in (380, 420):
@@ -124,9 +119,7 @@ def test_models_are_named_by_their_whole_paths(
     monkeypatch.chdir(tmp_path)
     path = write_inputs(tmp_path / "untrained")
     config = load_config(path, ["run.dir=run"])
-    model = Llama(config.model)
-    model.init_weights(seed=0)
-    save(model, config)
+    save_untrained(config)
     tokenizer = tmp_path / "untrained/data/tokenizer"
     export_checkpoint(select_checkpoint(Path("run"), 0), config, Path("big/hf"), "fp32", tokenizer)
     where = (torch.device("cpu"), Grid())
