@@ -8,6 +8,7 @@ and write this rank's share of the fp32 weights and Adam state, for every ZeRO s
 import io
 import logging
 import math
+import os
 import socket
 import warnings
 from collections.abc import Iterator
@@ -57,8 +58,11 @@ def init_distributed(launch: LaunchEnv) -> torch.device:
     deepspeed_logger.setLevel(logging.WARNING)
     if torch.cuda.is_available():
         grow_memory_segments()
-        device = torch.device("cuda", launch.local_rank)
+        device = own_gpu(launch.local_rank, launch.local_world_size, torch.cuda.device_count())
         torch.cuda.set_device(device)
+        # What DeepSpeed takes for the number of the GPU.
+        for name in {"LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"} & os.environ.keys():
+            os.environ[name] = str(device.index)
     else:
         device = torch.device("cpu")
         # Used for inference only, and compiled from source at start where this is not said.
@@ -76,6 +80,22 @@ def init_distributed(launch: LaunchEnv) -> torch.device:
         )
     deepspeed.init_distributed(dist_backend=backend, verbose=False)
     return device
+
+
+def own_gpu(local_rank: int, local_world_size: int, num_gpus: int) -> torch.device:
+    """The GPU of a rank: the only one that it sees, or else its own among those of its node.
+
+    Ranks share GPUs where NCCL is told to allow that (from 2.30 on), to try things out.
+
+    Raises:
+        UserError: there are fewer GPUs than ranks.
+    """
+    shared = os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") == "1"
+    if 1 < num_gpus < local_world_size and not shared:
+        raise UserError(
+            f"{local_world_size} ranks on a machine with {num_gpus} GPUs (start one for each GPU)"
+        )
+    return torch.device("cuda", local_rank % num_gpus)
 
 
 def _meet(launch: LaunchEnv) -> dist.Store:

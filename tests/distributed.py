@@ -25,8 +25,8 @@ def run_distributed(
     """Call `fn(*args)` on `world_size` ranks of a new default group; their results in rank order.
 
     On gloo, ranks are forked, with one thread each; `fn` may be a closure. On nccl they are
-    spawned, rank r on device r, `fn` must be importable, and the time limit is five times as long:
-    kernels are compiled. Results travel through torch.save.
+    spawned, rank r on device r (modulo their number), `fn` must be importable, and the time limit
+    is five times as long: kernels are compiled. Results travel through torch.save.
 
     Raises:
         RuntimeError: with rank and traceback, if any rank raised or died.
@@ -85,7 +85,7 @@ def _run_rank(
     try:
         torch.set_num_threads(1)
         if backend == "nccl":
-            torch.cuda.set_device(rank)
+            torch.cuda.set_device(rank % torch.cuda.device_count())
         store = dist.FileStore(str(folder / "store"), world_size)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
         torch.save(fn(*args), folder / f"{rank}.result")

@@ -18,7 +18,6 @@ from .collectives import InFlight, start_halo
 from .grid import Grid, check_sizes
 from .swap import (
     columns_to_rows,
-    finish_rows_to_columns,
     heads_to_tokens,
     rows_to_columns,
     start_rows_to_columns,
@@ -85,10 +84,10 @@ def sharded_tensor_attention(
     # Both exchanges are under way before hop 1 starts; only the halo is waited for.
     halo = start_halo((k, v), fold[0] - 1, grid.sp_group)
     swap = start_rows_to_columns((q, k, depth), fold[0], grid.swap_group)
-    columns = None if overlap else finish_rows_to_columns(swap)
+    columns = None if overlap else swap.wait()
     z, lse = _first_hop(q, k, v, depth, halo, fold[0], grid, rotary, scale, backend)
     # In this order, backward sends the gradients of z first: those of q, k travel during hop 1.
-    q, k, depth = columns or finish_rows_to_columns(swap)
+    q, k, depth = columns or swap.wait()
     z, lse = rows_to_columns((z, lse), fold[0], grid.swap_group)
     for i, axis in enumerate(fold_axes(fold, seq_len)[1:]):
         z, lse = hop(
@@ -154,7 +153,7 @@ def _first_hop(
     halo_k, halo_v = (x[0] for x in halo.wait())
     k = torch.cat((torch.zeros_like(k[:, :1]), halo_k, k), dim=1)
     v = torch.cat((torch.zeros_like(v[:, :1]), halo_v, v), dim=1)
-    q = F.pad(q, (0, 0, 0, 0, length, 0))
+    q = torch.cat((torch.zeros_like(q[:, :length]), q), dim=1)
     reach = F.pad(depth, (length, 0))
     if rotary is not None:
         rotary = _table_from(rotary, grid.sp_rank * depth.shape[1] - length, q.shape[1])

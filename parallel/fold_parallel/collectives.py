@@ -4,8 +4,8 @@
 the received tensors. What was forward a send is backward a receive, and the backward exchange too
 is launched where the gradient appears and waited for where it is needed.
 
-All tensors of one exchange travel as bytes in one message, whatever their dtypes, so that small
-ones (log-sum-exps, positions) cost no message of their own.
+Tensors travel as bytes. Small ones (log-sum-exps, positions) share a message, whatever their
+dtypes; a large one has its own, and is not packed or unpacked where its layout is a message's.
 """
 
 import math
@@ -18,8 +18,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .layout import CHUNKS, Layout, contiguous, copy
+
 # Sections of a message start at multiples of this, so that every dtype can view them in place.
 ALIGNMENT = 16
+# Bytes for one rank from which on another message costs less than copying them.
+OWN_MESSAGE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -56,31 +60,40 @@ class _Route:
 
 
 class _Flight:
-    """The work under way, forward or backward, shared by the two ends of one exchange.
+    """The works under way, forward or backward, shared by the two ends of one exchange.
 
     On CUDA, landing makes the current stream wait, not the host. NCCL sends on a stream of its own;
     until the wait the work itself holds the message, so the allocator cannot give it away.
     """
 
-    def __init__(self, route: _Route) -> None:
+    def __init__(self, route: _Route, sent: Layout, received: Layout) -> None:
         self.route = route
-        self.work: dist.Work | None = None
+        self.sent, self.received = sent, received
+        self.works: list[dist.Work] | None = None
 
-    def launch(self, route: _Route, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        received, self.work = route.launch(_pack(tensors))
-        return tuple(_sections(received, tensors))
+    def launch(self, route: _Route, chunks: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Send chunks [N, ...] of tensors; what arrives is shaped as they are."""
+        arriving = dict[int, Tensor]()
+        self.works = []
+        for members in _messages(chunks):
+            parts = [chunks[i] for i in members]
+            received, work = route.launch(_pack(parts))
+            self.works.append(work)
+            arriving.update(zip(members, _sections(received, parts), strict=True))
+        return tuple(arriving[i] for i in range(len(chunks)))
 
     def land(self) -> None:
-        assert self.work is not None, "waited for an exchange that was not launched"
-        self.work.wait()
-        self.work = None
+        assert self.works is not None, "waited for an exchange that was not launched"
+        for work in self.works:
+            work.wait()
+        self.works = None
 
 
 class _Start(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, flight: _Flight, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.flight = flight
-        received = flight.launch(flight.route, tensors)
+        received = flight.launch(flight.route, [flight.sent.cut(x) for x in tensors])
         ctx.mark_non_differentiable(*(x for x in received if not x.is_floating_point()))
         return received
 
@@ -88,7 +101,8 @@ class _Start(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         ctx.flight.land()
-        return (None, *gradients)
+        needed = zip(gradients, ctx.needs_input_grad[1:], strict=True)
+        return (None, *(ctx.flight.sent.join(g) if need else None for g, need in needed))
 
 
 class _Wait(torch.autograd.Function):
@@ -97,7 +111,7 @@ class _Wait(torch.autograd.Function):
         ctx.flight = flight
         ctx.floating = [x.is_floating_point() for x in received]
         flight.land()
-        outputs = tuple(x.view_as(x) for x in received)
+        outputs = tuple(flight.received.join(x) for x in received)
         ctx.mark_non_differentiable(*(x for x in outputs if not x.is_floating_point()))
         return outputs
 
@@ -105,7 +119,9 @@ class _Wait(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         flight = ctx.flight
-        floating = [g for g, keep in zip(gradients, ctx.floating, strict=True) if keep]
+        floating = [
+            flight.received.cut(g) for g, keep in zip(gradients, ctx.floating, strict=True) if keep
+        ]
         returned = iter(flight.launch(flight.route.reversed(), floating))
         return (None, *(next(returned) if keep else None for keep in ctx.floating))
 
@@ -113,20 +129,35 @@ class _Wait(torch.autograd.Function):
 class InFlight:
     """An exchange under way. Every rank waits for it, once, before using what it received."""
 
-    def __init__(self, route: _Route, tensors: Sequence[Tensor]) -> None:
-        self._flight = _Flight(route)
+    def __init__(
+        self,
+        route: _Route,
+        tensors: Sequence[Tensor],
+        sent: Layout = CHUNKS,
+        received: Layout = CHUNKS,
+    ) -> None:
+        self._flight = _Flight(route, sent, received)
         self._received: tuple[Tensor, ...] = _Start.apply(self._flight, *tensors)
 
     def wait(self) -> tuple[Tensor, ...]:
-        """The received tensors, shaped as those that were sent."""
+        """The received tensors."""
         received, self._received = self._received, ()  # whoever keeps this keeps no tensors
         outputs: tuple[Tensor, ...] = _Wait.apply(self._flight, *received)
         return outputs
 
 
-def start_all_to_all(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> InFlight:
-    """Send chunk r of each tensor [P, ...] to rank r; chunk s of what arrives is from rank s."""
-    return InFlight(_Route(group), tensors)
+def start_all_to_all(
+    tensors: Sequence[Tensor],
+    group: dist.ProcessGroup,
+    sent: Layout = CHUNKS,
+    received: Layout = CHUNKS,
+) -> InFlight:
+    """Send chunk r of each tensor to rank r; chunk s of what arrives is from rank s.
+
+    Layouts say how chunks are cut from what is sent and joined to what arrives; by default both
+    are [P, ...].
+    """
+    return InFlight(_Route(group), tensors, sent, received)
 
 
 def start_halo(tensors: Sequence[Tensor], halo: int, group: dist.ProcessGroup) -> InFlight:
@@ -138,27 +169,38 @@ def start_halo(tensors: Sequence[Tensor], halo: int, group: dist.ProcessGroup) -
     return InFlight(_Route(group, shift=1), [x[None, :, x.shape[1] - halo :] for x in tensors])
 
 
+def _messages(chunks: Sequence[Tensor]) -> list[list[int]]:
+    """Which of the tensors [N, ...] travel together."""
+    alone = [[i] for i, x in enumerate(chunks) if _chunk_bytes(x) >= OWN_MESSAGE]
+    rest = [i for i, x in enumerate(chunks) if _chunk_bytes(x) < OWN_MESSAGE]
+    return [*alone, rest] if rest else alone
+
+
+def _chunk_bytes(x: Tensor) -> int:
+    return math.prod(x.shape[1:]) * x.element_size()
+
+
 def _padded_bytes(x: Tensor) -> int:
-    """Bytes of one chunk of `x` [N, ...] in a message, rounded up to the alignment."""
-    size = math.prod(x.shape[1:]) * x.element_size()
-    return -(-size // ALIGNMENT) * ALIGNMENT
+    return -(-_chunk_bytes(x) // ALIGNMENT) * ALIGNMENT
+
+
+def _pack(tensors: Sequence[Tensor]) -> Tensor:
+    """One message [N, bytes] from tensors [N, ...] of any strides, each copied once at most."""
+    rows = tensors[0].shape[0]
+    if len(tensors) == 1:
+        return contiguous(tensors[0]).view(rows, -1).view(torch.uint8)
+    size = sum(_padded_bytes(x) for x in tensors)
+    message = torch.empty(rows, size, dtype=torch.uint8, device=tensors[0].device)
+    for section, x in zip(_sections(message, tensors), tensors, strict=True):
+        copy(section, x)
+    return message
 
 
 def _sections(message: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     """The parts of `message` [N, bytes], in place, with the shapes and dtypes of `like`."""
     sections, offset = [], 0
     for x in like:
-        size = math.prod(x.shape[1:]) * x.element_size()
-        section = message[:, offset : offset + size].view(x.dtype)
+        section = message[:, offset : offset + _chunk_bytes(x)].view(x.dtype)
         sections.append(section.unflatten(1, x.shape[1:]))
         offset += _padded_bytes(x)
     return sections
-
-
-def _pack(tensors: Sequence[Tensor]) -> Tensor:
-    """One message [N, bytes] from tensors [N, ...] of any strides, each copied once."""
-    rows, size = tensors[0].shape[0], sum(_padded_bytes(x) for x in tensors)
-    message = torch.empty(rows, size, dtype=torch.uint8, device=tensors[0].device)
-    for section, x in zip(_sections(message, tensors), tensors, strict=True):
-        section.copy_(x)
-    return message

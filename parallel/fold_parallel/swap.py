@@ -8,8 +8,7 @@ floor(t / s) is the same number before and after: outer hops are local, with unc
 positions.
 *Heads*: rank p holds the heads [p H/P, (p+1) H/P) of all tokens (full attention).
 
-Shape letters: P ranks, B batch, T tokens of the whole row, R = T / (P n_1) inner rows per rank,
-C = n_1 / P columns per rank, H heads.
+Shape letters are those of `layout`.
 """
 
 from collections.abc import Sequence
@@ -18,57 +17,61 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .collectives import InFlight, start_all_to_all
+from .layout import Layout
 
 
 def start_rows_to_columns(
     tensors: Sequence[Tensor], inner_length: int, group: dist.ProcessGroup
 ) -> InFlight:
-    """Launch the swap of tensors [B, T/P, ...]; `finish_rows_to_columns` gives the columns."""
-    ranks = dist.get_world_size(group)
-    columns = inner_length // ranks
-    # [B, R, P, C, ...] -> [P, B, R, C, ...]: the column blocks of each inner row go apart.
+    """Launch the swap of tensors [B, T/P, ...]; the result's `wait` gives the columns."""
     return start_all_to_all(
-        [x.unflatten(1, (-1, ranks, columns)).movedim(2, 0) for x in tensors], group
+        tensors, group, _rows(inner_length, group), _columns(inner_length, group)
     )
-
-
-def finish_rows_to_columns(swap: InFlight) -> tuple[Tensor, ...]:
-    """Tensors [B, T/P, ...] in columns, from a swap that `start_rows_to_columns` launched."""
-    # [P, B, R, C, ...] -> [B, P R C, ...]: the inner rows of rank 0 come first.
-    return tuple(x.movedim(0, 1).flatten(1, 3) for x in swap.wait())
 
 
 def rows_to_columns(
     tensors: Sequence[Tensor], inner_length: int, group: dist.ProcessGroup
 ) -> tuple[Tensor, ...]:
     """Swap tensors [B, T/P, ...] from rows to columns."""
-    return finish_rows_to_columns(start_rows_to_columns(tensors, inner_length, group))
+    return start_rows_to_columns(tensors, inner_length, group).wait()
 
 
 def columns_to_rows(
     tensors: Sequence[Tensor], inner_length: int, group: dist.ProcessGroup
 ) -> tuple[Tensor, ...]:
     """Swap tensors [B, T/P, ...] from columns back to rows."""
-    ranks = dist.get_world_size(group)
-    columns = inner_length // ranks
-    chunks = [x.unflatten(1, (ranks, -1, columns)).movedim(1, 0) for x in tensors]
-    received = start_all_to_all(chunks, group).wait()
-    # [P, B, R, C, ...] -> [B, R, P, C, ...] -> [B, R n_1, ...]
-    return tuple(x.movedim(0, 2).flatten(1, 3) for x in received)
+    return start_all_to_all(
+        tensors, group, _columns(inner_length, group), _rows(inner_length, group)
+    ).wait()
 
 
 def tokens_to_heads(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> tuple[Tensor, ...]:
     """Swap tensors [B, T/P, H, ...] to [B, T, H/P, ...] (after DeepSpeed-Ulysses)."""
-    ranks = dist.get_world_size(group)
-    chunks = [x.unflatten(2, (ranks, -1)).movedim(2, 0) for x in tensors]
-    received = start_all_to_all(chunks, group).wait()
-    return tuple(x.movedim(0, 1).flatten(1, 2) for x in received)
+    return start_all_to_all(tensors, group, _tokens(group), _heads(group)).wait()
 
 
 def heads_to_tokens(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> tuple[Tensor, ...]:
     """Swap tensors [B, T, H/P, ...] back to [B, T/P, H, ...]."""
+    return start_all_to_all(tensors, group, _heads(group), _tokens(group)).wait()
+
+
+def _rows(inner_length: int, group: dist.ProcessGroup) -> Layout:
+    """[B, R n_1, ...] is [B, R, P, C, ...]: the column blocks of each inner row go apart."""
     ranks = dist.get_world_size(group)
-    chunks = [x.unflatten(1, (ranks, -1)).movedim(1, 0) for x in tensors]
-    received = start_all_to_all(chunks, group).wait()
-    # [P, B, T/P, H/P, ...] -> [B, T/P, P, H/P, ...]
-    return tuple(x.movedim(0, 2).flatten(2, 3) for x in received)
+    return Layout(axis=1, sizes=(-1, ranks, inner_length // ranks), place=2)
+
+
+def _columns(inner_length: int, group: dist.ProcessGroup) -> Layout:
+    """[B, P R C, ...] is [B, P, R, C, ...]: the inner rows of rank 0 come first."""
+    ranks = dist.get_world_size(group)
+    return Layout(axis=1, sizes=(ranks, -1, inner_length // ranks), place=1)
+
+
+def _tokens(group: dist.ProcessGroup) -> Layout:
+    """[B, T/P, H, ...] is [B, T/P, P, H/P, ...]."""
+    return Layout(axis=2, sizes=(dist.get_world_size(group), -1), place=2)
+
+
+def _heads(group: dist.ProcessGroup) -> Layout:
+    """[B, T, H/P, ...] is [B, P, T/P, H/P, ...]."""
+    return Layout(axis=1, sizes=(dist.get_world_size(group), -1), place=1)

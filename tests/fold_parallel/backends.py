@@ -1,6 +1,7 @@
 """Where the distributed tests run: gloo on CPU always, the same bodies on NCCL where GPUs are."""
 
 import itertools
+import os
 
 import pytest
 import torch
@@ -8,14 +9,16 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-NUM_GPUS = torch.cuda.device_count()
+# NCCL lets ranks share a GPU if it is told to, from 2.30 on.
+SHARED = os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") == "1" and torch.cuda.is_available()
+MAX_RANKS = 8 if SHARED else torch.cuda.device_count()
 
 
 def ranks_and_backends(*world_sizes: int) -> pytest.MarkDecorator:
     """Parametrize over (world_size, backend)."""
     params = [pytest.param(n, "gloo", id=f"{n} gloo") for n in world_sizes]
     for n in world_sizes:
-        missing = pytest.mark.skipif(n > NUM_GPUS, reason=f"needs {n} GPUs")
+        missing = pytest.mark.skipif(n > MAX_RANKS, reason=f"needs {n} GPUs")
         marks = [pytest.mark.multi_gpu, missing]
         params.append(pytest.param(n, "nccl", id=f"{n} nccl", marks=marks))
     return pytest.mark.parametrize(("world_size", "backend"), params)

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from functools import cache
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from fold_parallel import Grid, create_grid, sharded_tensor_attention
+from fold_parallel import Grid, collectives, create_grid, sharded_tensor_attention
 from tensor_attention import tensor_attention
 from tests.distributed import run_distributed
 from tests.fold_parallel.backends import device, ranks_and_backends, require_equal_bits, result
@@ -76,6 +77,22 @@ def test_the_tensorized_forward_is_bitwise_that_of_the_whole_row(
     # attention multiplies other shapes (fewer heads at once); its last bit is up to the library.
     ours = sharded(world_size, "gloo")[case]
     assert torch.equal(ours["out"], whole(case, make_row(case))["out"])
+
+
+def with_messages_of(least: int, cases: list[Case], sp: int) -> list[Results]:
+    """Tensors of `least` bytes for each rank have a message of their own."""
+    with patch.object(collectives, "OWN_MESSAGE", least):
+        return shards_of_all(cases, sp)
+
+
+@ranks_and_backends(2, 4)
+def test_what_shares_a_message_changes_no_bit(world_size: int, backend: str) -> None:
+    cases = [*CASES, *FULL_CASES, *LOW]
+    ranks = run_distributed(with_messages_of, world_size, 1, cases, world_size, backend=backend)
+    for i, case in enumerate(cases):
+        ours, expected = joined([rank[i] for rank in ranks]), sharded(world_size, backend)[case]
+        for name, x in expected.items():
+            assert torch.equal(ours[name], x), f"{case}: {name}"
 
 
 def change_one_token(fold: tuple[int, ...], sp: int) -> list[Tensor]:

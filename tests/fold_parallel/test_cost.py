@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fold_parallel import (
     Grid,
     attention,
+    collectives,
     create_grid,
     layer_traffic,
     sharded_tensor_attention,
@@ -132,6 +133,30 @@ def test_only_neighbour_exchanges_and_all_to_alls_are_used(
             assert sent.count("neighbour") == (1 if case.fold else 0)
             assert sent.count("alltoall_base_") == (3 if case.fold else 2)
             assert len(sent) == (4 if case.fold else 2)
+
+
+def sent_in_messages_of_their_own(case: Case, sp: int) -> list[tuple[list[str], int]]:
+    """Exchanges, forward and backward, and their bytes."""
+    with patch.object(collectives, "OWN_MESSAGE", 1):
+        with Log() as forward:
+            out, cotangent = layer(case, make_row(case, HEAD_DIM), create_grid(sp))
+        with Log() as backward:
+            out.backward(cotangent)
+    return [(log.sent, sum(log.messages)) for log in (forward, backward)]
+
+
+@ranks_and_backends(2)
+def test_large_tensors_have_messages_of_their_own(world_size: int, backend: str) -> None:
+    case, halo, swap = COST_CASES[0], "neighbour", "alltoall_base_"
+    together = costs(world_size, backend)[case]
+    for rank, (forward, backward) in enumerate(
+        run_distributed(
+            sent_in_messages_of_their_own, world_size, case, world_size, backend=backend
+        )
+    ):
+        # k, v; q, k, depth; z, lse; z. Backward the same, without depth.
+        assert forward == ([halo] * 2 + [swap] * 6, sum(together[rank].forward_messages))
+        assert backward == ([swap] * 5 + [halo] * 2, sum(together[rank].backward_messages))
 
 
 def events_of_a_layer(case: Case, sp: int) -> list[tuple[list[str], list[str], Tensor]]:
