@@ -88,7 +88,7 @@ def sharded_tensor_attention(
     z, lse = _first_hop(q, k, v, depth, halo, fold[0], grid, rotary, scale, backend)
     # In this order, backward sends the gradients of z first: those of q, k travel during hop 1.
     q, k, depth = columns or swap.wait()
-    z, lse = rows_to_columns((z, lse), fold[0], grid.swap_group)
+    z, lse = rows_to_columns((z, lse), fold[0], grid.swap_group, left_out=fold[0])
     for i, axis in enumerate(fold_axes(fold, seq_len)[1:]):
         z, lse = hop(
             q, k, z, stride=axis.stride // grid.sp, length=axis.length,
@@ -148,7 +148,7 @@ def _first_hop(
     """Hop 1 of this rank's tokens, with the tokens before them from the neighbour.
 
     One whole inner row is put in front: a token that is never reached, then the halo. So blocks of
-    `length` tokens are those of the whole row. Its own outputs are dropped.
+    `length` tokens are those of the whole row. Nobody needs the outputs of that row.
     """
     halo_k, halo_v = (x[0] for x in halo.wait())
     k = torch.cat((torch.zeros_like(k[:, :1]), halo_k, k), dim=1)
@@ -157,10 +157,9 @@ def _first_hop(
     reach = F.pad(depth, (length, 0))
     if rotary is not None:
         rotary = _table_from(rotary, grid.sp_rank * depth.shape[1] - length, q.shape[1])
-    z, lse = hop(
+    return hop(
         q, k, v, stride=1, length=length, reach=reach, rotary=rotary, scale=scale, backend=backend
     )
-    return z[:, length:], lse[:, length:]
 
 
 def _table_from(rotary: Rotary, first: int, count: int) -> Rotary:

@@ -18,21 +18,34 @@ _WIDEST = torch.complex128
 class Layout:
     """Axis `axis` of a tensor is axes of `sizes`; `place`, among all axes then, is that of ranks.
 
-    One of the sizes may be -1: what the others leave.
+    One of the sizes may be -1: what the others leave. The first `left_out` entries of the axis are
+    in no chunk.
     """
 
     axis: int
     sizes: tuple[int, ...]
     place: int
+    left_out: int = 0
 
     def cut(self, whole: Tensor) -> Tensor:
         """Chunks [P, ...] of a tensor, in place."""
-        return whole.unflatten(self.axis, self.sizes).movedim(self.place, 0)
+        used = whole.narrow(self.axis, self.left_out, whole.shape[self.axis] - self.left_out)
+        return used.unflatten(self.axis, self.sizes).movedim(self.place, 0)
 
     def join(self, chunks: Tensor) -> Tensor:
-        """The tensor that has these chunks [P, ...]; it is the same memory where it can be."""
-        whole = contiguous(chunks.movedim(0, self.place))
-        return whole.flatten(self.axis, self.axis + len(self.sizes) - 1)
+        """The tensor that has these chunks [P, ...], zeros where there are none.
+
+        It is the same memory where that can be.
+        """
+        parts, last = chunks.movedim(0, self.place), self.axis + len(self.sizes) - 1
+        if not self.left_out:
+            return contiguous(parts).flatten(self.axis, last)
+        used = parts.shape[self.axis : last + 1].numel()
+        shape = [*parts.shape[: self.axis], self.left_out + used, *parts.shape[last + 1 :]]
+        whole = parts.new_empty(shape)
+        whole.narrow(self.axis, 0, self.left_out).zero_()
+        copy(self.cut(whole), chunks)
+        return whole
 
 
 CHUNKS = Layout(0, (-1,), 0)  # a tensor that is [P, ...] already

@@ -21,19 +21,19 @@ from .layout import Layout
 
 
 def start_rows_to_columns(
-    tensors: Sequence[Tensor], inner_length: int, group: dist.ProcessGroup
+    tensors: Sequence[Tensor], inner_length: int, group: dist.ProcessGroup, left_out: int = 0
 ) -> InFlight:
-    """Launch the swap of tensors [B, T/P, ...]; the result's `wait` gives the columns."""
+    """Launch `rows_to_columns`; the result's `wait` gives the columns."""
     return start_all_to_all(
-        tensors, group, _rows(inner_length, group), _columns(inner_length, group)
+        tensors, group, _rows(inner_length, group, left_out), _columns(inner_length, group)
     )
 
 
 def rows_to_columns(
-    tensors: Sequence[Tensor], inner_length: int, group: dist.ProcessGroup
+    tensors: Sequence[Tensor], inner_length: int, group: dist.ProcessGroup, left_out: int = 0
 ) -> tuple[Tensor, ...]:
-    """Swap tensors [B, T/P, ...] from rows to columns."""
-    return start_rows_to_columns(tensors, inner_length, group).wait()
+    """Swap tensors [B, left_out + T/P, ...] from rows to columns, without their first tokens."""
+    return start_rows_to_columns(tensors, inner_length, group, left_out).wait()
 
 
 def columns_to_rows(
@@ -55,10 +55,10 @@ def heads_to_tokens(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> tupl
     return start_all_to_all(tensors, group, _heads(group), _tokens(group)).wait()
 
 
-def _rows(inner_length: int, group: dist.ProcessGroup) -> Layout:
+def _rows(inner_length: int, group: dist.ProcessGroup, left_out: int = 0) -> Layout:
     """[B, R n_1, ...] is [B, R, P, C, ...]: the column blocks of each inner row go apart."""
     ranks = dist.get_world_size(group)
-    return Layout(axis=1, sizes=(-1, ranks, inner_length // ranks), place=2)
+    return Layout(axis=1, sizes=(-1, ranks, inner_length // ranks), place=2, left_out=left_out)
 
 
 def _columns(inner_length: int, group: dist.ProcessGroup) -> Layout:

@@ -1,5 +1,6 @@
 """Chunks are cut and joined without loss, and without copies where a layout allows that."""
 
+from dataclasses import replace
 from random import Random
 
 import pytest
@@ -41,6 +42,17 @@ def test_joining_what_was_cut_gives_the_tensor(layout: Layout, batch: int) -> No
     assert chunks.data_ptr() == x.data_ptr()
     assert equal_bits(layout.join(chunks.contiguous()), x)
     assert CHUNKS.join(CHUNKS.cut(x)).data_ptr() == x.data_ptr()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_what_is_left_out_is_in_no_chunk_and_zero_when_joined(layout: Layout) -> None:
+    layout = replace(layout, left_out=6)
+    x = bits(2, 18, 12, 4, dtype=torch.float32)
+    joined = layout.join(layout.cut(x))
+    assert joined.shape == x.shape
+    assert (joined.narrow(layout.axis, 0, 6) == 0).all()
+    used = (z.narrow(layout.axis, 6, z.shape[layout.axis] - 6) for z in (joined, x))
+    assert equal_bits(*used)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
