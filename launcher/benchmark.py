@@ -118,7 +118,7 @@ def add_sp(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--network", type=float, default=40, help="GB/s of a GPU between nodes,")
     parser.add_argument("--latency", type=float, default=2, help="microseconds a message,")
     parser.add_argument("--tflops", type=float, default=570, help="what a GPU computes,")
-    parser.add_argument("--overlap", type=float, default=0.2, help="share of hop 1 that hides")
+    parser.add_argument("--overlap", type=float, default=0.45, help="share of hop 1 that hides")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     parser.set_defaults(run=sp)
 

@@ -83,17 +83,18 @@ def init_distributed(launch: LaunchEnv) -> torch.device:
 
 
 def own_gpu(local_rank: int, local_world_size: int, num_gpus: int) -> torch.device:
-    """The GPU of a rank: the only one that it sees, or else its own among those of its node.
+    """The GPU of a rank: its own among those of its node, or the only one it is allowed to see.
 
     Ranks share GPUs where NCCL is told to allow that (from 2.30 on), to try things out.
 
     Raises:
         UserError: there are fewer GPUs than ranks.
     """
-    shared = os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") == "1"
-    if 1 < num_gpus < local_world_size and not shared:
+    is_shared = os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") == "1"
+    is_bound = num_gpus == 1 and "CUDA_VISIBLE_DEVICES" in os.environ  # as srun --gpus-per-task=1
+    if num_gpus < local_world_size and not (is_shared or is_bound):
         raise UserError(
-            f"{local_world_size} ranks on a machine with {num_gpus} GPUs (start one for each GPU)"
+            f"{local_world_size} ranks, {num_gpus} GPUs on this machine (start one rank a GPU)"
         )
     return torch.device("cuda", local_rank % num_gpus)
 

@@ -25,11 +25,11 @@ class Machine:
     """
 
     gpus_per_node: int = 8
-    nvlink: float = 120e9  # bytes/s of a swap, packing included (measured; NVLink 4 itself: 450)
+    nvlink: float = 200e9  # bytes/s of a swap, packing included (measured; NVLink 4 itself: 450)
     network: float = 40e9  # bytes/s: 80 % of 400 Gbit/s per GPU
     latency: float = 2e-6  # seconds per message
     flops: float = 570e12  # FLOP/s of a layer that exchanges nothing (measured; peak: 989 in bf16)
-    overlap: float = 0.2  # of what hop 1 could hide of the swap of q and k (measured)
+    overlap: float = 0.45  # of what hop 1 could hide of the swap of q and k (measured)
 
 
 class Projection(NamedTuple):

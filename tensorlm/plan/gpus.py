@@ -14,7 +14,7 @@ GIB = 2**30
 MATMUL_SHARE = 0.70
 BANDWIDTH_SHARE = 0.80
 LINK_SHARE = 0.80
-SWAP_SHARE = 0.27  # of NVLink, packing included: two H200 (docs/sequence_parallelism.md)
+SWAP_SHARE = 0.44  # of NVLink, packing included: two H200 (docs/sequence_parallelism.md)
 
 # Tensorized attention, FLOPs per second as a share of the peak, and full attention by the same
 # kernels: both measured on H100 and H200 (kernels/README.md, "Measured").

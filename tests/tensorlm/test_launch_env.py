@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tensorlm.engine import own_gpu
 from tensorlm.errors import UserError
 from tensorlm.launch_env import LaunchEnv, launched_rank, read_launch_env
 from tests.tensorlm.launching import RunTraining, losses
@@ -74,3 +75,21 @@ def test_ranks_of_mpirun_that_meet_through_mpi_train_like_plain_python(
     run_training("train.stop_at=3", f"run.dir={tmp_path / 'one'}", ranks=1, launcher="python")
     run_training("train.stop_at=3", f"run.dir={tmp_path / 'two'}", ranks=2, launcher="mpirun")
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-6)
+
+
+def test_each_rank_has_the_gpu_of_its_number_or_the_only_one_it_sees(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("CUDA_VISIBLE_DEVICES", "NCCL_MULTI_RANK_GPU_ENABLE"):
+        monkeypatch.delenv(name, raising=False)
+    assert [own_gpu(rank, 4, 4).index for rank in range(4)] == [0, 1, 2, 3]
+    for num_gpus in (1, 3):
+        with pytest.raises(UserError) as error:
+            own_gpu(0, 4, num_gpus)
+        assert str(error.value) == (
+            f"4 ranks, {num_gpus} GPUs on this machine (start one rank a GPU)"
+        )
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2")
+    assert own_gpu(3, 4, 1).index == 0
+    monkeypatch.setenv("NCCL_MULTI_RANK_GPU_ENABLE", "1")
+    assert [own_gpu(rank, 4, 3).index for rank in range(4)] == [0, 1, 2, 0]
