@@ -113,12 +113,13 @@ def add_sp(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every number")
     parser.add_argument("--only-project", action="store_true", help="measure nothing")
-    parser.add_argument("--gpus-per-node", type=int, default=8, help="assumed by the projection,")
-    parser.add_argument("--nvlink", type=float, default=120, help="GB/s of a GPU inside a node,")
-    parser.add_argument("--network", type=float, default=40, help="GB/s of a GPU between nodes,")
-    parser.add_argument("--latency", type=float, default=2, help="microseconds a message,")
-    parser.add_argument("--tflops", type=float, default=570, help="what a GPU computes,")
-    parser.add_argument("--overlap", type=float, default=0.45, help="share of hop 1 that hides")
+    # Without these the projection is for the machine of docs/sequence_parallelism.md.
+    parser.add_argument("--gpus-per-node", type=int, help="assumed by the projection,")
+    parser.add_argument("--nvlink", type=float, help="GB/s of a GPU inside a node,")
+    parser.add_argument("--network", type=float, help="GB/s of a GPU between nodes,")
+    parser.add_argument("--latency", type=float, help="microseconds a message,")
+    parser.add_argument("--tflops", type=float, help="what a GPU computes,")
+    parser.add_argument("--overlap", type=float, help="share of hop 1 that hides")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     parser.set_defaults(run=sp)
 
@@ -126,7 +127,7 @@ def add_sp(parser: argparse.ArgumentParser) -> None:
 def sp(args: argparse.Namespace) -> int:
     config, launch = load_config(args.config, args.overrides), read_launch_env()
     check_positive(args, "repeats", "gpus_per_node", "nvlink", "network", "latency", "tflops")
-    if not 0 <= args.overlap <= 1:
+    if args.overlap is not None and not 0 <= args.overlap <= 1:
         raise UserError("--overlap: must be from 0 to 1")
     if not args.only_project:
         config.check_ranks(launch.world_size)
@@ -134,10 +135,12 @@ def sp(args: argparse.Namespace) -> int:
     from tensorlm.benchmarks import sp as bench
     from tensorlm.benchmarks.sp_projection import Machine, format_projection, project_all
 
-    machine = Machine(
-        args.gpus_per_node, args.nvlink * 1e9, args.network * 1e9, args.latency * 1e-6,
-        args.tflops * 1e12, args.overlap,
-    )  # fmt: skip
+    stated = {
+        "gpus_per_node": (args.gpus_per_node, 1), "nvlink": (args.nvlink, 1e9),
+        "network": (args.network, 1e9), "latency": (args.latency, 1e-6),
+        "flops": (args.tflops, 1e12), "overlap": (args.overlap, 1),
+    }  # fmt: skip
+    machine = Machine(**{name: x * unit for name, (x, unit) in stated.items() if x is not None})
     cost = None if args.only_project else bench.measure(config, launch, args.repeats)
     if launch.rank == 0:
         projections = project_all(config, machine)

@@ -34,9 +34,10 @@ def parse_lengths(text: str) -> list[int]:
 
 
 def check_positive(args: argparse.Namespace, *names: str) -> None:
-    """Raise UserError unless these numbers are above 0."""
+    """Raise UserError unless these numbers, where given, are above 0."""
     for name in names:
-        if getattr(args, name) <= 0:
+        number = getattr(args, name)
+        if number is not None and number <= 0:
             raise UserError(f"--{name.replace('_', '-')}: must be positive")
 
 

@@ -88,7 +88,7 @@ def own_gpu(local_rank: int, local_world_size: int, num_gpus: int) -> torch.devi
     Ranks share GPUs where NCCL is told to allow that (from 2.30 on), to try things out.
 
     Raises:
-        UserError: there are fewer GPUs than ranks.
+        UserError: there are fewer GPUs than ranks, and not one alone that each was given.
     """
     is_shared = os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") == "1"
     is_bound = num_gpus == 1 and "CUDA_VISIBLE_DEVICES" in os.environ  # as srun --gpus-per-task=1

@@ -63,7 +63,8 @@ class _Flight:
     """The works under way, forward or backward, shared by the two ends of one exchange.
 
     On CUDA, landing makes the current stream wait, not the host. NCCL sends on a stream of its own;
-    until the wait the work itself holds the message, so the allocator cannot give it away.
+    until the wait the work itself holds the message, so the allocator cannot give it away. It may
+    be the tensor itself that is sent: nobody changes that, or a gradient, before the wait.
     """
 
     def __init__(self, route: _Route, sent: Layout, received: Layout) -> None:
@@ -111,7 +112,8 @@ class _Wait(torch.autograd.Function):
         ctx.flight = flight
         ctx.floating = [x.is_floating_point() for x in received]
         flight.land()
-        outputs = tuple(flight.received.join(x) for x in received)
+        # Not views of what was received, to autograd: whoever gets them may change them in place.
+        outputs = tuple(flight.received.join(x).data for x in received)
         ctx.mark_non_differentiable(*(x for x in outputs if not x.is_floating_point()))
         return outputs
 
@@ -127,7 +129,10 @@ class _Wait(torch.autograd.Function):
 
 
 class InFlight:
-    """An exchange under way. Every rank waits for it, once, before using what it received."""
+    """An exchange under way. Every rank waits for it, once, before using what it received.
+
+    What is sent may travel as it lies in memory: leave it as it is until then.
+    """
 
     def __init__(
         self,
@@ -188,7 +193,7 @@ def _pack(tensors: Sequence[Tensor]) -> Tensor:
     """One message [N, bytes] from tensors [N, ...] of any strides, each copied once at most."""
     rows = tensors[0].shape[0]
     if len(tensors) == 1:
-        return contiguous(tensors[0]).view(rows, -1).view(torch.uint8)
+        return contiguous(tensors[0]).reshape(-1).view(torch.uint8).view(rows, -1)
     size = sum(_padded_bytes(x) for x in tensors)
     message = torch.empty(rows, size, dtype=torch.uint8, device=tensors[0].device)
     for section, x in zip(_sections(message, tensors), tensors, strict=True):

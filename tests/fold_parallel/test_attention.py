@@ -95,6 +95,32 @@ def test_what_shares_a_message_changes_no_bit(world_size: int, backend: str) -> 
             assert torch.equal(ours[name], x), f"{case}: {name}"
 
 
+def changed_in_place(fold: tuple[int, ...], sp: int) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """The output, doubled in place and as it is, and the gradients of k of both."""
+    case, grid = Case(fold, MANY, heads=8, key_heads=2), create_grid(sp)
+    row, tokens, gradients = make_row(case), grid.tokens(case.seq_len), []
+    outputs = []
+    for doubled in (True, False):
+        q, k, v = (x[:, tokens].to(device()).requires_grad_() for x in (row.q, row.k, row.v))
+        out = sharded_tensor_attention(q, k, v, fold, grid=grid)
+        out = out.mul_(2) if doubled else out
+        gradients.append(result(torch.autograd.grad(out.sum(), k)[0]))
+        outputs.append(result(out))
+    return outputs[0], outputs[1], gradients
+
+
+@ranks_and_backends(2)
+@pytest.mark.parametrize("fold", [(8, 2), (8,), ()], ids=str)
+def test_the_output_may_be_changed_in_place(
+    world_size: int, backend: str, fold: tuple[int, ...]
+) -> None:
+    for doubled, out, (gradient, half) in run_distributed(
+        changed_in_place, world_size, fold, world_size, backend=backend
+    ):
+        assert torch.equal(doubled, 2 * out)
+        assert torch.equal(gradient, 2 * half)
+
+
 def change_one_token(fold: tuple[int, ...], sp: int) -> list[Tensor]:
     """This rank's outputs before and after each of TOKENS has changed."""
     case, grid = Case(fold, MANY, heads=8), create_grid(sp)

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from random import Random
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -70,16 +71,20 @@ def test_one_row_in_columns_or_by_heads_is_a_message_as_it_lies(name: str) -> No
     shape=st.lists(st.integers(1, 9), min_size=1, max_size=4),
     random=st.randoms(use_true_random=False),
     offset=st.integers(0, 9),
+    shift=st.integers(0, 9),
     strided=st.booleans(),
 )
 def test_copies_have_the_bits_of_any_tensor(
-    dtype: torch.dtype, shape: list[int], random: Random, offset: int, strided: bool
+    dtype: torch.dtype, shape: list[int], random: Random, offset: int, shift: int, strided: bool
 ) -> None:
     axes = list(range(len(shape)))
     random.shuffle(axes)
     shape[-1] *= 1 if strided else 8
-    memory = bits(offset + torch.Size(shape).numel(), dtype=dtype)[offset:]
-    x = memory.view(shape).permute(axes)
+    size = torch.Size(shape).numel()
+    # Storage at any address, and the tensor anywhere in it.
+    storage = np.empty((shift + offset + size) * dtype.itemsize, np.uint8)[shift * dtype.itemsize :]
+    memory = torch.from_numpy(storage).view(dtype)[offset:]
+    x = memory.copy_(bits(size, dtype=dtype)).view(shape).permute(axes)
     x = x[..., ::2] if strided else x
     assert equal_bits(contiguous(x), x)
     to = bits(*x.shape[:-1], x.shape[-1] + 8, dtype=dtype)[..., 8:]

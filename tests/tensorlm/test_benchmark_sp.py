@@ -90,6 +90,19 @@ def test_gpus_that_cannot_share_a_row_are_named(config: Path) -> None:
     assert table.endswith("GPUs that cannot share such a row: 32, 64, 128, 256, 512, 1024")
 
 
+def test_the_documented_projection_is_what_the_launcher_prints() -> None:
+    command = [
+        sys.executable, "launcher/benchmark.py", "sp", "--config", "configs/llama8b_32k.toml",
+        "parallel.sp=8", "--only-project",
+    ]  # fmt: skip
+    result = subprocess.run(
+        command, cwd=ROOT, env=launch_environment(), capture_output=True, text=True, timeout=120
+    )
+    table = result.stdout[result.stdout.index("| GPUs = sp") :]
+    assert table.count("\n") == 10
+    assert table in (ROOT / "docs/sequence_parallelism.md").read_text()
+
+
 def test_launcher_prints_measurement_and_projection(tmp_path: Path, config: Path) -> None:
     output = tmp_path / "sp.json"
     command = [

@@ -8,6 +8,7 @@ import pytest
 import torch
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
+from fold_parallel import collectives
 from tensorlm.benchmarks.memory import CPU, count_operator
 from tensorlm.config import Config, load_config
 from tensorlm.plan import activations, evaluation, host, state
@@ -50,8 +51,12 @@ def test_operator_on_whole_rows(changes: dict[str, Any]) -> None:
     assert predicted.forward == pytest.approx(counted.operator_pass(config), abs=SCALARS)
 
 
+@pytest.mark.parametrize("own_message", [1, 1 << 62])
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_operator_on_shared_rows(ranks: int) -> None:
+def test_operator_on_shared_rows(
+    ranks: int, own_message: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(collectives, "OWN_MESSAGE", own_message)
     # Of these, hop 1 of [512] rotates q and k into copies, and hop 2 of [4] does.
     folds = ("[32]", "[512]", "[32, 8]", "[4]", "[]") if ranks == 2 else ("[512]", "[]")
     row = {**LONG, "data__seq_len": 8192}
