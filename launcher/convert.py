@@ -44,7 +44,7 @@ def add_export(parser: argparse.ArgumentParser) -> None:
 
 def export(args: argparse.Namespace, config: Config) -> int:
     from tensorlm.checkpoint import select_checkpoint
-    from tensorlm.data.tokenizers import check_tokenizer
+    from tensorlm.data.tokenizers import check_tokenizer, has_tokenizer
     from tensorlm.hf import hub
     from tensorlm.hf.export_folder import check_new_folder, export_checkpoint
     from tensorlm.hf.import_folder import imported_folder
@@ -80,7 +80,7 @@ def export(args: argparse.Namespace, config: Config) -> int:
 
 
 def import_(args: argparse.Namespace, config: Config) -> int:
-    from tensorlm.data.tokenizers import tokenizer_sha256
+    from tensorlm.data.tokenizers import has_tokenizer, tokenizer_sha256
     from tensorlm.hf.import_folder import import_weights
 
     if not args.hf.is_dir():
@@ -91,10 +91,6 @@ def import_(args: argparse.Namespace, config: Config) -> int:
     if len({tokenizer_sha256(d) for d in tokenizers}) > 1:
         print(f"note: {config.data.path} was encoded with another tokenizer than that of {args.hf}")
     return 0
-
-
-def has_tokenizer(folder: Path) -> bool:
-    return any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model"))
 
 
 if __name__ == "__main__":

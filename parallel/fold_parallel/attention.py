@@ -153,7 +153,7 @@ def _first_hop(
     halo_k, halo_v = (x[0] for x in halo.wait())
     k = torch.cat((torch.zeros_like(k[:, :1]), halo_k, k), dim=1)
     v = torch.cat((torch.zeros_like(v[:, :1]), halo_v, v), dim=1)
-    q = torch.cat((torch.zeros_like(q[:, :length]), q), dim=1)
+    q = torch.cat((torch.zeros_like(q[:, :length]), q), dim=1)  # the gradient of F.pad is a copy
     reach = F.pad(depth, (length, 0))
     if rotary is not None:
         rotary = _table_from(rotary, grid.sp_rank * depth.shape[1] - length, q.shape[1])

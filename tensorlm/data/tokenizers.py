@@ -30,6 +30,11 @@ TOKENIZER_FILES = (
 _LINE_BYTES = 4192  # sentencepiece leaves out longer lines, without a word
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether `load_tokenizer` would find one there."""
+    return any((folder / name).exists() for name in ("tokenizer.model", "tokenizer.json"))
+
+
 def check_new_tokenizer(output: Path) -> None:
     """Raise UserError unless a tokenizer may be written to `output` in no other one's place."""
     if output.exists() and not output.is_dir():
@@ -193,7 +198,7 @@ def load_tokenizer(folder: str | Path, named: Path | None = None) -> Any:
 
     folder = Path(folder)
     named = named or folder
-    if not any((folder / name).exists() for name in ("tokenizer.model", "tokenizer.json")):
+    if not has_tokenizer(folder):
         raise UserError(f"{named}: no tokenizer.json or tokenizer.model")
     try:
         tokenizer = AutoTokenizer.from_pretrained(

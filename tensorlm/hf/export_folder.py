@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tensorlm import disk
 from tensorlm.config import Config, ModelConfig
-from tensorlm.data.tokenizers import copy_tokenizer, load_tokenizer, tokenizer_sha256
+from tensorlm.data.tokenizers import copy_tokenizer, has_tokenizer, load_tokenizer, tokenizer_sha256
 from tensorlm.errors import UserError
 from tensorlm.hf.configuration_tensorlm import AUTO_MAP
 from tensorlm.hf.model_card import model_card
@@ -126,8 +126,7 @@ def hf_config(model: ModelConfig, seq_len: int, dtype: str) -> dict[str, Any]:
 
 def _have_one_tokenizer(imported: Path, tokenizer: Path) -> bool:
     """The imported folder has a tokenizer, and it is this one."""
-    has_some = any((imported / name).exists() for name in ("tokenizer.json", "tokenizer.model"))
-    return has_some and tokenizer_sha256(imported) == tokenizer_sha256(tokenizer)
+    return has_tokenizer(imported) and tokenizer_sha256(imported) == tokenizer_sha256(tokenizer)
 
 
 def _read_generation_config(imported: Path | None) -> dict[str, Any]:

@@ -148,15 +148,13 @@ def sent_in_messages_of_their_own(case: Case, sp: int) -> list[tuple[list[str], 
 @ranks_and_backends(2)
 def test_large_tensors_have_messages_of_their_own(world_size: int, backend: str) -> None:
     case, halo, swap = COST_CASES[0], "neighbour", "alltoall_base_"
-    together = costs(world_size, backend)[case]
-    for rank, (forward, backward) in enumerate(
-        run_distributed(
-            sent_in_messages_of_their_own, world_size, case, world_size, backend=backend
-        )
-    ):
+    ranks = run_distributed(
+        sent_in_messages_of_their_own, world_size, case, world_size, backend=backend
+    )
+    for (forward, backward), together in zip(ranks, costs(world_size, backend)[case], strict=True):
         # k, v; q, k, depth; z, lse; z. Backward the same, without depth.
-        assert forward == ([halo] * 2 + [swap] * 6, sum(together[rank].forward_messages))
-        assert backward == ([swap] * 5 + [halo] * 2, sum(together[rank].backward_messages))
+        assert forward == ([halo] * 2 + [swap] * 6, sum(together.forward_messages))
+        assert backward == ([swap] * 5 + [halo] * 2, sum(together.backward_messages))
 
 
 def events_of_a_layer(case: Case, sp: int) -> list[tuple[list[str], list[str], Tensor]]:

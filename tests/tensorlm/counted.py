@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from fold_parallel import create_grid, sharded_tensor_attention
+from fold_parallel import Grid, create_grid, sharded_tensor_attention
 from tensor_attention import (
     triton_backward_key,
     triton_backward_line,
@@ -146,15 +146,19 @@ def _operator(config: Config) -> tuple[int, int]:
             _Copy.apply(q), _Copy.apply(k), _Copy.apply(v), fold, grid=grid, doc_start=doc_start,
             hop_bias=bias, rotary=rotary, backend="triton",
         )  # fmt: skip
-        if grid.sp > 1:
-            dist.barrier()
-            time.sleep(0.01)
+        _let_messages_go(grid)
         saved = memory.live - before
         total = _Sum.apply(out)
         del out
         memory.restart()
         total.backward()
         return saved, memory.peak - before
+
+
+def _let_messages_go(grid: Grid) -> None:
+    if grid.sp > 1:
+        dist.barrier()
+        time.sleep(0.01)
 
 
 def operator_pass(config: Config) -> int:
@@ -178,9 +182,7 @@ def _operator_pass(config: Config) -> int:
             q, k, v, fold, grid=grid, doc_start=doc_start, rotary=rotary, backend="triton"
         )
         peak = memory.peak - before
-    if grid.sp > 1:
-        dist.barrier()
-        time.sleep(0.01)
+    _let_messages_go(grid)
     return peak
 
 
