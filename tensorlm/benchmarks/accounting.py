@@ -1,6 +1,7 @@
 """Tensors counted as they are made and freed: the peak of a computation on the CPU."""
 
 import weakref
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -15,13 +16,24 @@ _CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 class PeakMemory(TorchDispatchMode):
     """The most bytes that were alive at one time in tensors that were made under this mode.
 
-    Only tensors of this thread, and not what PyTorch's own operations use inside.
+    Only tensors of this thread, and not what PyTorch's own operations use inside. They may be freed
+    by other threads, such as gloo's.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.live = self.peak = 0
+        self.peak = 0
+        self._live = 0
+        # Sizes, since `_live -= size` in one thread could be lost to `_live += size` in another.
+        self._freed: deque[int] = deque()
         self._known: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
+
+    @property
+    def live(self) -> int:
+        """Bytes that are alive now."""
+        while self._freed:
+            self._live -= self._freed.popleft()
+        return self._live
 
     def restart(self) -> None:
         """Forget the peak so far."""
@@ -50,9 +62,6 @@ class PeakMemory(TorchDispatchMode):
         if storage in self._known:
             return
         self._known.add(storage)
-        weakref.finalize(storage, self._free, storage.nbytes())
-        self.live += storage.nbytes()
+        weakref.finalize(storage, self._freed.append, storage.nbytes())
+        self._live += storage.nbytes()
         self.peak = max(self.peak, self.live)
-
-    def _free(self, num_bytes: int) -> None:
-        self.live -= num_bytes

@@ -1,5 +1,7 @@
 """What saves memory: the same losses and gradients, and less of it."""
 
+import sys
+import threading
 import weakref
 from typing import Any
 
@@ -97,6 +99,28 @@ def peak_of(module: torch.nn.Module, *inputs: Any) -> int:
     with PeakMemory() as memory:
         module(*inputs).sum().backward()
     return memory.peak
+
+
+def test_no_tensor_that_another_thread_frees_is_missed() -> None:
+    memory, interval = PeakMemory(), sys.getswitchinterval()
+    with memory:
+        given = [torch.empty(25) for _ in range(20_000)]
+    own = [torch.empty(25).untyped_storage() for _ in range(20_000)]
+
+    def free() -> None:
+        while given:
+            given.pop()
+
+    other = threading.Thread(target=free)
+    sys.setswitchinterval(1e-6)
+    try:
+        other.start()
+        for storage in own:
+            memory._count(storage)
+        other.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert memory.live == 100 * len(own)
 
 
 def test_tiles_of_the_mlp_take_the_memory_of_one_tile() -> None:
