@@ -1,0 +1,155 @@
+"""The routed axis: a window, and beyond it the few blocks of the past that a token chooses.
+
+`routed_attention` is hop 1 (the window) and one routed hop that starts from its state. The choice
+is a function of its own, so that it can be looked at, kept, or replaced. Mathematics and figures:
+`kernels/README.md`; source: DESIGN of the operator after MoBA (Lu et al., 2025) and InfLLM-V2.
+"""
+
+import torch
+from torch import Tensor
+
+from . import routed_blocked, routed_dense
+from .api import Backend, State, hop
+from .api import _chosen as chosen_backend
+from .fold import Rotary, document_reach
+from .routing import validate_route
+
+
+def routed_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    window: int,
+    block: int,
+    top_k: int,
+    stretch: int = 1,
+    open_tile: int = 1,
+    doc_start: Tensor | None = None,
+    rotary: Rotary | None = None,
+    scale: float | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Attend to the last `window` tokens and to the chosen blocks before them, in one softmax.
+
+    Args:
+        q: [B, T, H, D], not rotated when `rotary` is given.
+        k: [B, T, K, D] with H a multiple of K; query head h reads key head h // (H / K).
+        v: [B, T, K, E].
+        window: tokens that are always read, the token itself included.
+        block: tokens of a block, at most `window`.
+        top_k: blocks that a token and key head chooses beside the document's first one.
+        stretch: rotary positions beyond the window are floor((t - d(t)) / stretch), d(t) the first
+            token of t's document.
+        open_tile: blocks chosen by earlier tokens of the same tile of this many tokens (counted
+            from the document's start) are read too; 1 turns this off.
+        doc_start: [B, T] integer, index in the row of the first token of each token's document;
+            None: one document per row.
+        rotary: table of at least T positions.
+        scale: factor on the scores, 1 / sqrt(D) by default.
+        backend: as in `tensor_attention`.
+
+    Returns:
+        [B, T, H, E] in the dtype of v.
+
+    Raises:
+        ValueError: on numbers that describe no routed axis, or inputs the backend does not cover.
+    """
+    validate_route(window, block, top_k, stretch, open_tile)
+    if doc_start is None:
+        doc_start = torch.zeros(q.shape[:2], dtype=torch.int32, device=q.device)
+    state = hop(
+        q, k, v, stride=1, length=window, reach=document_reach(doc_start, 1), rotary=rotary,
+        scale=scale, backend=backend,
+    )  # fmt: skip
+    choice = choose_blocks(
+        q, k, window=window, block=block, top_k=top_k, stretch=stretch, doc_start=doc_start,
+        rotary=rotary, backend=backend,
+    )  # fmt: skip
+    return routed_hop(
+        q, k, v, choice, window=window, block=block, stretch=stretch, open_tile=open_tile,
+        doc_start=doc_start, state=state, rotary=rotary, scale=scale, backend=backend,
+    )[0]  # fmt: skip
+
+
+@torch.no_grad()
+def choose_blocks(
+    q: Tensor,
+    k: Tensor,
+    *,
+    window: int,
+    block: int,
+    top_k: int,
+    stretch: int = 1,
+    doc_start: Tensor | None = None,
+    rotary: Rotary | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """The blocks that each token and key head reads beyond its window; no gradient.
+
+    A far block scores <sum over the group of R q_h(t), mean over the block of R k(u)>, R the rotary
+    embedding at floor((t - d(t)) / stretch); sums and means are rounded to the dtype of q and k,
+    products are taken in float32 or wider. Arguments as in `routed_attention`.
+
+    Returns:
+        [B, T, K, top_k + 1] int32: indices of blocks in the document, ascending, -1 at the end where
+        fewer are far. Block 0 is chosen wherever it is far, beside the `top_k` best of the others;
+        ties go to the earlier block.
+    """
+    validate_route(window, block, top_k, stretch, 1)
+    if doc_start is None:
+        doc_start = torch.zeros(q.shape[:2], dtype=torch.int32, device=q.device)
+    backend = chosen_backend(backend, q, k, k, False)
+    if backend == "triton":
+        from .triton_routed_choice import choose_blocks as run
+    else:
+        run = (routed_dense if backend == "dense" else routed_blocked).choose_blocks
+    return run(
+        q, k, window=window, block=block, top_k=top_k, stretch=stretch, doc_start=doc_start,
+        rotary=rotary,
+    )  # fmt: skip
+
+
+def routed_hop(
+    q: Tensor,
+    k: Tensor,
+    values: Tensor,
+    choice: Tensor,
+    *,
+    window: int,
+    block: int,
+    stretch: int = 1,
+    open_tile: int = 1,
+    doc_start: Tensor | None = None,
+    state: State,
+    rotary: Rotary | None = None,
+    scale: float | None = None,
+    backend: Backend = "auto",
+) -> State:
+    """Read the blocks of `choice` as far as they lie before the window; starts from a state.
+
+    Token t attends to u with u in an open block and u <= t - window, joined to the state of the
+    window by one log-sum-exp.
+
+    Args:
+        choice: [B, T, K, C] int32 as `choose_blocks` returns it; any order, -1 for none. Every
+            block must be full and begin at or before t - window, and a token names it once.
+        state: (z [B, T, H, E], lse [B, T, H]) of the window.
+        Others as in `routed_attention`.
+
+    Returns:
+        (z [B, T, H, E] in the dtype of `values`, lse [B, T, H] in float32 or wider).
+    """
+    validate_route(window, block, 1, stretch, open_tile)
+    if doc_start is None:
+        doc_start = torch.zeros(q.shape[:2], dtype=torch.int32, device=q.device)
+    backend = chosen_backend(backend, q, k, values, False)
+    if backend == "triton":
+        from .triton_routed_op import hop as run
+    else:
+        run = (routed_dense if backend == "dense" else routed_blocked).hop
+    return run(
+        q, k, values, choice, window=window, block=block, stretch=stretch, open_tile=open_tile,
+        doc_start=doc_start, state=state, rotary=rotary,
+        scale=q.shape[3] ** -0.5 if scale is None else scale,
+    )  # fmt: skip

@@ -1,0 +1,145 @@
+"""The routed axis in plain PyTorch, tile by tile: the CPU path, differentiable by autograd.
+
+A tile of tokens reads the union of its tokens' blocks, each token masked to its own. Scores of all
+slots exist for one tile at a time, and the hop recomputes a tile's scores in the backward, so peak
+memory grows with T (D + top_k) and not with T x T. This file has no imports from the project but
+`fold` and `routing`: it also travels inside exported Hugging Face folders.
+"""
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from .fold import Rotary
+from .routing import best_blocks, block_means, block_starts, rotate_stretched, summed_queries
+
+State = tuple[Tensor, Tensor]
+
+# Finite, so that a token whose keys are all masked has a gradient of zero instead of NaN.
+MASKED = -1e30
+_TILE = 64  # tokens that share one product of the hop
+_CHOICE_TILE = 512  # tokens whose scores of all slots exist at a time
+
+
+def choose_blocks(
+    q: Tensor,
+    k: Tensor,
+    *,
+    window: int,
+    block: int,
+    top_k: int,
+    stretch: int,
+    doc_start: Tensor,
+    rotary: Rotary | None,
+) -> Tensor:
+    """Same contract as `routed.choose_blocks`."""
+    work = torch.promote_types(q.dtype, torch.float32)
+    q = summed_queries(rotate_stretched(q, rotary, doc_start, stretch), k.shape[2]).to(work)
+    starts = block_starts(doc_start, block)
+    means = block_means(rotate_stretched(k, rotary, doc_start, stretch), starts, block).to(work)
+    means = means.permute(0, 2, 3, 1)  # [B, K, D, N]
+    parts = [
+        best_blocks(part.transpose(1, 2) @ means, starts, doc_start, first, window, block, top_k)
+        for first, part in _tiles(q, _CHOICE_TILE)
+    ]
+    return torch.cat(parts, dim=1)
+
+
+def hop(
+    q: Tensor,
+    k: Tensor,
+    values: Tensor,
+    choice: Tensor,
+    *,
+    window: int,
+    block: int,
+    stretch: int,
+    open_tile: int,
+    doc_start: Tensor,
+    state: State,
+    rotary: Rotary | None,
+    scale: float,
+) -> State:
+    """Same contract as `routed.routed_hop`; peak memory grows with T instead of T x T."""
+    work = torch.promote_types(q.dtype, torch.float32)
+    q = rotate_stretched(q, rotary, doc_start, stretch).to(work) * scale
+    k = rotate_stretched(k, rotary, doc_start, stretch).to(work)
+    v = values.to(work)
+    starts = torch.where(choice >= 0, doc_start[:, :, None, None].long() + choice * block, -1)
+    z_before, lse_before = state[0].to(work), state[1].to(work)
+    rows = []
+    for row in range(q.shape[0]):
+        tiles = []
+        for first, q_tile in _tiles(q[row][None], _TILE):
+            token = torch.arange(first, first + q_tile.shape[1], device=q.device)
+            begin = _first_of_open_tile(token, doc_start[row], open_tile)
+            heads = [
+                _tile_hop(
+                    q_tile[0].unflatten(1, (k.shape[2], -1))[:, head], k[row, :, head],
+                    v[row, :, head], starts[row, :, head], token, begin, window, block,
+                )
+                for head in range(k.shape[2])
+            ]  # fmt: skip
+            tiles.append(tuple(torch.cat(parts, dim=1) for parts in zip(*heads, strict=True)))
+        rows.append(tuple(torch.cat(parts, dim=0) for parts in zip(*tiles, strict=True)))
+    far_z, far_lse = (torch.stack(parts) for parts in zip(*rows, strict=True))
+    lse = torch.logaddexp(lse_before, far_lse)
+    keep, add = torch.exp(lse_before - lse)[..., None], torch.exp(far_lse - lse)[..., None]
+    return (keep * z_before + add * far_z).to(values.dtype), lse
+
+
+def _first_of_open_tile(token: Tensor, doc_start: Tensor, open_tile: int) -> Tensor:
+    """[C]: the first token whose choice each token shares."""
+    document = doc_start[token].long()
+    return document + (token - document) // open_tile * open_tile
+
+
+def _tile_hop(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    starts: Tensor,
+    token: Tensor,
+    begin: Tensor,
+    window: int,
+    block: int,
+) -> State:
+    """Softmax over the far keys alone of one tile and one key head: z [C, G, E], lse [C, G].
+
+    q [C, G, D] scaled; k [T, D], v [T, E]; starts [T, C'] of each token's blocks (-1: none).
+    """
+    count = token.shape[0]
+    source = torch.arange(int(begin.min()), int(token[-1]) + 1, device=q.device)
+    opened = starts[source]
+    union = torch.unique(opened)
+    union = union[union >= 0]
+    if union.numel() == 0:
+        z = q.new_zeros(count, q.shape[1], v.shape[1])
+        return z, q.new_full((count, q.shape[1]), MASKED)
+    shares = (source[None] <= token[:, None]) & (source[None] >= begin[:, None])  # [C, S]
+    holds = (opened[:, :, None] == union).any(1)  # [S, U]
+    reads = shares.to(q.dtype) @ holds.to(q.dtype) > 0
+    keys = (union[:, None] + torch.arange(block, device=q.device)).flatten()
+    seen = reads.repeat_interleave(block, dim=1) & (keys <= token[:, None] - window)
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        return checkpoint(_attend, q, k, v, keys, seen, use_reentrant=False)
+    return _attend(q, k, v, keys, seen)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, seen: Tensor) -> State:
+    """Softmax attention of q [C, G, D] to the tokens `keys` [U] where `seen` [C, U]."""
+    scores = (q.flatten(0, 1) @ k[keys].T).unflatten(0, q.shape[:2])
+    scores = scores.masked_fill(~seen[:, None], MASKED)
+    largest = scores.detach().amax(-1, keepdim=True)
+    weights = torch.exp(scores - largest) * seen[:, None]
+    total = weights.sum(-1)
+    some = total > 0  # a token at the start of a tile may have no far block yet
+    total = torch.where(some, total, 1.0)
+    lse = torch.where(some, largest[..., 0] + total.log(), MASKED)
+    z = (weights.flatten(0, 1) @ v[keys]).unflatten(0, q.shape[:2])
+    return z / total[..., None], lse
+
+
+def _tiles(x: Tensor, size: int) -> list[tuple[int, Tensor]]:
+    """(first token, part) of `x` [B, T, ...] in parts of at most `size` tokens."""
+    return [(first, x[:, first : first + size]) for first in range(0, x.shape[1], size)]

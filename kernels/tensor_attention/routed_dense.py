@@ -1,0 +1,92 @@
+"""The definition of the routed axis, T x T, in any dtype: the oracle of its other implementations.
+
+Shape letters: B batch, T tokens, H query heads, K key/value heads, D head size, E value size,
+N slots (`routing.py`), C = top_k + 1 blocks of a choice.
+"""
+
+import torch
+from torch import Tensor
+
+from .fold import Rotary
+from .routing import best_blocks, block_means, block_starts, rotate_stretched, summed_queries
+
+State = tuple[Tensor, Tensor]
+
+
+def choose_blocks(
+    q: Tensor,
+    k: Tensor,
+    *,
+    window: int,
+    block: int,
+    top_k: int,
+    stretch: int,
+    doc_start: Tensor,
+    rotary: Rotary | None,
+) -> Tensor:
+    """Same contract as `routed.choose_blocks`."""
+    q = summed_queries(rotate_stretched(q, rotary, doc_start, stretch), k.shape[2])
+    starts = block_starts(doc_start, block)
+    means = block_means(rotate_stretched(k, rotary, doc_start, stretch), starts, block)
+    work = torch.promote_types(q.dtype, torch.float32)
+    scores = torch.einsum("btkd,bnkd->bktn", q.to(work), means.to(work))
+    return best_blocks(scores, starts, doc_start, 0, window, block, top_k)
+
+
+def opened_blocks(choice: Tensor, doc_start: Tensor, block: int, open_tile: int) -> Tensor:
+    """[B, K, T, N] bool: the slots that each token reads: its own choice, and what earlier tokens
+    of its tile of `open_tile` tokens (counted from the document's start) have chosen.
+    """
+    batch, num_tokens, num_key_heads, _ = choice.shape
+    slot = (doc_start.long() // block)[:, :, None, None] + choice
+    num_slots = -(-num_tokens // block)
+    chosen = torch.zeros(batch, num_tokens, num_key_heads, num_slots + 1, device=choice.device)
+    chosen.scatter_(3, torch.where(choice >= 0, slot, num_slots), 1.0)
+    chosen = chosen[..., :num_slots].permute(0, 2, 1, 3)
+    position = torch.arange(num_tokens, device=choice.device)
+    tile = (position - doc_start) // open_tile
+    same = (tile[:, :, None] == tile[:, None, :]) & (doc_start[:, :, None] == doc_start[:, None, :])
+    same = same & (position[:, None] >= position[None, :])
+    return same[:, None].float() @ chosen > 0
+
+
+def hop(
+    q: Tensor,
+    k: Tensor,
+    values: Tensor,
+    choice: Tensor,
+    *,
+    window: int,
+    block: int,
+    stretch: int,
+    open_tile: int,
+    doc_start: Tensor,
+    state: State,
+    rotary: Rotary | None,
+    scale: float,
+) -> State:
+    """Same contract as `routed.routed_hop`."""
+    num_tokens, num_heads = q.shape[1:3]
+    group = num_heads // k.shape[2]
+    work = torch.promote_types(q.dtype, torch.float32)
+    q = rotate_stretched(q, rotary, doc_start, stretch).to(work)
+    k = rotate_stretched(k, rotary, doc_start, stretch).to(work).repeat_interleave(group, dim=2)
+    v = values.to(work).repeat_interleave(group, dim=2)
+    scores = torch.einsum("bthd,buhd->bhtu", q, k) * scale
+
+    position = torch.arange(num_tokens, device=q.device)
+    document = doc_start.long()
+    slot = document // block + (position - document) // block  # of each key [B, T]
+    opened = opened_blocks(choice, doc_start, block, open_tile)
+    read = opened.gather(3, slot[:, None, None, :].expand(*opened.shape[:3], -1))
+    read = read & (document[:, :, None] == document[:, None, :])[:, None]
+    read = read & (position[None, :] <= position[:, None] - window)
+    scores = scores.masked_fill(~read.repeat_interleave(group, dim=1), float("-inf"))
+
+    # The state is one more key: its score is its log-sum-exp and its value is its z.
+    z_before, lse_before = state
+    scores = torch.cat((scores, lse_before.to(work).transpose(1, 2)[..., None]), dim=-1)
+    weights = torch.softmax(scores, dim=-1)
+    z = torch.einsum("bhtu,buhe->bthe", weights[..., :num_tokens], v)
+    z = z + weights[..., num_tokens].transpose(1, 2)[..., None] * z_before.to(work)
+    return z.to(values.dtype), torch.logsumexp(scores, dim=-1).transpose(1, 2)

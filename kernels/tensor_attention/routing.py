@@ -1,0 +1,105 @@
+"""Geometry of the routed axis: blocks of a document, and which of them a token may choose.
+
+A *block* is `block` consecutive tokens of one document, counted from the document's first token. A
+block is *far* from token t when it begins at or before t - window, so it lies wholly behind t. The
+last, shorter block of a document is never far from any of its tokens (block <= window), therefore
+every block that can be chosen is full, and the cell floor(start / block) of the row names it
+uniquely: a *slot*. A row of T tokens has ceil(T / block) slots whatever documents it holds.
+
+The mathematics is in `kernels/README.md`. This file has no imports from the project but `fold`: it
+also travels inside exported Hugging Face folders.
+"""
+
+import torch
+from torch import Tensor
+
+from .fold import Rotary, apply_rotary
+
+
+def validate_route(window: int, block: int, top_k: int, stretch: int, open_tile: int) -> None:
+    """Raise ValueError unless the numbers describe a routed axis."""
+    if not 1 <= block <= window:
+        raise ValueError(f"block must be between 1 and the window of {window} tokens, got {block}")
+    if top_k < 1:
+        raise ValueError(f"top_k must be at least 1, got {top_k}")
+    if stretch < 1:
+        raise ValueError(f"stretch must be at least 1, got {stretch}")
+    if open_tile < 1:
+        raise ValueError(f"open_tile must be at least 1, got {open_tile}")
+
+
+def positions_in_document(doc_start: Tensor) -> Tensor:
+    """[B, T] int64: the distance of each token from the first token of its document."""
+    return torch.arange(doc_start.shape[1], device=doc_start.device) - doc_start
+
+
+def rotate_stretched(x: Tensor, rotary: Rotary | None, doc_start: Tensor, stretch: int) -> Tensor:
+    """Rotate `x` [B, T, H, D] to floor((t - d(t)) / stretch); unchanged where rotary is None."""
+    if rotary is None:
+        return x
+    return apply_rotary(x, rotary, positions_in_document(doc_start) // stretch)
+
+
+def block_starts(doc_start: Tensor, block: int) -> Tensor:
+    """[B, ceil(T / block)] int64: the first token of the block of each slot.
+
+    The block of slot j is the one that holds token (j + 1) * block - 1. A slot without a full block
+    gets the start of a block that is never far.
+    """
+    num_tokens = doc_start.shape[1]
+    last = torch.arange(block - 1, num_tokens + block - 1, block, device=doc_start.device)
+    last = last.clamp(max=num_tokens - 1)
+    document = doc_start[:, last].long()
+    return document + (last - document) // block * block
+
+
+def block_means(k: Tensor, starts: Tensor, block: int) -> Tensor:
+    """[B, N, K, D]: mean of the rotated keys `k` [B, T, K, D] of each slot's block.
+
+    Summed in float32 or wider and rounded once. Tokens behind the row repeat its last one, which
+    changes nothing: the blocks that reach there are never far.
+    """
+    tokens = starts[..., None] + torch.arange(block, device=k.device)
+    tokens = tokens.clamp(max=k.shape[1] - 1)
+    rows = torch.arange(k.shape[0], device=k.device)[:, None, None]
+    work = torch.promote_types(k.dtype, torch.float32)
+    return k[rows, tokens].to(work).mean(2).to(k.dtype)
+
+
+def summed_queries(q: Tensor, num_key_heads: int) -> Tensor:
+    """[B, T, K, D]: the sum of the rotated queries of each key head's group, rounded once."""
+    work = torch.promote_types(q.dtype, torch.float32)
+    return q.unflatten(2, (num_key_heads, -1)).to(work).sum(3).to(q.dtype)
+
+
+def best_blocks(
+    scores: Tensor, starts: Tensor, doc_start: Tensor, first: int, window: int, block: int, top_k: int
+) -> Tensor:
+    """The choice of tokens first, first + 1, ... from their scores of all slots.
+
+    Args:
+        scores: [B, K, C, N], of C tokens.
+        starts: [B, N] from `block_starts`; doc_start: [B, T].
+
+    Returns:
+        [B, C, K, top_k + 1] int32: indices of blocks in the document, ascending; -1 at the end
+        where fewer are far. Block 0 is chosen wherever it is far; ties go to the earlier block.
+    """
+    count = scores.shape[2]
+    token = torch.arange(first, first + count, device=scores.device)
+    document = doc_start[:, first : first + count].long()
+    index = (starts[:, None] - document[:, :, None]) // block  # [B, C, N], in the document
+    far = (starts[:, None] <= (token - window)[:, None]) & (starts[:, None] >= document[..., None])
+    far = far & (doc_start.long().gather(1, starts)[:, None] == document[..., None])
+    others = far & (index > 0)
+    scores = scores.masked_fill(~others[:, None], float("-inf"))
+    best = scores.sort(dim=-1, descending=True, stable=True).indices[..., :top_k]
+    kept = others[:, None].expand_as(scores).gather(-1, best)
+    chosen = index[:, None].expand_as(scores).gather(-1, best)
+    nothing = torch.iinfo(torch.int32).max
+    chosen = torch.where(kept, chosen, nothing)
+    has_first = (token - window >= document)[:, None, :, None].expand(-1, scores.shape[1], -1, -1)
+    chosen = torch.cat((torch.where(has_first, 0, nothing), chosen), dim=-1).sort(dim=-1).values
+    chosen = torch.where(chosen == nothing, -1, chosen).to(torch.int32).transpose(1, 2)
+    missing = top_k + 1 - chosen.shape[-1]
+    return torch.nn.functional.pad(chosen, (0, missing), value=-1) if missing else chosen
