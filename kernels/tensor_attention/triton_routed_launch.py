@@ -69,11 +69,8 @@ class Routed(NamedTuple):
 
     @property
     def allows_bulk(self) -> bool:
-        """Whether the copy engine (TMA) can load whole tiles of these inputs."""
-        sizes = (self.q.shape[3], self.values.shape[3])
-        return all(padded(size) == size for size in sizes) and (
-            is_interpreted() or torch.cuda.get_device_capability(self.q.device) >= (9, 0)
-        )
+        """Whether TMA can load whole tiles of these inputs."""
+        return can_bulk(self.q) and can_bulk(self.values)
 
     def constants(self) -> dict[str, int | str | bool]:
         """The compile-time constants of the kernels that attend."""
@@ -89,3 +86,10 @@ class Routed(NamedTuple):
     def score_scale(self) -> float:
         """The factor on scores in base 2."""
         return self.scale * LOG2E
+
+
+def can_bulk(x: Tensor) -> bool:
+    """Whether TMA (Hopper and later) can load tiles of the heads of `x`: they need no padding."""
+    return padded(x.shape[3]) == x.shape[3] and (
+        is_interpreted() or torch.cuda.get_device_capability(x.device) >= (9, 0)
+    )

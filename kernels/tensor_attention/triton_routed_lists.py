@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .triton_routed_launch import TILE, Routed
+from .triton_routed_tiles import list_warps
 
 _SIZES = ["num_tokens", "num_tiles", "per_group", "num_slots"]
 
@@ -174,7 +175,7 @@ def tile_lists(routed: Routed) -> TileLists:
             routed.choice, routed.doc_start, entries, counts, num_tokens, tiles,
             K=key_heads, C=width, BLOCK=routed.block, OPEN=routed.open_tile, TILE=TILE,
             TOKENS=tokens, CAPACITY=routed.capacity,
-            SORTED=triton.next_power_of_2(routed.capacity), num_warps=4,
+            SORTED=triton.next_power_of_2(routed.capacity), num_warps=list_warps(routed),
         )  # fmt: skip
     return TileLists(entries, counts)
 

@@ -3,9 +3,10 @@
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
-from .triton_launch import is_interpreted
-from .triton_routed_launch import TILE, Routed
+from .triton_launch import is_interpreted, padded
+from .triton_routed_launch import TILE, Routed, can_bulk
 
 
 class Launch(NamedTuple):
@@ -36,3 +37,28 @@ def _launch(routed: Routed, stages: int) -> Launch:
     if routed.q.dtype == torch.float32 or wide > 128:
         return Launch(8 if rows > 64 else 4, 1, False)
     return Launch(8 if rows > 64 else 4, stages, routed.allows_bulk)
+
+
+def list_warps(routed: Routed) -> int:
+    """Warps of the kernel that sorts what a tile's tokens have chosen."""
+    return 1 if routed.capacity <= 1024 else 4
+
+
+class ChoiceLaunch(NamedTuple):
+    """Tokens and slots of a tile of scores, and how the kernel that chooses is launched."""
+
+    tokens: int
+    slots: int
+    warps: int
+    stages: int
+    bulk: bool
+
+
+def choice_launch(q: Tensor, top_k: int) -> ChoiceLaunch:
+    """More slots than top_k, or nothing bounds the choice."""
+    bulk = can_bulk(q)
+    if is_interpreted():
+        return ChoiceLaunch(16, 16, 4, 1, bulk)
+    if q.dtype == torch.float32 or padded(q.shape[3]) > 128:
+        return ChoiceLaunch(32, 32, 4, 1, False)
+    return ChoiceLaunch(64, 64, 4, 2, bulk) if top_k <= 32 else ChoiceLaunch(64, 128, 8, 2, bulk)
