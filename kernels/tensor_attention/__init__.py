@@ -2,15 +2,19 @@
 
 from .api import Backend, hop, tensor_attention
 from .fold import Axis, Rotary, apply_rotary, document_reach, fold_axes, validate_fold
+from .routed import choose_blocks, routed_attention, routed_hop
 
 __all__ = [
     "Axis",
     "Backend",
     "Rotary",
     "apply_rotary",
+    "choose_blocks",
     "document_reach",
     "fold_axes",
     "hop",
+    "routed_attention",
+    "routed_hop",
     "tensor_attention",
     "validate_fold",
 ]

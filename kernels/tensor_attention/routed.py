@@ -62,10 +62,7 @@ def routed_attention(
         q, k, v, stride=1, length=window, reach=document_reach(doc_start, 1), rotary=rotary,
         scale=scale, backend=backend,
     )  # fmt: skip
-    choice = choose_blocks(
-        q, k, window=window, block=block, top_k=top_k, stretch=stretch, doc_start=doc_start,
-        rotary=rotary, backend=backend,
-    )  # fmt: skip
+    choice = _choice(q, k, window, block, top_k, stretch, doc_start, rotary, backend)
     return routed_hop(
         q, k, v, choice, window=window, block=block, stretch=stretch, open_tile=open_tile,
         doc_start=doc_start, state=state, rotary=rotary, scale=scale, backend=backend,
@@ -99,9 +96,28 @@ def choose_blocks(
     validate_route(window, block, top_k, stretch, 1)
     if doc_start is None:
         doc_start = torch.zeros(q.shape[:2], dtype=torch.int32, device=q.device)
+    choice = _choice(q, k, window, block, top_k, stretch, doc_start, rotary, backend)
+    nothing = torch.iinfo(torch.int32).max
+    ordered = torch.where(choice < 0, nothing, choice).sort(dim=-1).values
+    return torch.where(ordered == nothing, -1, ordered)
+
+
+@torch.no_grad()
+def _choice(
+    q: Tensor,
+    k: Tensor,
+    window: int,
+    block: int,
+    top_k: int,
+    stretch: int,
+    doc_start: Tensor,
+    rotary: Rotary | None,
+    backend: Backend,
+) -> Tensor:
+    """`choose_blocks` as the hop takes it: unordered, which the kernels need not sort."""
     backend = chosen_backend(backend, q, k, k, False)
     if backend == "triton":
-        from .triton_routed_choice import choose_blocks as run
+        from .triton_routed_op import choose_blocks as run
     else:
         run = (routed_dense if backend == "dense" else routed_blocked).choose_blocks
     return run(

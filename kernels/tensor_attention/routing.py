@@ -73,7 +73,13 @@ def summed_queries(q: Tensor, num_key_heads: int) -> Tensor:
 
 
 def best_blocks(
-    scores: Tensor, starts: Tensor, doc_start: Tensor, first: int, window: int, block: int, top_k: int
+    scores: Tensor,
+    starts: Tensor,
+    doc_start: Tensor,
+    first: int,
+    window: int,
+    block: int,
+    top_k: int,
 ) -> Tensor:
     """The choice of tokens first, first + 1, ... from their scores of all slots.
 

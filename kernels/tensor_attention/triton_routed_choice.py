@@ -13,7 +13,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .fold import Rotary
 from .triton_common import MASKED, load_rotated, load_tile, product, store_tile
 from .triton_launch import bulk_rows, padded, precision_of
 from .triton_routed_tiles import choice_launch
@@ -185,9 +184,10 @@ def choose_kernel(
     # The blocks kept so far: ids of empty places are negative and distinct; places beyond TOP hold
     # infinity and are never given up.
     place = tl.arange(0, KEEP)
-    kept = tl.zeros([BLOCK_M, KEEP], tl.float32) + tl.where(
-        place < TOP, float("-inf"), float("inf")
-    )[None, :]
+    kept = (
+        tl.zeros([BLOCK_M, KEEP], tl.float32)
+        + tl.where(place < TOP, float("-inf"), float("inf"))[None, :]
+    )
     ids = tl.zeros([BLOCK_M, KEEP], tl.int32) - 1 - place[None, :]
     for first in range(begin, end, BLOCK_N):
         score = slot_scores(
@@ -254,16 +254,3 @@ def choose(
             PRECISION=precision_of(q.dtype), num_warps=launch.warps, num_stages=launch.stages,
         )  # fmt: skip
     return choice
-
-
-def choose_blocks(
-    q: Tensor, k: Tensor, *, window: int, block: int, top_k: int, stretch: int,
-    doc_start: Tensor, rotary: Rotary | None,
-) -> Tensor:  # fmt: skip
-    """Same contract as `routed.choose_blocks`."""
-    from .triton_routed_op import choice_of
-
-    choice = choice_of(q, k, doc_start, rotary, window, block, top_k, stretch)
-    nothing = torch.iinfo(torch.int32).max
-    ordered = torch.where(choice < 0, nothing, choice).sort(dim=-1).values
-    return torch.where(ordered == nothing, -1, ordered)

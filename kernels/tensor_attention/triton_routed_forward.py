@@ -79,9 +79,7 @@ def routed_forward_kernel(
     document = tl.load(doc_start + row_zero + token, mask=exists, other=0)
     vector = (row_zero + token) * H + head
     scalar = (batch * H + head) * num_tokens + token
-    b_q = load_rotated(
-        q, vector * D, exists, (token - document) // stretch, cos, sin, D, BLOCK_D
-    )
+    b_q = load_rotated(q, vector * D, exists, (token - document) // stretch, cos, sin, D, BLOCK_D)
     lse_zero = tl.load(lse_before + scalar, mask=exists, other=0.0) * LOG2E
     top = tl.maximum(lse_zero, FLOOR)
     total = tl.exp2(lse_zero - top)

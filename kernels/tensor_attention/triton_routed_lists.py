@@ -196,10 +196,8 @@ def readers_of_blocks(routed: Routed, lists: TileLists) -> Readers:
             lists.entries, lists.counts, seen, tiles, slots, per_group, **constants,
             num_warps=4, num_stages=1,
         )  # fmt: skip
-        ends = seen.view(rows, -1).cumsum(1)
-        readers = torch.empty(
-            rows, tiles * routed.capacity, dtype=torch.int64, device=device
-        )
+        ends = seen.view(rows, -1).cumsum(1, dtype=torch.int32)
+        readers = torch.empty(rows, tiles * routed.capacity, dtype=torch.int64, device=device)
         reader_kernel[(tiles, rows)](
             lists.entries, lists.counts, ends - seen.view(rows, -1), readers, tiles, slots,
             per_group, **constants, num_warps=4,

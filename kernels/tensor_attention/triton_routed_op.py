@@ -17,11 +17,15 @@ State = tuple[Tensor, Tensor]
 _BLOCKS = (16, 32, 64, 128)
 
 
-def choice_of(
-    q: Tensor, k: Tensor, doc_start: Tensor, rotary: Rotary | None,
-    window: int, block: int, top_k: int, stretch: int,
+def choose_blocks(
+    q: Tensor, k: Tensor, *, window: int, block: int, top_k: int, stretch: int,
+    doc_start: Tensor, rotary: Rotary | None,
 ) -> Tensor:  # fmt: skip
-    """The choice [B, T, K, top_k + 1] int32, unordered, as the hop takes it."""
+    """The choice [B, T, K, top_k + 1] int32 of `routed.choose_blocks`, unordered.
+
+    Raises:
+        ValueError: on inputs that the kernels do not cover.
+    """
     require(q, k, k, False, None)
     _require_block(block, 1)
     return _choose(
@@ -122,9 +126,7 @@ def _hop_backward(
     )
     lists = tile_lists(routed)
     readers = readers_of_blocks(routed, lists)
-    return routed_backward(
-        routed, lists, readers, (z_before, lse_before), (z, lse), dz, dlse
-    )
+    return routed_backward(routed, lists, readers, (z_before, lse_before), (z, lse), dz, dlse)
 
 
 @_hop_backward.register_fake
