@@ -43,6 +43,12 @@ def add_attention(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lengths", default="4096,8192,16384,32768,65536,131072")
     parser.add_argument("--folds", default="1024", help="inner axes, e.g. 1024;512;32x32;full")
     parser.add_argument(
+        "--routes", default="16x64", help="routed attention, TOP_KxBLOCK, e.g. 16x64;32x64"
+    )
+    parser.add_argument(
+        "--stretch", type=int, default=16, help="tokens per rotary position beyond the window"
+    )
+    parser.add_argument(
         "--full-limit", type=int, default=131072, help="longest full attention to time (0: any)"
     )
     parser.add_argument("--documents", type=int, metavar="MEAN", help="packed documents")
@@ -74,10 +80,13 @@ def attention(args: argparse.Namespace) -> int:
     check_plot(args.plot)
     try:
         lengths = [int(part) for part in args.lengths.split(",")]
-        folds = [_fold(part) for part in args.folds.split(";")]
+        folds = [_fold(part) for part in args.folds.split(";") if part]
+        sizes = [_fold(part) for part in args.routes.split(";") if part]
+        if any(len(size) != 2 for size in sizes):
+            raise ValueError("a route is TOP_K x BLOCK")
     except ValueError as reason:
         raise UserError(
-            f"--lengths, --folds: {reason} (like 32768,131072 and 1024;32x32)"
+            f"--lengths, --folds, --routes: {reason} (like 32768,131072 and 1024;32x32 and 16x64)"
         ) from None
 
     import torch
@@ -87,7 +96,9 @@ def attention(args: argparse.Namespace) -> int:
     import triton
 
     from tensorlm.benchmarks import attention as bench
+    from tensorlm.benchmarks.routed_inputs import Route
 
+    routes = [Route(bench.WINDOW, block, top_k, args.stretch) for top_k, block in sizes]
     ceilings = bench.measure_ceilings()
     print(
         f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}; "
@@ -97,7 +108,7 @@ def attention(args: argparse.Namespace) -> int:
     rows = []
     for length in lengths:
         documents = bench.random_documents(length, args.documents) if args.documents else None
-        measured = bench.measure(length, folds, documents, args.full_limit)
+        measured = bench.measure(length, folds, routes, documents, args.full_limit)
         rows += measured
         print(bench.format_table(measured, ceilings) + "\n", flush=True)
         if args.json:  # after each length: what was measured outlives an interruption

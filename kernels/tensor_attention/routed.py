@@ -89,9 +89,9 @@ def choose_blocks(
     products are taken in float32 or wider. Arguments as in `routed_attention`.
 
     Returns:
-        [B, T, K, top_k + 1] int32: indices of blocks in the document, ascending, -1 at the end where
-        fewer are far. Block 0 is chosen wherever it is far, beside the `top_k` best of the others;
-        ties go to the earlier block.
+        [B, T, K, top_k + 1] int32: indices of blocks in the document, ascending, -1 at the end
+        where fewer are far. Block 0 is chosen wherever it is far, beside the `top_k` best of the
+        others; ties go to the earlier block.
     """
     validate_route(window, block, top_k, stretch, 1)
     if doc_start is None:

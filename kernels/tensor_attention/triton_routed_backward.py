@@ -200,7 +200,7 @@ def routed_backward(
     )  # fmt: skip
     delta = torch.empty_like(lse)
     k_turned = rotate_stretched(k, routed.cos, routed.sin, routed.doc_start, routed.stretch)
-    batch, num_tokens, heads, _ = q.shape
+    batch, num_tokens = q.shape[:2]
     key_heads = k.shape[2]
     launch = backward_query_launch(routed)
     k_tiles, v_tiles = k_turned, values
@@ -232,7 +232,7 @@ def routed_backward(
             lse, dz_tiles, delta, routed.cos, routed.sin, grads.dk, grads.dvalues,
             num_tokens, routed.tiles, routed.slots, routed.window, routed.stretch,
             readers.readers.shape[1], routed.score_scale, routed.scale,
-            GROUPS=routed.tile_groups, BULK=launch.bulk, num_warps=launch.warps, num_stages=launch.stages,
-            **routed.constants(),
+            GROUPS=routed.tile_groups, BULK=launch.bulk, num_warps=launch.warps,
+            num_stages=launch.stages, **routed.constants(),
         )  # fmt: skip
     return grads

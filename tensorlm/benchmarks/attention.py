@@ -1,8 +1,9 @@
 """Time of tensorized attention against full attention and a window, on one GPU.
 
 Every method gets the same q, k, v (Llama-8B: 32 query heads, 8 key heads, size 128, batch 1, bf16,
-causal, one document). Tensorized attention rotates and adds its hop bias inside; the others get
-inputs that are rotated already, so the ratios favour them.
+causal, one document). Tensorized and routed attention rotate inside, as they must; the others get
+inputs that are rotated already, so the ratios favour them. Where routes are measured, queries of
+neighbouring tokens agree on blocks as a trained model's do (`routed_inputs`).
 """
 
 import importlib
@@ -19,7 +20,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tensor_attention import Rotary, fold_axes, tensor_attention
+from tensor_attention import (
+    Rotary,
+    choose_blocks,
+    fold_axes,
+    routed_attention,
+    tensor_attention,
+)
+
+from .routed_inputs import Route, agreeing_queries
 
 HEADS, KEY_HEADS, HEAD_DIM = 32, 8, 128
 WINDOW = 1024
@@ -90,6 +99,13 @@ def tensorized_cost(fold: Sequence[int], length: int) -> tuple[float, float]:
     return flops, moved
 
 
+def routed_cost(route: Route, length: int) -> tuple[float, float]:
+    """Forward FLOPs (keys of a token's own choice, and its block scores) and least bytes."""
+    flops = 4 * HEAD_DIM * HEADS * route.keys(length) * length
+    flops += 2 * HEAD_DIM * KEY_HEADS * length * length / route.block / 2
+    return flops, 2 * HEAD_DIM * length * (5 * HEADS + 4 * KEY_HEADS)
+
+
 def rotary_table(length: int) -> Rotary:
     """cos and sin of the positions 0 ... length - 1, base 500000 as in Llama 3."""
     exponent = torch.arange(0, HEAD_DIM, 2, device="cuda") / HEAD_DIM
@@ -98,7 +114,7 @@ def rotary_table(length: int) -> Rotary:
 
 
 def methods(
-    length: int, folds: Sequence[list[int]], doc_start: Tensor | None
+    length: int, folds: Sequence[list[int]], routes: Sequence[Route], doc_start: Tensor | None
 ) -> Iterator[tuple[str, Callable[[Tensor, Tensor, Tensor], Tensor], tuple[float, float]]]:
     """(name, function of q, k, v [1, T, H, D], (FLOPs, bytes)) of everything that can run here."""
     rotary = rotary_table(length)
@@ -113,6 +129,11 @@ def methods(
             )
 
         yield f"tensor {fold}", run, tensorized_cost(fold, length)
+    for route in routes:
+        name = f"routed {route.top_k} x {route.block}"
+        yield name, _routed(route, rotary, doc_start), routed_cost(route, length)
+        if doc_start is None:
+            yield f"Flex, tiles of {name}", _flex_tiles(route, rotary, length), (math.nan, math.nan)
     full = tensorized_cost([], length)
     for name, backend in (
         ("SDPA flash", SDPBackend.FLASH_ATTENTION),
@@ -124,6 +145,17 @@ def methods(
     for version, module in ((2, "flash_attn"), (3, "flash_attn_interface")):
         if importlib.util.find_spec(module) is not None:
             yield f"flash-attn {version}", _flash_attn(module), full
+
+
+def _routed(
+    route: Route, rotary: Rotary, doc_start: Tensor | None
+) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return routed_attention(
+            q, k, v, **route._asdict(), doc_start=doc_start, rotary=rotary, backend="triton"
+        )
+
+    return run
 
 
 def _sdpa(backend: SDPBackend) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
@@ -168,6 +200,49 @@ def _flex_window(length: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     return run
 
 
+def _flex_tiles(
+    route: Route, rotary: Rotary, length: int
+) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """FlexAttention over what tiles of 128 tokens open, and the window, all of it for each token.
+
+    The mask is made of the first q and k and kept: only the attention is timed.
+    """
+    from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+    tile = 128
+    torch.compiler.reset()
+    compiled: Any = torch.compile(flex_attention, dynamic=False)
+    masks: list[BlockMask] = []
+
+    def causal(_b: Tensor, _h: Tensor, t: Tensor, u: Tensor) -> Tensor:
+        return t >= u
+
+    def mask(q: Tensor, k: Tensor) -> BlockMask:
+        choice = choose_blocks(q, k, **route._asdict(), rotary=rotary)
+        tiles, blocks = length // tile, length // route.block
+        slots = torch.where(choice < 0, blocks, choice)[0].unflatten(0, (tiles, tile))
+        slots = slots.permute(2, 0, 1, 3).flatten(2).long()  # [K, tiles, tile * C]
+        reads = torch.zeros(KEY_HEADS, tiles, blocks + 1, dtype=torch.bool, device=q.device)
+        reads = reads.scatter(2, slots, True)[..., :blocks]
+        first = torch.arange(tiles, device=q.device)[:, None] * tile
+        block = torch.arange(blocks, device=q.device) * route.block
+        reads |= (block + route.block > first - route.window + 1) & (block < first + tile)
+        reads = reads.repeat_interleave(HEADS // KEY_HEADS, 0)[None]
+        order = reads.int().argsort(dim=-1, descending=True, stable=True).int()
+        return BlockMask.from_kv_blocks(
+            reads.sum(-1).int(), order, BLOCK_SIZE=(tile, route.block), mask_mod=causal,
+            seq_lengths=(length, length),
+        )  # fmt: skip
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if not masks:
+            masks.append(mask(q.detach(), k.detach()))
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return compiled(q, k, v, block_mask=masks[0], enable_gqa=True).transpose(1, 2)
+
+    return run
+
+
 @contextmanager
 def _peak_memory() -> Iterator[list[float]]:
     """Appends the GiB that the block allocates at its peak, beyond what was there before."""
@@ -181,20 +256,27 @@ def _peak_memory() -> Iterator[list[float]]:
 
 
 def measure(
-    length: int, folds: Sequence[list[int]], doc_start: Tensor | None = None, full_limit: int = 0
+    length: int,
+    folds: Sequence[list[int]],
+    routes: Sequence[Route],
+    doc_start: Tensor | None = None,
+    full_limit: int = 0,
 ) -> list[Measurement]:
     """Every method at one length. Full attention longer than `full_limit` tokens (0: none) is NaN.
 
     Args:
-        doc_start: [1, T] documents for the tensorized methods (None: one document).
+        doc_start: [1, T] documents for the tensorized and routed methods (None: one document).
     """
     q, k, v = (
         torch.randn(1, length, h, HEAD_DIM, device="cuda", dtype=torch.bfloat16).requires_grad_()
         for h in (HEADS, KEY_HEADS, KEY_HEADS)
     )
+    if routes and length > 2 * routes[0].window:
+        agreeing = agreeing_queries(k.detach(), HEADS, routes[0], rotary_table(length))
+        q = agreeing.requires_grad_()
     cotangent = torch.randn_like(q)
     rows = []
-    for name, run, (flops, moved) in methods(length, folds, doc_start):
+    for name, run, (flops, moved) in methods(length, folds, routes, doc_start):
         forward_ms = both_ms = peak = math.nan
         is_full = name == "tensor []" or name.startswith(("SDPA", "flash-attn"))
         if not (is_full and full_limit and length > full_limit):

@@ -1,0 +1,75 @@
+"""Inputs on which routing costs what it costs in a trained model, and what it reads of them.
+
+A routed hop reads, for each tile of neighbouring tokens, the union of their choices. Queries drawn
+independently agree on nothing, so their union is several times that of a real model. Here queries
+are a slow signal plus noise, mixed so that 16 neighbours open as many blocks as measured on
+SmolLM2-135M (docs/method.md): 2.3 times one token's choice.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tensor_attention import Rotary, choose_blocks
+
+NEIGHBOURS = 16
+MEASURED_UNION = 2.3
+_SLOW = 512  # tokens from one value of the slow signal to the next, independent one
+
+
+class Route(NamedTuple):
+    """One setting of the routed axis, beside the window."""
+
+    window: int
+    block: int
+    top_k: int
+    stretch: int
+
+    def keys(self, length: int) -> float:
+        """Mean keys that a token reads in a document of `length` tokens, its own choice alone."""
+        position = torch.arange(length, dtype=torch.float64)
+        near = (position + 1).clamp(max=self.window)
+        far = (position + 1 - self.window).clamp(min=0)
+        return float((near + far.clamp(max=(self.top_k + 1) * self.block)).mean())
+
+
+def agreeing_queries(k: Tensor, heads: int, route: Route, rotary: Rotary) -> Tensor:
+    """[1, T, H, D] queries whose neighbours agree as a trained model's do, for keys k [1, T, K, D].
+
+    The share of the slow signal is found by bisection; `union_of_neighbours` shows the outcome.
+    """
+    generator = torch.Generator(device=k.device).manual_seed(1)
+    length, size = k.shape[1], k.shape[3]
+
+    def draw(tokens: int) -> Tensor:
+        return torch.randn(tokens, heads, size, device=k.device, generator=generator)
+
+    anchors, noise = draw(length // _SLOW + 2), draw(length)
+    token = torch.arange(length, device=k.device)
+    weight = ((token % _SLOW) / _SLOW)[:, None, None]
+    slow = (
+        anchors[token // _SLOW] * (1 - weight).sqrt() + anchors[token // _SLOW + 1] * weight.sqrt()
+    )
+    low, high = 0.0, 1.0
+    for _ in range(7):
+        share = (low + high) / 2
+        q = (share * slow + (1 - share**2) ** 0.5 * noise).to(k.dtype)[None]
+        if union_of_neighbours(q, k, route, rotary) > MEASURED_UNION:
+            low = share
+        else:
+            high = share
+    return q
+
+
+def union_of_neighbours(q: Tensor, k: Tensor, route: Route, rotary: Rotary) -> float:
+    """Blocks that 16 neighbouring tokens open, over the blocks that one of them chooses."""
+    choice = choose_blocks(
+        q, k, window=route.window, block=route.block, top_k=route.top_k, stretch=route.stretch,
+        rotary=rotary,
+    )  # fmt: skip
+    first = route.window + (route.top_k + 1) * route.block  # where a choice is full
+    choice = choice[:, -((choice.shape[1] - first) // NEIGHBOURS * NEIGHBOURS) :]
+    opened = choice.unflatten(1, (-1, NEIGHBOURS)).transpose(2, 3).flatten(3).sort(dim=-1).values
+    distinct = (opened[..., 1:] != opened[..., :-1]).sum(-1) + 1
+    return float(distinct.double().mean()) / (route.top_k + 1)
