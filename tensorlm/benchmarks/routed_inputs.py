@@ -3,7 +3,7 @@
 A routed hop reads, for each tile of neighbouring tokens, the union of their choices. Queries drawn
 independently agree on nothing, so their union is several times that of a real model. Here queries
 are a slow signal plus noise, mixed so that 16 neighbours open as many blocks as measured on
-SmolLM2-135M (docs/method.md): 2.3 times one token's choice.
+SmolLM2-135M (kernels/README.md): 2.3 times one token's choice.
 """
 
 from typing import NamedTuple
@@ -52,7 +52,7 @@ def agreeing_queries(k: Tensor, heads: int, route: Route, rotary: Rotary) -> Ten
         anchors[token // _SLOW] * (1 - weight).sqrt() + anchors[token // _SLOW + 1] * weight.sqrt()
     )
     low, high = 0.0, 1.0
-    for _ in range(7):
+    for _ in range(10):
         share = (low + high) / 2
         q = (share * slow + (1 - share**2) ** 0.5 * noise).to(k.dtype)[None]
         if union_of_neighbours(q, k, route, rotary) > MEASURED_UNION:
