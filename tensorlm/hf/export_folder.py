@@ -4,6 +4,7 @@ Our parameter names are Llama's without the leading `model.`.
 """
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from tensorlm.errors import UserError
 from tensorlm.hf.configuration_tensorlm import AUTO_MAP
 from tensorlm.hf.model_card import model_card
 from tensorlm.hf.modeling_tensorlm import write_code
+from tensorlm.lock import locked
 from tensorlm.manifest import Checkpoint
 from tensorlm.progress import byte_bar
 
@@ -62,7 +64,7 @@ def export_checkpoint(
         shard_bytes: size of the weights in one file, at most (larger parameters stay whole).
 
     Raises:
-        UserError: the output folder is not empty, or cannot be written.
+        UserError: the output folder is not empty, cannot be written, or another export writes it.
     """
     with _published(output) as folder:
         generation = _read_generation_config(imported)
@@ -153,19 +155,39 @@ def check_new_folder(output: Path) -> None:
 
 @contextmanager
 def _published(output: Path) -> Iterator[Path]:
-    """A temporary folder that takes the name `output` when the body is done, else vanishes."""
-    temporary = output.absolute().with_name(f".tmp-{output.absolute().name}")
+    """A temporary folder that takes the name `output` when the body is done, else vanishes.
+
+    Links are followed: the folder that `output` leads to is filled.
+    """
+    target = Path(os.path.realpath(output))
+    temporary = target.with_name(f".tmp-{target.name}")
     try:
         check_new_folder(output)
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        yield temporary
-        disk.sync_folder(temporary)
-        disk.rename(temporary, output.absolute())
+        disk.make_folder(target.parent)
+        with locked(target.with_name(f".lock-{target.name}"), f"--output: {output}"):
+            check_new_folder(output)
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir()
+            try:
+                yield temporary
+                disk.sync_folder(temporary)
+            except BaseException:
+                shutil.rmtree(temporary, ignore_errors=True)
+                raise
+            _rename(temporary, target, output)
     except OSError as error:
         raise UserError(f"{output}: cannot be written ({error.strerror or error})") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _rename(temporary: Path, target: Path, output: Path) -> None:
+    """Give a finished folder its name; where that fails, it stays and the error says where."""
+    try:
+        disk.rename(temporary, target)
+    except OSError as error:
+        raise UserError(
+            f"{output}: cannot be replaced ({error.strerror}; the finished export is {temporary}: "
+            "rename it)"
+        ) from None
 
 
 def _write_shards(

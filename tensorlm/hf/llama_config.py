@@ -20,6 +20,7 @@ from tensorlm.hf.export_folder import hf_config
 from tensorlm.section import raise_all
 
 _ARCHITECTURES = ("LlamaForCausalLM", "TensorLMForCausalLM")
+_MODEL_TYPES = ("llama", "tensorlm")
 _FIELDS = {
     "vocab_size": "vocab_size",
     "hidden_size": "hidden_size",
@@ -36,10 +37,8 @@ _FOLD_FIELDS = {"fold": "fold", "full_every": "full_every"}
 _SCALING: dict[str, tuple[str, ...]] = {
     "default": (),
     "linear": ("factor",),
-    "llama3": (
-        "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings",
-    ),
-}  # fmt: skip
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
 
 
 class _Known(BaseModel):
@@ -63,13 +62,18 @@ class _Rope(_Known):
     factor: float | None = None
     low_freq_factor: float | None = None
     high_freq_factor: float | None = None
-    original_max_position_embeddings: int | None = None
+    original_max_position_embeddings: PositiveInt | None = None
 
     @model_validator(mode="after")
     def _is_whole(self) -> "_Rope":
         names = _SCALING.get(self.rope_type, ())
-        missing = [name for name in names if getattr(self, name) is None]
-        return raise_all(self, [f"{name} is missing" for name in missing])
+        problems = [f"{name} is missing" for name in names if getattr(self, name) is None]
+        if self.factor is not None and self.factor < 1:
+            problems.append(f"factor: must be at least 1, got {self.factor}")
+        low, high = self.low_freq_factor, self.high_freq_factor
+        if low is not None and high is not None and low >= high:
+            problems.append(f"high_freq_factor: must be above low_freq_factor {low}, got {high}")
+        return raise_all(self, problems)
 
 
 class _LlamaConfig(_Known):
@@ -88,6 +92,7 @@ class _LlamaConfig(_Known):
     attention_bias: bool = False
     mlp_bias: bool = False
     tie_word_embeddings: bool = False
+    max_position_embeddings: PositiveInt = 2048
     rope_theta: float = 10000.0
     partial_rotary_factor: float = 1.0
     rope_parameters: _Rope | None = None
@@ -98,7 +103,9 @@ class _LlamaConfig(_Known):
 
     @property
     def rope(self) -> _Rope:
-        return self.rope_parameters or self.rope_scaling or _Rope()
+        """What transformers uses: `rope_scaling` wins where both are given."""
+        rope = self.rope_scaling or self.rope_parameters or _Rope()
+        return rope.model_copy(update={"rope_theta": rope.rope_theta or self.rope_theta})
 
 
 def check_config(folder: Path, model: ModelConfig) -> None:
@@ -122,7 +129,7 @@ def check_config(folder: Path, model: ModelConfig) -> None:
     fields = _FIELDS | (_FOLD_FIELDS if found.model_type == "tensorlm" else {})
     pairs = {ours: (wanted.get(name), theirs[name]) for name, ours in fields.items()}
     rope = found.rope
-    pairs["rope_theta"] = (model.rope_theta, rope.rope_theta or found.rope_theta)
+    pairs["rope_theta"] = (model.rope_theta, rope.rope_theta)
     scaling = wanted.get("rope_scaling", {"rope_type": "default"})
     if rope.rope_type == "default" != scaling["rope_type"]:
         raise UserError(f"{folder}: has no rope_scaling (remove model.rope_scaling)")
@@ -160,6 +167,11 @@ def _strange_parts(found: _LlamaConfig) -> list[str]:
         for key in ("attention_bias", "mlp_bias")
         if getattr(found, key)
     ]
+    if found.model_type not in _MODEL_TYPES:  # this, not `architectures`, chooses the class
+        problems.append(
+            f"model_type must be {' or '.join(_MODEL_TYPES)}, got {found.model_type} (correct "
+            "config.json, or import a Llama)"
+        )
     if found.hidden_act != "silu":
         problems.append(f"hidden_act {found.hidden_act}, ours is silu")
     if found.quantization_config:
