@@ -20,13 +20,13 @@ from tensorlm.errors import UserError
 from tensorlm.progress import progress_bar
 
 from .begun import Settings, begin
-from .inputs import Part, find_files, read_documents, read_part
+from .inputs import LONGEST_DOCUMENT, Part, find_files, read_documents, read_part
 from .shard_writer import ShardWriter, write_index
 from .shards import INDEX, read_header, shard_name
 from .tokenizers import DocumentEncoder, copy_tokenizer, tokenizer_sha256
 from .workers import Progress, Ranks, run_tasks
 
-__all__ = ["encode", "find_files", "read_documents"]
+__all__ = ["LONGEST_DOCUMENT", "encode", "find_files", "read_documents"]
 
 SHARD_BYTES = 1 << 26
 _BATCH_DOCUMENTS, _BATCH_CHARACTERS = 64, 1 << 21
@@ -41,6 +41,7 @@ class ShardJob:
     tokenizer: Path  # as the user calls it
     number: int
     parts: tuple[Part, ...]
+    longest: int = LONGEST_DOCUMENT  # bytes
 
     @property
     def is_done(self) -> bool:
@@ -59,6 +60,7 @@ def encode(
     shard_bytes: int = SHARD_BYTES,
     holdout: float = 0.0,
     workers: int = 1,
+    longest: int = LONGEST_DOCUMENT,
 ) -> str:
     """Encode documents into shards `output/train`, `output/valid`; returns a one-line summary.
 
@@ -75,6 +77,7 @@ def encode(
         shard_bytes: input bytes in one shard.
         holdout: share of the documents that go to `valid`, chosen by their text alone.
         workers: processes of this rank. One encodes with the tokenizer's own threads.
+        longest: bytes of the longest document, of a JSON file of the longest record.
 
     Raises:
         UserError: unreadable inputs, a full disk, or an output that was begun in another way.
@@ -88,7 +91,7 @@ def encode(
         shards = begin(output, settings, files)
         copy_tokenizer(tokenizer, output / "tokenizer")
         jobs = [
-            ShardJob(output, settings, tokenizer, number, tuple(parts))
+            ShardJob(output, settings, tokenizer, number, tuple(parts), longest)
             for number, parts in enumerate(shards)
         ]
         _encoder_of(jobs[0])  # a bad tokenizer is told now, and once
@@ -156,8 +159,8 @@ def encode_shard(job: ShardJob, progress: Progress) -> None:
             nonlocal num_read
             num_read += num_bytes
 
-        field = settings.text_field
-        for texts in batches(t for part in job.parts for t in read_part(part, field, count)):
+        field, parts, longest = settings.text_field, job.parts, job.longest
+        for texts in batches(t for part in parts for t in read_part(part, field, count, longest)):
             documents, contents = encoder(texts), [text.encode() for text in texts]
             is_held_out = [settings.holdout > 0 and _place(c) < settings.holdout for c in contents]
             for split, writer in writers.items():

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tensorlm.config import Config
-from tensorlm.data.prepare import find_files, read_documents
+from tensorlm.data.inputs import Advice, find_files, read_documents
 from tensorlm.data.shards import Corpus
 from tensorlm.data.tokenizers import check_tokenizer
 from tensorlm.errors import UserError
@@ -26,11 +26,19 @@ class Documents(Protocol):
         ...
 
 
+_ADVICE = Advice(
+    field="choose eval.text_field",
+    skip="choose other files with eval.text",
+    larger="choose other files with eval.text",
+)
+
+
 class EncodedTexts:
     """Text files, encoded when evaluation starts, with the ids that training data would have."""
 
-    def __init__(self, pattern: str, tokenizer: Any) -> None:
-        texts = list(read_documents(find_files([pattern]), "text"))
+    def __init__(self, pattern: str, tokenizer: Any, text_field: str = "text") -> None:
+        files = find_files([pattern], advice=_ADVICE)
+        texts = list(read_documents(files, text_field, advice=_ADVICE))
         if not texts:
             raise UserError(f"eval.text: {pattern} holds no text")
         encoded = tokenizer(
@@ -51,7 +59,7 @@ def held_out_documents(config: Config, tokenizer: Any, tokenizer_folder: Path) -
         UserError: none there, or the split was encoded with another tokenizer.
     """
     if config.eval.text:
-        return EncodedTexts(config.eval.text, tokenizer)
+        return EncodedTexts(config.eval.text, tokenizer, config.eval.text_field)
     corpus = Corpus(Path(config.data.path) / "valid")
     fix = "restore its files, or give texts with eval.text=GLOB"
     check_tokenizer(tokenizer_folder, corpus.tokenizer_sha256, fix)
