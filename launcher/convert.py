@@ -2,9 +2,11 @@
 
 python launcher/convert.py export --config C --output DIR [--checkpoint STEP] [--dtype bf16]
 python launcher/convert.py import --config C --hf DIR
+python launcher/convert.py import --hf DIR --write-config C
 """
 
 import argparse
+import shlex
 from pathlib import Path
 
 from tensorlm.arguments import parse_arguments
@@ -18,13 +20,24 @@ def main() -> int:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--config", required=True, help="TOML file of the run")
+    common.add_argument("--config", help="TOML file of the run")
     common.add_argument("overrides", nargs="*", metavar="key.sub=value")
     add_export(commands.add_parser("export", parents=[common], help="checkpoint -> Hugging Face"))
     imported = commands.add_parser("import", parents=[common], help="Llama folder -> checkpoint 0")
     imported.add_argument("--hf", type=Path, required=True, help="folder with Llama weights")
+    imported.add_argument(
+        "--write-config", type=Path, metavar="FILE",
+        help="import nothing: write a configuration whose [model] is that of the folder, with the "
+        "other sections of --config (default: values to start from)",
+    )  # fmt: skip
     imported.set_defaults(run=import_)
     args = parse_arguments(parser)
+    if args.command == "import":
+        _check_folder(args.hf)
+        if args.write_config:
+            return _write_config(args)
+    if not args.config:
+        raise UserError("--config: missing (the TOML file of the run)")
     return int(args.run(args, load_config(args.config, args.overrides)))
 
 
@@ -79,14 +92,31 @@ def export(args: argparse.Namespace, config: Config) -> int:
     return 0
 
 
+def _check_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        raise UserError(f"--hf {folder}: no such folder (download the model first)")
+
+
+def _write_config(args: argparse.Namespace) -> int:
+    from tensorlm.hf.write_config import write_config
+
+    base = Path(args.config) if args.config else None
+    write_config(args.hf, base, args.overrides, args.write_config)
+    command = shlex.join(["--config", str(args.write_config), "--hf", str(args.hf)])
+    print(
+        f"{args.write_config}: a configuration for {args.hf}; set [data], [optim] and [train], "
+        f"then: python launcher/convert.py import {command}"
+    )
+    return 0
+
+
 def import_(args: argparse.Namespace, config: Config) -> int:
     from tensorlm.data.tokenizers import has_tokenizer, tokenizer_sha256
     from tensorlm.hf.import_folder import import_weights
 
-    if not args.hf.is_dir():
-        raise UserError(f"--hf {args.hf}: no such folder (download the model first)")
     folder = import_weights(args.hf, config)
-    print(f"{folder}: weights of {args.hf}; training with --config {args.config} starts there")
+    settings = shlex.join([args.config, *args.overrides])
+    print(f"{folder}: weights of {args.hf}; training with --config {settings} starts there")
     tokenizers = [d for d in (args.hf, Path(config.data.path) / "tokenizer") if has_tokenizer(d)]
     if len({tokenizer_sha256(d) for d in tokenizers}) > 1:
         print(f"note: {config.data.path} was encoded with another tokenizer than that of {args.hf}")

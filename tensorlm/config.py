@@ -199,7 +199,9 @@ class CheckpointConfig(Section):
     """When to save and how many to keep."""
 
     every: int = Field(100, ge=0, description="steps between checkpoints; 0: none, even at the end")
-    keep_last: int = Field(2, gt=0, description="how many of the newest are kept")
+    keep_last: int = Field(
+        2, gt=0, description="how many of the newest are kept, beside imported weights (step 0)"
+    )
     keep_every: int = Field(0, ge=0, description="keep multiples of it for ever; 0: none")
     background: bool = Field(False, description="write a copy of the state while training goes on")
 
@@ -344,15 +346,24 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         UserError: one line per problem (unreadable file, unknown key, wrong value, contradiction).
     """
+    tree = read_tree(path)
+    for override in overrides:
+        apply_override(tree, override)
+    return parse_config(tree, str(path))
+
+
+def read_tree(path: str | Path) -> dict[str, Any]:
+    """The plain values of a TOML file, unchecked.
+
+    Raises:
+        UserError: it cannot be read, or is not TOML.
+    """
     try:
-        tree = tomllib.loads(Path(path).read_text())
+        return tomllib.loads(Path(path).read_text())
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid TOML ({error})") from None
-    for override in overrides:
-        _apply_override(tree, override)
-    return parse_config(tree, str(path))
 
 
 def parse_config(tree: dict[str, Any], where: str) -> Config:
@@ -399,7 +410,7 @@ def config_toml(config: Config) -> str:
     return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
 
 
-def _apply_override(tree: dict[str, Any], override: str) -> None:
+def apply_override(tree: dict[str, Any], override: str) -> None:
     """Set one `key.sub=value` in `tree`; the value is TOML, or a plain string where it is not."""
     key, equals, text = override.partition("=")
     parts = key.strip().split(".")

@@ -13,6 +13,7 @@ from fold_parallel import Grid, create_grid
 from tensorlm.config import Config
 from tensorlm.data.tokenizers import load_tokenizer
 from tensorlm.errors import EXIT_DONE, UserError
+from tensorlm.hf.llama_config import describe_unused
 from tensorlm.launch_env import LaunchEnv
 from tensorlm.watchdog import Watchdog
 
@@ -48,13 +49,17 @@ def evaluate_on_ranks(
     logging.set_verbosity_error()  # else a warning that `tensorlm` is not one of its own models
     documents = _open_documents(config, config.eval.lengths, folder)
     if output is None and hugging_face:
-        output = hugging_face / "eval"
+        # Not in the folder itself, which may be read-only or about to be uploaded.
+        output = Path(config.run.dir) / "eval" / f"hf-{hugging_face.resolve().name}"
     elif output is None and is_random:
         output = _run_output(config, None)
     if output:  # else it is a folder of the run, which has been written to
         _check_output(output)
     device, grid = _join_ranks(config, launch, is_sharded=hugging_face is None)
     if hugging_face:
+        unused = describe_unused(hugging_face, config.model)
+        if unused and launch.rank == 0:
+            print(f"note: --hf: {unused}", flush=True)
         model = open_hugging_face_model(config, hugging_face, device, grid)
     elif is_random:
         model = open_random_model(config, device, grid)

@@ -3,6 +3,7 @@
 Our parameter names are Llama's without the leading `model.`.
 """
 
+import itertools
 import json
 import os
 import shutil
@@ -19,6 +20,7 @@ from tensorlm.config import Config, ModelConfig
 from tensorlm.data.tokenizers import copy_tokenizer, has_tokenizer, load_tokenizer, tokenizer_sha256
 from tensorlm.errors import UserError
 from tensorlm.hf.configuration_tensorlm import AUTO_MAP
+from tensorlm.hf.llama_config import max_positions
 from tensorlm.hf.model_card import model_card
 from tensorlm.hf.modeling_tensorlm import write_code
 from tensorlm.lock import locked
@@ -81,13 +83,25 @@ def export_checkpoint(
                 generation |= ids
         _write_shards(checkpoint, folder, DTYPES[dtype], shard_bytes)
         ids = {key: generation[key] for key in _TOKEN_IDS if key in generation}
-        fields = hf_config(config.model, config.data.seq_len, dtype) | ids
+        fields = hf_config(config.model, _context_length(checkpoint.step, config, imported), dtype)
+        fields |= ids
         write_json(folder / "config.json", fields)
         write_json(folder / "generation_config.json", generation)
         if config.model.fold:
             write_code(folder)
         name = imported.name if imported else None
         (folder / "README.md").write_text(model_card(checkpoint.manifest, config, dtype, name))
+
+
+def _context_length(step: int, config: Config, imported: Path | None) -> int:
+    """Tokens that the model can read: what the imported one could, or the longest rows trained."""
+    starts = itertools.accumulate((stage.steps for stage in config.stages), initial=0)
+    begun = [
+        stage.seq_len for stage, start in zip(config.stages, starts, strict=False) if start < step
+    ]
+    if imported is not None and (imported / "config.json").exists():
+        begun.append(max_positions(imported))
+    return max(begun, default=config.data.seq_len)
 
 
 def hf_config(model: ModelConfig, seq_len: int, dtype: str) -> dict[str, Any]:
@@ -132,13 +146,23 @@ def _have_one_tokenizer(imported: Path, tokenizer: Path) -> bool:
 
 
 def _read_generation_config(imported: Path | None) -> dict[str, Any]:
-    path = imported / "generation_config.json" if imported else None
-    if path is None or not path.exists():
+    """Generation settings of the imported folder; token ids may stand in its config.json alone."""
+    if imported is None:
+        return {}
+    fields = _read_fields(imported / "config.json")
+    ids = {key: fields[key] for key in _TOKEN_IDS if fields.get(key) is not None}
+    return ids | _read_fields(imported / "generation_config.json")
+
+
+def _read_fields(path: Path) -> dict[str, Any]:
+    """The content of a folder's JSON file; {} if it does not exist."""
+    if not path.exists():
         return {}
     try:
         return dict(json.loads(path.read_bytes()))
     except (ValueError, TypeError, RecursionError):
-        raise UserError(f"{path}: not a generation config (mend or remove it)") from None
+        kind = "generation config" if path.name.startswith("generation") else "model config"
+        raise UserError(f"{path}: not a {kind} (fix or remove it)") from None
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:

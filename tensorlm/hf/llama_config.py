@@ -16,7 +16,6 @@ from pydantic import (
 
 from tensorlm.config import ModelConfig, problem_lines
 from tensorlm.errors import UserError
-from tensorlm.hf.export_folder import hf_config
 from tensorlm.section import raise_all
 
 _ARCHITECTURES = ("LlamaForCausalLM", "TensorLMForCausalLM")
@@ -108,41 +107,94 @@ class _LlamaConfig(_Known):
         return rope.model_copy(update={"rope_theta": rope.rope_theta or self.rope_theta})
 
 
-def check_config(folder: Path, model: ModelConfig) -> None:
-    """Compare a folder's config.json with the configured model.
+def model_settings(folder: Path) -> dict[str, Any]:
+    """The settings of `[model]` that a folder determines; `rope_scaling` only where it has any.
 
     Raises:
-        UserError: it cannot be read, a field is missing or of a wrong type, or it has parts that
-            are not ours; else a line per difference, each with the setting that would mend it.
+        UserError: config.json cannot be read, a field is missing or of a wrong type, or it has
+            parts that are not ours.
     """
     found = _read(folder)
     problems = _strange_parts(found)
     if problems:
         raise UserError(*(f"{folder}: {problem}" for problem in problems))
-    heads = found.num_attention_heads
-    theirs = {
-        **found.model_dump(),
-        "num_key_value_heads": found.num_key_value_heads or heads,
-        "head_dim": found.head_dim or found.hidden_size // heads,
-    }
-    wanted = hf_config(model, 0, "fp32")
+    heads, rope = found.num_attention_heads, found.rope
     fields = _FIELDS | (_FOLD_FIELDS if found.model_type == "tensorlm" else {})
-    pairs = {ours: (wanted.get(name), theirs[name]) for name, ours in fields.items()}
-    rope = found.rope
-    pairs["rope_theta"] = (model.rope_theta, rope.rope_theta)
-    scaling = wanted.get("rope_scaling", {"rope_type": "default"})
-    if rope.rope_type == "default" != scaling["rope_type"]:
+    settings = {ours: getattr(found, name) for name, ours in fields.items()}
+    settings["num_kv_heads"] = found.num_key_value_heads or heads
+    settings["head_dim"] = found.head_dim or found.hidden_size // heads
+    settings["rope_theta"] = rope.rope_theta
+    if rope.rope_type != "default":
+        names = ("rope_type", *_SCALING[rope.rope_type])
+        settings["rope_scaling"] = {name: getattr(rope, name) for name in names}
+    return settings
+
+
+def differing_settings(folder: Path, model: ModelConfig) -> dict[str, tuple[Any, Any]]:
+    """What a folder determines and `model` has otherwise: (the model's value, the folder's).
+
+    Keys are those of `[model]`, such as `rope_scaling.factor`; an absent scaling is None.
+
+    Raises:
+        UserError: as `model_settings`.
+    """
+    theirs = model_settings(folder)
+    ours = model.model_dump(mode="json") | {"head_dim": model.head_size}
+    ours["full_every"] = model.full_every if model.fold else 0
+    no_scaling = {"rope_type": "default"}
+    scaling = theirs.pop("rope_scaling", no_scaling)
+    pairs = {key: (ours[key], value) for key, value in theirs.items()}
+    if scaling is no_scaling:
+        pairs["rope_scaling"] = (ours["rope_scaling"], None)
+    else:
+        mine = ours["rope_scaling"] or no_scaling
+        pairs |= {f"rope_scaling.{key}": (mine.get(key), scaling[key]) for key in scaling}
+    return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def check_config(folder: Path, model: ModelConfig) -> None:
+    """Compare a folder's config.json with the configured model.
+
+    Raises:
+        UserError: as `model_settings`; else a line per difference, each with the setting that
+            would correct it.
+    """
+    differences = differing_settings(folder, model)
+    if "rope_scaling" in differences:
         raise UserError(f"{folder}: has no rope_scaling (remove model.rope_scaling)")
-    for name in ("rope_type", *_SCALING[rope.rope_type]):
-        pairs[f"rope_scaling.{name}"] = (scaling.get(name), getattr(rope, name))
     problems = [
         f"model.{key}: is {json.dumps(ours)}, {folder} has {json.dumps(value)} "
         f"(set model.{key}={json.dumps(value)})"
-        for key, (ours, value) in pairs.items()
-        if ours != value
+        for key, (ours, value) in differences.items()
     ]
     if problems:
         raise UserError(*problems)
+
+
+def describe_unused(folder: Path, model: ModelConfig) -> str:
+    """How a folder's model differs from the configured one, for a reader; "" if it does not."""
+    try:
+        differences = differing_settings(folder, model)
+        if "fold" not in model_settings(folder) and model.fold:
+            differences["fold"] = (list(model.fold), [])
+    except UserError:  # not a model that [model] could describe
+        return f"the model of {folder} is used, [model] is not"
+    parts = [
+        f"{key} = {json.dumps(ours)} ({folder} has {json.dumps(theirs)})"
+        for key, (ours, theirs) in differences.items()
+    ]
+    if not parts:
+        return ""
+    return f"the model of {folder} is used; settings of [model] without effect: {', '.join(parts)}"
+
+
+def max_positions(folder: Path) -> int:
+    """The context length that a folder's config.json gives.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    return _read(folder).max_position_embeddings
 
 
 def _read(folder: Path) -> _LlamaConfig:
