@@ -5,7 +5,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from tensorlm.metrics import git_commit
@@ -37,7 +36,7 @@ def evaluate(settings: EvalConfig, model: EvaluatedModel, documents: Documents) 
     if "ppl" in settings.tasks:
         found |= evaluation.perplexity(documents)
     if set(settings.tasks) - {"ppl"}:
-        prose = make_prose(documents, model.tokenizer, max(evaluation.lengths))
+        prose = make_prose(documents, model.tokenizer, max(evaluation.lengths), model.encode)
         if "passkey" in settings.tasks:
             found["passkey"] = evaluation.heat_map("passkey", passkey_task)
         if "niah" in settings.tasks:
@@ -107,9 +106,11 @@ class _Evaluation:
         for length in self.lengths:
             found = self._score(name, name, tasks, length, self.settings.repeats)
             if found is not None:
+                means = [found.mean(task) for task in range(len(depths))]
                 cells += [
-                    Cell(length=length, depth=d, accuracy=a, num_samples=self.settings.repeats)
-                    for d, a in zip(depths, found.scores.mean(axis=1).tolist(), strict=True)
+                    Cell(length=length, depth=depth, accuracy=accuracy, num_samples=count)
+                    for depth, (accuracy, count) in zip(depths, means, strict=True)
+                    if count
                 ]
         return cells
 
@@ -123,8 +124,8 @@ class _Evaluation:
                     continue
                 found = self._score("ruler", task.name, [task], length, num)
                 if found is not None:
-                    mean = float(np.mean(found.scores))
-                    score = TaskScore(task=task.name, length=length, score=mean, num_samples=num)
+                    mean, count = found.mean(0)
+                    score = TaskScore(task=task.name, length=length, score=mean, num_samples=count)
                     scores.append(score)
         return scores
 
@@ -139,5 +140,6 @@ class _Evaluation:
             if found is None:
                 self.limits.too_short(length, name)
             else:
+                self.limits.left_out(length, name, found.num_left_out, found.fits.size)
                 self.examples += found.examples
         return found

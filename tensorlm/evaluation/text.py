@@ -1,8 +1,10 @@
 """Held-out text: the spans that perplexity predicts, and the prose that hides needles."""
 
+import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -85,6 +87,15 @@ class Spans:
         """N."""
         return self.tokens.shape[1] - 1
 
+    @cached_property
+    def sha256(self) -> str:
+        """Of all tokens, and which document each span is of: equal only where these are."""
+        digest = hashlib.sha256(repr(self.tokens.shape).encode())
+        _, first = np.unique(self.document, return_inverse=True)
+        for values in (self.tokens, first):
+            digest.update(np.ascontiguousarray(values, "<i8").tobytes())
+        return digest.hexdigest()
+
 
 def choose_spans(documents: Documents, length: int, max_tokens: int) -> Spans:
     """Spans of `length` tokens, about `max_tokens` in all, from as many documents as possible.
@@ -111,6 +122,8 @@ def choose_spans(documents: Documents, length: int, max_tokens: int) -> Spans:
 
 # ------------------------------------------------------------------------------------------- prose
 
+_MOST_WORDS_PER_TOKEN = 16  # of any tokenizer that could be meant for text
+
 
 class Prose:
     """Running text in which needles hide: words with one space between, cut where wanted."""
@@ -121,6 +134,7 @@ class Prose:
         if not words:
             raise UserError("eval.text: no words to hide needles in (give texts with eval.text)")
         words = (words * -(-num_words // len(words)))[:num_words]
+        self.num_words = num_words
         self.text = " ".join(words)
         self._ends = np.cumsum([len(word) + 1 for word in words]) - 1  # of each word, in characters
         starts = [0, *(match.end() for match in re.finditer(r"[.!?][\"')\]]* ", self.text))]
@@ -134,18 +148,31 @@ class Prose:
 
 
 def insert(text: str, places: list[int], pieces: list[str]) -> str:
-    """Put each piece where its character offset says, with a space around it."""
+    """Put each piece where its character offset says, with a space around it.
+
+    RULER joins the parts in the same way: also those that are empty, at both ends.
+    """
     parts, last = [], 0
     for place, piece in sorted(zip(places, pieces, strict=True)):
         parts += [text[last:place].rstrip(" "), piece]
         last = place
     parts.append(text[last:])
-    return " ".join(part for part in parts if part)
+    return " ".join(parts)
 
 
-def make_prose(documents: Documents, tokenizer: Any, num_words: int) -> Prose:
-    """Prose of at least as many held-out documents as have `num_words` words together."""
-    return Prose(" ".join(_texts(documents, tokenizer, num_words)), num_words)
+def make_prose(
+    documents: Documents, tokenizer: Any, num_tokens: int, encode: Callable[[str], list[int]]
+) -> Prose:
+    """Prose of at least `num_tokens` tokens from the first held-out documents.
+
+    A word is a token or more, except where tokens span words: then more words are taken.
+    """
+    for words_per_token in (1, 2, 4, 8, _MOST_WORDS_PER_TOKEN):
+        num_words = words_per_token * num_tokens
+        prose = Prose(" ".join(_texts(documents, tokenizer, num_words)), num_words)
+        if len(encode(prose.text)) >= num_tokens:
+            break
+    return prose
 
 
 def _texts(documents: Documents, tokenizer: Any, num_words: int) -> Iterator[str]:
