@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from tempfile import TemporaryFile
 
 import torch
 import torch.distributed as dist
@@ -17,13 +16,16 @@ from tensorlm.hf.llama_config import describe_unused
 from tensorlm.launch_env import LaunchEnv
 from tensorlm.watchdog import Watchdog
 
+from .describe import describe_call
 from .model import (
     EvaluatedModel,
     open_checkpoint_model,
     open_hugging_face_model,
     open_random_model,
 )
+from .output import check_output
 from .report import format_report, log_to_tensorboard, write_reports
+from .results import Report
 from .run import evaluate
 from .text import Documents, choose_spans, held_out_documents
 
@@ -53,8 +55,7 @@ def evaluate_on_ranks(
         output = Path(config.run.dir) / "eval" / f"hf-{hugging_face.resolve().name}"
     elif output is None and is_random:
         output = _run_output(config, None)
-    if output:  # else it is a folder of the run, which has been written to
-        _check_output(output)
+    check_output(output or Path(config.run.dir) / "eval")  # its name has the checkpoint's step
     device, grid = _join_ranks(config, launch, is_sharded=hugging_face is None)
     if hugging_face:
         unused = describe_unused(hugging_face, config.model)
@@ -75,6 +76,7 @@ def evaluate_on_ranks(
     if launch.world_size > 1:
         watchdog.stop()
     if launch.rank == 0:
+        report = _described(report, config, output)
         write_reports(output, [report])
         events = config.run.dir if model.step is not None else str(output)
         with SummaryWriter(f"{events}/tensorboard", filename_suffix=".eval") as writer:
@@ -117,26 +119,20 @@ def evaluate_in_training(
     model.network.train()
     if writer:
         assert model.step is not None
-        write_reports(_run_output(config, model.step), [report])
+        output = _run_output(config, model.step)
+        report = _described(report, config, output)
+        write_reports(output, [report])
         log_to_tensorboard(writer, report, model.step)
         print(format_report([report]), *report.problems, *report.notes, sep="\n", flush=True)
+
+
+def _described(report: Report, config: Config, output: Path) -> Report:
+    return report.model_copy(update={"facts": report.facts | describe_call(config, output)})
 
 
 def _run_output(config: Config, step: int | None) -> Path:
     name = "random" if step is None else f"step-{step:08d}"
     return Path(config.run.dir) / "eval" / name
-
-
-def _check_output(folder: Path) -> None:
-    """Raise UserError now, not after the work, unless the folder can be made, or written to."""
-    place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    try:
-        with TemporaryFile(dir=place):
-            pass
-    except OSError as error:
-        raise UserError(
-            f"{folder}: cannot be written ({error.strerror}; choose another folder with --output)"
-        ) from None
 
 
 def _join_ranks(config: Config, launch: LaunchEnv, is_sharded: bool) -> tuple[torch.device, Grid]:

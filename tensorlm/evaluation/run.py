@@ -10,6 +10,7 @@ import torch
 from tensorlm.metrics import git_commit
 
 from .attribution import attribute, near_losses
+from .describe import weights_digest
 from .limits import Limits
 from .model import EvaluatedModel
 from .perplexity import Losses, compare_lengths, measure_length
@@ -52,11 +53,13 @@ def evaluate(settings: EvalConfig, model: EvaluatedModel, documents: Documents) 
         "torch": torch.__version__,
         "commit": git_commit(),
         "settings": settings.model_dump(mode="json"),
+        **model.facts,
     }
     return Report(
         name=model.name,
         step=model.step,
         trained_length=model.trained_length,
+        weights="" if model.gathers_weights else weights_digest(model.network),
         facts=facts,
         examples=evaluation.examples,
         costs=evaluation.limits.costs(),
