@@ -23,7 +23,7 @@ from .model import (
     open_hugging_face_model,
     open_random_model,
 )
-from .output import check_output
+from .output import check_output, is_writable
 from .report import format_report, log_to_tensorboard, write_reports
 from .results import Report
 from .run import evaluate
@@ -78,8 +78,10 @@ def evaluate_on_ranks(
     if launch.rank == 0:
         report = _described(report, config, output)
         write_reports(output, [report])
-        events = config.run.dir if model.step is not None else str(output)
-        with SummaryWriter(f"{events}/tensorboard", filename_suffix=".eval") as writer:
+        events = Path(config.run.dir) / "tensorboard"
+        if model.step is None or not is_writable(events):  # a run of somebody else, say
+            events = output / "tensorboard"
+        with SummaryWriter(str(events), filename_suffix=".eval") as writer:
             log_to_tensorboard(writer, report, model.step or 0)
         print(format_report([report]))
         print(*report.notes, f"report: {output / 'report.html'}", sep="\n", flush=True)

@@ -8,11 +8,23 @@ from tensorlm.errors import UserError
 
 def check_output(folder: Path) -> None:
     """Raise UserError unless the folder can be made, or written to."""
+    problem = _problem(folder)
+    if problem:
+        raise UserError(
+            f"{folder}: cannot be written ({problem}; choose another folder with --output)"
+        )
+
+
+def is_writable(folder: Path) -> bool:
+    """Whether the folder can be made, or written to."""
+    return _problem(folder) is None
+
+
+def _problem(folder: Path) -> str | None:
+    """Why the system does not let us write there."""
     place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     try:
         with TemporaryFile(dir=place):
-            pass
+            return None
     except OSError as error:
-        raise UserError(
-            f"{folder}: cannot be written ({error.strerror}; choose another folder with --output)"
-        ) from None
+        return error.strerror

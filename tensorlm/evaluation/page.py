@@ -5,7 +5,7 @@ import html
 
 from .names import label
 from .results import Report
-from .summary import facts_table, headline, title
+from .summary import facts_table, headlines, title
 from .tables import Table
 
 _CAPTIONS = {
@@ -22,7 +22,7 @@ _CAPTIONS = {
 def markdown(reports: list[Report], tables: list[Table], images: dict[str, bytes]) -> str:
     """The report as Markdown; plots are files beside it."""
     lines = [f"# {title(reports)}", ""]
-    lines += [f"**{sentence}**\n" for sentence in map(headline, reports) if sentence]
+    lines += [f"**{sentence}**\n" for sentence in headlines(reports)]
     lines += _markdown_table(facts_table(reports), ":---")
     if remarks := _remarks(reports):
         lines += ["", *(f"* {remark}" for remark in remarks)]
@@ -48,6 +48,8 @@ def _remarks(reports: list[Report]) -> list[str]:
     ]
 
 
+_WORDS = ("model", "task")  # headers of first columns that hold words
+
 _STYLE = """
 :root { color-scheme: light; }
 body { font: 16px/1.55 system-ui, "DejaVu Sans", sans-serif; color: #1b1f24; max-width: 54rem;
@@ -64,6 +66,7 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: .
 th, td { padding: .28rem .8rem; text-align: right; border-bottom: 1px solid #e4e8ec; }
 thead th { border-bottom: 2px solid #8c959f; white-space: nowrap; }
 td { white-space: nowrap; }
+.named th:first-child, .named td:first-child { text-align: left; }
 .facts { width: 100%; font-size: .94rem; }
 .facts th, .facts td { text-align: left; vertical-align: top; white-space: normal; }
 .facts tbody th { color: #57606a; font-weight: normal; white-space: nowrap; width: 9rem; }
@@ -78,11 +81,10 @@ summary { cursor: pointer; margin-top: 1.6rem; }
 def page(reports: list[Report], tables: list[Table], images: dict[str, bytes]) -> str:
     """The report as HTML, which needs no other file and no network."""
     name = html.escape(title(reports))
-    leads = [sentence for sentence in map(headline, reports) if sentence]
     parts = [
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{name}</title>',
         f"<style>{_STYLE}</style></head><body><h1>{name}</h1>",
-        *(f'<p class="lead">{html.escape(sentence)}</p>' for sentence in leads),
+        *(f'<p class="lead">{html.escape(sentence)}</p>' for sentence in headlines(reports)),
         _table(facts_table(reports), "facts"),
     ]
     if remarks := _remarks(reports):
@@ -92,7 +94,7 @@ def page(reports: list[Report], tables: list[Table], images: dict[str, bytes]) -
         parts.append(f"<h2>{html.escape(table.title)}</h2>")
         parts.append(f'<p class="about">{html.escape(table.text)}</p>')
         parts += [_figure(name, images[name]) for name in table.figures if name in images]
-        parts.append(_table(table, "numbers"))
+        parts.append(_table(table, "named" if table.header[0] in _WORDS else "numbers"))
     parts += [_examples(report) for report in reports if report.examples]
     return "\n".join([*parts, "</body></html>", ""])
 

@@ -6,11 +6,11 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from torch.utils.tensorboard import SummaryWriter
 
-from .names import label, with_short_names
+from .names import with_short_names
 from .page import markdown, page
 from .plots import FIGURES, figures
 from .results import Report
-from .summary import headline
+from .summary import headlines
 from .tables import make_tables, mean_by_length
 
 
@@ -66,10 +66,7 @@ def format_report(reports: list[Report]) -> str:
         for row in (table.header, *table.rows):
             lines.append("  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)))
         parts.append("\n".join(lines))
-    for report in reports:
-        if sentence := headline(report):
-            parts.append(f"{label(report)}: {sentence}")
-    return "\n\n".join(parts)
+    return "\n\n".join([*parts, *headlines(reports)])
 
 
 def _png(figure: Figure) -> bytes:

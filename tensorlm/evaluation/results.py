@@ -95,6 +95,7 @@ class TaskScore(Result):
     length: int
     score: float
     num_samples: int
+    version: str = ""  # whose prompts; empty: an older report
 
 
 class Cost(Result):

@@ -17,7 +17,7 @@ from .perplexity import Losses, compare_lengths, measure_length
 from .prompts import Task
 from .results import Cell, Example, LengthResult, Report, TaskScore
 from .retrieval import needle_task, passkey_task
-from .ruler import ruler_tasks
+from .ruler import VERSION, ruler_tasks
 from .scoring import Scores, score_tasks
 from .settings import EvalConfig
 from .text import Documents, Prose, choose_spans, make_prose
@@ -128,8 +128,12 @@ class _Evaluation:
                 found = self._score("ruler", task.name, [task], length, num)
                 if found is not None:
                     mean, count = found.mean(0)
-                    score = TaskScore(task=task.name, length=length, score=mean, num_samples=count)
-                    scores.append(score)
+                    scores.append(
+                        TaskScore(
+                            task=task.name, length=length, score=mean, num_samples=count,
+                            version=VERSION,
+                        )
+                    )  # fmt: skip
         return scores
 
     def _score(

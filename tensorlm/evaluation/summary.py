@@ -38,6 +38,15 @@ def headline(report: Report) -> str | None:
     )
 
 
+def headlines(reports: list[Report]) -> list[str]:
+    """The sentence of each report that has one, with the model's name where there are several."""
+    sentences = [(report, sentence) for report in reports if (sentence := headline(report))]
+    return [
+        f"{label(report)}: {sentence}" if len(reports) > 1 else sentence
+        for report, sentence in sentences
+    ]
+
+
 def facts_table(reports: list[Report]) -> Table:
     """What was evaluated and how, a column for each model."""
     columns = [_facts(report) for report in reports]

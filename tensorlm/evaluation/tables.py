@@ -4,7 +4,6 @@ from dataclasses import dataclass, replace
 
 from .names import label
 from .results import Mean, Report, same_tokens
-from .ruler import VERSION
 from .settings import RULER_TASKS
 
 _NONE = "-"  # in a cell: not measured, or unknown
@@ -162,10 +161,11 @@ def _ruler_table(reports: list[Report]) -> Table:
                 means.append(f"{100 * sum(these) / len(these):.1f}" if these else _NONE)
             rows.append(_row(reports, report, "mean", *means))
     header = ["task", *(f"{length:,}" for length in lengths)]
-    text = (
-        f"Prompts and scoring of {VERSION}. Scores from 0 to 100; the mean is over the tasks that "
-        "were measured."
-    )
+    versions = {score.version or "an older, unknown version" for r in reports for score in r.ruler}
+    text = f"Prompts and scoring of {' and of '.join(sorted(versions))}. "
+    if len(versions) > 1:
+        text += "Scores of different prompts are not comparable. "
+    text += "Scores from 0 to 100; the mean is over the tasks that were measured."
     return Table("RULER", text, _named(reports, header), rows, ("ruler",))
 
 

@@ -124,6 +124,22 @@ def test_models_on_other_texts_are_not_compared() -> None:
     assert [row[-1] for row in table.rows] == ["A", "B"]
 
 
+def test_scores_of_other_prompts_are_said_to_be_others() -> None:
+    def scores(length: int, version: str) -> Report:
+        score = TaskScore(task="vt", length=length, score=0.5, num_samples=4, version=version)
+        return Report(name="/x/run", step=1, trained_length=4096, ruler=[score])
+
+    def text(*reports: Report) -> str:
+        (table,) = make_tables(merge_reports(list(reports)))
+        return table.text
+
+    assert text(scores(4096, "new"), scores(8192, "new")).startswith(
+        "Prompts and scoring of new. S"
+    )
+    mixed = text(scores(4096, "new"), scores(8192, ""))
+    assert "of an older, unknown version and of new. Scores of different prompts are not" in mixed
+
+
 # ---------------------------------------------------------------------------------------- models
 
 

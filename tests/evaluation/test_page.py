@@ -48,7 +48,7 @@ def test_the_finding_comes_first_in_words_and_as_a_plot(tmp_path: Path) -> None:
         "0.13 % higher (95 % interval: -0.03 % to +0.24 %), on the same 98,304 held-out tokens."
     )
     assert headline(report) == sentence
-    assert format_report([report]).endswith(f"demo/train step 160: {sentence}")
+    assert format_report([report]).endswith(f"\n\n{sentence}")
     write_reports(tmp_path, [report])
     for name in ("report.html", "report.md"):
         page = (tmp_path / name).read_text()
@@ -108,4 +108,10 @@ def test_launcher_describes_the_model_and_the_call(tmp_path: Path) -> None:
     assert facts["output"] == str(tmp_path / "run/eval/step-00000000")
     model = open_random_model(config, torch.device("cpu"), Grid())
     assert facts["parameters"] == sum(p.numel() for p in model.network.parameters())
+    # A run that cannot be written to keeps no other output from being complete.
+    events = Path(config.run.dir) / "tensorboard"
+    events.rename(events.with_name("before"))
+    events.write_text("not a directory")
+    assert evaluate_on_ranks(config, alone, None, None, False, tmp_path / "mine") == 0
+    assert list((tmp_path / "mine/tensorboard").glob("events.*"))
     assert title([Report(name="/x/run", trained_length=1)]) == "Evaluation of /x/run"
