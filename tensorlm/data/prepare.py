@@ -19,10 +19,10 @@ from tqdm import tqdm
 from tensorlm.errors import UserError
 from tensorlm.progress import progress_bar
 
-from .begun import Settings, begin
+from .begun import Settings, begin, output_locked
 from .inputs import LONGEST_DOCUMENT, Part, find_files, read_documents, read_part
 from .shard_writer import ShardWriter, write_index
-from .shards import INDEX, read_header, shard_name
+from .shards import is_complete, read_header, shard_name
 from .tokenizers import DocumentEncoder, copy_tokenizer, tokenizer_sha256
 from .workers import Progress, Ranks, run_tasks
 
@@ -45,9 +45,9 @@ class ShardJob:
 
     @property
     def is_done(self) -> bool:
-        """Whether the shard of every split is there."""
+        """Whether the shard of every split is there, with all of its files."""
         name = f"{shard_name(self.number)}.json"
-        return all((self.output / split / name).exists() for split in self.settings.splits)
+        return all(is_complete(self.output / split / name) for split in self.settings.splits)
 
 
 def encode(
@@ -66,7 +66,8 @@ def encode(
 
     Each document becomes BOS, its ids, EOS. The tokenizer is copied to `output/tokenizer`. Under
     `mpirun` or `srun`, every rank calls it and does a share; rank 0 has the summary. A call
-    that was killed goes on where it was when it is repeated; one that was done does nothing.
+    that was killed goes on where it was when it is repeated; one that was done makes again what is
+    missing of the data set, or does nothing. Only one call at a time can work on an output.
 
     Args:
         files: from `find_files`.
@@ -80,7 +81,8 @@ def encode(
         longest: bytes of the longest document, of a JSON file of the longest record.
 
     Raises:
-        UserError: unreadable inputs, a full disk, or an output that was begun in another way.
+        UserError: unreadable inputs, a full disk, or an output that was begun in another way or
+            is in use.
     """
 
     def prepare() -> tuple[list[ShardJob], tuple[str, ...], int]:
@@ -88,6 +90,7 @@ def encode(
             tokenizer_sha256=tokenizer_sha256(tokenizer), text_field=text_field, holdout=holdout,
             max_bytes=max_bytes, shard_bytes=shard_bytes,
         )  # fmt: skip
+        lock.enter_context(output_locked(output))
         shards = begin(output, settings, files)
         copy_tokenizer(tokenizer, output / "tokenizer")
         jobs = [
@@ -97,7 +100,7 @@ def encode(
         _encoder_of(jobs[0])  # a bad tokenizer is told now, and once
         return [job for job in jobs if not job.is_done], settings.splits, len(jobs)
 
-    with Ranks() as ranks:
+    with Ranks() as ranks, contextlib.ExitStack() as lock:
         jobs, splits, num_shards = ranks.from_first(prepare)
         started = time.monotonic()
         with _progress_bar(jobs, is_shown=ranks.rank == 0) as report:
@@ -196,7 +199,7 @@ def batches(texts: Iterator[str]) -> Iterator[list[str]]:
 def _finish(
     output: Path, splits: tuple[str, ...], num_shards: int, num_made: int, seconds: float
 ) -> str:
-    """Write the indexes where they are missing; returns what there is now, in a line, and notes."""
+    """Write the indexes; returns what there is now, in a line, and notes."""
     parts, notes = [], ""
     for split in splits:
         names = [f"{shard_name(number)}.json" for number in range(num_shards)]
@@ -204,8 +207,7 @@ def _finish(
         documents = sum(header.num_documents for header in headers)
         if split == "train" and not documents:
             raise UserError(f"{output}: no training documents (add texts, or hold fewer out)")
-        if not (output / split / INDEX).exists():
-            write_index(output / split, num_shards)
+        write_index(output / split, num_shards)
         notes += "" if documents else f"\nnote: {output / split} is empty (raise --holdout)"
         tokens = sum(header.num_tokens for header in headers)
         parts.append(f"{split} {documents:,} documents, {tokens:,} tokens")
