@@ -14,9 +14,10 @@ from pydantic import (
     model_validator,
 )
 
-from tensorlm.config import ModelConfig, problem_lines
+from tensorlm.config import ModelConfig
 from tensorlm.errors import UserError
 from tensorlm.section import raise_all
+from tensorlm.settings_errors import problem_lines
 
 _ARCHITECTURES = ("LlamaForCausalLM", "TensorLMForCausalLM")
 _MODEL_TYPES = ("llama", "tensorlm")

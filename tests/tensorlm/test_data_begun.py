@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -257,7 +258,9 @@ def test_a_second_call_on_an_output_is_refused_and_harms_nothing(
 ) -> None:
     files = write(tmp_path, a=lines("a"))
     prepare(files, tokenizers[0], tmp_path / "alone", holdout=0.3)
-    output, refusals, calls = tmp_path / "set", [], []
+    output = tmp_path / "set"
+    refusals: list[str] = []
+    calls: list[Path] = []
     publish = shard_writer.write_atomically
 
     def disturbed(path: Path, content: bytes) -> Any:
@@ -301,7 +304,7 @@ def cut(path: Path) -> None:
     os.truncate(path, path.stat().st_size - 2)
 
 
-DAMAGES = {
+DAMAGES: dict[str, list[Callable[[Any], object]]] = {
     "train/shard-00000.tokens": [Path.unlink, cut],
     "valid/shard-00000.ends": [Path.unlink, cut],
     "train/shard-00000.json": [Path.unlink, cut],
