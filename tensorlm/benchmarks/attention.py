@@ -19,9 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tensor_attention import Rotary, fold_axes, tensor_attention
+from tensor_attention import fold_axes, rotary_frequencies, rotary_table, tensor_attention
 
 HEADS, KEY_HEADS, HEAD_DIM = 32, 8, 128
+ROPE_THETA = 500000.0  # as in Llama 3
 WINDOW = 1024
 
 
@@ -90,18 +91,12 @@ def tensorized_cost(fold: Sequence[int], length: int) -> tuple[float, float]:
     return flops, moved
 
 
-def rotary_table(length: int) -> Rotary:
-    """cos and sin of the positions 0 ... length - 1, base 500000 as in Llama 3."""
-    exponent = torch.arange(0, HEAD_DIM, 2, device="cuda") / HEAD_DIM
-    angles = torch.arange(length, device="cuda")[:, None] * 500000.0**-exponent
-    return Rotary(angles.cos(), angles.sin())
-
-
 def methods(
     length: int, folds: Sequence[list[int]], doc_start: Tensor | None
 ) -> Iterator[tuple[str, Callable[[Tensor, Tensor, Tensor], Tensor], tuple[float, float]]]:
     """(name, function of q, k, v [1, T, H, D], (FLOPs, bytes)) of everything that can run here."""
-    rotary = rotary_table(length)
+    device = torch.device("cuda")
+    rotary = rotary_table(rotary_frequencies(HEAD_DIM, ROPE_THETA, None, device), length, device)
     for fold in folds:
         bias = torch.full((len(fold), HEADS), -4.0, device="cuda") if fold else None
 
