@@ -226,7 +226,17 @@ def _join(parts: list[Report]) -> Report:
     lists["weights"] = next((part.weights for part in parts if part.weights), "")
     joined = parts[-1].model_copy(update=lists)
     ratios, notes = _join_ratios(joined, parts)
-    return joined.model_copy(update={"ratios": ratios, "notes": [*joined.notes, *notes]})
+    # What one part did not measure, another one may have.
+    earlier = [note for note in joined.notes if note != without_base(joined.trained_length)]
+    return joined.model_copy(update={"ratios": ratios, "notes": [*earlier, *notes]})
+
+
+def without_base(trained_length: int) -> str:
+    """The note of a report that has no ratios, since the trained length was not measured."""
+    return (
+        f"no ratios beyond the trained length: the perplexity at {trained_length:,} tokens was not "
+        "measured (evaluate that length too)"
+    )
 
 
 def join_facts(parts: list[dict[str, Any]]) -> dict[str, Any]:
@@ -251,10 +261,7 @@ def _join_ratios(joined: Report, parts: list[Report]) -> tuple[list[Ratio], list
     longer = [result for length, result in results.items() if length > trained]
     base = results.get(trained)
     if longer and base is None:
-        return [], [
-            f"no ratios beyond the trained length: no report has the perplexity at {trained:,} "
-            "tokens (evaluate that length too)"
-        ]
+        return [], [without_base(trained)]
     ratios, notes = [], []
     for found in longer:
         assert base

@@ -15,7 +15,7 @@ from .limits import Limits
 from .model import EvaluatedModel
 from .perplexity import Losses, compare_lengths, measure_length
 from .prompts import Task
-from .results import Cell, Example, LengthResult, Report, TaskScore
+from .results import Cell, Example, LengthResult, Report, TaskScore, without_base
 from .retrieval import needle_task, passkey_task
 from .ruler import VERSION, ruler_tasks
 from .scoring import Scores, score_tasks
@@ -63,7 +63,7 @@ def evaluate(settings: EvalConfig, model: EvaluatedModel, documents: Documents) 
         facts=facts,
         examples=evaluation.examples,
         costs=evaluation.limits.costs(),
-        notes=evaluation.limits.notes(),
+        notes=[*evaluation.limits.notes(), *evaluation.notes],
         problems=evaluation.limits.problems,
         **found,
     )
@@ -77,6 +77,7 @@ class _Evaluation:
         self.lengths = sorted(settings.lengths or (model.trained_length,))
         self.limits = Limits(model.device)
         self.examples: list[Example] = []
+        self.notes: list[str] = []
 
     def perplexity(self, documents: Documents) -> dict[str, Any]:
         """The report's `perplexity`, `ratios` and `attribution`."""
@@ -98,6 +99,8 @@ class _Evaluation:
                 table = near_losses(model, spans, near)
                 gains = [attribute(table, tables[n], owner, n, near, seed) for n in longer]
         ratios = compare_lengths(tables, owner, model.trained_length, seed)
+        if not ratios and any(length > model.trained_length for length in tables):
+            self.notes.append(without_base(model.trained_length))
         return {"perplexity": results, "ratios": ratios, "attribution": gains}
 
     def heat_map(self, name: str, make_task: Callable[[float], Task]) -> list[Cell]:

@@ -1,5 +1,6 @@
 """The head of a report: the model, the text, the call, and what was found in a sentence."""
 
+import math
 from typing import Any
 
 from tensorlm.metrics import format_duration
@@ -23,6 +24,12 @@ def headline(report: Report) -> str | None:
     if not report.ratios:
         return None
     last = report.ratios[-1]
+    where = (
+        f"With {last.multiple:g} times the context of training ({last.length:,} instead of "
+        f"{report.trained_length:,} tokens), perplexity is"
+    )
+    if not math.isfinite(last.ratio.mean):
+        return f"{where} not a number."
     change = 100 * (last.ratio.mean - 1)
     word = "higher" if change >= 0 else "lower"
     interval = ""
@@ -31,11 +38,7 @@ def headline(report: Report) -> str | None:
         interval = f" (95 % interval: {low:+.2f} % to {high:+.2f} %)"
     found = next((r for r in report.perplexity if r.length == last.length), None)
     tokens = f"same {found.num_tokens:,} held-out tokens" if found else "same held-out tokens"
-    return (
-        f"With {last.multiple:g} times the context of training ({last.length:,} instead of "
-        f"{report.trained_length:,} tokens), perplexity is {abs(change):.2f} % {word}{interval}, "
-        f"on the {tokens}."
-    )
+    return f"{where} {abs(change):.2f} % {word}{interval}, on the {tokens}."
 
 
 def headlines(reports: list[Report]) -> list[str]:
@@ -84,6 +87,8 @@ def _training(report: Report) -> str:
         return "not at all (random weights)"
     length = f"at a length of {report.trained_length:,} tokens"
     tokens = report.facts.get("trained_tokens")
+    if tokens == 0:
+        return f"not by this run (imported or initial weights), {length}"
     return length if tokens is None else f"on {tokens:,} tokens, {length}"
 
 

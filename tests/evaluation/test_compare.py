@@ -101,9 +101,17 @@ def test_equal_tokens_evaluated_apart_have_a_ratio() -> None:
 
 
 def test_a_missing_trained_length_is_named() -> None:
-    (joined,) = merge_reports([report(result(8192)), report(result(16384))])
+    note = (
+        "no ratios beyond the trained length: the perplexity at 4,096 tokens was not measured "
+        "(evaluate that length too)"
+    )
+    parts = [report(result(n)).model_copy(update={"notes": [note]}) for n in (8192, 16384)]
+    (joined,) = merge_reports(parts)
     assert joined.ratios == []
-    assert joined.notes[0].endswith("at 4,096 tokens (evaluate that length too)")
+    assert joined.notes == [note]
+    (joined,) = merge_reports([*parts, report(result(4096))])
+    assert [ratio.length for ratio in joined.ratios] == [8192, 16384]
+    assert joined.notes == []
 
 
 def test_a_measured_ratio_goes_with_the_results_that_it_is_of() -> None:

@@ -63,6 +63,13 @@ def test_the_finding_comes_first_in_words_and_as_a_plot(tmp_path: Path) -> None:
     assert -3 < low < -1 < 1 < high < 3  # 0.13 % is seen to be little, and to be
 
 
+def test_a_model_that_diverged_has_a_report(tmp_path: Path) -> None:
+    nothing = Ratio(length=16384, multiple=4, ratio=Mean(mean=float("nan")))
+    report = make_report().model_copy(update={"ratios": [nothing]})
+    write_reports(tmp_path, [report])
+    assert (headline(report) or "").endswith("perplexity is not a number.")
+
+
 def test_a_reader_learns_what_was_evaluated_and_how(tmp_path: Path) -> None:
     write_reports(tmp_path, [make_report()])
     assert read_report(tmp_path / "report.json") == make_report()
@@ -103,6 +110,7 @@ def test_launcher_describes_the_model_and_the_call(tmp_path: Path) -> None:
     facts = read_report(Path(config.run.dir) / "eval/step-00000000/report.json").facts
     assert facts["attention"] == "fold [32]"
     assert facts["trained_tokens"] == 0
+    assert "not by this run" in (Path(facts["output"]) / "report.html").read_text()
     assert facts["text"] == config.eval.text
     assert facts["commands"][0].startswith("python ")
     assert facts["output"] == str(tmp_path / "run/eval/step-00000000")
