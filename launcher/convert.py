@@ -44,7 +44,15 @@ def main() -> int:
 def add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, required=True, help="new folder")
     parser.add_argument("--checkpoint", type=int, metavar="STEP", help="default: the newest")
-    parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
+    parser.add_argument(
+        "--dtype", choices=("bf16", "fp32"), default="bf16",
+        help="of the exported weights (default: bf16)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--rounding", choices=("nearest", "stochastic"),
+        help="of weights to bf16 (default: stochastic if nearest would put much of the training "
+        "back to the imported weights)",
+    )  # fmt: skip
     parser.add_argument(
         "--tokenizer", type=Path, help="default: that of the data set, or of the imported folder"
     )
@@ -61,7 +69,15 @@ def export(args: argparse.Namespace, config: Config) -> int:
     from tensorlm.hf import hub
     from tensorlm.hf.export_folder import check_new_folder, export_checkpoint
     from tensorlm.hf.import_folder import imported_folder
+    from tensorlm.hf.rounding import (
+        choose_rounding,
+        describe_rounding,
+        imported_start,
+        share_put_back,
+    )
+    from tensorlm.hf.streamed_loss import describe_losses
     from tensorlm.manifest import check_model
+    from tensorlm.publish import was_imported
 
     check_new_folder(args.output)  # now: to verify a large checkpoint takes minutes
     run_dir = Path(config.run.dir)
@@ -82,8 +98,18 @@ def export(args: argparse.Namespace, config: Config) -> int:
             print(f"note: {error}")
     if args.push_to_hub:  # before the work, since this is what may be refused
         hub.create_repository(args.push_to_hub, public=args.public)
-    export_checkpoint(checkpoint, trained, args.output, args.dtype, tokenizer, imported=imported)
+    rounds = args.dtype == "bf16" and checkpoint.step > 0 and was_imported(run_dir)
+    start = imported_start(checkpoint) if rounds else None
+    put_back = share_put_back(checkpoint, start) if start else None
+    rounding = args.rounding or choose_rounding(put_back)
+    export_checkpoint(
+        checkpoint, trained, args.output, args.dtype, tokenizer, imported=imported,
+        rounding=rounding,
+    )  # fmt: skip
     print(f"{args.output}: step {checkpoint.step} of {run_dir}, {args.dtype}", flush=True)
+    if rounds:
+        print(describe_rounding(put_back, rounding, is_asked=args.rounding is not None))
+        print(describe_losses(checkpoint, trained.model, Path(config.data.path), rounding))
     if tokenizer is None:
         print("note: no tokenizer goes along (--tokenizer DIR)")
     if args.push_to_hub:

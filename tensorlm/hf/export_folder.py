@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from tensorlm import disk
 from tensorlm.config import Config, ModelConfig
@@ -23,6 +22,7 @@ from tensorlm.hf.configuration_tensorlm import AUTO_MAP
 from tensorlm.hf.llama_config import max_positions
 from tensorlm.hf.model_card import model_card
 from tensorlm.hf.modeling_tensorlm import write_code
+from tensorlm.hf.rounding import Rounding, round_part
 from tensorlm.lock import locked
 from tensorlm.manifest import Checkpoint
 from tensorlm.progress import byte_bar
@@ -49,6 +49,7 @@ def export_checkpoint(
     tokenizer: Path | None,
     *,
     imported: Path | None = None,
+    rounding: Rounding = "nearest",
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Write a folder that `AutoModelForCausalLM.from_pretrained` loads.
@@ -63,10 +64,12 @@ def export_checkpoint(
         tokenizer: folder whose tokenizer goes along.
         imported: what the run's import left (`import_folder.imported_folder`), for its name and
             generation settings.
+        rounding: how weights become bf16.
         shard_bytes: size of the weights in one file, at most (larger parameters stay whole).
 
     Raises:
-        UserError: the output folder is not empty, cannot be written, or another export writes it.
+        UserError: the output folder is not empty, cannot be written, or another export writes it;
+            a weight is not finite.
     """
     with _published(output) as folder:
         generation = _read_generation_config(imported)
@@ -81,7 +84,7 @@ def export_checkpoint(
             else:
                 generation.pop("pad_token_id", None)
                 generation |= ids
-        _write_shards(checkpoint, folder, DTYPES[dtype], shard_bytes)
+        _write_shards(checkpoint, folder, DTYPES[dtype], rounding, shard_bytes)
         ids = {key: generation[key] for key in _TOKEN_IDS if key in generation}
         fields = hf_config(config.model, _context_length(checkpoint.step, config, imported), dtype)
         fields |= ids
@@ -90,7 +93,8 @@ def export_checkpoint(
         if config.model.fold:
             write_code(folder)
         name = imported.name if imported else None
-        (folder / "README.md").write_text(model_card(checkpoint.manifest, config, dtype, name))
+        how = f"{dtype}, rounded stochastically" if rounding == "stochastic" else dtype
+        (folder / "README.md").write_text(model_card(checkpoint.manifest, config, how, name))
 
 
 def _context_length(step: int, config: Config, imported: Path | None) -> int:
@@ -215,7 +219,7 @@ def _rename(temporary: Path, target: Path, output: Path) -> None:
 
 
 def _write_shards(
-    checkpoint: Checkpoint, folder: Path, dtype: torch.dtype, shard_bytes: int
+    checkpoint: Checkpoint, folder: Path, dtype: torch.dtype, rounding: Rounding, shard_bytes: int
 ) -> None:
     """All parameters, in safetensors files of at most `shard_bytes`, with the index of names."""
     shapes = {name: torch.Size(shape) for name, shape in checkpoint.shapes.items()}
@@ -235,7 +239,7 @@ def _write_shards(
             file = f"model-{index + 1:05d}-of-{len(groups):05d}.safetensors"
             file = file if len(groups) > 1 else "model.safetensors"
             part = {name: shapes[name] for name in names}
-            _write_shard(checkpoint, folder / file, part, dtype, moved)
+            _write_shard(checkpoint, folder / file, part, dtype, rounding, moved)
             weight_map |= {hf_name(name): file for name in names}
     if len(groups) > 1:
         metadata = {"total_size": numel * dtype.itemsize, "total_parameters": numel}
@@ -248,6 +252,7 @@ def _write_shard(
     path: Path,
     shapes: dict[str, torch.Size],
     dtype: torch.dtype,
+    rounding: Rounding,
     progress: Callable[[int], object],
 ) -> None:
     """One safetensors file: 8 bytes of header size, JSON header, tensors.
@@ -267,13 +272,9 @@ def _write_shard(
     def parts() -> Iterator[bytes | memoryview]:
         yield len(text).to_bytes(8, "little") + text
         for name, shape in shapes.items():
-            for part in _chunks(checkpoint, name, shape.numel()):
-                yield part.to(dtype).view(torch.uint8).numpy().data
+            for start in range(0, shape.numel(), _CHUNK):
+                part = checkpoint.read(name, "master", start, min(start + _CHUNK, shape.numel()))
+                rounded = round_part(part, dtype, rounding, name, start)
+                yield rounded.view(torch.uint8).numpy().data
 
     disk.write_file(path, parts(), progress)
-
-
-def _chunks(checkpoint: Checkpoint, name: str, numel: int) -> Iterator[Tensor]:
-    """The elements of a flattened parameter in order, float32."""
-    for start in range(0, numel, _CHUNK):
-        yield checkpoint.read(name, "master", start, min(start + _CHUNK, numel))
