@@ -39,6 +39,11 @@ check: .venv/.installed-dev ## lint, format and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy tensorlm kernels parallel launcher tests
 
+.PHONY: fix
+fix: .venv/.installed-dev ## format, and fix what ruff can fix
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
 .PHONY: test
 test: check ## the whole suite, on the CPU
 	@# One worker more than cores: many tests wait for processes that they have started.

@@ -65,7 +65,9 @@ row shards $out/data
 row checkpoint "$checkpoint"
 row metrics $out/train/metrics.jsonl
 row TensorBoard ".venv/bin/tensorboard --logdir $out/train/tensorboard"
-row perplexity "$evaluation/report.json"
-row 'perplexity plot' "$evaluation/perplexity.png"
+row 'evaluation' "$evaluation/report.html"
+row 'plot of it' "$evaluation/ratio.png"
 row 'Hugging Face' $out/hf
 row 'more text' ".venv/bin/python launcher/generate.py --model $out/hf --prompt 'class Stack:'"
+printf '\n\033[1mfound\033[0m\n'
+sed -n 's/^\*\*\(.*\)\*\*$/\1/p' "$evaluation/report.md" | fold -sw 100

@@ -58,17 +58,12 @@ def main() -> int:
 
 
 def _compare(folders: list[Path], output: Path | None) -> int:
-    from tensorlm.evaluation.report import format_report, write_reports
-    from tensorlm.evaluation.results import merge_reports, read_report
-
     if output is None:
         raise UserError("--output: missing (a folder for the joint report)")
-    files = [file for folder in folders for file in sorted(folder.rglob("report.json"))]
-    if not files:
-        raise UserError(f"--compare: no report.json below {', '.join(map(str, folders))}")
-    reports = merge_reports([read_report(file) for file in files])
-    write_reports(output, reports)
-    print(format_report(reports))
+
+    from tensorlm.evaluation.compare import compare_reports
+
+    print(compare_reports(folders, output))
     print(f"report: {output / 'report.html'}")
     return 0
 

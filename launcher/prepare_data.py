@@ -11,7 +11,13 @@ import argparse
 import os
 from pathlib import Path
 
-from tensorlm.data.prepare import SHARD_BYTES, encode, find_files, read_documents
+from tensorlm.data.prepare import (
+    LONGEST_DOCUMENT,
+    SHARD_BYTES,
+    encode,
+    find_files,
+    read_documents,
+)
 from tensorlm.data.shards import open_shards, verify_shards
 from tensorlm.data.tokenizers import check_new_tokenizer, check_tokenizer, train_tokenizer
 from tensorlm.errors import UserError, run_launcher
@@ -35,8 +41,21 @@ def main() -> int:
         "of `datasets`",
     )
     source.add_argument("--exclude", nargs="*", default=[], metavar="GLOB", help="files to skip")
-    source.add_argument("--text-field", default="text", help="field that holds the text")
+    source.add_argument(
+        "--text-field",
+        default="text",
+        metavar="NAME",
+        help="field that holds the text (default text); meta.text is field text inside field meta",
+    )
     source.add_argument("--max-bytes", type=int, default=0, help="stop after this much input")
+    source.add_argument(
+        "--max-document-bytes",
+        type=int,
+        default=LONGEST_DOCUMENT,
+        metavar="BYTES",
+        help="largest document that is accepted, decompressed; of JSON files the largest record "
+        f"(default {LONGEST_DOCUMENT:,}); a larger one ends the call with an error",
+    )
 
     tokenizer = commands.add_parser("tokenizer", parents=[source], help="train a sentencepiece BPE")
     tokenizer.add_argument("--vocab-size", type=int, required=True)
@@ -79,7 +98,7 @@ def main() -> int:
     if args.command == "tokenizer":
         check_new_tokenizer(args.output)  # now: training takes minutes
         files = find_files(args.input, args.exclude)
-        texts = read_documents(files, args.text_field, args.max_bytes)
+        texts = read_documents(files, args.text_field, args.max_bytes, args.max_document_bytes)
         train_tokenizer(texts, args.vocab_size, args.output)
         print(f"{args.output}: sentencepiece tokenizer, {args.vocab_size:,} pieces")
     elif args.command == "encode":
@@ -88,6 +107,7 @@ def main() -> int:
             find_files(args.input, args.exclude), args.tokenizer, args.output,
             text_field=args.text_field, max_bytes=args.max_bytes, shard_bytes=args.shard_bytes,
             holdout=args.holdout, workers=args.workers or own_cores,
+            longest=args.max_document_bytes,
         )  # fmt: skip
         if summary:
             print(summary)
@@ -105,7 +125,10 @@ def main() -> int:
 
 def _check(args: argparse.Namespace) -> None:
     """Numbers and names that argparse takes as they are."""
-    least = {"vocab_size": 1, "max_bytes": 0, "workers": 0, "shard_bytes": 1, "samples": 0}
+    least = {
+        "vocab_size": 1, "max_bytes": 0, "max_document_bytes": 1, "workers": 0, "shard_bytes": 1,
+        "samples": 0,
+    }  # fmt: skip
     for name, value in least.items():
         if getattr(args, name, value) < value:
             raise UserError(f"--{name.replace('_', '-')}: {getattr(args, name)} is too small")

@@ -6,7 +6,6 @@ Works the same under deepspeed, torchrun, srun, mpirun and plain python.
 import argparse
 
 from tensorlm.errors import run_launcher
-from tensorlm.launch_env import read_launch_env
 from tensorlm.preemption import StopRequest
 
 
@@ -22,8 +21,10 @@ def main(stop: StopRequest) -> int:
     args = parser.parse_intermixed_args()  # settings may stand anywhere
     # What imports torch takes seconds, in which signals are listened to already.
     from tensorlm.config import load_config
+    from tensorlm.launch_env import launched_world_size, read_launch_env
 
-    config = load_config(args.config, args.overrides)
+    ranks = launched_world_size() if args.dry_run is None else args.dry_run
+    config = load_config(args.config, args.overrides, ranks)
     if args.dry_run is not None:
         from tensorlm.dry_run import check_run
 

@@ -39,6 +39,35 @@ check_tasks() {
   [ "$1" -ge "$2" ] || die "--ntasks-per-node: $1 tasks for $2 GPUs (ask for as many)"
 }
 
+# explain_refusal NODES TASKS CPUS GPUS [PARTITION]: Slurm refused NODES nodes with so many tasks, CPUs
+# for each task and GPUs on each of them, and does not say why. Prints what no node has, if anything.
+explain_refusal() {
+  local wanted=$(($2 * $3)) count=0 most_cpus=0 most_gpus=0 name cpus gres found fix
+  while read -r name cpus gres; do
+    if [ -z "${5:-}" ] && [[ $name != *\* ]]; then continue; fi # not the default partition
+    count=$((count + 1))
+    gres=${gres%%(*} # of gpu:h100:8(S:0-1) the 8
+    found=$([[ $gres == *gpu:* ]] && grep -o '[0-9]*$' <<<"$gres")
+    if [ "$cpus" -gt "$most_cpus" ]; then most_cpus=$cpus; fi
+    if [ "${found:-0}" -gt "$most_gpus" ]; then most_gpus=$found; fi
+  done < <(sinfo -hN ${5:+"--partition=$5"} -o '%P %c %G' 2>/dev/null)
+  if [ "$count" = 0 ]; then return; fi # nothing is known about the nodes
+  if [ "$1" -gt "$count" ]; then
+    echo "error: --nodes: must be at most $count, the nodes of the partition, got $1" >&2
+  fi
+  if [ "$4" -gt "$most_gpus" ]; then
+    echo "error: --gpus-per-node: must be at most $most_gpus, the GPUs of a node, got $4" >&2
+  fi
+  if [ "$wanted" -gt "$most_cpus" ]; then
+    fix="pass --cpus-per-task=$((most_cpus / $2))"
+    if [ "$2" -gt "$4" ] && [ $(($4 * $3)) -le "$most_cpus" ]; then
+      fix="pass --ntasks-per-node=$4, a task for each GPU"
+    fi
+    echo "error: --ntasks-per-node x --cpus-per-task: must be at most $most_cpus, the CPUs of a" \
+      "node, got $2 x $3 = $wanted ($fix)" >&2
+  fi
+}
+
 # run_dir_of CONFIG SETTINGS...: the folder of the run, or one line per mistake.
 run_dir_of() {
   python - "$@" <<'PYTHON'

@@ -50,19 +50,23 @@ if [ "${1:-}" = --dry-run ]; then
   shift
   options=() settings=(--config configs/llama8b_32k.toml)
   nodes=$(header nodes) gpus=$(header gpus-per-node) tasks=$(header ntasks-per-node)
+  cpus=$(header cpus-per-task) partition=${SBATCH_PARTITION:-}
   while [ $# -gt 0 ]; do
     case $1 in # what is read here becomes two words: an option and its value
-    --nodes=* | --gpus-per-node=* | --ntasks-per-node=* | --config=*)
+    --nodes=* | --gpus-per-node=* | --ntasks-per-node=* | --cpus-per-task=* | --partition=* | --config=*)
       set -- "${1%%=*}" "${1#*=}" "${@:2}"
       ;;
-    -N?*) set -- -N "${1#-N}" "${@:2}" ;;
+    -[Ncp]?*) set -- "${1:0:2}" "${1:2}" "${@:2}" ;;
     esac
     case $1 in
     -N | --nodes | --gpus-per-node | --ntasks-per-node | --config) need_value "$@" ;;&
+    -c | --cpus-per-task | -p | --partition) need_value "$@" ;;&
     --config) settings+=("$1" "$2") && shift ;;
     -N | --nodes) nodes=${2##*-} ;;& # of 2-4 the 4
     --gpus-per-node) gpus=${2##*:} ;;& # of h100:8 the 8
     --ntasks-per-node) tasks=$2 ;;&
+    -c | --cpus-per-task) cpus=$2 ;;&
+    -p | --partition) partition=$2 ;;&
     -*) options+=("$1") ;;
     [a-z]*=*) settings+=("$1") ;;
     *) options+=("$1") ;; # what an option is set to
@@ -72,7 +76,10 @@ if [ "${1:-}" = --dry-run ]; then
   [[ $nodes$gpus$tasks =~ ^[0-9]+$ ]] || die "--nodes, --gpus-per-node: not whole numbers"
   check_tasks "$tasks" "$gpus"
   check $((nodes * gpus)) "${settings[@]}" || exit
-  exec sbatch --test-only "${options[@]}" slurm/train_llama8b.sh
+  sbatch --test-only "${options[@]}" slurm/train_llama8b.sh
+  code=$?
+  [ $code = 0 ] || explain_refusal "$nodes" "$tasks" "$cpus" "$gpus" "$partition"
+  exit $code
 fi
 
 # ------------------------------------------------------------------------------------- the start

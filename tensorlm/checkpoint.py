@@ -26,6 +26,7 @@ from .manifest import Checkpoint, list_steps, open_checkpoint, step_folder
 from .publish import (
     LEDGER,
     describe_os_error,
+    has_trained,
     note,
     publish,
     remove,
@@ -194,7 +195,7 @@ class Saver:
         return [o["result"] for o in outcomes]
 
     def _retire(self, step: int) -> None:
-        """Remove older checkpoints, except the newest `keep_last` and each `keep_every` steps.
+        """Remove older checkpoints, except the newest `keep_last`, each `keep_every` steps and 0.
 
         Those between the one that the run goes on from and its own were passed over when it began,
         and do not count as kept; nor do newer ones.
@@ -208,7 +209,8 @@ class Saver:
         oldest = min([step, *good[: self._config.keep_last - 1]])
         try:
             for old in older:
-                if old < oldest and not (every and old % every == 0):
+                # Imported weights, step 0, stay: nothing else in the run can make them again.
+                if 0 < old < oldest and not (every and old % every == 0):
                     remove(step_folder(self._run_dir, old))
         except OSError as error:
             print(
@@ -235,9 +237,12 @@ def newest_checkpoint(
 
     Raises:
         UserError: there are, or were, checkpoints and none is good: a run never starts over by
-            itself, nor is a run that began with imported weights replayed from others.
+            itself, from imported weights either, nor is a run that began with imported weights
+            replayed from others.
     """
     steps = [s for s in list_steps(run_dir) if before is None or s < before]
+    if before is None and has_trained(run_dir):
+        steps = [s for s in steps if s > 0]
     had_some = (run_dir / LEDGER).exists() if before is None else was_imported(run_dir)
     if world_size > 1:
         steps, had_some = gather_json([steps, had_some])[0]

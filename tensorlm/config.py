@@ -4,16 +4,15 @@ Nothing here changes after loading: sections are frozen, unknown keys are errors
 is reported at once, each on its own line with the nearest valid key.
 """
 
-import difflib
 import itertools
 import json
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import tomli_w
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from fold_parallel.grid import check_sizes, check_world
 from tensor_attention import Backend, validate_fold
@@ -22,6 +21,7 @@ from .errors import UserError
 from .evaluation.settings import GENERATION_TASKS, EvalConfig
 from .fused import FusedLayers
 from .section import Section, raise_all
+from .settings_errors import check_settings
 
 
 class RopeScaling(Section):
@@ -199,7 +199,9 @@ class CheckpointConfig(Section):
     """When to save and how many to keep."""
 
     every: int = Field(100, ge=0, description="steps between checkpoints; 0: none, even at the end")
-    keep_last: int = Field(2, gt=0, description="how many of the newest are kept")
+    keep_last: int = Field(
+        2, gt=0, description="how many of the newest are kept, beside imported weights (step 0)"
+    )
     keep_every: int = Field(0, ge=0, description="keep multiples of it for ever; 0: none")
     background: bool = Field(False, description="write a copy of the state while training goes on")
 
@@ -338,29 +340,49 @@ class Config(Section):
             raise UserError(*problems)
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+def load_config(path: str | Path, overrides: Sequence[str] = (), world_size: int = 0) -> Config:
     """Read a TOML file, apply `key.sub=value` overrides, check everything.
+
+    Args:
+        path: the file.
+        overrides: settings that replace those of the file.
+        world_size: ranks that must be able to share the work; 0: not checked.
 
     Raises:
         UserError: one line per problem (unreadable file, unknown key, wrong value, contradiction).
     """
+    tree, file = read_tree(path), read_tree(path)
+    problems: list[str] = []
+    for override in overrides:
+        try:
+            apply_override(tree, override)
+        except UserError as error:
+            problems += error.problems
+
+    def check(config: Config) -> None:
+        if world_size:
+            config.check_world(world_size)
+
+    return check_settings(Config, tree, str(path), base=file, check=check, problems=problems)
+
+
+def read_tree(path: str | Path) -> dict[str, Any]:
+    """The plain values of a TOML file, unchecked.
+
+    Raises:
+        UserError: it cannot be read, or is not TOML.
+    """
     try:
-        tree = tomllib.loads(Path(path).read_text())
+        return tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid TOML ({error})") from None
-    for override in overrides:
-        _apply_override(tree, override)
-    return parse_config(tree, str(path))
 
 
 def parse_config(tree: dict[str, Any], where: str) -> Config:
     """Check a tree of plain values (from TOML or a checkpoint's manifest); `where` names it."""
-    try:
-        return Config.model_validate(tree)
-    except ValidationError as error:
-        raise UserError(*problem_lines(error, where)) from None
+    return check_settings(Config, tree, where, base={}, check=lambda _: None, problems=[])
 
 
 def model_differences(trained: dict[str, Any], config: Config) -> list[str]:
@@ -399,7 +421,7 @@ def config_toml(config: Config) -> str:
     return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
 
 
-def _apply_override(tree: dict[str, Any], override: str) -> None:
+def apply_override(tree: dict[str, Any], override: str) -> None:
     """Set one `key.sub=value` in `tree`; the value is TOML, or a plain string where it is not."""
     key, equals, text = override.partition("=")
     parts = key.strip().split(".")
@@ -414,34 +436,3 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         if not isinstance(tree, dict):
             raise UserError(f"{override}: {part} is a value, not a section")
     tree[parts[-1]] = value
-
-
-def problem_lines(error: ValidationError, where: str) -> list[str]:
-    """What pydantic found, a line per problem; `where` names the file."""
-    lines = []
-    for item in error.errors():
-        path = ".".join(str(part) for part in item["loc"])
-        if item["type"] == "extra_forbidden":
-            lines.append(f"{where}: {path}: unknown key{_suggestion(item['loc'])}")
-        elif item["type"] == "missing":
-            lines.append(f"{where}: {path}: missing")
-        elif item["type"] == "value_error":
-            prefix = f"{where}: {path}: " if path else f"{where}: "
-            lines += [prefix + line for line in str(item["ctx"]["error"]).splitlines()]
-        else:
-            message = item["msg"][0].lower() + item["msg"][1:]
-            lines.append(f"{where}: {path}: {message} (got {item['input']!r})")
-    return lines
-
-
-def _suggestion(location: tuple[int | str, ...]) -> str:
-    """` (did you mean ...?)`, the key of the same section that looks most alike."""
-    section: type[BaseModel] = Config
-    for part in location[:-1]:
-        if isinstance(part, int):  # a place in a list of sections
-            continue
-        annotation = section.model_fields[part].annotation
-        options = [annotation, *get_args(annotation)]
-        section = next(o for o in options if isinstance(o, type) and issubclass(o, BaseModel))
-    near = difflib.get_close_matches(str(location[-1]), list(section.model_fields), n=1, cutoff=0.5)
-    return f" (did you mean {near[0]}?)" if near else f" (valid: {', '.join(section.model_fields)})"

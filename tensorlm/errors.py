@@ -51,6 +51,7 @@ def run_launcher(
     that may take for ever. `is_told` is whether another rank has already said why all end.
     """
     try:
+        _check_arguments(sys.argv[1:])
         code = main()
         sys.stdout.flush()
     except Exception as caught:
@@ -78,6 +79,18 @@ def run_launcher(
             sys.modules["mpi4py.MPI"].Finalize()  # waits for the others, who may not come otherwise
         os._exit(code or EXIT_DONE)
     sys.exit(code or EXIT_DONE)
+
+
+def _check_arguments(words: list[str]) -> None:
+    """Raise UserError unless the command line is UTF-8, as all output and all files are."""
+    option = "command line"
+    for word in words:
+        shown = word.encode(errors="surrogateescape").decode(errors="backslashreplace")
+        if word.startswith("--") or "=" in word:  # an option, or a setting
+            option = shown.partition("=")[0]
+        if shown != word:
+            fix = "correct it, or rename the file"
+            raise UserError(f"{option}: must be UTF-8, got {shown} ({fix})")
 
 
 def _has_nobody_to_tell() -> bool:

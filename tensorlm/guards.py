@@ -1,15 +1,9 @@
 """Guards of a run: bad steps, replicas, data and disk, and two jobs in one folder."""
 
-import errno
-import fcntl
 import math
-import os
-import re
 import shutil
-import socket
 import statistics
 import sys
-import time
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
@@ -24,12 +18,12 @@ from .checkpoint import gather_json
 from .config import Config
 from .data.loader import PackedRows
 from .errors import MachineError, UserError
-from .launch_env import slurm_job
+from .lock import PATIENCE_SECONDS, take_lock
 from .progress import byte_bar
 
 _DEVIATION_OF_MAD = 1.4826  # standard deviation of a normal distribution, in its MADs
 _LOCK = "lock"
-_LOCK_PATIENCE_SECONDS = 3.0
+_LOCK_PATIENCE_SECONDS = PATIENCE_SECONDS
 
 
 class StepGuard:
@@ -220,49 +214,11 @@ def lock_run(run_dir: Path) -> int:
         UserError: another job, or another process of this one, holds it, or the folder cannot be
             written.
     """
-    job, restarts = slurm_job()
     try:
         disk.make_folder(run_dir)
-        descriptor = _open_lock(run_dir / _LOCK)
+        return take_lock(run_dir / _LOCK, f"run.dir: {run_dir}", _LOCK_PATIENCE_SECONDS)
     except OSError as error:
-        raise UserError(f"run.dir: {error.filename}: {error.strerror}") from None
-    try:
-        _lock(descriptor)
-    except BlockingIOError:
-        holder = os.read(descriptor, 200).decode(errors="replace").strip()
-        earlier = re.match(r"job (\S+) restart (\d+) ", holder)
-        if not earlier or earlier[1] != job or int(earlier[2]) >= restarts:
-            raise UserError(
-                f"run.dir: {run_dir} is in use by {holder} (wait for it, or choose another)"
-            ) from None
-        # Held for a node that is gone, until the file system notices. A new file is ours for good.
-        descriptor = _open_lock(run_dir / f".{_LOCK}")
-        _lock(descriptor)
-        os.rename(run_dir / f".{_LOCK}", run_dir / _LOCK)
-    except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
-            raise
-        print(f"warning: {run_dir}: cannot be locked on this file system", flush=True)
-    owner = f"job {job} restart {restarts} pid {os.getpid()} on {socket.gethostname()}\n"
-    os.ftruncate(descriptor, 0)
-    os.write(descriptor, owner.encode())
-    return descriptor
-
-
-def _open_lock(path: Path) -> int:
-    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-
-
-def _lock(descriptor: int) -> None:
-    """Take the lock. A child that a killed holder was just starting may have it a moment longer."""
-    deadline = time.monotonic() + _LOCK_PATIENCE_SECONDS
-    while True:
-        try:
-            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.05)
+        raise UserError(f"run.dir: {error.filename or run_dir}: {error.strerror}") from None
 
 
 def check_disk_space(run_dir: Path, num_bytes: int, num_kept: int) -> None:

@@ -3,15 +3,14 @@
 Shape letters: B batch, T tokens, C hidden size.
 """
 
-import math
-
 import torch
 from torch import Tensor, nn
 
-from tensor_attention import Rotary
+from tensor_attention import Rotary, rotary_frequencies
+from tensor_attention import rotary_table as table_of
 
 from . import fused
-from .config import ModelConfig, RopeScaling
+from .config import ModelConfig
 from .tiled_mlp import tiled_swiglu
 
 
@@ -61,19 +60,6 @@ def rotary_table(config: ModelConfig, num_positions: int, device: torch.device) 
     Made anew in each forward pass (it is small next to one layer), so that no cast of the model to
     bf16 can round it: at position 131,072 that would be tens of radians.
     """
-    exponents = torch.arange(0, config.head_size, 2, device=device).float() / config.head_size
-    frequencies = 1.0 / config.rope_theta**exponents  # in this order, bit-equal to Hugging Face's
-    if config.rope_scaling is not None:
-        frequencies = _scale_frequencies(frequencies, config.rope_scaling)
-    angles = torch.arange(num_positions, device=device).float()[:, None] * frequencies
-    return Rotary(angles.cos(), angles.sin())
-
-
-def _scale_frequencies(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
-    """Slow the low frequencies by `factor` (llama3: only those with long wavelengths, smoothly)."""
-    if scaling.rope_type == "linear":
-        return frequencies / scaling.factor
-    turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
-    low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    keep = ((turns - low) / (high - low)).clamp(0, 1)  # 1: unchanged, 0: slowed fully
-    return keep * frequencies + (1 - keep) * frequencies / scaling.factor
+    scaling = None if config.rope_scaling is None else config.rope_scaling.model_dump()
+    frequencies = rotary_frequencies(config.head_size, config.rope_theta, scaling, device)
+    return table_of(frequencies, num_positions, device)

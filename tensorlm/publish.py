@@ -5,6 +5,7 @@ name. A folder that goes away loses its name first. So no name ever stands for h
 """
 
 import json
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -87,6 +88,13 @@ def was_imported(run_dir: Path) -> bool:
     """The first checkpoint of the run was imported weights, whether it is still there or not."""
     ledger = run_dir / LEDGER
     return ledger.exists() and ledger.read_text().startswith('{"step": 0,')
+
+
+def has_trained(run_dir: Path) -> bool:
+    """A checkpoint of a step after 0 was published, whether it is still there or not."""
+    ledger = run_dir / LEDGER
+    lines = ledger.read_text().splitlines() if ledger.exists() else []
+    return any(re.match(r'\{"step": [1-9]', line) for line in lines)
 
 
 def remove(folder: Path) -> None:

@@ -160,8 +160,9 @@ def evaluate_run(run: Run, metrics: Metrics | None) -> None:
     from .evaluation.model import wrap_training_model
 
     model = wrap_training_model(
-        run.config, run.engine.module, run.state.step, run.device, run.grid, run.watchdog.progress
-    )
+        run.config, run.engine.module, run.state.step, run.device, run.grid,
+        run.watchdog.progress, run.state.tokens,
+    )  # fmt: skip
     evaluate_in_training(run.config, model, metrics.writer if metrics else None)
 
 

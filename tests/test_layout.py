@@ -2,9 +2,11 @@
 
 import ast
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -66,13 +68,49 @@ def test_demo_in_the_readme_is_that_of_the_configuration() -> None:
     assert f"runs/demo/train/step-{steps:08d}" in (ROOT / "README.md").read_text()
 
 
+def build_wheel(project: Path, folder: Path) -> Path:
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--quiet", "-w", str(folder)]
+    subprocess.run([*command, str(project)], check=True)
+    (wheel,) = folder.glob("*.whl")
+    return wheel
+
+
 def test_wheel_holds_the_three_packages_and_nothing_generic(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--quiet", "-w", str(tmp_path)]
-    subprocess.run([*command, str(ROOT)], check=True)
-    (wheel,) = tmp_path.glob("*.whl")
+    wheel = build_wheel(ROOT, tmp_path)
     listing = subprocess.run(
         [sys.executable, "-m", "zipfile", "-l", str(wheel)], capture_output=True, text=True
     ).stdout
     tops = {line.split("/")[0] for line in listing.splitlines()[1:]}
     tops = {top for top in tops if not top.endswith(".dist-info")}
     assert tops == set(ORDER)
+
+
+# What the operator may import beside the standard library: torch and what torch brings.
+OPERATOR_ALONE = """
+import sys
+
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("tensorlm", "fold_parallel", "deepspeed", "transformers"):
+            raise ImportError(name)
+
+sys.meta_path.insert(0, Refuse())
+sys.path.insert(0, sys.argv[1])
+import tensor_attention, torch
+assert tensor_attention.__file__.startswith(sys.argv[1])
+q, k, v = (torch.randn(1, 20, heads, 8) for heads in (4, 2, 2))
+assert tensor_attention.tensor_attention(q, k, v, [4]).shape == q.shape
+"""
+
+
+def test_the_operator_installs_alone(tmp_path: Path) -> None:
+    # A copy, so that the build leaves nothing in the source tree.
+    source = tmp_path / "kernels"
+    shutil.copytree(ROOT / "kernels", source)
+    wheel = build_wheel(source, tmp_path)
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "site")
+        tops = {name.split("/")[0] for name in archive.namelist()}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"tensor_attention"}
+    command = [sys.executable, "-c", OPERATOR_ALONE, str(tmp_path / "site")]
+    subprocess.run(command, cwd=tmp_path, check=True)

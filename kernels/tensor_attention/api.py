@@ -6,17 +6,28 @@ are imported on first use, so that a machine without triton has the other backen
 
 import importlib.util
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from . import blocked, dense
-from .fold import Axis, Rotary, document_ahead, document_reach, fold_axes, line_digit
+from .checks import (
+    State,
+    check_axis,
+    check_bias,
+    check_choice,
+    check_heads,
+    check_rotary,
+    check_scale,
+    check_state,
+    per_token,
+    steps_per_token,
+)
+from .fold import Axis, Rotary, document_ahead, document_reach, fold_axes, line_digit, validate_fold
 
 Mode = Literal["distance", "fold"]
 Backend = Literal["auto", "dense", "blocked", "triton"]
-State = tuple[Tensor, Tensor]
 
 _HOPS: dict[str, Callable[..., State]] = {"dense": dense.hop, "blocked": blocked.hop}
 
@@ -36,8 +47,24 @@ def hop(
     ahead: Tensor | None = None,
     backend: Backend = "auto",
 ) -> State:
-    """One hop by the chosen backend; arguments and results as in `dense.hop`."""
-    backend = _chosen(backend, q, k, values, ahead is not None)
+    """One hop by the chosen backend; arguments and results as in `dense.hop`.
+
+    `reach` and `ahead` may be [1, T], for every row of the batch, and in any integer dtype.
+
+    Raises:
+        ValueError: arguments that do not belong together, or that the backend does not cover.
+    """
+    check_heads(q, k, values, "values", of_queries=True)
+    check_axis(stride, length)
+    check_rotary(rotary, -(-q.shape[1] // stride), q)
+    check_bias("bias", bias, [q.shape[2]], q)
+    check_state(state, q, values)
+    check_scale(scale)
+    reach = steps_per_token("reach", reach, q)
+    ahead = None if ahead is None else steps_per_token("ahead", ahead, q)
+    # A longer axis has no more steps: every token is alone on its line, or sees the whole of it.
+    stride, length = (min(size, max(1, q.shape[1])) for size in (stride, length))
+    backend = chosen_backend(backend, q, k, values, ahead is not None)
     run = _HOPS[backend] if backend in _HOPS else _triton_hop()
     return run(
         q, k, values, stride=stride, length=length, reach=reach, bias=bias, state=state,
@@ -66,8 +93,9 @@ def tensor_attention(
         k: [B, T, K, D] with H a multiple of K; query head h reads key head h // (H / K).
         v: [B, T, K, E].
         fold: lengths of the inner axes, innermost first; [] is full attention.
-        doc_start: [B, T] integer, index in the row of the first token of each token's document;
-            None: one document per row.
+        doc_start: [B, T] integer (or [1, T], for every row of the batch), index in the row of the
+            first token of each token's document; None: one document per row. An index after t
+            counts as t, one before the row as 0.
         hop_bias: [len(fold), H], added to the scores of hops 2, 3, ... (distance mode only).
         rotary: table of at least T positions; axis i uses position floor(t / stride_i).
         scale: factor on the scores, 1 / sqrt(D) by default.
@@ -81,14 +109,20 @@ def tensor_attention(
         [B, T, H, E] in the dtype of v.
 
     Raises:
-        ValueError: on a combination of arguments that has no meaning.
+        ValueError: arguments that do not belong together, or that the backend does not cover.
     """
-    _check(q, k, v, fold, hop_bias, rotary, mode, causal)
-    if doc_start is None:
-        doc_start = torch.zeros(q.shape[:2], dtype=torch.int32, device=q.device)
-    axes = fold_axes(fold, q.shape[1])
+    check_choice("mode", mode, get_args(Mode))
+    if mode == "distance" and not causal:
+        raise ValueError('causal = False needs mode = "fold": distances only reach back')
+    if mode == "fold" and hop_bias is not None:
+        raise ValueError('hop_bias has no effect in mode = "fold": each hop is its own softmax')
+    doc_start = check_operator(
+        q, k, v, fold, doc_start, hop_bias, rotary, scale, backend, q.shape[1]
+    )
+    row = max(1, q.shape[1])  # nothing is longer: a hop of a whole row reaches no other token
+    axes = [Axis(min(stride, row), min(n, row)) for stride, n in fold_axes(fold, q.shape[1])]
     bounds = [_bounds(doc_start, axis, mode, causal) for axis in axes]
-    if _chosen(backend, q, k, v, not causal) == "triton":
+    if chosen_backend(backend, q, k, v, not causal) == "triton":
         from .triton_chain import chain
 
         return chain(
@@ -106,8 +140,46 @@ def tensor_attention(
     return z
 
 
-def _chosen(backend: Backend, q: Tensor, k: Tensor, values: Tensor, ahead: bool) -> Backend:
-    """The backend that "auto" stands for."""
+def check_operator(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    fold: Sequence[int],
+    doc_start: Tensor | None,
+    hop_bias: Tensor | None,
+    rotary: Rotary | None,
+    scale: float | None,
+    backend: Backend,
+    positions: int,
+) -> Tensor:
+    """Document starts [B, T] (zeros for None), after a check of everything but the mode.
+
+    Args:
+        positions: that the rotary table must have: tokens of the whole row.
+
+    Raises:
+        ValueError: arguments that do not belong together.
+    """
+    check_heads(q, k, v, "v", of_queries=False)
+    check_rotary(rotary, positions, q)
+    check_bias("hop_bias", hop_bias, [len(fold), q.shape[2]], q)
+    check_scale(scale)
+    check_choice("backend", backend, get_args(Backend))
+    validate_fold(fold)
+    if doc_start is None:
+        return torch.zeros(q.shape[:2], dtype=torch.int32, device=q.device)
+    return per_token("doc_start", doc_start, q)
+
+
+def chosen_backend(backend: Backend, q: Tensor, k: Tensor, values: Tensor, ahead: bool) -> Backend:
+    """The backend that "auto" stands for; the definition where there is nothing to compute.
+
+    Raises:
+        ValueError: no such backend.
+    """
+    check_choice("backend", backend, get_args(Backend))
+    if not q.shape[0] or not q.shape[1]:
+        return "dense"
     if backend != "auto":
         return backend
     if not q.is_cuda or importlib.util.find_spec("triton") is None:
@@ -142,29 +214,3 @@ def _bounds(
         return reach, None
     ahead = torch.minimum(document_ahead(doc_start, axis.stride), axis.length - 1 - digit)
     return reach, ahead
-
-
-def _check(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    fold: Sequence[int],
-    hop_bias: Tensor | None,
-    rotary: Rotary | None,
-    mode: Mode,
-    causal: bool,
-) -> None:
-    batch, num_tokens, num_heads, head_dim = q.shape
-    if k.shape[:2] != (batch, num_tokens) or k.shape[3] != head_dim or num_heads % k.shape[2]:
-        raise ValueError(f"k {list(k.shape)} does not match q {list(q.shape)} (H % K must be 0)")
-    if v.shape[:3] != k.shape[:3]:
-        raise ValueError(f"v {list(v.shape)} does not match k {list(k.shape)}")
-    if mode == "distance" and not causal:
-        raise ValueError('causal = False needs mode = "fold": distances only reach back')
-    if hop_bias is not None:
-        if mode == "fold":
-            raise ValueError('hop_bias has no effect in mode = "fold": each hop is its own softmax')
-        if hop_bias.shape != (len(fold), num_heads):
-            raise ValueError(f"hop_bias {list(hop_bias.shape)} must be {[len(fold), num_heads]}")
-    if rotary is not None and rotary.cos.shape[0] < num_tokens:
-        raise ValueError(f"rotary table has {rotary.cos.shape[0]} positions, need {num_tokens}")

@@ -13,12 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .fold import Rotary, rotate_along
+from .fold import FLOOR, MASKED, Rotary, full_precision, rotate_along
 
 State = tuple[Tensor, Tensor]
-
-# Finite, so that a row whose keys are all masked has a gradient of zero instead of NaN.
-MASKED = -1e30
 
 
 def hop(
@@ -35,7 +32,10 @@ def hop(
     scale: float | None = None,
     ahead: Tensor | None = None,
 ) -> State:
-    """Same contract as `dense.hop`; peak memory grows with T * length instead of T * T."""
+    """Same contract as `dense.hop`; peak memory grows with T * length instead of T * T.
+
+    Products and softmax are in float32 or wider, and z is rounded once, to the dtype of `values`.
+    """
     num_tokens, head_dim = q.shape[1], q.shape[3]
     if rotary is not None:
         q, k = rotate_along(q, rotary, stride), rotate_along(k, rotary, stride)
@@ -44,12 +44,12 @@ def hop(
     block, before = _block_size(length, -(-num_tokens // stride))
     after = before if ahead is not None else 0
 
-    q_blocks = _to_blocks(q, stride, block)
-    k_window = _window(_to_blocks(k, stride, block), before, after)
-    v_window = _window(_to_blocks(values, stride, block), before, after)
+    q_blocks = _to_blocks(q.to(work), stride, block)
+    k_window = _window(_to_blocks(k.to(work), stride, block), before, after)
+    v_window = _window(_to_blocks(values.to(work), stride, block), before, after)
     nearest = 0 if state is None else 1
     allowed = _allowed(reach, ahead, stride, length, block, before, after, nearest)
-    scores = _grouped_matmul(q_blocks * scale, k_window.transpose(-1, -2)).to(work)
+    scores = _grouped_matmul(q_blocks * scale, k_window.transpose(-1, -2))
     if bias is not None:
         scores = scores + bias.to(work)[:, None, None]
     scores = scores.masked_fill(~allowed, MASKED)
@@ -61,13 +61,17 @@ def hop(
     lse = largest + weights.sum(dim=-1).log()
     if state is not None:
         lse_before = _to_blocks(state[1][..., None].to(work), stride, block)[..., 0]
+        lse_before = lse_before.clamp(min=MASKED)
         lse = torch.logaddexp(lse_before, lse)
-    z = _grouped_matmul(weights.to(values.dtype), v_window)
-    z = z * torch.exp(largest - lse)[..., None].to(z.dtype)
+    sees_nothing = lse < FLOOR
+    z = _grouped_matmul(weights, v_window)
+    z = z * torch.exp(largest - lse).masked_fill(sees_nothing, 0)[..., None]
     if state is not None:
-        z_before = _to_blocks(state[0], stride, block)
-        z = z + torch.exp(lse_before - lse)[..., None].to(z.dtype) * z_before
-    return _from_blocks(z, num_tokens), _from_blocks(lse[..., None], num_tokens)[..., 0]
+        z_before = _to_blocks(state[0].to(work), stride, block)
+        z = z + torch.exp(lse_before - lse).masked_fill(sees_nothing, 0)[..., None] * z_before
+    lse = lse.masked_fill(sees_nothing, float("-inf"))
+    z, lse = _from_blocks(z, num_tokens), _from_blocks(lse[..., None], num_tokens)[..., 0]
+    return z.to(values.dtype), lse
 
 
 def _block_size(length: int, line: int) -> tuple[int, int]:
@@ -105,7 +109,9 @@ def _grouped_matmul(x: Tensor, y: Tensor) -> Tensor:
     num_heads, rows = x.shape[-3], x.shape[-2]
     group = num_heads // y.shape[-3]
     folded = x.unflatten(-3, (-1, group)).flatten(-3, -2)
-    return (folded @ y).unflatten(-2, (group, rows)).flatten(-4, -3)
+    with full_precision(x.device):
+        product = folded @ y
+    return product.unflatten(-2, (group, rows)).flatten(-4, -3)
 
 
 def _allowed(
@@ -119,6 +125,9 @@ def _allowed(
     nearest: int,
 ) -> Tensor:
     """[B, S, N, 1, L, W] bool: which slots of its window each query attends to."""
+    num_tokens = reach.shape[1]
+    line_step = torch.arange(num_tokens, device=reach.device) // stride
+    reach = torch.minimum(reach, line_step)  # not into the padding in front of the row
     slots = torch.arange((before + 1 + after) * block, device=reach.device)
     queries = torch.arange(block, device=reach.device) + before * block
     steps = queries[:, None] - slots[None, :]  # [L, W]
@@ -126,5 +135,7 @@ def _allowed(
     allowed = (steps < length) & (steps <= reach_blocks)
     if ahead is None:
         return allowed & (steps >= nearest)
+    last_step = (num_tokens - 1 - torch.arange(num_tokens, device=reach.device)) // stride
+    ahead = torch.minimum(ahead, last_step)
     ahead_blocks = _to_blocks(ahead[..., None, None], stride, block)
     return allowed & (steps > -length) & (steps >= -ahead_blocks)

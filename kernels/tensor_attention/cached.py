@@ -9,7 +9,7 @@ but `fold`: it also travels inside exported Hugging Face folders.
 import torch
 from torch import Tensor
 
-from .fold import Rotary, apply_rotary
+from .fold import FLOOR, MASKED, Rotary, apply_rotary, full_precision
 
 State = tuple[Tensor, Tensor]
 
@@ -41,10 +41,11 @@ def hop_cached(
         state: (z [B, Q, H, E], lse [B, Q, H]) of the hop before, or None for the first hop.
 
     Returns:
-        (z [B, Q, H, E], lse [B, Q, H] in float32 or wider).
+        (z [B, Q, H, E] in the dtype of `values`, lse [B, Q, H] in float32 or wider); as in
+        `dense.hop` where a query sees nothing.
     """
     parts = []
-    for at in range(0, q.shape[1], _QUERY_CHUNK):
+    for at in range(0, max(1, q.shape[1]), _QUERY_CHUNK):
         rows = slice(at, at + _QUERY_CHUNK)
         state_rows = None if state is None else (state[0][:, rows], state[1][:, rows])
         first = k.shape[1] - q.shape[1] + at
@@ -78,26 +79,38 @@ def _hop_rows(
     nearest = 0 if state is None else 1
     steps = torch.arange(nearest, min(length, (num_tokens - 1) // stride + 1), device=q.device)
     visited = positions[:, None] - steps * stride  # [Q, N]
-    allowed = steps <= reach[:, :, None]  # [B, Q, N]
+    allowed = (steps <= reach[:, :, None]) & (visited >= 0)  # [B, Q, N]
     visited = visited.clamp(min=0)
 
-    keys = k[:, visited]  # [B, Q, N, K, D]
+    keys = _gather(k, visited)  # [B, Q, N, K, D]
     if rotary is not None:
         q = apply_rotary(q, rotary, positions // stride)
         keys = apply_rotary(keys, rotary, visited // stride)
-    visited_values = values[:, (visited - (num_tokens - values.shape[1])).clamp(min=0)]
+    first_value = num_tokens - values.shape[1]
+    visited_values = _gather(values, (visited - first_value).clamp(min=0))
 
-    q_groups = q.unflatten(2, (k.shape[2], -1))
-    scores = torch.einsum("bqkgd,bqnkd->bqkgn", q_groups, keys).flatten(2, 3).to(work) * scale
+    q_groups = q.to(work).unflatten(2, (k.shape[2], -1))
+    with full_precision(q.device):
+        scores = torch.einsum("bqkgd,bqnkd->bqkgn", q_groups, keys.to(work)).flatten(2, 3) * scale
     if bias is not None:
         scores = scores + bias.to(work)[:, None]
-    scores = scores.masked_fill(~allowed[:, :, None], float("-inf"))
+    scores = scores.masked_fill(~allowed[:, :, None], MASKED)
     if state is not None:
-        scores = torch.cat((scores, state[1].to(work)[..., None]), dim=-1)
-    weights = torch.softmax(scores, dim=-1).to(values.dtype)
+        scores = torch.cat((scores, state[1].to(work)[..., None].clamp(min=MASKED)), dim=-1)
+    lse = torch.logsumexp(scores, dim=-1)
+    sees_nothing = lse < FLOOR
+    weights = torch.softmax(scores, dim=-1).masked_fill(sees_nothing[..., None], 0)
     value_heads = values.shape[2]
     grouped = weights[..., : len(steps)].unflatten(2, (value_heads, num_heads // value_heads))
-    z = torch.einsum("bqkgn,bqnke->bqkge", grouped, visited_values).flatten(2, 3)
+    with full_precision(q.device):
+        z = torch.einsum("bqkgn,bqnke->bqkge", grouped, visited_values.to(work)).flatten(2, 3)
     if state is not None:
-        z = z + weights[..., -1:] * state[0]
-    return z, torch.logsumexp(scores, dim=-1)
+        z = z + weights[..., -1:] * state[0].to(work)
+    return z.to(values.dtype), lse.masked_fill(sees_nothing, float("-inf"))
+
+
+def _gather(x: Tensor, tokens: Tensor) -> Tensor:
+    """x[:, tokens]; gradients of an entry that many queries visit are added up in float32."""
+    if not x.requires_grad:
+        return x[:, tokens]
+    return x.to(torch.promote_types(x.dtype, torch.float32))[:, tokens].to(x.dtype)

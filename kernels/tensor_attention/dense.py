@@ -6,7 +6,7 @@ Shape letters: B batch, T tokens, H query heads, K key/value heads, D head size,
 import torch
 from torch import Tensor
 
-from .fold import Rotary, rotate_along
+from .fold import FLOOR, MASKED, Rotary, full_precision, rotate_along
 
 State = tuple[Tensor, Tensor]
 
@@ -36,7 +36,7 @@ def hop(
         values: [B, T, K or H, E].
         stride: stride of the axis, in tokens.
         length: number of steps of the axis.
-        reach: [B, T] int32, how many strides back each token may look.
+        reach: [B, T] int32, how many strides back each token may look; below 0: not even at itself.
         bias: [H] or None, added to every score of this hop.
         state: (z [B, T, H, E], lse [B, T, H]) of the hop before, or None for the first hop.
         rotary: table that rotates q and k to floor(t / stride); None if they are rotated already.
@@ -44,7 +44,8 @@ def hop(
         ahead: [B, T] int32, how many strides forward each token may look; None is causal.
 
     Returns:
-        (z [B, T, H, E] in the dtype of `values`, lse [B, T, H] in float32 or wider).
+        (z [B, T, H, E] in the dtype of `values`, lse [B, T, H] in float32 or wider). A token that
+        sees nothing has z = 0 and lse = -inf, and passes on no gradient.
     """
     num_tokens, num_heads, head_dim = q.shape[1:]
     if rotary is not None:
@@ -54,7 +55,8 @@ def hop(
     v = values.repeat_interleave(num_heads // values.shape[2], dim=2).to(work)
     scale = head_dim**-0.5 if scale is None else scale
 
-    scores = torch.einsum("bthd,buhd->bhtu", q.to(work), k.to(work)) * scale
+    with full_precision(q.device):
+        scores = torch.einsum("bthd,buhd->bhtu", q.to(work), k.to(work)) * scale
     if bias is not None:
         scores = scores + bias.to(work)[:, None, None]
     position = torch.arange(num_tokens, device=q.device)
@@ -66,14 +68,18 @@ def hop(
         allowed = allowed & (steps >= nearest)
     else:
         allowed = allowed & (steps > -length) & (steps >= -ahead[:, :, None])
-    scores = scores.masked_fill(~allowed[:, None], float("-inf"))
+    scores = scores.masked_fill(~allowed[:, None], MASKED)
 
     # The state is one more key: its score is its log-sum-exp and its value is its z.
     if state is not None:
         z_before, lse_before = state
-        scores = torch.cat((scores, lse_before.to(work).transpose(1, 2)[..., None]), dim=-1)
-    weights = torch.softmax(scores, dim=-1)
-    z = torch.einsum("bhtu,buhe->bthe", weights[..., :num_tokens], v)
+        lse_before = lse_before.to(work).transpose(1, 2)[..., None]
+        scores = torch.cat((scores, lse_before.clamp(min=MASKED)), dim=-1)
+    lse = torch.logsumexp(scores, dim=-1)
+    sees_nothing = lse < FLOOR
+    weights = torch.softmax(scores, dim=-1).masked_fill(sees_nothing[..., None], 0)
+    with full_precision(q.device):
+        z = torch.einsum("bhtu,buhe->bthe", weights[..., :num_tokens], v)
     if state is not None:
         z = z + weights[..., num_tokens].transpose(1, 2)[..., None] * z_before.to(work)
-    return z.to(values.dtype), torch.logsumexp(scores, dim=-1).transpose(1, 2)
+    return z.to(values.dtype), lse.masked_fill(sees_nothing, float("-inf")).transpose(1, 2)

@@ -6,11 +6,17 @@ lists the inner axes n_1 ... n_(m-1); the outermost axis is open-ended. The math
 Hugging Face folders.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+# Scores that do not count, and what no score that counts is below. Finite, so that a token that
+# sees nothing has a gradient of zero instead of NaN.
+MASKED, FLOOR = -1e30, -1e20
 
 
 class Axis(NamedTuple):
@@ -21,7 +27,10 @@ class Axis(NamedTuple):
 
 
 class Rotary(NamedTuple):
-    """Rotary table for integer positions 0 ... P-1: `cos` and `sin`, each [P, D/2], float32."""
+    """Rotary table for integer positions 0 ... P-1: `cos` and `sin`, each [P, D/2], float32.
+
+    `rotary_table` makes one whose angles are exact at any position.
+    """
 
     cos: Tensor
     sin: Tensor
@@ -52,13 +61,16 @@ def document_reach(doc_start: Tensor, stride: int) -> Tensor:
 
     Args:
         doc_start: [B, T] integer, the index in the row of the first token of each token's document.
+            An index outside 0 ... t counts as the nearest one inside: a document that would begin
+            after its token begins with it, one that would begin before the row begins with the row.
         stride: stride of the axis, in tokens.
 
     Returns:
         [B, T] int32, floor((t - doc_start(t)) / stride).
     """
     positions = torch.arange(doc_start.shape[1], device=doc_start.device)
-    return ((positions - doc_start) // stride).to(torch.int32)
+    depth = torch.minimum((positions - doc_start).clamp(min=0), positions)
+    return (depth // stride).to(torch.int32)
 
 
 def document_ahead(doc_start: Tensor, stride: int) -> Tensor:
@@ -78,13 +90,87 @@ def line_digit(num_tokens: int, axis: Axis, device: torch.device) -> Tensor:
     return (positions // axis.stride % axis.length).to(torch.int32)
 
 
+def rotary_frequencies(
+    head_size: int,
+    theta: float,
+    scaling: Mapping[str, Any] | None = None,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """Radians per position of each rotary pair, theta ** (-2 i / D).
+
+    Args:
+        head_size: D.
+        theta: base of the frequencies.
+        scaling: of a model whose context was extended, by Hugging Face's keys: `rope_type` "linear"
+            slows all frequencies by `factor`, "llama3" smoothly only those with long wavelengths
+            (Llama 3.1); None or "default": nothing.
+        device: where the table will be, so that nothing is copied and waited for.
+
+    Returns:
+        [D/2] float64, on the CPU where the device has no float64.
+
+    Raises:
+        ValueError: another `rope_type`.
+    """
+    exact = _with_float64(torch.device(device))
+    exponents = torch.arange(0, head_size, 2, dtype=torch.float64, device=exact) / head_size
+    frequencies = 1.0 / theta**exponents
+    kind = "default" if scaling is None else scaling["rope_type"]
+    if scaling is None or kind == "default":
+        return frequencies
+    if kind not in ("linear", "llama3"):
+        raise ValueError(f'rope_type must be "default", "linear" or "llama3", got "{kind}"')
+    slowed = frequencies / scaling["factor"]
+    if kind == "linear":
+        return slowed
+    turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    keep = ((turns - low) / (high - low)).clamp(0, 1)  # 1: unchanged, 0: slowed fully
+    return keep * frequencies + (1 - keep) * slowed
+
+
+def rotary_table(frequencies: Tensor, num_positions: int, device: torch.device) -> Rotary:
+    """cos and sin of position x frequency, in float64 until they are rounded to float32.
+
+    In float32 an angle is off by its own rounding, 0.04 radians at a million positions.
+
+    Args:
+        frequencies: [D/2], radians per position (`rotary_frequencies`).
+        num_positions: P.
+        device: of the table.
+    """
+    exact = _with_float64(device)
+    positions = torch.arange(num_positions, dtype=torch.float64, device=exact)
+    angles = positions[:, None] * frequencies.to(exact, torch.float64)
+    cos, sin = angles.cos().float(), angles.sin().float()
+    return Rotary(cos.to(device), sin.to(device))
+
+
+def _with_float64(device: torch.device) -> torch.device:
+    """The device itself, or the CPU for those without float64 (Apple's GPUs)."""
+    return device if device.type in ("cpu", "cuda", "meta") else torch.device("cpu")
+
+
+def check_width(rotary: Rotary, head_size: int) -> None:
+    """Raise ValueError unless both tables are [P, D/2] (one column would broadcast unnoticed)."""
+    for name, table in zip(rotary._fields, rotary, strict=True):
+        if table.ndim != 2 or 2 * table.shape[1] != head_size:
+            expected = f"[P, D / 2] = [P, {head_size / 2:g}]"
+            raise ValueError(f"rotary.{name} must be {expected}, got {list(table.shape)}")
+
+
 def apply_rotary(x: Tensor, rotary: Rotary, positions: Tensor) -> Tensor:
     """Rotate `x` [..., T, H, D] to `positions` [..., T] (integers) by the half-split convention.
 
     The two halves of D are the real and imaginary parts, as in Hugging Face's Llama. The product
-    is taken in the table's precision or that of `x`, whichever is higher, and rounded once.
+    is taken in the table's precision or that of `x`, whichever is higher, at least float32, and
+    rounded once.
+
+    Raises:
+        ValueError: the table is for heads of another size.
     """
-    dtype = torch.promote_types(x.dtype, rotary.cos.dtype)
+    check_width(rotary, x.shape[-1])
+    dtype = torch.promote_types(torch.promote_types(x.dtype, rotary.cos.dtype), torch.float32)
     cos = rotary.cos[positions].unsqueeze(-2).to(dtype)
     sin = rotary.sin[positions].unsqueeze(-2).to(dtype)
     real, imag = x.to(dtype).chunk(2, dim=-1)
@@ -94,3 +180,14 @@ def apply_rotary(x: Tensor, rotary: Rotary, positions: Tensor) -> Tensor:
 def rotate_along(x: Tensor, rotary: Rotary, stride: int) -> Tensor:
     """Rotate `x` [B, T, H, D] to the positions floor(t / stride) of one axis."""
     return apply_rotary(x, rotary, torch.arange(x.shape[1], device=x.device) // stride)
+
+
+def full_precision(device: torch.device) -> AbstractContextManager[None]:
+    """Context in which products keep the dtype of their factors, whatever autocast asks for.
+
+    A bf16 product rounds each score by up to 2^-9 of its size, and with it the logarithm of a
+    weight: scores of 20 would lose 4 % of their weights.
+    """
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from . import routed_blocked, routed_dense
-from .api import Backend, State, hop
-from .api import _chosen as chosen_backend
+from .api import Backend, chosen_backend, hop
+from .checks import State, check_heads, check_rotary, check_scale, check_state, per_token
 from .fold import Rotary, document_reach
-from .routing import validate_route
+from .routing import check_choice_of_blocks, validate_route
 
 
 def routed_attention(
@@ -43,8 +43,9 @@ def routed_attention(
             token of t's document.
         open_tile: blocks chosen by earlier tokens of the same tile of this many tokens (counted
             from the document's start) are read too; 1 turns this off.
-        doc_start: [B, T] integer, index in the row of the first token of each token's document;
-            None: one document per row.
+        doc_start: [B, T] integer (or [1, T], for every row of the batch), index in the row of the
+            first token of each token's document; None: one document per row. An index after t
+            counts as t, one before the row as 0.
         rotary: table of at least T positions.
         scale: factor on the scores, 1 / sqrt(D) by default.
         backend: as in `tensor_attention`.
@@ -56,8 +57,7 @@ def routed_attention(
         ValueError: on numbers that describe no routed axis, or inputs the backend does not cover.
     """
     validate_route(window, block, top_k, stretch, open_tile)
-    if doc_start is None:
-        doc_start = torch.zeros(q.shape[:2], dtype=torch.int32, device=q.device)
+    doc_start = _checked_starts(q, k, v, doc_start, rotary, scale)
     state = hop(
         q, k, v, stride=1, length=window, reach=document_reach(doc_start, 1), rotary=rotary,
         scale=scale, backend=backend,
@@ -94,12 +94,33 @@ def choose_blocks(
         others; ties go to the earlier block.
     """
     validate_route(window, block, top_k, stretch, 1)
-    if doc_start is None:
-        doc_start = torch.zeros(q.shape[:2], dtype=torch.int32, device=q.device)
+    doc_start = _checked_starts(q, k, k, doc_start, rotary, None)
     choice = _choice(q, k, window, block, top_k, stretch, doc_start, rotary, backend)
     nothing = torch.iinfo(torch.int32).max
     ordered = torch.where(choice < 0, nothing, choice).sort(dim=-1).values
     return torch.where(ordered == nothing, -1, ordered)
+
+
+def _checked_starts(
+    q: Tensor,
+    k: Tensor,
+    values: Tensor,
+    doc_start: Tensor | None,
+    rotary: Rotary | None,
+    scale: float | None,
+) -> Tensor:
+    """Document starts [B, T] int32 within 0 ... t (zeros for None), after a check of all shapes.
+
+    Raises:
+        ValueError: arguments that do not belong together.
+    """
+    check_heads(q, k, values, "values", of_queries=False)
+    check_rotary(rotary, q.shape[1], q)
+    check_scale(scale)
+    if doc_start is None:
+        return torch.zeros(q.shape[:2], dtype=torch.int32, device=q.device)
+    position = torch.arange(q.shape[1], dtype=torch.int32, device=q.device)
+    return position - document_reach(per_token("doc_start", doc_start, q), 1)
 
 
 @torch.no_grad()
@@ -157,8 +178,9 @@ def routed_hop(
         (z [B, T, H, E] in the dtype of `values`, lse [B, T, H] in float32 or wider).
     """
     validate_route(window, block, 1, stretch, open_tile)
-    if doc_start is None:
-        doc_start = torch.zeros(q.shape[:2], dtype=torch.int32, device=q.device)
+    doc_start = _checked_starts(q, k, values, doc_start, rotary, scale)
+    check_state(state, q, values)
+    check_choice_of_blocks(choice, k)
     backend = chosen_backend(backend, q, k, values, False)
     if backend == "triton":
         from .triton_routed_op import hop as run

@@ -28,6 +28,16 @@ def validate_route(window: int, block: int, top_k: int, stretch: int, open_tile:
         raise ValueError(f"open_tile must be at least 1, got {open_tile}")
 
 
+def check_choice_of_blocks(choice: Tensor, k: Tensor) -> None:
+    """Raise ValueError unless `choice` is [B, T, K, C] int32, C >= 1, where the keys are."""
+    shape = list(choice.shape)
+    if choice.ndim != 4 or shape[:3] != list(k.shape[:3]) or not shape[3]:
+        raise ValueError(f"choice must be [B, T, K, C] = {[*k.shape[:3], 'C']}, got {shape}")
+    if choice.dtype != torch.int32 or choice.device != k.device:
+        expected = f"int32 on {k.device}"
+        raise ValueError(f"choice must be {expected}, got {choice.dtype} on {choice.device}")
+
+
 def positions_in_document(doc_start: Tensor) -> Tensor:
     """[B, T] int64: the distance of each token from the first token of its document."""
     return torch.arange(doc_start.shape[1], device=doc_start.device) - doc_start

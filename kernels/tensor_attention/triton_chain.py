@@ -41,9 +41,11 @@ def chain(
         [B, T, H, E] in the dtype of v.
 
     Raises:
-        ValueError: on inputs that the kernels do not cover, or a scale of 0 or less.
+        ValueError: on inputs that the kernels do not cover.
     """
-    require(q, k, v, False, scale)
+    require(q, k, v, False)
+    if hop_bias is not None:
+        hop_bias = hop_bias.float()
     out, _, _ = _chain(
         q.contiguous(), k.contiguous(), v.contiguous(), [r.contiguous() for r in reaches],
         hop_bias, *rotary_tables(rotary), [a.stride for a in axes], [a.length for a in axes],

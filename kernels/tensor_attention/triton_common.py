@@ -56,7 +56,7 @@ def locate(row, num_tokens, num_rows, steps, stride, STRIDED: tl.constexpr):
 @triton.jit
 def first_visible(reach, row, token, step, exists, length):
     """lo(r): the first row that each row sees; a row that does not exist sees only itself."""
-    back = tl.load(reach + token, mask=exists, other=0)
+    back = tl.maximum(tl.load(reach + token, mask=exists, other=0), -1)
     return row - tl.where(exists, tl.minimum(tl.minimum(back, step), length - 1), 0)
 
 

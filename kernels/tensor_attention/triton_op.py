@@ -53,27 +53,26 @@ def hop(
     piece; pass the same object to profit.
 
     Raises:
-        ValueError: on inputs that the kernels do not cover (`why_not`), or a scale of 0 or less.
+        ValueError: on inputs that the kernels do not cover (`why_not`).
     """
-    require(q, k, values, ahead is not None, scale)
+    require(q, k, values, ahead is not None)
     z_before, lse_before = state or (None, None)
     if lse_before is not None:
         lse_before = lse_before.float().transpose(1, 2).contiguous()
     z, lse = _hop(
-        q.contiguous(), k.contiguous(), values.contiguous(), reach.contiguous(), bias,
+        q.contiguous(), k.contiguous(), values.contiguous(), reach.contiguous(),
+        None if bias is None else bias.float().contiguous(),
         None if z_before is values or z_before is None else z_before.contiguous(), lse_before,
         *rotary_tables(rotary), stride, length, score_scale(q, scale),
     )  # fmt: skip
     return z, lse.transpose(1, 2)
 
 
-def require(q: Tensor, k: Tensor, values: Tensor, ahead: bool, scale: float | None) -> None:
+def require(q: Tensor, k: Tensor, values: Tensor, ahead: bool) -> None:
     """Raise ValueError unless the kernels can take these inputs."""
     reason = why_not(q, k, values, ahead)
     if reason is not None:
         raise ValueError(f'backend = "triton": {reason}')
-    if scale is not None and scale <= 0:
-        raise ValueError(f'backend = "triton": scale {scale} must be positive')
 
 
 def score_scale(q: Tensor, scale: float | None) -> float:

@@ -26,7 +26,7 @@ def choose_blocks(
     Raises:
         ValueError: on inputs that the kernels do not cover.
     """
-    require(q, k, k, False, None)
+    require(q, k, k, False)
     _require_block(block, 1)
     return _choose(
         q.contiguous(), k.contiguous(), doc_start.to(torch.int32).contiguous(),
@@ -44,7 +44,7 @@ def hop(
     Raises:
         ValueError: on inputs that the kernels do not cover.
     """
-    require(q, k, values, False, scale)
+    require(q, k, values, False)
     _require_block(block, open_tile)
     if values.shape[2] != k.shape[2]:
         raise ValueError(f'backend = "triton": values must have {k.shape[2]} heads, as the keys')

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tensor_attention import Rotary, fold_axes, hop, tensor_attention
-from tensor_attention.api import Backend
+from tensor_attention.api import Backend, check_operator
 
 from .collectives import InFlight, start_halo
 from .grid import Grid, check_sizes
@@ -51,8 +51,9 @@ def sharded_tensor_attention(
         v: [B, T/P, K, E].
         fold: lengths of the inner axes, innermost first; [] is full attention, shared by heads.
         grid: the rank grid; P is `grid.sp`.
-        doc_start: [B, T/P] integer, index *in the whole row* of the first token of each token's
-            document; None: one document per row.
+        doc_start: [B, T/P] integer (or [1, T/P], for every row of the batch), index *in the whole
+            row* of the first token of each token's document, brought to 0 ... t where it is
+            outside; None: one document per row.
         hop_bias: [len(fold), H], added to the scores of hops 2, 3, ...
         rotary: table of at least T positions.
         scale: factor on the scores, 1 / sqrt(D) by default.
@@ -64,19 +65,19 @@ def sharded_tensor_attention(
         [B, T/P, H, E] in the dtype of v.
 
     Raises:
-        ValueError: if ranks cannot share such rows (`check_sizes`).
+        ValueError: if ranks cannot share such rows (`check_sizes`), or arguments do not belong
+            together; before anything is sent.
     """
-    if grid.sp == 1:
+    if grid.sp == 1 or not q.numel():
         return tensor_attention(
             q, k, v, fold, doc_start=doc_start, hop_bias=hop_bias, rotary=rotary, scale=scale,
             backend=backend,
         )  # fmt: skip
-    _check(q, k, v, fold, grid, hop_bias, rotary)
-    if doc_start is None:
-        doc_start = torch.zeros(q.shape[:2], dtype=torch.int32, device=q.device)
+    seq_len = q.shape[1] * grid.sp
+    check_sizes(seq_len, grid.sp, fold, full_attention_heads=None if fold else q.shape[2])
+    doc_start = check_operator(q, k, v, fold, doc_start, hop_bias, rotary, scale, backend, seq_len)
     if not fold:
         return _full_attention(q, k, v, doc_start, grid, rotary, scale, backend)
-    seq_len = q.shape[1] * grid.sp
     assert grid.sp_group is not None
     assert grid.swap_group is not None
     depth = _depth_in_document(doc_start, grid)
@@ -117,7 +118,8 @@ def _full_attention(
     assert grid.swap_group is not None
     repeats = math.lcm(k.shape[2], grid.sp) // k.shape[2]
     k, v = (x.repeat_interleave(repeats, dim=2) if repeats > 1 else x for x in (k, v))
-    everywhere = doc_start.to(torch.int32)[..., None].expand(-1, -1, grid.sp)
+    doc_start = doc_start.long().clamp(0, doc_start.shape[1] * grid.sp).to(torch.int32)
+    everywhere = doc_start[..., None].expand(-1, -1, grid.sp)
     q, k, v, doc_start = tokens_to_heads((q, k, v, everywhere), grid.swap_group)
     out = tensor_attention(
         q, k, v, [], doc_start=doc_start[..., 0], rotary=rotary, scale=scale, backend=backend
@@ -130,7 +132,7 @@ def _depth_in_document(doc_start: Tensor, grid: Grid) -> Tensor:
     """[B, T/P] int32: t - d(t), how many tokens of its document precede each token."""
     shard = doc_start.shape[1]
     positions = torch.arange(shard, device=doc_start.device) + grid.sp_rank * shard
-    return (positions - doc_start).to(torch.int32)
+    return torch.minimum((positions - doc_start).clamp(min=0), positions).to(torch.int32)
 
 
 def _first_hop(
@@ -171,23 +173,3 @@ def _table_from(rotary: Rotary, first: int, count: int) -> Rotary:
     if first >= 0:
         return Rotary(*(x[first : first + count] for x in rotary))
     return Rotary(*(torch.cat((x[:1].expand(-first, -1), x[: first + count])) for x in rotary))
-
-
-def _check(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    fold: Sequence[int],
-    grid: Grid,
-    hop_bias: Tensor | None,
-    rotary: Rotary | None,
-) -> None:
-    seq_len, num_heads = q.shape[1] * grid.sp, q.shape[2]
-    check_sizes(seq_len, grid.sp, fold, full_attention_heads=None if fold else num_heads)
-    if k.shape[:2] != q.shape[:2] or v.shape[:3] != k.shape[:3] or num_heads % k.shape[2]:
-        shapes = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
-        raise ValueError(f"{shapes} do not match (H % K must be 0)")
-    if hop_bias is not None and hop_bias.shape != (len(fold), num_heads):
-        raise ValueError(f"hop_bias {list(hop_bias.shape)} must be {[len(fold), num_heads]}")
-    if rotary is not None and rotary.cos.shape[0] < seq_len:
-        raise ValueError(f"rotary table has {rotary.cos.shape[0]} positions, need {seq_len}")

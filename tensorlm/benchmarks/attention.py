@@ -24,6 +24,8 @@ from tensor_attention import (
     Rotary,
     choose_blocks,
     fold_axes,
+    rotary_frequencies,
+    rotary_table,
     routed_attention,
     tensor_attention,
 )
@@ -31,6 +33,7 @@ from tensor_attention import (
 from .routed_inputs import Route, agreeing_queries
 
 HEADS, KEY_HEADS, HEAD_DIM = 32, 8, 128
+ROPE_THETA = 500000.0  # as in Llama 3
 WINDOW = 1024
 
 
@@ -106,18 +109,17 @@ def routed_cost(route: Route, length: int) -> tuple[float, float]:
     return flops, 2 * HEAD_DIM * length * (5 * HEADS + 4 * KEY_HEADS)
 
 
-def rotary_table(length: int) -> Rotary:
-    """cos and sin of the positions 0 ... length - 1, base 500000 as in Llama 3."""
-    exponent = torch.arange(0, HEAD_DIM, 2, device="cuda") / HEAD_DIM
-    angles = torch.arange(length, device="cuda")[:, None] * 500000.0**-exponent
-    return Rotary(angles.cos(), angles.sin())
+def rotary_of(length: int) -> Rotary:
+    """The rotary table of Llama 3 for this many positions, on the GPU."""
+    device = torch.device("cuda")
+    return rotary_table(rotary_frequencies(HEAD_DIM, ROPE_THETA, None, device), length, device)
 
 
 def methods(
     length: int, folds: Sequence[list[int]], routes: Sequence[Route], doc_start: Tensor | None
 ) -> Iterator[tuple[str, Callable[[Tensor, Tensor, Tensor], Tensor], tuple[float, float]]]:
     """(name, function of q, k, v [1, T, H, D], (FLOPs, bytes)) of everything that can run here."""
-    rotary = rotary_table(length)
+    rotary = rotary_of(length)
     for fold in folds:
         bias = torch.full((len(fold), HEADS), -4.0, device="cuda") if fold else None
 
@@ -272,7 +274,7 @@ def measure(
         for h in (HEADS, KEY_HEADS, KEY_HEADS)
     )
     if routes and length > 2 * routes[0].window:
-        agreeing = agreeing_queries(k.detach(), HEADS, routes[0], rotary_table(length))
+        agreeing = agreeing_queries(k.detach(), HEADS, routes[0], rotary_of(length))
         q = agreeing.requires_grad_()
     cotangent = torch.randn_like(q)
     rows = []

@@ -8,11 +8,13 @@ that held them are made again, and all others stay.
 import contextlib
 import hashlib
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from pydantic import ValidationError
 
 from tensorlm.errors import UserError
+from tensorlm.lock import locked
 from tensorlm.section import Section
 
 from .inputs import HUB, Part, dataset_identity, mend_shards, plan_shards
@@ -20,6 +22,7 @@ from .shard_writer import make_folder, write_atomically
 from .shards import INDEX, shard_name
 
 PLAN = "prepare.json"
+_LOCK = ".lock"
 _SPLITS = ("train", "valid")
 _ENTRIES = {PLAN, "tokenizer", *_SPLITS}
 _CHOOSE = "choose another --output"
@@ -71,6 +74,36 @@ class Begun(Section):
         ]
 
 
+@contextlib.contextmanager
+def output_locked(output: Path) -> Iterator[None]:
+    """Keep every other call out of a data set; its folder is made, unless it holds other files.
+
+    Raises:
+        UserError: another call is at work there, or the folder cannot be written or holds other
+            files.
+    """
+    _check_output(output)
+    is_new = not output.exists()
+    make_folder(output)
+    try:
+        with locked(output / _LOCK, f"{output}:"):
+            yield
+    except OSError as error:
+        if error.filename != str(output / _LOCK):
+            raise
+        raise UserError(f"{output}: cannot be written ({error.strerror})") from None
+    finally:
+        if is_new:  # and nothing came into it
+            with contextlib.suppress(OSError):
+                output.rmdir()
+
+
+def _check_output(output: Path) -> None:
+    there = [entry.name for entry in output.glob("[!.]*")]
+    if there and not _ENTRIES.intersection(there):
+        raise UserError(f"{output}: holds other files than a data set's ({_CHOOSE})")
+
+
 def begin(output: Path, settings: Settings, files: list[str]) -> list[list[Part]]:
     """Make the folders of a data set, or see how it was begun; returns the parts of each shard.
 
@@ -79,9 +112,7 @@ def begin(output: Path, settings: Settings, files: list[str]) -> list[list[Part]
             nothing to read.
     """
     path = output / PLAN
-    there = [entry.name for entry in output.glob("[!.]*")]
-    if there and not _ENTRIES.intersection(there):
-        raise UserError(f"{output}: holds other files than a data set's ({_CHOOSE})")
+    _check_output(output)
     if not path.exists() and any(any((output / split).glob("shard-*")) for split in _SPLITS):
         raise UserError(f"{output}: holds shards already ({_CHOOSE})")
     if _has_finished(output):
@@ -92,6 +123,7 @@ def begin(output: Path, settings: Settings, files: list[str]) -> list[list[Part]
             raise UserError(f"{files[0]}: nothing to read (empty, or longer than --max-bytes)")
         now = Begun.of(settings, files, shards)
         _remove(output, "shard-*")
+        _remove(output, INDEX)
         with contextlib.suppress(OSError):
             (output / _SPLITS[-1]).rmdir()  # left by a call that was to hold documents out
     for split in settings.splits:

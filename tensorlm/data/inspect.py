@@ -11,6 +11,7 @@ from .shards import Corpus, open_shards
 from .tokenizers import load_tokenizer
 
 _BAR_WIDTH = 40
+_NUM_BINS = 60
 
 
 def length_histogram(lengths: NDArray[np.int64]) -> list[tuple[int, int, int, int]]:
@@ -71,19 +72,47 @@ def sample_documents(data: Path, split: str, count: int, width: int = 160) -> li
 
 def plot_lengths(folders: list[Path], path: Path) -> None:
     """Histogram of document lengths, weighted by tokens, as a PNG."""
+    lengths_figure({str(folder): Corpus(folder).lengths for folder in folders}).savefig(
+        path, dpi=120
+    )
+
+
+def lengths_figure(lengths_of: dict[str, NDArray[np.int64]]) -> Any:
+    """A matplotlib figure: histograms of document lengths (each [D], in tokens), by tokens.
+
+    The axis reaches from the shortest document to the longest.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes: Any = figure.subplots()
-    for folder in folders:
-        lengths = Corpus(folder).lengths
-        edges = np.geomspace(1, lengths.max() + 1, 60)
+    shortest = int(min(lengths.min() for lengths in lengths_of.values()))
+    longest = int(max(lengths.max() for lengths in lengths_of.values()))
+    edges = np.unique(np.geomspace(shortest, longest + 1, _NUM_BINS + 1).round())
+    for name, lengths in lengths_of.items():
         share = lengths / lengths.sum()
-        axes.hist(
-            lengths, bins=edges, weights=share, histtype="stepfilled", alpha=0.5, label=folder
-        )
+        axes.hist(lengths, bins=edges, weights=share, histtype="stepfilled", alpha=0.5, label=name)
     axes.set_xscale("log", base=2)
+    axes.set_xlim(shortest, longest + 1)
+    ticks = _ticks(shortest, longest)
+    axes.set_xticks(ticks, [_short(tick) for tick in ticks])
+    axes.minorticks_off()
     axes.set_xlabel("document length (tokens)")
     axes.set_ylabel("share of the tokens")
     axes.legend()
-    figure.savefig(path, dpi=120)
+    return figure
+
+
+def _ticks(shortest: int, longest: int) -> list[int]:
+    """At most ten powers of two, equal factors apart; both ends where there are fewer than two."""
+    first, last = (shortest - 1).bit_length(), longest.bit_length() - 1
+    powers = range(first, last + 1, max(1, -(-(last + 1 - first) // 10)))
+    return [1 << power for power in powers] if len(powers) > 1 else sorted({shortest, longest})
+
+
+def _short(length: int) -> str:
+    """600, 4k, 1M: as lengths are written everywhere."""
+    for factor, unit in ((1 << 20, "M"), (1 << 10, "k")):
+        if length % factor == 0:
+            return f"{length // factor}{unit}"
+    return f"{length:,}"

@@ -19,14 +19,14 @@ from tqdm import tqdm
 from tensorlm.errors import UserError
 from tensorlm.progress import progress_bar
 
-from .begun import Settings, begin
-from .inputs import Part, find_files, read_documents, read_part
+from .begun import Settings, begin, output_locked
+from .inputs import LONGEST_DOCUMENT, Part, find_files, read_documents, read_part
 from .shard_writer import ShardWriter, write_index
-from .shards import INDEX, read_header, shard_name
+from .shards import is_complete, read_header, shard_name
 from .tokenizers import DocumentEncoder, copy_tokenizer, tokenizer_sha256
 from .workers import Progress, Ranks, run_tasks
 
-__all__ = ["encode", "find_files", "read_documents"]
+__all__ = ["LONGEST_DOCUMENT", "encode", "find_files", "read_documents"]
 
 SHARD_BYTES = 1 << 26
 _BATCH_DOCUMENTS, _BATCH_CHARACTERS = 64, 1 << 21
@@ -41,12 +41,13 @@ class ShardJob:
     tokenizer: Path  # as the user calls it
     number: int
     parts: tuple[Part, ...]
+    longest: int = LONGEST_DOCUMENT  # bytes
 
     @property
     def is_done(self) -> bool:
-        """Whether the shard of every split is there."""
+        """Whether the shard of every split is there, with all of its files."""
         name = f"{shard_name(self.number)}.json"
-        return all((self.output / split / name).exists() for split in self.settings.splits)
+        return all(is_complete(self.output / split / name) for split in self.settings.splits)
 
 
 def encode(
@@ -59,12 +60,14 @@ def encode(
     shard_bytes: int = SHARD_BYTES,
     holdout: float = 0.0,
     workers: int = 1,
+    longest: int = LONGEST_DOCUMENT,
 ) -> str:
     """Encode documents into shards `output/train`, `output/valid`; returns a one-line summary.
 
     Each document becomes BOS, its ids, EOS. The tokenizer is copied to `output/tokenizer`. Under
     `mpirun` or `srun`, every rank calls it and does a share; rank 0 has the summary. A call
-    that was killed goes on where it was when it is repeated; one that was done does nothing.
+    that was killed goes on where it was when it is repeated; one that was done makes again what is
+    missing of the data set, or does nothing. Only one call at a time can work on an output.
 
     Args:
         files: from `find_files`.
@@ -75,9 +78,11 @@ def encode(
         shard_bytes: input bytes in one shard.
         holdout: share of the documents that go to `valid`, chosen by their text alone.
         workers: processes of this rank. One encodes with the tokenizer's own threads.
+        longest: bytes of the longest document, of a JSON file of the longest record.
 
     Raises:
-        UserError: unreadable inputs, a full disk, or an output that was begun in another way.
+        UserError: unreadable inputs, a full disk, or an output that was begun in another way or
+            is in use.
     """
 
     def prepare() -> tuple[list[ShardJob], tuple[str, ...], int]:
@@ -85,16 +90,17 @@ def encode(
             tokenizer_sha256=tokenizer_sha256(tokenizer), text_field=text_field, holdout=holdout,
             max_bytes=max_bytes, shard_bytes=shard_bytes,
         )  # fmt: skip
+        lock.enter_context(output_locked(output))
         shards = begin(output, settings, files)
         copy_tokenizer(tokenizer, output / "tokenizer")
         jobs = [
-            ShardJob(output, settings, tokenizer, number, tuple(parts))
+            ShardJob(output, settings, tokenizer, number, tuple(parts), longest)
             for number, parts in enumerate(shards)
         ]
         _encoder_of(jobs[0])  # a bad tokenizer is told now, and once
         return [job for job in jobs if not job.is_done], settings.splits, len(jobs)
 
-    with Ranks() as ranks:
+    with Ranks() as ranks, contextlib.ExitStack() as lock:
         jobs, splits, num_shards = ranks.from_first(prepare)
         started = time.monotonic()
         with _progress_bar(jobs, is_shown=ranks.rank == 0) as report:
@@ -156,8 +162,8 @@ def encode_shard(job: ShardJob, progress: Progress) -> None:
             nonlocal num_read
             num_read += num_bytes
 
-        field = settings.text_field
-        for texts in batches(t for part in job.parts for t in read_part(part, field, count)):
+        field, parts, longest = settings.text_field, job.parts, job.longest
+        for texts in batches(t for part in parts for t in read_part(part, field, count, longest)):
             documents, contents = encoder(texts), [text.encode() for text in texts]
             is_held_out = [settings.holdout > 0 and _place(c) < settings.holdout for c in contents]
             for split, writer in writers.items():
@@ -193,7 +199,7 @@ def batches(texts: Iterator[str]) -> Iterator[list[str]]:
 def _finish(
     output: Path, splits: tuple[str, ...], num_shards: int, num_made: int, seconds: float
 ) -> str:
-    """Write the indexes where they are missing; returns what there is now, in a line, and notes."""
+    """Write the indexes; returns what there is now, in a line, and notes."""
     parts, notes = [], ""
     for split in splits:
         names = [f"{shard_name(number)}.json" for number in range(num_shards)]
@@ -201,8 +207,7 @@ def _finish(
         documents = sum(header.num_documents for header in headers)
         if split == "train" and not documents:
             raise UserError(f"{output}: no training documents (add texts, or hold fewer out)")
-        if not (output / split / INDEX).exists():
-            write_index(output / split, num_shards)
+        write_index(output / split, num_shards)
         notes += "" if documents else f"\nnote: {output / split} is empty (raise --holdout)"
         tokens = sum(header.num_tokens for header in headers)
         parts.append(f"{split} {documents:,} documents, {tokens:,} tokens")

@@ -20,7 +20,17 @@ from numpy.typing import NDArray
 from tensorlm.disk import sync_folder
 from tensorlm.errors import UserError
 
-from .shards import FORMAT, INDEX, VERSION, FileEntry, ShardHeader, read_header, seal, shard_name
+from .shards import (
+    FORMAT,
+    INDEX,
+    VERSION,
+    FileEntry,
+    ShardHeader,
+    check_files,
+    read_header,
+    seal,
+    shard_name,
+)
 
 _BUFFER_BYTES = 1 << 20
 
@@ -183,15 +193,20 @@ class ShardWriter:
 def write_index(folder: Path, num_shards: int) -> None:
     """Seal a split of shards 0 ... num_shards - 1: from now on it can be opened.
 
+    An index that is there and right is left as it is.
+
     Raises:
-        UserError: a shard is missing or its header is damaged.
+        UserError: a shard is missing, lacks a file or its header is damaged.
     """
     digests = {}
     for number in range(num_shards):
         path = folder / f"{shard_name(number)}.json"
-        read_header(path)
+        check_files(path, read_header(path))
         digests[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
     index: dict[str, Any] = {"format": FORMAT, "version": VERSION, "headers": digests}
     index["sha256"] = seal(index)
-    sync_folder(folder)
-    write_atomically(folder / INDEX, json.dumps(index, indent=1).encode())
+    content = json.dumps(index, indent=1).encode()
+    path = folder / INDEX
+    if not path.is_file() or path.read_bytes() != content:
+        sync_folder(folder)
+        write_atomically(path, content)

@@ -106,6 +106,31 @@ def read_header(path: Path) -> ShardHeader:
     return header
 
 
+def check_files(path: Path, header: ShardHeader) -> None:
+    """Compare the files of the shard whose header is at `path` with the sizes that it names.
+
+    Raises:
+        UserError: one is missing or has another size.
+    """
+    for name, entry in header.files.items():
+        file = path.with_name(name)
+        if not file.exists():
+            raise UserError(f"{file}: missing ({_REPAIR})")
+        if file.stat().st_size != entry.bytes:
+            raise UserError(
+                f"{file}: {file.stat().st_size} bytes, expected {entry.bytes} ({_REPAIR})"
+            )
+
+
+def is_complete(path: Path) -> bool:
+    """Whether a shard has its header, at `path`, and its files in their sizes."""
+    try:
+        check_files(path, read_header(path))
+    except UserError:
+        return False
+    return True
+
+
 def seal(content: dict[str, Any]) -> str:
     """sha256 of plain values: how index.json seals itself, and the identity of a split."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
@@ -177,14 +202,7 @@ def open_shards(folder: str | Path, *, verify: bool = False) -> tuple[list[Shard
 
 def _open_shard(path: Path) -> Shard:
     header = read_header(path)
-    for name, entry in header.files.items():
-        file = path.with_name(name)
-        if not file.exists():
-            raise UserError(f"{file}: missing ({_REPAIR})")
-        if file.stat().st_size != entry.bytes:
-            raise UserError(
-                f"{file}: {file.stat().st_size} bytes, expected {entry.bytes} ({_REPAIR})"
-            )
+    check_files(path, header)
     ends_path = path.with_suffix(".ends")
     ends = np.fromfile(ends_path, dtype=np.uint64)
     if hashlib.sha256(ends.tobytes()).hexdigest() != header.files[ends_path.name].sha256:

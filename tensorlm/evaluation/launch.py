@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from tempfile import TemporaryFile
 
 import torch
 import torch.distributed as dist
@@ -13,16 +12,20 @@ from fold_parallel import Grid, create_grid
 from tensorlm.config import Config
 from tensorlm.data.tokenizers import load_tokenizer
 from tensorlm.errors import EXIT_DONE, UserError
+from tensorlm.hf.llama_config import describe_unused
 from tensorlm.launch_env import LaunchEnv
 from tensorlm.watchdog import Watchdog
 
+from .describe import describe_call
 from .model import (
     EvaluatedModel,
     open_checkpoint_model,
     open_hugging_face_model,
     open_random_model,
 )
+from .output import check_output, is_writable
 from .report import format_report, log_to_tensorboard, write_reports
+from .results import Report
 from .run import evaluate
 from .text import Documents, choose_spans, held_out_documents
 
@@ -48,13 +51,16 @@ def evaluate_on_ranks(
     logging.set_verbosity_error()  # else a warning that `tensorlm` is not one of its own models
     documents = _open_documents(config, config.eval.lengths, folder)
     if output is None and hugging_face:
-        output = hugging_face / "eval"
+        # Not in the folder itself, which may be read-only or about to be uploaded.
+        output = Path(config.run.dir) / "eval" / f"hf-{hugging_face.resolve().name}"
     elif output is None and is_random:
         output = _run_output(config, None)
-    if output:  # else it is a folder of the run, which has been written to
-        _check_output(output)
+    check_output(output or Path(config.run.dir) / "eval")  # its name has the checkpoint's step
     device, grid = _join_ranks(config, launch, is_sharded=hugging_face is None)
     if hugging_face:
+        unused = describe_unused(hugging_face, config.model)
+        if unused and launch.rank == 0:
+            print(f"note: --hf: {unused}", flush=True)
         model = open_hugging_face_model(config, hugging_face, device, grid)
     elif is_random:
         model = open_random_model(config, device, grid)
@@ -70,9 +76,12 @@ def evaluate_on_ranks(
     if launch.world_size > 1:
         watchdog.stop()
     if launch.rank == 0:
+        report = _described(report, config, output)
         write_reports(output, [report])
-        events = config.run.dir if model.step is not None else str(output)
-        with SummaryWriter(f"{events}/tensorboard", filename_suffix=".eval") as writer:
+        events = Path(config.run.dir) / "tensorboard"
+        if model.step is None or not is_writable(events):  # a run of somebody else, say
+            events = output / "tensorboard"
+        with SummaryWriter(str(events), filename_suffix=".eval") as writer:
             log_to_tensorboard(writer, report, model.step or 0)
         print(format_report([report]))
         print(*report.notes, f"report: {output / 'report.html'}", sep="\n", flush=True)
@@ -112,26 +121,20 @@ def evaluate_in_training(
     model.network.train()
     if writer:
         assert model.step is not None
-        write_reports(_run_output(config, model.step), [report])
+        output = _run_output(config, model.step)
+        report = _described(report, config, output)
+        write_reports(output, [report])
         log_to_tensorboard(writer, report, model.step)
         print(format_report([report]), *report.problems, *report.notes, sep="\n", flush=True)
+
+
+def _described(report: Report, config: Config, output: Path) -> Report:
+    return report.model_copy(update={"facts": report.facts | describe_call(config, output)})
 
 
 def _run_output(config: Config, step: int | None) -> Path:
     name = "random" if step is None else f"step-{step:08d}"
     return Path(config.run.dir) / "eval" / name
-
-
-def _check_output(folder: Path) -> None:
-    """Raise UserError now, not after the work, unless the folder can be made, or written to."""
-    place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    try:
-        with TemporaryFile(dir=place):
-            pass
-    except OSError as error:
-        raise UserError(
-            f"{folder}: cannot be written ({error.strerror}; choose another folder with --output)"
-        ) from None
 
 
 def _join_ranks(config: Config, launch: LaunchEnv, is_sharded: bool) -> tuple[torch.device, Grid]:

@@ -25,6 +25,7 @@ class Limits:
         self._weights = torch.cuda.memory_allocated(device) if self._is_cuda else 0
         self._costs: dict[tuple[str, int], tuple[float, int]] = {}  # seconds, bytes at the peak
         self._without_room: dict[int, list[str]] = {}
+        self._left_out: list[str] = []
 
     @contextmanager
     def trying(self, what: str, length: int) -> Iterator[None]:
@@ -68,12 +69,21 @@ class Limits:
         """Not even the shortest prompt of `task` has room in `length` tokens."""
         self._without_room.setdefault(length, []).append(task)
 
+    def left_out(self, length: int, task: str, count: int, total: int) -> None:
+        """`count` of the `total` prompts of `task` do not fit into `length` tokens."""
+        if count:
+            self._left_out.append(
+                f"{task} at {length} tokens: {count} of {total} prompts were skipped, because they "
+                "do not fit even without filler; the score is over the others"
+            )
+
     def notes(self) -> list[str]:
-        """A line for each length without room for some prompts."""
-        return [
+        """A line for each length without room for all prompts, or for some."""
+        without = [
             f"at {length} tokens there is no room for a prompt of: {', '.join(tasks)}"
             for length, tasks in self._without_room.items()
         ]
+        return [*without, *self._left_out]
 
     def _problem(self, what: str, length: int, where: str = "") -> str:
         return (

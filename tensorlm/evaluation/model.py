@@ -5,7 +5,7 @@ model of `tensorlm.hf` is then laid over the same weights. A Hugging Face folder
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,9 @@ from tensorlm.hf.modeling_tensorlm import TensorLMForCausalLM
 from tensorlm.manifest import check_model
 from tensorlm.model import Llama, create_llama
 
+from .describe import describe_model
+from .results import RANDOM_WEIGHTS
+
 
 @dataclass
 class EvaluatedModel:
@@ -51,6 +54,7 @@ class EvaluatedModel:
     prefill_chunk: int
     on_progress: Callable[[], None] = lambda: None  # called after each pass, for a watchdog
     gathers_weights: bool = False  # in each pass, from all ranks: ZeRO 3
+    facts: dict[str, Any] = field(default_factory=dict)  # of the model, for readers of a report
 
     @property
     def partners(self) -> range:
@@ -181,7 +185,10 @@ def open_checkpoint_model(
     load_weights(checkpoint, model)
     name = str(checkpoint.folder.parent.resolve())
     seq_len = trained.data.seq_len
-    return _evaluated(config, model, tokenizer, name, checkpoint.step, seq_len, device, grid)
+    found = _evaluated(config, model, tokenizer, name, checkpoint.step, seq_len, device, grid)
+    tokens = checkpoint.manifest.get("state", {}).get("tokens")
+    found.facts = describe_model(model, trained.model, tokens)
+    return found
 
 
 def open_random_model(config: Config, device: torch.device, grid: Grid) -> EvaluatedModel:
@@ -201,8 +208,10 @@ def open_random_model(config: Config, device: torch.device, grid: Grid) -> Evalu
                 parameter.fill_(1.0)
             else:
                 parameter.normal_(std=config.model.init_std)
-    name, seq_len = str(Path(config.run.dir).resolve() / "random weights"), config.data.seq_len
-    return _evaluated(config, model, tokenizer, name, None, seq_len, device, grid)
+    name, seq_len = str(Path(config.run.dir).resolve() / RANDOM_WEIGHTS), config.data.seq_len
+    found = _evaluated(config, model, tokenizer, name, None, seq_len, device, grid)
+    found.facts = describe_model(model, config.model, None)
+    return found
 
 
 def open_hugging_face_model(
@@ -227,6 +236,7 @@ def open_hugging_face_model(
         grid=grid,
         loss_chunk=config.train.loss_chunk,
         prefill_chunk=config.eval.prefill_chunk,
+        facts=describe_model(network, network.config, None),
     )
 
 
@@ -237,12 +247,16 @@ def wrap_training_model(
     device: torch.device,
     grid: Grid,
     on_progress: Callable[[], None],
+    tokens: int | None = None,
 ) -> EvaluatedModel:
-    """The model that is being trained; `on_progress` is called after each of its passes."""
+    """The model that is being trained, on so many tokens so far; `on_progress` is called after each
+    of its passes.
+    """
     tokenizer, seq_len = load_tokenizer(_tokenizer_folder(config)), config.data.seq_len
     name = str(Path(config.run.dir).resolve())
     model = _evaluated(config, module, tokenizer, name, step, seq_len, device, grid)
     model.on_progress, model.gathers_weights = on_progress, config.zero.stage == 3
+    model.facts = describe_model(module, config.model, tokens)
     return model
 
 

@@ -110,6 +110,7 @@ def measure_length(
             sliding_perplexity=None if sliding is None else _exp(float(sliding.mean())),
             num_tokens=losses.size,
             num_documents=len(np.unique(spans.document)),
+            predicted=spans.sha256,
             buckets=loss_by_position(losses, spans.document, length, seed),
         ),
         losses,

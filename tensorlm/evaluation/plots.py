@@ -7,20 +7,18 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .results import Cell, LengthResult, Mean, Report
+from .names import label
+from .results import Cell, LengthResult, Mean, Report, same_tokens
 
-FIGURES = ("perplexity", "positions", "attribution", "passkey", "niah", "ruler")
+FIGURES = ("ratio", "perplexity", "positions", "attribution", "passkey", "niah", "ruler")
 _COLORS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown")
-
-
-def label(report: Report) -> str:
-    """How a report is called in legends and tables."""
-    return report.name if report.step is None else f"{report.name} step {report.step}"
+_LEAST_CHANGE = 1.0  # percent: on a shorter axis noise would look like an effect
 
 
 def figures(reports: list[Report]) -> dict[str, Figure]:
     """All figures that these reports have numbers for, by file name without suffix."""
     makers: dict[str, Callable[[list[Report]], Figure]] = {
+        "ratio": _ratio,
         "perplexity": _perplexity,
         "positions": _positions,
         "attribution": _attribution,
@@ -28,7 +26,7 @@ def figures(reports: list[Report]) -> dict[str, Figure]:
         "niah": lambda these: _heat_maps(these, "niah", "Needle in a haystack"),
         "ruler": _ruler,
     }
-    content = {"positions": "perplexity"}
+    content = {"ratio": "ratios", "positions": "perplexity"}
     made = {}
     for name, make in makers.items():
         having = [report for report in reports if getattr(report, content.get(name, name))]
@@ -40,9 +38,10 @@ def figures(reports: list[Report]) -> dict[str, Figure]:
 def _axes(title: str, y_label: str) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(6.8, 4.2), layout="constrained")
     axes = figure.subplots()
-    axes.set_title(title)
+    axes.set_title(title, loc="left", fontsize=11)
     axes.set_ylabel(y_label)
     axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
     return figure, axes
 
 
@@ -63,26 +62,70 @@ def _band(axes: Axes, x: list[int], means: list[Mean], color: str) -> None:
         axes.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)  # type: ignore[arg-type]
 
 
-def _perplexity(reports: list[Report]) -> Figure:
-    figure, axes = _axes("Perplexity, the same held-out tokens at every length", "perplexity")
+def _ratio(reports: list[Report]) -> Figure:
+    """Change of perplexity against that at the trained length, on the same tokens."""
+    figure, axes = _axes(
+        "Perplexity beyond the trained length, on the same tokens", "change of perplexity (%)"
+    )
+    lengths: set[int] = set()
+    extremes = [-_LEAST_CHANGE, _LEAST_CHANGE]
     for report, color in zip(reports, cycle(_COLORS), strict=False):
-        found = report.perplexity
-        lengths = [r.length for r in found]
-        whole = [r.perplexity for r in found]
-        axes.plot(lengths, whole, "o-", color=color, label=label(report))
-        _band(
-            axes, lengths, [Mean(mean=r.perplexity, low=r.low, high=r.high) for r in found], color
-        )
-        slid = [(r.length, r.sliding_perplexity) for r in found if r.sliding_perplexity]
-        if slid:
-            name = f"{label(report)}, sliding"
-            axes.plot(*zip(*slid, strict=True), "o:", color=color, markersize=4, label=name)
+        x = [report.trained_length, *(ratio.length for ratio in report.ratios)]
+        changes = [Mean(mean=0, low=0, high=0), *(_change(r.ratio) for r in report.ratios)]
+        axes.plot(x, [change.mean for change in changes], "o-", color=color, label=label(report))
+        _band(axes, x, changes, color)
+        for length, change in zip(x[1:], changes[1:], strict=True):
+            axes.annotate(
+                f"{change.mean:+.2f} %", (length, change.mean), xytext=(0, 8), ha="center",
+                textcoords="offset points", color=color, fontsize=9,
+            )  # fmt: skip
+            extremes += [v for v in (change.mean, change.low, change.high) if v is not None]
+        lengths |= set(x)
+    finite = [value for value in extremes if np.isfinite(value)]
+    margin = 0.15 * (max(finite) - min(finite))
+    axes.set_ylim(min(finite) - margin, max(finite) + margin)
+    axes.axhline(0, color="tab:gray", linewidth=1)
+    _mark_trained_lengths(axes, reports)
+    _length_axis(axes, sorted(lengths), "context length (tokens)")
+    axes.legend(fontsize=8, loc="lower left")
+    return figure
+
+
+def _change(ratio: Mean) -> Mean:
+    """In percent."""
+
+    def percent(value: float | None) -> float | None:
+        return None if value is None else 100 * (value - 1)
+
+    return Mean(mean=100 * (ratio.mean - 1), low=percent(ratio.low), high=percent(ratio.high))
+
+
+def _mark_trained_lengths(axes: Axes, reports: list[Report]) -> None:
     for trained in sorted({report.trained_length for report in reports}):
         axes.axvline(trained, color="tab:gray", linestyle="--", linewidth=1)
         axes.annotate(
             "trained length", (trained, 1), xycoords=("data", "axes fraction"), xytext=(4, -4),
             textcoords="offset points", va="top", color="tab:gray",
         )  # fmt: skip
+
+
+def _perplexity(reports: list[Report]) -> Figure:
+    tokens = "the same held-out tokens" if same_tokens(reports) else "different held-out tokens"
+    figure, axes = _axes(f"Perplexity, {tokens} at every length", "perplexity")
+    axes.ticklabel_format(axis="y", useOffset=False)
+    for report, color in zip(reports, cycle(_COLORS), strict=False):
+        found = report.perplexity
+        lengths = [r.length for r in found]
+        whole = [r.perplexity for r in found]
+        axes.plot(lengths, whole, "o-", color=color, label=label(report))
+        slid = [(r.length, r.sliding_perplexity) for r in found if r.sliding_perplexity]
+        if slid:
+            name = f"{label(report)}, sliding"
+            axes.plot(*zip(*slid, strict=True), "o:", color=color, markersize=4, label=name)
+    # Documents differ far more than lengths do: their interval (in the table) would hide the curve.
+    bottom, top = axes.get_ylim()
+    axes.set_ylim(min(bottom, 0.98 * top), max(top, 1.02 * bottom))
+    _mark_trained_lengths(axes, reports)
     lengths = sorted({r.length for report in reports for r in report.perplexity})
     _length_axis(axes, lengths, "context length (tokens)")
     axes.legend(fontsize=8)

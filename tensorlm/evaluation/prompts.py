@@ -19,6 +19,8 @@ class Prompt:
     answers: list[str]
 
 
+NO_END = 1 << 40  # units of a filler that can be repeated
+
 # (random generator, units of filler) -> prompt
 Build = Callable[[Random, int], Prompt]
 Encode = Callable[[str], list[int]]
@@ -37,7 +39,7 @@ class Task:
     new_tokens: int
     least_units: int
     unit_step: int
-    most_units: int = 1 << 40
+    most_units: int = NO_END
     any_answer: bool = False
 
     def prompt(self, seed: int, length: int, index: int, units: int) -> Prompt:
@@ -56,44 +58,69 @@ _CONTROL = re.compile(r"[\x00-\x1f]")
 
 def fit_prompt(
     task: Task, seed: int, length: int, index: int, units: int, encode: Encode
-) -> tuple[Prompt, list[int], int]:
+) -> tuple[Prompt, list[int], int] | None:
     """Prompt `index` with at most `units`, fewer where it and its answer exceed `length` tokens.
 
     Returns:
-        The prompt, its ids, and its units.
+        The prompt, its ids, and its units; None where even the shortest prompt is too long.
     """
     while True:
         prompt = task.prompt(seed, length, index, units)
         ids = encode(prompt.text)
         excess = len(ids) + task.new_tokens - length
-        if excess <= 0 or units <= task.least_units:
+        if excess <= 0:
             return prompt, ids, units
+        if units <= task.least_units:
+            return None
         steps = math.ceil(excess * units / len(ids) / task.unit_step)
         units = max(task.least_units, units - steps * task.unit_step)
 
 
-def fit_units(task: Task, seed: int, length: int, encode: Encode) -> int | None:
-    """Most units with which prompt 0 and its answer stay within `length` tokens; None: not any.
+def first_units(task: Task, seed: int, length: int, num_prompts: int, encode: Encode) -> int | None:
+    """`fit_units` of the first of `num_prompts` prompts that fits; None: none of them does.
 
-    The number of tokens is nearly linear in that of units: a few prompts are enough.
+    Prompts differ in what cannot be left out of them (a question's own paragraphs, say).
     """
-    budget = length - task.new_tokens
+    for index in range(num_prompts):
+        units = fit_units(task, seed, length, encode, index)
+        if units is not None:
+            return units
+    return None
+
+
+def fit_units(task: Task, seed: int, length: int, encode: Encode, index: int = 0) -> int | None:
+    """Most units with which prompt `index` and its answer stay within `length` tokens.
+
+    The number of tokens is nearly linear in that of units, so a few prompts are enough: each probe
+    lies where the line through the last two reaches the budget, between the most units known to
+    fit and the fewest known not to. The search ends because this interval only shrinks.
+
+    Returns:
+        A multiple of `unit_step` above `least_units`, at most `most_units`; None: not even
+        `least_units` fit.
+    """
+    budget, step = length - task.new_tokens, task.unit_step
 
     def count(units: int) -> int:
-        return len(encode(task.prompt(seed, length, 0, units).text))
+        return len(encode(task.prompt(seed, length, index, units).text))
 
-    best, tokens = task.least_units, count(task.least_units)
+    fits, tokens = task.least_units, count(task.least_units)
     if tokens > budget:
         return None
-    probe = min(4 * best + task.unit_step, task.most_units)
-    per_unit = (count(probe) - tokens) / max(1, probe - best)
-    while True:
-        more = int((budget - tokens) / max(per_unit, 1e-3) / task.unit_step) * task.unit_step
-        guess = min(best + more, task.most_units)
-        if guess <= best:
-            return best
-        _, ids, fitting = fit_prompt(task, seed, length, 0, guess, encode)
-        if fitting < guess:
-            return max(best, fitting)
-        per_unit = (len(ids) - tokens) / (guess - best)
-        best, tokens = guess, len(ids)
+    # A line of a filler without end is a quarter of a token at least, or the encoder is no use.
+    limit = task.most_units if task.most_units < NO_END else max(fits, 4 * budget)
+    num_steps = (limit - fits) // step  # steps from `fits` that are not known to be too many
+    guess = min(num_steps, max(1, (3 * fits + step) // step))
+    while num_steps > 0:
+        found = count(fits + guess * step)
+        per_step = (found - tokens) / guess
+        if found <= budget:
+            fits, tokens, num_steps = fits + guess * step, found, num_steps - guess
+            guess = 4 * fits // step + 1 if per_step <= 0 else int((budget - tokens) / per_step)
+        else:
+            num_steps = guess - 1
+            guess = int((budget - tokens) / per_step)
+        guess = min(guess, num_steps)
+        if guess == 0:
+            break
+    return fits

@@ -46,6 +46,7 @@ class LengthResult(Result):
     num_tokens: int
     num_documents: int
     buckets: list[Bucket]
+    predicted: str = ""  # sha256 of the spans and their documents; empty: an older report
 
 
 class Ratio(Result):
@@ -94,6 +95,7 @@ class TaskScore(Result):
     length: int
     score: float
     num_samples: int
+    version: str = ""  # whose prompts; empty: an older report
 
 
 class Cost(Result):
@@ -115,12 +117,21 @@ class Example(Result):
     score: float
 
 
-class Report(Result):
-    """One evaluation of one model."""
+RANDOM_WEIGHTS = "random weights"  # last part of the name of a model that was not trained
 
-    name: str  # with `step` it tells models apart: the path of a run or folder
+
+class Report(Result):
+    """One evaluation of one model, or several that were joined.
+
+    `name` (the path of a run or folder), `step` and `weights` (a digest of some of them; empty:
+    unknown) tell models apart. `facts`: what a reader wants to know of the model and the call.
+    """
+
+    name: str
     step: int | None = None
     trained_length: int
+    weights: str = ""
+    is_joined: bool = False  # made by --compare
     facts: dict[str, Any] = {}
     perplexity: list[LengthResult] = []
     ratios: list[Ratio] = []
@@ -133,10 +144,23 @@ class Report(Result):
     notes: list[str] = []
     problems: list[str] = []  # lengths that were asked for and needed too much memory
 
+    @property
+    def is_random(self) -> bool:
+        """Whether the weights were random."""
+        return self.step is None and Path(self.name).name == RANDOM_WEIGHTS
+
     def write(self, folder: Path) -> None:
         """Write `folder/report.json`."""
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "report.json").write_text(self.model_dump_json(indent=1) + "\n")
+
+
+def same_tokens(reports: list[Report]) -> bool:
+    """Whether all perplexities of these reports are known to be of the same tokens."""
+    predicted = {result.predicted for report in reports for result in report.perplexity}
+    if predicted == {""}:  # of older evaluations: each was of the same tokens at all its lengths
+        return len(reports) == 1 and not reports[0].is_joined
+    return len(predicted) <= 1
 
 
 def read_report(path: Path) -> Report:
@@ -158,61 +182,113 @@ def read_report(path: Path) -> Report:
 def merge_reports(reports: list[Report]) -> list[Report]:
     """Join the reports of one model that hold different lengths or tasks; others stay apart.
 
-    Where two hold the same length (of the same task), the later one in the list counts.
+    One model has one name, step and digest of weights. Reports of random weights always stay apart:
+    each is a measurement of time and memory with settings of its own. Where two reports hold the
+    same length (of the same task), the later one in the list counts.
     """
-    merged: dict[tuple[str, int | None], Report] = {}
+    groups: list[list[Report]] = []
     for report in reports:
-        key = (report.name, report.step)
-        merged[key] = _join(merged[key], report) if key in merged else report
-    return list(merged.values())
+        group = next((g for g in groups if all(_is_same_model(r, report) for r in g)), None)
+        if group:
+            group.append(report)
+        else:
+            groups.append([report])
+    return [_join(group) if len(group) > 1 else group[0] for group in groups]
 
 
-def with_short_names(reports: list[Report]) -> list[Report]:
-    """For people to read: of each name the last parts of the path, as few as tell models apart."""
-    names = {report.name for report in reports}
-
-    def tail(name: str, num_parts: int) -> str:
-        return str(Path(*Path(name).parts[-num_parts:]))
-
-    def short(name: str) -> str:
-        for num_parts in range(1, len(Path(name).parts)):
-            if tail(name, num_parts) not in {tail(n, num_parts) for n in names - {name}}:
-                return tail(name, num_parts)
-        return name
-
-    return [report.model_copy(update={"name": short(report.name)}) for report in reports]
+def _is_same_model(first: Report, second: Report) -> bool:
+    if (first.name, first.step) != (second.name, second.step) or first.is_random:
+        return False
+    return first.weights == second.weights or not (first.weights and second.weights)
 
 
-def _join(first: Report, second: Report) -> Report:
-    keys = {
-        "perplexity": lambda r: r.length,
-        "ratios": lambda r: r.length,
-        "attribution": lambda r: r.length,
-        "passkey": lambda r: (r.length, r.depth),
-        "niah": lambda r: (r.length, r.depth),
-        "ruler": lambda r: (r.task, r.length),
-        "costs": lambda r: (r.what, r.length),
-    }
+_KEYS: dict[str, Any] = {
+    "perplexity": lambda r: r.length,
+    "attribution": lambda r: r.length,
+    "passkey": lambda r: (r.length, r.depth),
+    "niah": lambda r: (r.length, r.depth),
+    "ruler": lambda r: (r.task, r.length),
+    "costs": lambda r: (r.what, r.length),
+}
+
+
+def _join(parts: list[Report]) -> Report:
+    """One report of the parts of one model; where they differ, the last one's facts."""
     lists: dict[str, Any] = {}
-    for name, key in keys.items():
-        entries = {key(entry): entry for entry in [*getattr(first, name), *getattr(second, name)]}
+    for name, key in _KEYS.items():
+        entries = {key(entry): entry for part in parts for entry in getattr(part, name)}
         lists[name] = [entries[k] for k in sorted(entries)]
     for name in ("examples", "notes", "problems"):
-        both = [*getattr(first, name), *getattr(second, name)]
-        lists[name] = [entry for i, entry in enumerate(both) if entry not in both[:i]]
-    joined = second.model_copy(update=lists)
-    return joined.model_copy(update={"ratios": _with_missing_ratios(joined)})
+        every = [entry for part in parts for entry in getattr(part, name)]
+        lists[name] = [entry for i, entry in enumerate(every) if entry not in every[:i]]
+    lists["facts"] = join_facts([part.facts for part in parts])
+    lists["is_joined"] = True
+    lists["weights"] = next((part.weights for part in parts if part.weights), "")
+    joined = parts[-1].model_copy(update=lists)
+    ratios, notes = _join_ratios(joined, parts)
+    # What one part did not measure, another one may have.
+    earlier = [note for note in joined.notes if note != without_base(joined.trained_length)]
+    return joined.model_copy(update={"ratios": ratios, "notes": [*earlier, *notes]})
 
 
-def _with_missing_ratios(report: Report) -> list[Ratio]:
-    """Ratios to a trained length that another report measured, on the same tokens: no interval."""
-    ratios = {ratio.length: ratio for ratio in report.ratios}
-    base = next((r for r in report.perplexity if r.length == report.trained_length), None)
-    for found in report.perplexity:
-        if base and found.length > base.length and found.num_tokens == base.num_tokens:
-            multiple = found.length / base.length
+def without_base(trained_length: int) -> str:
+    """The note of a report that has no ratios, since the trained length was not measured."""
+    return (
+        f"no ratios beyond the trained length: the perplexity at {trained_length:,} tokens was not "
+        "measured (evaluate that length too)"
+    )
+
+
+def join_facts(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """The last part's facts, with the commands of all and the sum of their seconds."""
+    facts = {key: value for part in parts for key, value in part.items()}
+    commands = [command for part in parts for command in part.get("commands", [])]
+    if commands:
+        facts["commands"] = list(dict.fromkeys(commands))
+    if "seconds" in facts:
+        facts["seconds"] = round(sum(part.get("seconds", 0.0) for part in parts), 1)
+    return facts
+
+
+def _join_ratios(joined: Report, parts: list[Report]) -> tuple[list[Ratio], list[str]]:
+    """Ratios to the trained length of the results in `joined`, and a line for each that has none.
+
+    A part's own ratio, which has an interval, counts where `joined` has the results that it is of.
+    Otherwise two results have a ratio only if they predicted the same tokens.
+    """
+    trained = joined.trained_length
+    results = {result.length: result for result in joined.perplexity}
+    longer = [result for length, result in results.items() if length > trained]
+    base = results.get(trained)
+    if longer and base is None:
+        return [], [without_base(trained)]
+    ratios, notes = [], []
+    for found in longer:
+        assert base
+        measured = [r for part in parts for r in _own_ratios(part, base, found)]
+        if measured:
+            ratios.append(measured[-1])
+        elif found.predicted and found.predicted == base.predicted:
             mean = Mean(mean=found.perplexity / base.perplexity)
-            ratios.setdefault(
-                found.length, Ratio(length=found.length, multiple=multiple, ratio=mean)
-            )
-    return [ratios[length] for length in sorted(ratios)]
+            multiple = found.length / trained
+            ratios.append(Ratio(length=found.length, multiple=multiple, ratio=mean))
+        else:
+            notes.append(_why_no_ratio(base, found))
+    return ratios, notes
+
+
+def _own_ratios(part: Report, base: LengthResult, found: LengthResult) -> list[Ratio]:
+    """The ratio of these two results that `part` has measured itself, if it did."""
+    if base not in part.perplexity or found not in part.perplexity:
+        return []
+    return [ratio for ratio in part.ratios if ratio.length == found.length]
+
+
+def _why_no_ratio(base: LengthResult, found: LengthResult) -> str:
+    lengths = f"no ratio of perplexity at {found.length:,} to that at {base.length:,} tokens"
+    if not (base.predicted and found.predicted):
+        return f"{lengths}: an older report does not say which tokens it predicted (repeat it)"
+    return (
+        f"{lengths}: they predicted different tokens (evaluate both lengths in one call, or with "
+        "the same eval.text, eval.max_tokens and eval.segment)"
+    )

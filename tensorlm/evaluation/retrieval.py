@@ -42,4 +42,7 @@ def needle_task(depth: float, prose: Prose) -> Task:
         context = insert(text, [place], [needle])
         return Prompt(niah_question("numbers", context, [key], is_single=True), [value])
 
-    return Task(f"niah {depth:.4f}", build, new_tokens=24, least_units=10, unit_step=10)
+    return Task(
+        f"niah {depth:.4f}", build, new_tokens=24, least_units=10, unit_step=10,
+        most_units=prose.num_words,
+    )  # fmt: skip

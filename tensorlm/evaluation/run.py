@@ -5,19 +5,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from tensorlm.metrics import git_commit
 
 from .attribution import attribute, near_losses
+from .describe import weights_digest
 from .limits import Limits
 from .model import EvaluatedModel
 from .perplexity import Losses, compare_lengths, measure_length
 from .prompts import Task
-from .results import Cell, Example, LengthResult, Report, TaskScore
+from .results import Cell, Example, LengthResult, Report, TaskScore, without_base
 from .retrieval import needle_task, passkey_task
-from .ruler import ruler_tasks
+from .ruler import VERSION, ruler_tasks
 from .scoring import Scores, score_tasks
 from .settings import EvalConfig
 from .text import Documents, Prose, choose_spans, make_prose
@@ -37,7 +37,7 @@ def evaluate(settings: EvalConfig, model: EvaluatedModel, documents: Documents) 
     if "ppl" in settings.tasks:
         found |= evaluation.perplexity(documents)
     if set(settings.tasks) - {"ppl"}:
-        prose = make_prose(documents, model.tokenizer, max(evaluation.lengths))
+        prose = make_prose(documents, model.tokenizer, max(evaluation.lengths), model.encode)
         if "passkey" in settings.tasks:
             found["passkey"] = evaluation.heat_map("passkey", passkey_task)
         if "niah" in settings.tasks:
@@ -53,15 +53,17 @@ def evaluate(settings: EvalConfig, model: EvaluatedModel, documents: Documents) 
         "torch": torch.__version__,
         "commit": git_commit(),
         "settings": settings.model_dump(mode="json"),
+        **model.facts,
     }
     return Report(
         name=model.name,
         step=model.step,
         trained_length=model.trained_length,
+        weights="" if model.gathers_weights else weights_digest(model.network),
         facts=facts,
         examples=evaluation.examples,
         costs=evaluation.limits.costs(),
-        notes=evaluation.limits.notes(),
+        notes=[*evaluation.limits.notes(), *evaluation.notes],
         problems=evaluation.limits.problems,
         **found,
     )
@@ -75,6 +77,7 @@ class _Evaluation:
         self.lengths = sorted(settings.lengths or (model.trained_length,))
         self.limits = Limits(model.device)
         self.examples: list[Example] = []
+        self.notes: list[str] = []
 
     def perplexity(self, documents: Documents) -> dict[str, Any]:
         """The report's `perplexity`, `ratios` and `attribution`."""
@@ -96,6 +99,8 @@ class _Evaluation:
                 table = near_losses(model, spans, near)
                 gains = [attribute(table, tables[n], owner, n, near, seed) for n in longer]
         ratios = compare_lengths(tables, owner, model.trained_length, seed)
+        if not ratios and any(length > model.trained_length for length in tables):
+            self.notes.append(without_base(model.trained_length))
         return {"perplexity": results, "ratios": ratios, "attribution": gains}
 
     def heat_map(self, name: str, make_task: Callable[[float], Task]) -> list[Cell]:
@@ -107,9 +112,11 @@ class _Evaluation:
         for length in self.lengths:
             found = self._score(name, name, tasks, length, self.settings.repeats)
             if found is not None:
+                means = [found.mean(task) for task in range(len(depths))]
                 cells += [
-                    Cell(length=length, depth=d, accuracy=a, num_samples=self.settings.repeats)
-                    for d, a in zip(depths, found.scores.mean(axis=1).tolist(), strict=True)
+                    Cell(length=length, depth=depth, accuracy=accuracy, num_samples=count)
+                    for depth, (accuracy, count) in zip(depths, means, strict=True)
+                    if count
                 ]
         return cells
 
@@ -123,9 +130,13 @@ class _Evaluation:
                     continue
                 found = self._score("ruler", task.name, [task], length, num)
                 if found is not None:
-                    mean = float(np.mean(found.scores))
-                    score = TaskScore(task=task.name, length=length, score=mean, num_samples=num)
-                    scores.append(score)
+                    mean, count = found.mean(0)
+                    scores.append(
+                        TaskScore(
+                            task=task.name, length=length, score=mean, num_samples=count,
+                            version=VERSION,
+                        )
+                    )  # fmt: skip
         return scores
 
     def _score(
@@ -139,5 +150,6 @@ class _Evaluation:
             if found is None:
                 self.limits.too_short(length, name)
             else:
+                self.limits.left_out(length, name, found.num_left_out, found.fits.size)
                 self.examples += found.examples
         return found

@@ -29,6 +29,9 @@ class EvalConfig(Section):
     lengths: tuple[int, ...] = Field((), strict=False, description="in tokens; (): data.seq_len")
     seed: int = Field(0, ge=0, description="of prompts and of the bootstrap, not of the run")
     text: str = Field("", description="glob of held-out texts; empty: the data set's valid split")
+    text_field: str = Field(
+        "text", description="field of `text`'s records and tables that holds the text"
+    )
     max_tokens: int = Field(1 << 20, gt=0, description="held-out tokens that are predicted")
     segment: int = Field(
         0, ge=0, description="tokens of the spans that every length predicts; 0: the longest length"

@@ -1,8 +1,10 @@
 """Held-out text: the spans that perplexity predicts, and the prose that hides needles."""
 
+import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -10,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tensorlm.config import Config
-from tensorlm.data.prepare import find_files, read_documents
+from tensorlm.data.inputs import Advice, find_files, read_documents
 from tensorlm.data.shards import Corpus
 from tensorlm.data.tokenizers import check_tokenizer
 from tensorlm.errors import UserError
@@ -26,11 +28,19 @@ class Documents(Protocol):
         ...
 
 
+_ADVICE = Advice(
+    field="choose eval.text_field",
+    skip="choose other files with eval.text",
+    larger="choose other files with eval.text",
+)
+
+
 class EncodedTexts:
     """Text files, encoded when evaluation starts, with the ids that training data would have."""
 
-    def __init__(self, pattern: str, tokenizer: Any) -> None:
-        texts = list(read_documents(find_files([pattern]), "text"))
+    def __init__(self, pattern: str, tokenizer: Any, text_field: str = "text") -> None:
+        files = find_files([pattern], advice=_ADVICE)
+        texts = list(read_documents(files, text_field, advice=_ADVICE))
         if not texts:
             raise UserError(f"eval.text: {pattern} holds no text")
         encoded = tokenizer(
@@ -51,7 +61,7 @@ def held_out_documents(config: Config, tokenizer: Any, tokenizer_folder: Path) -
         UserError: none there, or the split was encoded with another tokenizer.
     """
     if config.eval.text:
-        return EncodedTexts(config.eval.text, tokenizer)
+        return EncodedTexts(config.eval.text, tokenizer, config.eval.text_field)
     corpus = Corpus(Path(config.data.path) / "valid")
     fix = "restore its files, or give texts with eval.text=GLOB"
     check_tokenizer(tokenizer_folder, corpus.tokenizer_sha256, fix)
@@ -76,6 +86,15 @@ class Spans:
     def length(self) -> int:
         """N."""
         return self.tokens.shape[1] - 1
+
+    @cached_property
+    def sha256(self) -> str:
+        """Of all tokens, and which document each span is of: equal only where these are."""
+        digest = hashlib.sha256(repr(self.tokens.shape).encode())
+        _, first = np.unique(self.document, return_inverse=True)
+        for values in (self.tokens, first):
+            digest.update(np.ascontiguousarray(values, "<i8").tobytes())
+        return digest.hexdigest()
 
 
 def choose_spans(documents: Documents, length: int, max_tokens: int) -> Spans:
@@ -103,6 +122,8 @@ def choose_spans(documents: Documents, length: int, max_tokens: int) -> Spans:
 
 # ------------------------------------------------------------------------------------------- prose
 
+_MOST_WORDS_PER_TOKEN = 16  # of any tokenizer that could be meant for text
+
 
 class Prose:
     """Running text in which needles hide: words with one space between, cut where wanted."""
@@ -113,6 +134,7 @@ class Prose:
         if not words:
             raise UserError("eval.text: no words to hide needles in (give texts with eval.text)")
         words = (words * -(-num_words // len(words)))[:num_words]
+        self.num_words = num_words
         self.text = " ".join(words)
         self._ends = np.cumsum([len(word) + 1 for word in words]) - 1  # of each word, in characters
         starts = [0, *(match.end() for match in re.finditer(r"[.!?][\"')\]]* ", self.text))]
@@ -126,18 +148,31 @@ class Prose:
 
 
 def insert(text: str, places: list[int], pieces: list[str]) -> str:
-    """Put each piece where its character offset says, with a space around it."""
+    """Put each piece where its character offset says, with a space around it.
+
+    RULER joins the parts in the same way: also those that are empty, at both ends.
+    """
     parts, last = [], 0
     for place, piece in sorted(zip(places, pieces, strict=True)):
         parts += [text[last:place].rstrip(" "), piece]
         last = place
     parts.append(text[last:])
-    return " ".join(part for part in parts if part)
+    return " ".join(parts)
 
 
-def make_prose(documents: Documents, tokenizer: Any, num_words: int) -> Prose:
-    """Prose of at least as many held-out documents as have `num_words` words together."""
-    return Prose(" ".join(_texts(documents, tokenizer, num_words)), num_words)
+def make_prose(
+    documents: Documents, tokenizer: Any, num_tokens: int, encode: Callable[[str], list[int]]
+) -> Prose:
+    """Prose of at least `num_tokens` tokens from the first held-out documents.
+
+    A word is a token or more, except where tokens span words: then more words are taken.
+    """
+    for words_per_token in (1, 2, 4, 8, _MOST_WORDS_PER_TOKEN):
+        num_words = words_per_token * num_tokens
+        prose = Prose(" ".join(_texts(documents, tokenizer, num_words)), num_words)
+        if len(encode(prose.text)) >= num_tokens:
+            break
+    return prose
 
 
 def _texts(documents: Documents, tokenizer: Any, num_words: int) -> Iterator[str]:

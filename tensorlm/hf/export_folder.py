@@ -3,7 +3,9 @@
 Our parameter names are Llama's without the leading `model.`.
 """
 
+import itertools
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,15 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from tensorlm import disk
 from tensorlm.config import Config, ModelConfig
 from tensorlm.data.tokenizers import copy_tokenizer, has_tokenizer, load_tokenizer, tokenizer_sha256
 from tensorlm.errors import UserError
 from tensorlm.hf.configuration_tensorlm import AUTO_MAP
+from tensorlm.hf.llama_config import max_positions
 from tensorlm.hf.model_card import model_card
 from tensorlm.hf.modeling_tensorlm import write_code
+from tensorlm.hf.rounding import Rounding, round_part
+from tensorlm.lock import locked
 from tensorlm.manifest import Checkpoint
 from tensorlm.progress import byte_bar
 
@@ -45,6 +49,7 @@ def export_checkpoint(
     tokenizer: Path | None,
     *,
     imported: Path | None = None,
+    rounding: Rounding = "nearest",
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Write a folder that `AutoModelForCausalLM.from_pretrained` loads.
@@ -59,10 +64,12 @@ def export_checkpoint(
         tokenizer: folder whose tokenizer goes along.
         imported: what the run's import left (`import_folder.imported_folder`), for its name and
             generation settings.
+        rounding: how weights become bf16.
         shard_bytes: size of the weights in one file, at most (larger parameters stay whole).
 
     Raises:
-        UserError: the output folder is not empty, or cannot be written.
+        UserError: the output folder is not empty, cannot be written, or another export writes it;
+            a weight is not finite.
     """
     with _published(output) as folder:
         generation = _read_generation_config(imported)
@@ -77,15 +84,28 @@ def export_checkpoint(
             else:
                 generation.pop("pad_token_id", None)
                 generation |= ids
-        _write_shards(checkpoint, folder, DTYPES[dtype], shard_bytes)
+        _write_shards(checkpoint, folder, DTYPES[dtype], rounding, shard_bytes)
         ids = {key: generation[key] for key in _TOKEN_IDS if key in generation}
-        fields = hf_config(config.model, config.data.seq_len, dtype) | ids
+        fields = hf_config(config.model, _context_length(checkpoint.step, config, imported), dtype)
+        fields |= ids
         write_json(folder / "config.json", fields)
         write_json(folder / "generation_config.json", generation)
         if config.model.fold:
             write_code(folder)
         name = imported.name if imported else None
-        (folder / "README.md").write_text(model_card(checkpoint.manifest, config, dtype, name))
+        how = f"{dtype}, rounded stochastically" if rounding == "stochastic" else dtype
+        (folder / "README.md").write_text(model_card(checkpoint.manifest, config, how, name))
+
+
+def _context_length(step: int, config: Config, imported: Path | None) -> int:
+    """Tokens that the model can read: what the imported one could, or the longest rows trained."""
+    starts = itertools.accumulate((stage.steps for stage in config.stages), initial=0)
+    begun = [
+        stage.seq_len for stage, start in zip(config.stages, starts, strict=False) if start < step
+    ]
+    if imported is not None and (imported / "config.json").exists():
+        begun.append(max_positions(imported))
+    return max(begun, default=config.data.seq_len)
 
 
 def hf_config(model: ModelConfig, seq_len: int, dtype: str) -> dict[str, Any]:
@@ -130,13 +150,23 @@ def _have_one_tokenizer(imported: Path, tokenizer: Path) -> bool:
 
 
 def _read_generation_config(imported: Path | None) -> dict[str, Any]:
-    path = imported / "generation_config.json" if imported else None
-    if path is None or not path.exists():
+    """Generation settings of the imported folder; token ids may stand in its config.json alone."""
+    if imported is None:
+        return {}
+    fields = _read_fields(imported / "config.json")
+    ids = {key: fields[key] for key in _TOKEN_IDS if fields.get(key) is not None}
+    return ids | _read_fields(imported / "generation_config.json")
+
+
+def _read_fields(path: Path) -> dict[str, Any]:
+    """The content of a folder's JSON file; {} if it does not exist."""
+    if not path.exists():
         return {}
     try:
         return dict(json.loads(path.read_bytes()))
     except (ValueError, TypeError, RecursionError):
-        raise UserError(f"{path}: not a generation config (mend or remove it)") from None
+        kind = "generation config" if path.name.startswith("generation") else "model config"
+        raise UserError(f"{path}: not a {kind} (fix or remove it)") from None
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
@@ -153,23 +183,43 @@ def check_new_folder(output: Path) -> None:
 
 @contextmanager
 def _published(output: Path) -> Iterator[Path]:
-    """A temporary folder that takes the name `output` when the body is done, else vanishes."""
-    temporary = output.absolute().with_name(f".tmp-{output.absolute().name}")
+    """A temporary folder that takes the name `output` when the body is done, else vanishes.
+
+    Links are followed: the folder that `output` leads to is filled.
+    """
+    target = Path(os.path.realpath(output))
+    temporary = target.with_name(f".tmp-{target.name}")
     try:
         check_new_folder(output)
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        yield temporary
-        disk.sync_folder(temporary)
-        disk.rename(temporary, output.absolute())
+        disk.make_folder(target.parent)
+        with locked(target.with_name(f".lock-{target.name}"), f"--output: {output}"):
+            check_new_folder(output)
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir()
+            try:
+                yield temporary
+                disk.sync_folder(temporary)
+            except BaseException:
+                shutil.rmtree(temporary, ignore_errors=True)
+                raise
+            _rename(temporary, target, output)
     except OSError as error:
         raise UserError(f"{output}: cannot be written ({error.strerror or error})") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _rename(temporary: Path, target: Path, output: Path) -> None:
+    """Give a finished folder its name; where that fails, it stays and the error says where."""
+    try:
+        disk.rename(temporary, target)
+    except OSError as error:
+        raise UserError(
+            f"{output}: cannot be replaced ({error.strerror}; the finished export is {temporary}: "
+            "rename it)"
+        ) from None
 
 
 def _write_shards(
-    checkpoint: Checkpoint, folder: Path, dtype: torch.dtype, shard_bytes: int
+    checkpoint: Checkpoint, folder: Path, dtype: torch.dtype, rounding: Rounding, shard_bytes: int
 ) -> None:
     """All parameters, in safetensors files of at most `shard_bytes`, with the index of names."""
     shapes = {name: torch.Size(shape) for name, shape in checkpoint.shapes.items()}
@@ -189,7 +239,7 @@ def _write_shards(
             file = f"model-{index + 1:05d}-of-{len(groups):05d}.safetensors"
             file = file if len(groups) > 1 else "model.safetensors"
             part = {name: shapes[name] for name in names}
-            _write_shard(checkpoint, folder / file, part, dtype, moved)
+            _write_shard(checkpoint, folder / file, part, dtype, rounding, moved)
             weight_map |= {hf_name(name): file for name in names}
     if len(groups) > 1:
         metadata = {"total_size": numel * dtype.itemsize, "total_parameters": numel}
@@ -202,6 +252,7 @@ def _write_shard(
     path: Path,
     shapes: dict[str, torch.Size],
     dtype: torch.dtype,
+    rounding: Rounding,
     progress: Callable[[int], object],
 ) -> None:
     """One safetensors file: 8 bytes of header size, JSON header, tensors.
@@ -221,13 +272,9 @@ def _write_shard(
     def parts() -> Iterator[bytes | memoryview]:
         yield len(text).to_bytes(8, "little") + text
         for name, shape in shapes.items():
-            for part in _chunks(checkpoint, name, shape.numel()):
-                yield part.to(dtype).view(torch.uint8).numpy().data
+            for start in range(0, shape.numel(), _CHUNK):
+                part = checkpoint.read(name, "master", start, min(start + _CHUNK, shape.numel()))
+                rounded = round_part(part, dtype, rounding, name, start)
+                yield rounded.view(torch.uint8).numpy().data
 
     disk.write_file(path, parts(), progress)
-
-
-def _chunks(checkpoint: Checkpoint, name: str, numel: int) -> Iterator[Tensor]:
-    """The elements of a flattened parameter in order, float32."""
-    for start in range(0, numel, _CHUNK):
-        yield checkpoint.read(name, "master", start, min(start + _CHUNK, numel))

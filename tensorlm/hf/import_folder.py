@@ -3,11 +3,12 @@
 Names, shapes and types of all weights are checked from the files' headers before any is read.
 """
 
-import json
 import math
+import os
 import re
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -17,12 +18,14 @@ from torch import Tensor
 from tensorlm.config import Config
 from tensorlm.data.tokenizers import TOKENIZER_FILES
 from tensorlm.errors import UserError
+from tensorlm.guards import lock_run
 from tensorlm.hf.export_folder import CHAT_TEMPLATE, hf_name
 from tensorlm.hf.llama_config import check_config
+from tensorlm.hf.weight_files import check_finite, weight_files
 from tensorlm.manifest import list_steps
 from tensorlm.model import Llama
 from tensorlm.progress import byte_bar
-from tensorlm.publish import write_weights
+from tensorlm.publish import sweep, was_imported, write_weights
 
 _DTYPES = ("BF16", "F16", "F32")
 _ROWS = 1 << 13  # of the embedding that are compared at one time
@@ -43,11 +46,11 @@ def import_weights(folder: Path, config: Config) -> Path:
     Raises:
         UserError: the folder's shape is not the configured one (a line per setting), its
             architecture has parts that are not ours, weights are missing, strange, of another
-            shape or not tied as it says, or the run has checkpoints already.
+            shape, not finite or not tied as it says, or the run has checkpoints already or is in
+            use.
     """
     run_dir = Path(config.run.dir)
-    if list_steps(run_dir):
-        raise UserError(f"{run_dir}: has checkpoints already (choose a new run.dir)")
+    _check_new(run_dir)
     check_config(folder, config.model)
     with torch.device("meta"):
         shapes = {n: tuple(p.shape) for n, p in Llama(config.model).named_parameters()}
@@ -61,7 +64,9 @@ def import_weights(folder: Path, config: Config) -> Path:
                 yield name, torch.full(shape, config.model.hop_bias_init)
                 continue
             with safe_open(files[hf_name(name)], "pt") as file:
-                yield name, file.get_tensor(hf_name(name)).float()
+                weight = file.get_tensor(hf_name(name))
+            check_finite(folder, hf_name(name), weight)
+            yield name, weight.float()
 
     info = {
         "state": {"step": 0, "rows": 0, "tokens": 0},
@@ -71,15 +76,38 @@ def import_weights(folder: Path, config: Config) -> Path:
         "data_fingerprint": "",
         "imported_from": folder.resolve().name,
     }
-    _carry(folder, run_dir / "imported" / folder.resolve().name)
+    name = folder.resolve().name or "model"  # "": the root of a file system
     total = sum(4 * math.prod(shape) for shape in shapes.values())
-    with byte_bar(total, f"import {folder.resolve().name}") as moved:
-        return write_weights(run_dir, parameters(), info, moved)
+    with _locked(run_dir), byte_bar(total, f"import {name}") as moved:
+        _check_new(run_dir)
+        try:
+            _carry(folder, run_dir / "imported" / name)
+            return write_weights(run_dir, parameters(), info, moved)
+        except BaseException:
+            shutil.rmtree(run_dir / "imported", ignore_errors=True)
+            sweep(run_dir)
+            raise
 
 
 def imported_folder(run_dir: Path) -> Path | None:
     """Tokenizer and settings of the folder that a run was imported from, under its name."""
-    return next(iter(sorted((run_dir / "imported").glob("*/"))), None)
+    folders = sorted((run_dir / "imported").glob("*/")) if was_imported(run_dir) else []
+    return next(iter(folders), None)
+
+
+def _check_new(run_dir: Path) -> None:
+    if list_steps(run_dir):
+        raise UserError(f"{run_dir}: has checkpoints already (choose a new run.dir)")
+
+
+@contextmanager
+def _locked(run_dir: Path) -> Iterator[None]:
+    """Nobody else imports into the run, or trains it, in the body."""
+    descriptor = lock_run(run_dir)
+    try:
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _carry(folder: Path, target: Path) -> None:
@@ -102,7 +130,7 @@ def _check_weights(folder: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str
     """
     found: dict[str, tuple[Path, list[int], str]] = {}
     problems = []
-    for path in _weight_files(folder):
+    for path in weight_files(folder):
         try:
             with safe_open(path, "pt") as file:
                 for name in file.keys():  # noqa: SIM118 (not a dict)
@@ -158,17 +186,3 @@ def _check_tied(folder: Path, files: dict[str, Path]) -> None:
                 f"{folder}: {head_name} is not the embedding, though tie_word_embeddings is true "
                 "(set that and model.tie_embeddings to false)"
             )
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a folder: those of the index, or the single one."""
-    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if index.exists():
-        try:
-            files = json.loads(index.read_bytes())["weight_map"].values()
-            return sorted({folder / Path(file).name for file in files})
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            raise UserError(f"{index}: not an index of weights (fetch the file again)") from None
-    if not single.exists():
-        raise UserError(f"{folder}: no model.safetensors and no index (save it as safetensors)")
-    return [single]

@@ -14,12 +14,13 @@ from pydantic import (
     model_validator,
 )
 
-from tensorlm.config import ModelConfig, problem_lines
+from tensorlm.config import ModelConfig
 from tensorlm.errors import UserError
-from tensorlm.hf.export_folder import hf_config
 from tensorlm.section import raise_all
+from tensorlm.settings_errors import problem_lines
 
 _ARCHITECTURES = ("LlamaForCausalLM", "TensorLMForCausalLM")
+_MODEL_TYPES = ("llama", "tensorlm")
 _FIELDS = {
     "vocab_size": "vocab_size",
     "hidden_size": "hidden_size",
@@ -36,10 +37,8 @@ _FOLD_FIELDS = {"fold": "fold", "full_every": "full_every"}
 _SCALING: dict[str, tuple[str, ...]] = {
     "default": (),
     "linear": ("factor",),
-    "llama3": (
-        "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings",
-    ),
-}  # fmt: skip
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
 
 
 class _Known(BaseModel):
@@ -63,13 +62,18 @@ class _Rope(_Known):
     factor: float | None = None
     low_freq_factor: float | None = None
     high_freq_factor: float | None = None
-    original_max_position_embeddings: int | None = None
+    original_max_position_embeddings: PositiveInt | None = None
 
     @model_validator(mode="after")
     def _is_whole(self) -> "_Rope":
         names = _SCALING.get(self.rope_type, ())
-        missing = [name for name in names if getattr(self, name) is None]
-        return raise_all(self, [f"{name} is missing" for name in missing])
+        problems = [f"{name} is missing" for name in names if getattr(self, name) is None]
+        if self.factor is not None and self.factor < 1:
+            problems.append(f"factor: must be at least 1, got {self.factor}")
+        low, high = self.low_freq_factor, self.high_freq_factor
+        if low is not None and high is not None and low >= high:
+            problems.append(f"high_freq_factor: must be above low_freq_factor {low}, got {high}")
+        return raise_all(self, problems)
 
 
 class _LlamaConfig(_Known):
@@ -88,6 +92,7 @@ class _LlamaConfig(_Known):
     attention_bias: bool = False
     mlp_bias: bool = False
     tie_word_embeddings: bool = False
+    max_position_embeddings: PositiveInt = 2048
     rope_theta: float = 10000.0
     partial_rotary_factor: float = 1.0
     rope_parameters: _Rope | None = None
@@ -98,44 +103,99 @@ class _LlamaConfig(_Known):
 
     @property
     def rope(self) -> _Rope:
-        return self.rope_parameters or self.rope_scaling or _Rope()
+        """What transformers uses: `rope_scaling` wins where both are given."""
+        rope = self.rope_scaling or self.rope_parameters or _Rope()
+        return rope.model_copy(update={"rope_theta": rope.rope_theta or self.rope_theta})
+
+
+def model_settings(folder: Path) -> dict[str, Any]:
+    """The settings of `[model]` that a folder determines; `rope_scaling` only where it has any.
+
+    Raises:
+        UserError: config.json cannot be read, a field is missing or of a wrong type, or it has
+            parts that are not ours.
+    """
+    found = _read(folder)
+    problems = _strange_parts(found)
+    if problems:
+        raise UserError(*(f"{folder}: {problem}" for problem in problems))
+    heads, rope = found.num_attention_heads, found.rope
+    fields = _FIELDS | (_FOLD_FIELDS if found.model_type == "tensorlm" else {})
+    settings = {ours: getattr(found, name) for name, ours in fields.items()}
+    settings["num_kv_heads"] = found.num_key_value_heads or heads
+    settings["head_dim"] = found.head_dim or found.hidden_size // heads
+    settings["rope_theta"] = rope.rope_theta
+    if rope.rope_type != "default":
+        names = ("rope_type", *_SCALING[rope.rope_type])
+        settings["rope_scaling"] = {name: getattr(rope, name) for name in names}
+    return settings
+
+
+def differing_settings(folder: Path, model: ModelConfig) -> dict[str, tuple[Any, Any]]:
+    """What a folder determines and `model` has otherwise: (the model's value, the folder's).
+
+    Keys are those of `[model]`, such as `rope_scaling.factor`; an absent scaling is None.
+
+    Raises:
+        UserError: as `model_settings`.
+    """
+    theirs = model_settings(folder)
+    ours = model.model_dump(mode="json") | {"head_dim": model.head_size}
+    ours["full_every"] = model.full_every if model.fold else 0
+    no_scaling = {"rope_type": "default"}
+    scaling = theirs.pop("rope_scaling", no_scaling)
+    pairs = {key: (ours[key], value) for key, value in theirs.items()}
+    if scaling is no_scaling:
+        pairs["rope_scaling"] = (ours["rope_scaling"], None)
+    else:
+        mine = ours["rope_scaling"] or no_scaling
+        pairs |= {f"rope_scaling.{key}": (mine.get(key), scaling[key]) for key in scaling}
+    return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
 
 
 def check_config(folder: Path, model: ModelConfig) -> None:
     """Compare a folder's config.json with the configured model.
 
     Raises:
-        UserError: it cannot be read, a field is missing or of a wrong type, or it has parts that
-            are not ours; else a line per difference, each with the setting that would mend it.
+        UserError: as `model_settings`; else a line per difference, each with the setting that
+            would correct it.
     """
-    found = _read(folder)
-    problems = _strange_parts(found)
-    if problems:
-        raise UserError(*(f"{folder}: {problem}" for problem in problems))
-    heads = found.num_attention_heads
-    theirs = {
-        **found.model_dump(),
-        "num_key_value_heads": found.num_key_value_heads or heads,
-        "head_dim": found.head_dim or found.hidden_size // heads,
-    }
-    wanted = hf_config(model, 0, "fp32")
-    fields = _FIELDS | (_FOLD_FIELDS if found.model_type == "tensorlm" else {})
-    pairs = {ours: (wanted.get(name), theirs[name]) for name, ours in fields.items()}
-    rope = found.rope
-    pairs["rope_theta"] = (model.rope_theta, rope.rope_theta or found.rope_theta)
-    scaling = wanted.get("rope_scaling", {"rope_type": "default"})
-    if rope.rope_type == "default" != scaling["rope_type"]:
+    differences = differing_settings(folder, model)
+    if "rope_scaling" in differences:
         raise UserError(f"{folder}: has no rope_scaling (remove model.rope_scaling)")
-    for name in ("rope_type", *_SCALING[rope.rope_type]):
-        pairs[f"rope_scaling.{name}"] = (scaling.get(name), getattr(rope, name))
     problems = [
         f"model.{key}: is {json.dumps(ours)}, {folder} has {json.dumps(value)} "
         f"(set model.{key}={json.dumps(value)})"
-        for key, (ours, value) in pairs.items()
-        if ours != value
+        for key, (ours, value) in differences.items()
     ]
     if problems:
         raise UserError(*problems)
+
+
+def describe_unused(folder: Path, model: ModelConfig) -> str:
+    """How a folder's model differs from the configured one, for a reader; "" if it does not."""
+    try:
+        differences = differing_settings(folder, model)
+        if "fold" not in model_settings(folder) and model.fold:
+            differences["fold"] = (list(model.fold), [])
+    except UserError:  # not a model that [model] could describe
+        return f"the model of {folder} is used, [model] is not"
+    parts = [
+        f"{key} = {json.dumps(ours)} ({folder} has {json.dumps(theirs)})"
+        for key, (ours, theirs) in differences.items()
+    ]
+    if not parts:
+        return ""
+    return f"the model of {folder} is used; settings of [model] without effect: {', '.join(parts)}"
+
+
+def max_positions(folder: Path) -> int:
+    """The context length that a folder's config.json gives.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    return _read(folder).max_position_embeddings
 
 
 def _read(folder: Path) -> _LlamaConfig:
@@ -160,6 +220,11 @@ def _strange_parts(found: _LlamaConfig) -> list[str]:
         for key in ("attention_bias", "mlp_bias")
         if getattr(found, key)
     ]
+    if found.model_type not in _MODEL_TYPES:  # this, not `architectures`, chooses the class
+        problems.append(
+            f"model_type must be {' or '.join(_MODEL_TYPES)}, got {found.model_type} (correct "
+            "config.json, or import a Llama)"
+        )
     if found.hidden_act != "silu":
         problems.append(f"hidden_act {found.hidden_act}, ours is silu")
     if found.quantization_config:

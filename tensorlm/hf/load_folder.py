@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from tensorlm.errors import UserError
 from tensorlm.hf.configuration_tensorlm import TensorLMConfig
 from tensorlm.hf.modeling_tensorlm import TensorLMForCausalLM
+from tensorlm.hf.weight_files import check_finite, weight_files
 
 
 def load_folder(folder: Path, dtype: torch.dtype | str = "auto") -> LlamaForCausalLM:
@@ -19,8 +20,10 @@ def load_folder(folder: Path, dtype: torch.dtype | str = "auto") -> LlamaForCaus
         dtype: of the weights; "auto": as they are stored.
 
     Raises:
-        UserError: it is damaged, no Llama, or its weights are not those of its configuration.
+        UserError: it is damaged, not a Llama, its weights are not those of its configuration, or
+            one is not finite.
     """
+    weight_files(folder)  # reports what is missing, and what transformers would read instead
     try:
         fields, _ = LlamaConfig.get_config_dict(folder, local_files_only=True)
         is_ours = fields.get("model_type") == TensorLMConfig.model_type
@@ -28,7 +31,7 @@ def load_folder(folder: Path, dtype: torch.dtype | str = "auto") -> LlamaForCaus
         kind: Any = TensorLMForCausalLM if is_ours else AutoModelForCausalLM
         model, info = kind.from_pretrained(
             folder, trust_remote_code=False, local_files_only=True, dtype=dtype,
-            ignore_mismatched_sizes=True, output_loading_info=True,
+            ignore_mismatched_sizes=True, output_loading_info=True, use_safetensors=True,
         )  # fmt: skip
     except Exception as error:  # safetensors and the checks of a configuration have their own kinds
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
@@ -40,4 +43,6 @@ def load_folder(folder: Path, dtype: torch.dtype | str = "auto") -> LlamaForCaus
     if strange:
         what = "missing" if info["missing_keys"] else "not of the shape in config.json"
         raise UserError(f"{folder}: {strange[0]} is {what} (export or download it again)")
+    for name, parameter in model.named_parameters():
+        check_finite(folder, name, parameter.detach())
     return model

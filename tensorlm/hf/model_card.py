@@ -34,7 +34,7 @@ def model_card(
     Args:
         manifest: the checkpoint's, for what really happened.
         config: the run's configuration.
-        dtype: "bf16" or "fp32", of the exported weights.
+        dtype: "bf16" or "fp32", of the exported weights, and how they were rounded.
         imported_from: name of the folder whose weights the run started from.
     """
     model, data, train = config.model, config.data, config.train

@@ -16,13 +16,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM, LlamaModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotaryEmbedding
+from transformers.models.llama.modeling_llama import LlamaAttention
 
 from .cache_tensorlm import FoldCache, FoldLayer, new_document_starts
 from .configuration_tensorlm import AUTO_MAP, TensorLMConfig
 
 try:
-    from tensor_attention import Axis, Rotary, apply_rotary, fold_axes, hop, tensor_attention
+    from tensor_attention import (
+        Axis,
+        Rotary,
+        apply_rotary,
+        fold_axes,
+        hop,
+        rotary_frequencies,
+        rotary_table,
+        tensor_attention,
+    )
     from tensor_attention.cached import hop_cached
 except ImportError:
     tensor_attention = None  # type: ignore[assignment]
@@ -33,6 +42,8 @@ except ImportError:
         Rotary,
         apply_rotary,
         fold_axes,
+        rotary_frequencies,
+        rotary_table,
     )
 
 MODEL_FILES = ("configuration_tensorlm.py", "cache_tensorlm.py", "modeling_tensorlm.py")
@@ -262,17 +273,17 @@ class TensorLMModel(LlamaModel):
         )
 
     def _rotary(self, num_positions: int, device: torch.device) -> Rotary:
-        """The table of at least that many positions: made once in float32, then only extended.
+        """The table of at least that many positions: made once, angles in float64, then extended.
 
-        From frequencies of its own, since `model.to(torch.bfloat16)` rounds those of `rotary_emb`:
-        at position 131,072 that would be tens of radians.
+        Its frequencies are computed anew, since `model.to(torch.bfloat16)` rounds those of
+        `rotary_emb`: at position 131,072 that would be tens of radians.
         """
         table = self._table
         if table is None or table.cos.shape[0] < num_positions or table.cos.device != device:
-            frequencies = LlamaRotaryEmbedding(self.config).inv_freq.float().to(device)
+            rope = self.config.rope_parameters
+            frequencies = rotary_frequencies(self.config.head_dim, rope["rope_theta"], rope, device)
             size = num_positions + num_positions // 4
-            angles = torch.arange(size, device=device).float()[:, None] * frequencies
-            table = self._table = Rotary(angles.cos(), angles.sin())
+            table = self._table = rotary_table(frequencies, size, device)
         return table
 
 

@@ -175,9 +175,9 @@ def shared_gradient(job: Job) -> int:
     return job.itemsize * job.table if job.config.model.tie_embeddings else 0
 
 
-def rotary_table(job: Job) -> int:
-    """4 D per position of the whole row: a cosine and a sine for each pair."""
-    return FP32 * job.config.model.head_size * job.stage.seq_len
+def rotary_table(job: Job, positions: int | None = None) -> int:
+    """4 D per position (of the whole row): a cosine and a sine for each pair."""
+    return FP32 * job.config.model.head_size * (positions or job.stage.seq_len)
 
 
 def batch(job: Job) -> int:

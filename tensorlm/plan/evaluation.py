@@ -1,7 +1,6 @@
 """Memory of perplexity in the middle of training: passes over whole windows, without a backward.
 
-Windows are batched as in `tensorlm/evaluation/perplexity.py`. Prompts (passkey, needles, RULER),
-whose keys and values are kept from token to token, are not planned.
+Windows are batched as in `tensorlm/evaluation/perplexity.py`.
 """
 
 import dataclasses

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from . import activations as act
-from . import evaluation, state
+from . import evaluation, prompts, state
 from .activations import Fold
 from .job import Job
 from .operator import OperatorMemory
@@ -86,16 +86,37 @@ def evaluation_memory(job: Job) -> dict[int, GpuMemory]:
     memories = {}
     for windows in evaluation.window_jobs(job):
         length = windows.stage.seq_len
-        parts = _resting(windows) | _inputs(windows)
+        parts = _between_steps(windows) | _inputs(windows)
         parts |= {
-            "gradients": state.gradients(windows, 0),
-            "reduce_bucket": state.reduce_bucket(windows) if windows.zero == 3 else 0,
             "gathered_weights": state.gathered_weights(windows, windows.block),
             "pass_peak": evaluation.pass_peak(windows, act.operators_of(windows)),
         }
         phase = Phase(f"perplexity at {length:,} tokens", parts)
         memories[length] = GpuMemory((phase,), job.gpus)
     return memories
+
+
+def prompt_memory(job: Job) -> dict[int, GpuMemory]:
+    """Prompts between two steps, by their length; none where no task has prompts."""
+    memories = {}
+    for length in prompts.prompt_lengths(job):
+        prompt = prompts.PromptPass(job, length)
+        parts = _between_steps(job) | {
+            "rotary_table": act.rotary_table(job, length + length // 4),
+            "cache": prompts.cache(prompt),
+            "prompt_pass": prompts.prompt_pass(prompt),
+        }
+        phase = Phase(f"prompts of {length:,} tokens", parts)
+        memories[length] = GpuMemory((phase,), job.gpus)
+    return memories
+
+
+def _between_steps(job: Job) -> dict[str, int]:
+    """What exists while the model is evaluated in the middle of training."""
+    return _resting(job) | {
+        "gradients": state.gradients(job, 0),
+        "reduce_bucket": state.reduce_bucket(job) if job.zero == 3 else 0,
+    }
 
 
 def _resting(job: Job) -> dict[str, int]:

@@ -10,7 +10,7 @@ from tensorlm.errors import UserError
 from .gpus import Gpu
 from .host import HostMemory, host_memory
 from .job import Job, plan_jobs
-from .memory import GpuMemory, evaluation_memory, gpu_memory
+from .memory import GpuMemory, evaluation_memory, gpu_memory, prompt_memory
 from .speed import StepTime, step_time
 
 _LONGEST = 1 << 30  # tokens: no search for rows beyond
@@ -61,6 +61,11 @@ class Plan:
     def evaluations(self) -> dict[int, GpuMemory]:
         """Memory of perplexity during training, by length. One that does not fit is left out."""
         return evaluation_memory(self.jobs[-1])
+
+    @cached_property
+    def prompts(self) -> dict[int, GpuMemory]:
+        """Memory of prompts (passkey, needles, RULER) during training, by length, likewise."""
+        return prompt_memory(self.jobs[-1])
 
     @cached_property
     def time(self) -> StepTime:

@@ -54,7 +54,7 @@ def _verdict(plan: Plan) -> str:
         f"largest part is {dominating} ({peak.parts[dominating] / memory.needed:.0%})",
         f"{longest}, all else as it is",
     ]
-    for evaluation in plan.evaluations.values():
+    for evaluation in (*plan.evaluations.values(), *plan.prompts.values()):
         fits = evaluation.needed <= plan.gpu.memory
         verdict = "fits" if fits else "does not fit, and will be left out"
         lines.append(f"{evaluation.peak.name}: {evaluation.needed / GIB:.1f} GiB, {verdict}")
@@ -123,6 +123,10 @@ def plan_json(plan: Plan, proposals: list[Proposal]) -> dict[str, Any]:
         "evaluations": {
             length: {"needed_bytes": memory.needed, "parts": memory.peak.parts}
             for length, memory in plan.evaluations.items()
+        },
+        "prompts": {
+            length: {"needed_bytes": memory.needed, "parts": memory.peak.parts}
+            for length, memory in plan.prompts.items()
         },
         "host_bytes": plan.host.needed,
         "host": plan.host.parts,

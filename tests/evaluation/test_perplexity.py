@@ -1,5 +1,6 @@
 """Windows, spans and intervals, against what they are defined to be."""
 
+import gzip
 import math
 from pathlib import Path
 
@@ -75,6 +76,32 @@ def test_texts_and_prompts_have_the_ids_that_training_data_has(
     for number, wanted in enumerate(DocumentEncoder(data / "tokenizer")(texts)):
         assert found.tokens(number, 0, 1000).tolist() == wanted.tolist()
         assert model.encode(texts[number]) == wanted.tolist()[:-1]
+
+
+def test_held_out_records_may_have_another_field(tmp_path: Path, model: EvaluatedModel) -> None:
+    source = tmp_path / "a.jsonl"
+    source.write_text('{"body": "some words"}\n{"body": "and more", "meta": {"text": "x"}}')
+    found = EncodedTexts(str(source), model.tokenizer, "body")
+    assert found.tokens(1, 0, 1000).tolist()[:-1] == model.encode("and more")
+    (tmp_path / "b.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "c.csv").touch()
+    (tmp_path / "d.jsonl").write_text('{"text": 3}')
+    (tmp_path / "e.jsonl").write_text('{"text": "\\ud800"}')
+    (tmp_path / "f.txt.gz").write_bytes(gzip.compress(bytes(1 << 24)) * 17)
+    fixes = {
+        "a.jsonl": "no field 'text' (has body; choose eval.text_field)",
+        "b.txt": "choose other files with eval.text)",
+        "c.csv": "choose other files with eval.text)",
+        "d.jsonl": "choose eval.text_field, or remove the record)",
+        "e.jsonl": "or remove the record)",
+        "f.txt.gz": "choose other files with eval.text)",
+    }
+    for name, fix in fixes.items():
+        with pytest.raises(UserError) as caught:
+            EncodedTexts(str(tmp_path / name), model.tokenizer)
+        (line,) = caught.value.problems
+        assert line.endswith(fix)
+        assert "--" not in line  # those are options of another launcher
 
 
 def test_a_length_without_a_document_names_the_longest() -> None:

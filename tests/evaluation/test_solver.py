@@ -104,6 +104,7 @@ def test_lengths_that_need_too_much_memory_are_named_with_what_fits(
     documents = held_out_documents(config, model.tokenizer, Path(config.data.path) / "tokenizer")
     report = evaluate(settings, model, documents)
     assert [result.length for result in report.perplexity] == [45, 90]
+    assert report.notes == []  # nothing is longer than in training
     assert report.problems == [
         f"eval.lengths: ppl at {SPAN} tokens does not fit into memory (90 did)"
     ]
@@ -136,6 +137,7 @@ def test_checkpoint_and_exported_folder_have_one_report(solver: Path, tmp_path: 
     tasks = ["--lengths", f"90,{SPAN}", "--tasks", "ppl,passkey"]
     ours = launch(*settings, *tasks)
     assert "Perplexity by length" in ours.stdout
+    assert "the perplexity at 96 tokens was not measured" in ours.stdout
     folder = run_dir / "eval/step-00000000"
     assert {"report.json", "report.md", "report.html", "passkey.png"} <= {
         path.name for path in folder.iterdir()

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from fold_parallel import Grid, collectives, create_grid, sharded_tensor_attention
-from tensor_attention import tensor_attention
+from tensor_attention import Rotary, tensor_attention
 from tests.distributed import run_distributed
 from tests.fold_parallel.backends import device, ranks_and_backends, require_equal_bits, result
 from tests.fold_parallel.cases import Case, Results, joined, make_row, run, whole
@@ -232,3 +232,73 @@ def test_illegal_sizes_fail_before_anything_is_communicated(
     q, k = torch.zeros(1, tokens, 6, 4), torch.zeros(1, tokens, key_heads, 4)
     with pytest.raises(ValueError, match=message):
         sharded_tensor_attention(q, k, k, fold, grid=grid)
+
+
+@pytest.mark.parametrize("fold", [[8], []], ids=str)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"doc_start": torch.zeros(3, 8)}, r"doc_start must be \[B, T\] = \[2, 8\]"),
+        ({"doc_start": torch.zeros(2, 8)}, "doc_start must be integers"),
+        ({"rotary": Rotary(torch.ones(32, 1), torch.ones(32, 1))}, r"rotary.cos .*got \[32, 1\]"),
+        ({"rotary": Rotary(torch.ones(31, 2), torch.ones(31, 2))}, "31 positions, need 32"),
+        ({"hop_bias": torch.zeros(3, 4)}, r"hop_bias \[3, 4\] must be"),
+        ({"scale": 0.0}, "scale must be a positive number, got 0.0"),
+        ({"backend": "tritn"}, 'got "tritn"'),
+    ],
+    ids=str,
+)
+def test_bad_arguments_fail_before_anything_is_communicated(
+    fold: list[int], options: dict[str, Any], message: str
+) -> None:
+    grid = Grid(world_size=4, rank=1, sp=4)
+    q, k = torch.zeros(2, 8, 4, 4), torch.zeros(2, 8, 2, 4)
+    with pytest.raises(ValueError, match=message):
+        sharded_tensor_attention(q, k, k, fold, grid=grid, **options)
+
+
+@pytest.mark.parametrize("fold", [(8, 2), ()], ids=str)
+@pytest.mark.parametrize("shape", [(2, 0), (0, 32)], ids=str)
+def test_empty_rows_are_empty_results_and_nothing_is_communicated(
+    fold: tuple[int, ...], shape: tuple[int, int]
+) -> None:
+    grid = Grid(world_size=4, rank=1, sp=4)
+    q, k = torch.zeros(*shape, 4, 4, requires_grad=True), torch.zeros(*shape, 2, 4)
+    out = sharded_tensor_attention(q, k, k, fold, grid=grid)
+    assert out.shape == q.shape
+    assert torch.autograd.grad(out.sum(), q)[0].shape == q.shape
+
+
+# Document starts of a whole row: of one row for the batch, outside of 0 ... t, in another dtype.
+STARTS = {
+    "of one row": lambda starts: starts[:1],
+    "after their tokens": lambda starts: (starts + 9).expand(2, -1),
+    "far after": lambda starts: starts.long() + 2**40,
+    "before the row": lambda starts: starts.long() - 2**40,
+    "in int16": lambda starts: starts.to(torch.int16),
+}
+
+
+def with_starts(fold: tuple[int, ...], sp: int) -> list[Tensor]:
+    case, grid = Case(fold, MANY, batch=2, heads=4, key_heads=2), create_grid(sp)
+    row, tokens = make_row(case), grid.tokens(case.seq_len)
+    q, k, v = (x[:, tokens].to(device()) for x in (row.q, row.k, row.v))
+    outputs = []
+    for change in STARTS.values():
+        doc_start = change(row.doc_start)[:, tokens].to(device())
+        out = sharded_tensor_attention(q, k, v, fold, grid=grid, doc_start=doc_start)
+        outputs.append(result(out))
+    return outputs
+
+
+@ranks_and_backends(2)
+@pytest.mark.parametrize("fold", [(8, 2), ()], ids=str)
+def test_document_starts_mean_what_they_mean_in_the_whole_row(
+    world_size: int, backend: str, fold: tuple[int, ...]
+) -> None:
+    ranks = run_distributed(with_starts, world_size, fold, world_size, backend=backend)
+    row = make_row(Case(fold, MANY, batch=2, heads=4, key_heads=2))
+    for change, *parts in zip(STARTS.values(), *ranks, strict=True):
+        doc_start = change(row.doc_start)
+        whole_row = tensor_attention(row.q, row.k, row.v, fold, doc_start=doc_start)
+        torch.testing.assert_close(torch.cat(parts, dim=1), whole_row, rtol=1e-10, atol=1e-12)

@@ -5,6 +5,7 @@ import math
 import os
 import random
 import re
+import shutil
 import signal
 import sys
 import time
@@ -16,7 +17,7 @@ import pytest
 import torch
 
 from tensorlm import disk, guards
-from tensorlm.checkpoint import newest_checkpoint
+from tensorlm.checkpoint import newest_checkpoint, select_checkpoint
 from tensorlm.config import Config
 from tensorlm.data.loader import open_rows
 from tensorlm.engine import Engine
@@ -404,10 +405,34 @@ def test_replay_of_an_imported_run_never_begins_with_other_weights(tiny: TinyRun
     }  # fmt: skip
     write_weights(run, model.named_parameters(), info)
     tiny.finish(config)
-    assert list_steps(run) == [2]
+    assert list_steps(run) == [2, 0]  # imported weights stay until the user removes them
+    shutil.rmtree(run / "step-00000000")
     job = replay_job(config, 1, 1)
     assert job.wait() == [EXIT_USER_ERROR], job.output()
     assert "error: --replay: no checkpoint before step 1 is left" in job.errors()[0]
+
+
+def test_imported_weights_stay_and_no_run_starts_over_from_them(tiny: TinyRuns) -> None:
+    config = tiny("run", "checkpoint.keep_last=1", "checkpoint.every=1", "train.stop_at=4")
+    run = Path(config.run.dir)
+    model = Llama(config.model)
+    info = {"state": {"step": 0, "rows": 0, "tokens": 0}, "adam_step": 0, "adam_state": False}
+    info |= {"config": config.model_dump(mode="json", exclude_none=True), "data_fingerprint": ""}
+    write_weights(run, model.named_parameters(), info)
+    found = newest_checkpoint(run)
+    assert found is not None
+    assert found.step == 0
+    tiny.finish(config)
+    assert list_steps(run) == [4, 0]
+    manifest = run / "step-00000004/manifest.json"
+    content = manifest.read_bytes()
+    manifest.write_bytes(content[:100])
+    with pytest.raises(UserError, match="no checkpoint is whole"):
+        newest_checkpoint(run)
+    shutil.rmtree(run / "step-00000004")
+    with pytest.raises(UserError, match="its checkpoints are gone"):
+        newest_checkpoint(run)
+    assert select_checkpoint(run, 0).step == 0
 
 
 class SlowDisk(disk.Disk):

@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import psutil
+import pytest
 
 from tensorlm.checkpoint import newest_checkpoint
 from tensorlm.config import config_toml, load_config
@@ -178,29 +179,58 @@ def test_job_that_is_ended_for_good_stays_down(site: Site, tmp_path: Path) -> No
     assert newer.step > found.step
 
 
+PER_NODE = ("--gpus-per-node=1", "--ntasks-per-node=1")
+
+
+def dry_run(
+    site: Site, *arguments: str, size: tuple[str, ...] = ("--nodes=2", *PER_NODE)
+) -> "subprocess.CompletedProcess[str]":
+    command = ["slurm/train_llama8b.sh", "--dry-run", *size, f"--config={site.config}", *arguments]
+    return subprocess.run(
+        command, cwd=site.folder, env=site.cluster.environment, capture_output=True, text=True
+    )
+
+
+@pytest.mark.parametrize(
+    ("size", "cause"),
+    [
+        (
+            ("-N2", "--gpus-per-node=2"),
+            "--ntasks-per-node x --cpus-per-task: must be at most 64, the CPUs of a node, "
+            "got 8 x 12 = 96 (pass --ntasks-per-node=2, a task for each GPU)",
+        ),
+        (
+            ("-N1", "--gpus-per-node=2", "--ntasks-per-node=2", "-c40", "-purgent"),
+            "--ntasks-per-node x --cpus-per-task: must be at most 64, the CPUs of a node, "
+            "got 2 x 40 = 80 (pass --cpus-per-task=32)",
+        ),
+        (
+            ("-N1", "--gpus-per-node=4", "--ntasks-per-node=4"),
+            "--gpus-per-node: must be at most 2, the GPUs of a node, got 4",
+        ),
+        (("-N4", *PER_NODE), "--nodes: must be at most 2, the nodes of the partition, got 4"),
+    ],
+)
+def test_a_dry_run_names_what_no_node_has(site: Site, size: tuple[str, ...], cause: str) -> None:
+    refused = dry_run(site, size=size)
+    assert refused.returncode == 1
+    slurm, named = refused.stderr.splitlines()[-2:]  # Slurm's own line does not name the reason
+    assert slurm.startswith(("allocation failure: ", "sbatch: error: "))
+    assert named == f"error: {cause}"
+
+
 def test_bad_settings_are_one_line_each_before_the_queue_and_in_the_job(
     site: Site, tmp_path: Path
 ) -> None:
-    per_node = ("--gpus-per-node=1", "--ntasks-per-node=1")
-
-    def dry_run(
-        *arguments: str, size: tuple[str, ...] = ("--nodes=2", *per_node)
-    ) -> "subprocess.CompletedProcess[str]":
-        command = ["slurm/train_llama8b.sh", "--dry-run", *size, f"--config={site.config}"]
-        command += arguments
-        return subprocess.run(
-            command, cwd=site.folder, env=site.cluster.environment, capture_output=True, text=True
-        )
-
-    good = dry_run("parallel.sp=2")
+    good = dry_run(site, "parallel.sp=2")
     assert good.returncode == 0, good.stderr
     assert "ranks = 2 (dp 1 x sp 2)" in good.stdout.splitlines()
     # In whatever way sbatch would take it. Four nodes are asked for where nothing is said.
     for nodes in (("-N2",), ("-N", "2", "-p", "debug"), ("--nodes", "1-2")):
-        assert dry_run("parallel.sp=2", size=(*nodes, *per_node)).stdout == good.stdout, nodes
-    unequal = dry_run(size=("-N2", "--gpus-per-node", "2", "--ntasks-per-node", "1"))
+        assert dry_run(site, "parallel.sp=2", size=(*nodes, *PER_NODE)).stdout == good.stdout, nodes
+    unequal = dry_run(site, size=("-N2", "--gpus-per-node", "2", "--ntasks-per-node", "1"))
     assert unequal.stderr == "error: --ntasks-per-node: 1 tasks for 2 GPUs (ask for as many)\n"
-    bad = dry_run("train.stepz=3", "parallel.sp=two")
+    bad = dry_run(site, "train.stepz=3", "parallel.sp=two")
     assert bad.returncode == 2
     errors = [line for line in bad.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 2

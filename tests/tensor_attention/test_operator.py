@@ -1,7 +1,6 @@
 """The properties that define the operator, its cost, and what it says to wrong arguments."""
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,13 +9,13 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from tensor_attention import fold_axes, tensor_attention
 from tensor_attention.api import Backend
 from tests.tensor_attention.cases import (
     BACKENDS,
+    LargestTensor,
     doc_start_of,
     document_mask,
     effective_matrix,
@@ -177,28 +176,6 @@ def test_moving_a_document_inside_its_row_does_not_change_its_outputs(
         )  # fmt: skip
         outputs.append(out[:, offset : offset + length])
     torch.testing.assert_close(outputs[0], outputs[1], rtol=0, atol=1e-13)
-
-
-class LargestTensor(TorchDispatchMode):
-    """Records the largest storage, in elements, of any tensor that an operation returns."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.numel = 0
-
-    def __torch_dispatch__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, tuple | list) else (out,):
-            if isinstance(tensor, Tensor):
-                storage = tensor.untyped_storage().nbytes() // tensor.element_size()
-                self.numel = max(self.numel, storage)
-        return out
 
 
 @pytest.mark.parametrize(

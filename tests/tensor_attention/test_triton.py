@@ -4,8 +4,6 @@ The rule: an error is at most twice that of the definition run in the same dtype
 floor. The interpreter truncates to bf16 where a GPU rounds, so bf16 is tested on the GPU.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -13,23 +11,20 @@ import torch
 from torch import Tensor
 
 from tensor_attention import Rotary, document_reach, hop, tensor_attention
-from tests.tensor_attention.cases import cotangent_like, doc_start_of, inputs, rotary_table
+from tests.tensor_attention.cases import (
+    Results,
+    assert_as_good_as_plain,
+    cotangent_like_on,
+    doc_start_of,
+    inputs,
+    poisoned_memory,
+    rotary_table,
+)
 
 pytest.importorskip("triton")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-Results = dict[str, Tensor]
 needs_cuda = pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
-
-
-@contextmanager
-def poisoned_memory() -> Iterator[None]:
-    """Every uninitialised tensor is filled with NaN: an element that is never written shows."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
 
 
 def operator(
@@ -46,25 +41,6 @@ def operator(
     )  # fmt: skip
     gradients = torch.autograd.grad(out, list(leaves.values()), cotangent_like_on(out))
     return {"out": out.detach()} | {f"d{n}": g for n, g in zip(leaves, gradients, strict=True)}
-
-
-def cotangent_like_on(out: Tensor) -> Tensor:
-    return cotangent_like(torch.empty(out.shape, dtype=out.dtype)).to(out.device)
-
-
-def assert_as_good_as_plain(ours: Results, plain: Results, exact: Results) -> None:
-    """The floor: one rounding of the result, and that of float32 sums of D products that cancel.
-
-    (Where the exact gradient is zero, as that of q in a document of one token, all terms cancel.)
-    """
-    largest = max(float(x.norm()) for x in exact.values())
-    terms = exact["dq"].shape[-1]
-    for name, reference in exact.items():
-        assert ours[name].dtype == plain[name].dtype
-        floor = torch.finfo(ours[name].dtype).eps * float(reference.norm())
-        floor += torch.finfo(torch.float32).eps * terms**0.5 * largest
-        allowed = 2 * float((plain[name].double() - reference).norm()) + floor
-        assert float((ours[name].double() - reference).norm()) <= allowed, name
 
 
 def check_operator(

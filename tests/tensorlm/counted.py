@@ -30,6 +30,8 @@ from tensorlm import engine as engine_module
 from tensorlm.benchmarks.accounting import PeakMemory
 from tensorlm.config import Config, load_config
 from tensorlm.engine import Engine, init_distributed
+from tensorlm.evaluation.model import EvaluatedModel
+from tensorlm.hf.cache_tensorlm import FoldCache
 from tensorlm.launch_env import LaunchEnv
 from tensorlm.layers import RMSNorm, rotary_table
 from tensorlm.loss import OutputHead
@@ -198,6 +200,30 @@ def window_pass(config: Config) -> int:
         memory.restart()
         model(tokens, None, labels, "none")
         return memory.peak - before
+
+
+def prompt(config: Config, length: int) -> tuple[int, int]:
+    """Bytes of a prompt's cache, at most, and the peak of reading it, without the weights."""
+    with torch.no_grad(), PeakMemory() as memory:
+        network = create_llama(config.model, config.train, create_grid(1), torch.device("cpu"))
+        where: Any = (torch.device("cpu"), Grid(), 1, 1)
+        evaluated = EvaluatedModel(network, "", None, config.data.seq_len, None, *where)
+        model = evaluated.generator
+        gc.collect()
+        before = memory.live
+        tokens = torch.zeros(1, length, dtype=torch.int64)
+        cache = FoldCache(model.config, expected=length)
+        memory.restart()
+        kept = 0
+        for piece in tokens.split(config.eval.prefill_chunk, dim=1):
+            model(piece, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            rows = [
+                rows
+                for layer in cache.layers
+                for rows in (layer.key_rows, layer.value_rows, *layer.states)
+            ]
+            kept = max(kept, sum(each.buffer.nbytes for each in rows))
+        return kept, memory.peak - before
 
 
 def block(config: Config) -> tuple[int, int]:

@@ -177,3 +177,98 @@ def test_launcher_prints_error_lines_and_exits_2() -> None:
 def test_the_page_of_settings_is_current() -> None:
     page = (ROOT / "docs/configuration.md").read_text()
     assert page.endswith(f"\n\n{settings_table().strip()}\n"), "python -m tensorlm.settings_table"
+
+
+HIDDEN: dict[str, tuple[list[str], list[str]]] = {
+    "unknown key, contradiction": (
+        ["run.sed=1", "optim.min_lr=1.0"], ["run.sed: unknown", "optim.min_lr: larger"]
+    ),
+    "unknown key, ranks": (
+        ["train.stepz=4", "train.rows_per_step=3"],
+        ["train.stepz: unknown key (did you mean steps?)", "train.rows_per_step: 3 is not"],
+    ),
+    "unknown section, contradiction, ranks": (
+        ["trian.steps=4", "zero.stage=0", "train.dtype=bf16", "train.rows_per_step=3"],
+        ["trian: unknown key (did you mean train?)", "zero.stage: 0", "train.rows_per_step: 3 is"],
+    ),
+    "wrong value, contradiction, ranks": (
+        ["train.steps=0", "zero.stage=0", "train.dtype=bf16", "train.rows_per_step=3"],
+        ["train.steps: input should be greater", "zero.stage: 0", "train.rows_per_step: 3 is"],
+    ),
+    "wrong kind, contradiction": (
+        ["eval.near=many", "optim.min_lr=1.0"], ["eval.near: input should be", "optim.min_lr: lar"]
+    ),
+    "wrong list, contradiction": (
+        ["optim.betas=[1.5, 0.9]", "optim.min_lr=1.0"], ["optim.betas.0: ", "optim.min_lr: larger"]
+    ),
+    "wrong section, contradiction": (
+        ["model.num_heads=3", "optim.min_lr=1.0"],
+        ["model: hidden_size = 128 is", "model: num_heads = 3 is", "optim.min_lr: larger"],
+    ),
+    "not an override, unknown key, contradiction": (
+        ["nonsense", "model=3", "run.sed=3", "optim.min_lr=1.0"],
+        ["nonsense: not an override", "model: ", "run.sed: unknown", "optim.min_lr: larger"],
+    ),
+    "stage, source, contradiction": (
+        ["train.earlier_stages=[{step=1}]", "data.sources=[{path='a'}, {path='a', wieght=2}]",
+         "zero.stage=0", "train.dtype=bf16"],
+        ["earlier_stages.0.steps: missing", "0.seq_len: missing", "0.rows_per_step: missing",
+         "0.step: unknown", "sources.1.wieght: unknown", "zero.stage: 0"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HIDDEN)
+def test_no_mistake_hides_another(name: str) -> None:
+    overrides, wanted = HIDDEN[name]
+    with pytest.raises(UserError) as caught:
+        load_config(ROOT / "configs/demo.toml", overrides, world_size=2)
+    lines = list(caught.value.problems)
+    for words in wanted:
+        assert sum(words in line for line in lines) == 1, (words, lines)
+    assert len(lines) == len(wanted), lines
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "optim.decay_stepz=10", "optim.decay_steps=many", "optim.decay_steps=-1",
+        "optims.decay_steps=10",
+    ],
+)  # fmt: skip
+def test_what_only_follows_from_a_mistake_is_not_reported(override: str) -> None:
+    (line,) = problems("optim.schedule=wsd", override)  # which needs decay_steps
+    assert override.partition("=")[0].partition(".")[0] in line
+    (line,) = problems("model.fold=[1]", "parallel.sp=3")[:1]
+    assert "fold" in line
+
+
+def test_mistakes_in_the_file_are_all_reported(tmp_path: Path) -> None:
+    text = (ROOT / "configs/demo.toml").read_text()
+    path = tmp_path / "steps.toml"
+    path.write_text("\ufeff" + text.replace("[train]", '[train]\nstepz = 3\nfused_layers = "x"'))
+    with pytest.raises(UserError) as caught:
+        load_config(path, ["optim.min_lr=1.0"])
+    assert [line.split(": ")[1] for line in caught.value.problems] == [
+        "train.fused_layers", "train.stepz", "optim.min_lr",
+    ]  # fmt: skip
+    path.write_text("[optim]\nlr = -1.0")
+    with pytest.raises(UserError) as caught:
+        load_config(path, world_size=2)
+    assert sorted(line.split(": ")[1] for line in caught.value.problems) == [
+        "data", "model", "optim.lr", "run", "train",
+    ]  # fmt: skip
+    path.write_text(f"\ufeff{text}")
+    assert load_config(path) == load_config(ROOT / "configs/demo.toml")
+
+
+def test_a_dry_run_reports_what_ranks_cannot_share_beside_an_unknown_key() -> None:
+    command = [sys.executable, "launcher/train.py", "--config", "configs/demo.toml"]
+    result = subprocess.run(
+        [*command, "--dry-run", "2", "train.stepz=4", "train.rows_per_step=3"],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert result.returncode == 2
+    first, second = result.stderr.splitlines()
+    assert first.startswith("error: configs/demo.toml: train.stepz: unknown key")
+    assert second.startswith("error: train.rows_per_step: 3 is not a multiple of dp 2")

@@ -1,6 +1,9 @@
 """Preparing again after a bad input: what is finished and unchanged stays, and nothing is mixed."""
 
 import json
+import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset
 
+from tensorlm.data import shard_writer
 from tensorlm.data.inputs import find_files, mend_shards, open_dataset, plan_shards, read_part
 from tensorlm.data.prepare import encode
 from tensorlm.data.shards import Corpus
@@ -243,3 +247,108 @@ def test_a_file_that_was_empty_takes_what_max_bytes_leaves(tmp_path: Path) -> No
         assert {part.source for part in new} <= {files[1]}
         assert sum(part.num_bytes for part in new) == taken
     assert max(sum(part.num_bytes for part in parts) for parts in mended) <= 1000
+
+
+def contents(output: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(output)): p.read_bytes() for p in output.rglob("*") if p.is_file()}
+
+
+def test_a_second_call_on_an_output_is_refused_and_harms_nothing(
+    tmp_path: Path, tokenizers: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = write(tmp_path, a=lines("a"))
+    prepare(files, tokenizers[0], tmp_path / "alone", holdout=0.3)
+    output = tmp_path / "set"
+    refusals: list[str] = []
+    calls: list[Path] = []
+    publish = shard_writer.write_atomically
+
+    def disturbed(path: Path, content: bytes) -> Any:
+        if path.name == "shard-00000.json" and not calls:  # its tokens are there already
+            calls.append(path)
+            with pytest.raises(UserError) as caught:
+                prepare(files, tokenizers[1], output)  # it would begin the data set anew
+            refusals.extend(caught.value.problems)
+        return publish(path, content)
+
+    monkeypatch.setattr(shard_writer, "write_atomically", disturbed)
+    prepare(files, tokenizers[0], output, holdout=0.3)
+    (line,) = refusals
+    assert line.startswith(f"{output}: is in use by pid {os.getpid()} on ")
+    assert contents(output) == contents(tmp_path / "alone")
+
+
+def test_a_lock_that_a_killed_call_left_is_no_obstacle(
+    tmp_path: Path, tokenizers: list[Path]
+) -> None:
+    files, output = write(tmp_path, a=lines("a")), tmp_path / "set"
+    output.mkdir()
+    (output / ".lock").write_text("pid 1 on another machine\n")
+    prepare(files, tokenizers[0], output)
+    assert not (output / ".lock").exists()
+
+
+def test_a_call_that_fails_leaves_no_lock_and_no_folder(
+    tmp_path: Path, tokenizers: list[Path]
+) -> None:
+    files = write(tmp_path, a=[])
+    for folder in (tmp_path / "new", tmp_path / "there"):
+        (tmp_path / "there").mkdir(exist_ok=True)
+        with pytest.raises(UserError, match="nothing to read"):
+            prepare(files, tokenizers[0], folder)
+    assert not (tmp_path / "new").exists()
+    assert list((tmp_path / "there").iterdir()) == []
+
+
+def cut(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 2)
+
+
+DAMAGES: dict[str, list[Callable[[Any], object]]] = {
+    "train/shard-00000.tokens": [Path.unlink, cut],
+    "valid/shard-00000.ends": [Path.unlink, cut],
+    "train/shard-00000.json": [Path.unlink, cut],
+    "train/index.json": [Path.unlink, cut, lambda path: path.write_text("{}")],
+    "valid": [shutil.rmtree],
+    "train": [shutil.rmtree],
+    "tokenizer": [shutil.rmtree],
+}
+
+
+def test_a_repeat_repairs_what_is_missing(tmp_path: Path, tokenizers: list[Path]) -> None:
+    files, output = write(tmp_path, a=lines("a")), tmp_path / "set"
+    assert "nothing to do" not in prepare(files, tokenizers[0], output, holdout=0.3)
+    whole = contents(output)
+    for name, damages in DAMAGES.items():
+        for damage in damages:
+            damage(output / name)
+            assert contents(output) != whole
+            before = finished(output)
+            summary = prepare(files, tokenizers[0], output, holdout=0.3)
+            assert contents(output) == whole
+            Corpus(output / "train", verify=True)
+            made_again = before.items() - finished(output).items()
+            assert len(made_again) <= (1 if "shard" in name else 2), summary
+    assert "nothing to do" in prepare(files, tokenizers[0], output, holdout=0.3)
+
+
+def test_an_index_is_never_written_over_missing_files(
+    tmp_path: Path, tokenizers: list[Path]
+) -> None:
+    files, output = write(tmp_path, a=lines("a")), tmp_path / "set"
+    prepare(files, tokenizers[0], output)
+    (output / "train/index.json").unlink()
+    (output / "train/shard-00000.tokens").unlink()
+    with pytest.raises(UserError, match=r"shard-00000\.tokens: missing"):
+        shard_writer.write_index(output / "train", len(finished(output)))
+    assert not (output / "train/index.json").exists()
+
+
+def test_an_index_without_shards_is_not_kept(tmp_path: Path, tokenizers: list[Path]) -> None:
+    output = tmp_path / "set"
+    prepare(write(tmp_path, a=lines("a")), tokenizers[0], output)
+    for path in output.glob("train/shard-*"):
+        path.unlink()
+    files = write(tmp_path, a=lines("b"))
+    prepare(files, tokenizers[0], output)
+    assert texts(output) == [json.loads(row)["text"] for row in lines("b")]

@@ -178,3 +178,56 @@ def _members(group: int) -> list[str]:
         if int(fields[2]) == group and fields[0] != "Z":
             found.append(stat.parent.name)
     return found
+
+
+@pytest.mark.parametrize(
+    ("launcher", "words", "option"),
+    [
+        ("prepare_data.py", ["encode", "--text-field", "caf\udce9"], "--text-field"),
+        ("prepare_data.py", ["encode", "--text-field=caf\udce9"], "--text-field"),
+        ("prepare_data.py", ["encode", "--input", "a.txt", "caf\udce9"], "--input"),
+        ("prepare_data.py", ["encode", "--exclude", "caf\udce9"], "--exclude"),
+        ("prepare_data.py", ["encode", "--tokenizer", "caf\udce9"], "--tokenizer"),
+        ("prepare_data.py", ["encode", "--output", "caf\udce9"], "--output"),
+        ("prepare_data.py", ["tokenizer", "--output", "caf\udce9"], "--output"),
+        ("prepare_data.py", ["inspect", "caf\udce9"], "command line"),
+        ("prepare_data.py", ["inspect", "x", "--plot", "caf\udce9.png"], "--plot"),
+        ("convert.py", ["export", "--output", "caf\udce9"], "--output"),
+        ("generate.py", ["--hf", "caf\udce9"], "--hf"),
+        ("plan.py", ["caf\udce9"], "command line"),
+    ],
+)
+def test_an_argument_that_is_not_utf8_is_one_line(
+    capsys: Capture, launcher: str, words: list[str], option: str
+) -> None:
+    assert launcher_here(launcher, *words) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {option}: must be UTF-8, got ")
+    assert r"caf\xe9" in line
+
+
+def test_a_setting_that_is_not_utf8_is_one_line() -> None:
+    result = subprocess.run(
+        [sys.executable, "launcher/train.py", "--config", "configs/demo.toml", b"run.dir=\xe9"],
+        cwd=ROOT, env=launch_environment(), capture_output=True, text=True, timeout=100,
+    )  # fmt: skip
+    assert result.returncode == 2
+    (line,) = result.stderr.splitlines()
+    assert line.startswith(r"error: run.dir: must be UTF-8, got run.dir=\xe9 (")
+
+
+def test_a_decompression_bomb_is_one_line(tmp_path: Path, tokenizer: Path, capsys: Capture) -> None:
+    bomb = tmp_path / "bomb.txt.gz"
+    bomb.write_bytes(gzip.compress(bytes(1 << 24)) * 64)
+    output = tmp_path / "set"
+    encode: list[str | Path] = ["encode", "--input", bomb, "--tokenizer", tokenizer]
+    encode += ["--output", output, "--workers", "1"]
+    for words, limit in (([], "268,435,456"), (["--max-document-bytes", "1000"], "1,000")):
+        assert launcher_here("prepare_data.py", *encode, *words) == 2
+        assert capsys.readouterr().err.splitlines()[-1] == (
+            f"error: {bomb}: content: must be at most {limit} bytes long (split it, or raise "
+            "--max-document-bytes)"
+        )
+    assert not list(output.rglob("shard-*"))
+    bomb.write_bytes(gzip.compress(b"row " * 300))
+    assert launcher_here("prepare_data.py", *encode) == 0

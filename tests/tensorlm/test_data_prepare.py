@@ -14,7 +14,7 @@ import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from tensorlm.data.inspect import length_histogram
+from tensorlm.data.inspect import length_histogram, lengths_figure
 from tensorlm.data.prepare import encode, find_files, read_documents
 from tensorlm.data.shards import Corpus, verify_shards
 from tensorlm.data.tokenizers import load_tokenizer, tokenizer_sha256, train_tokenizer
@@ -244,6 +244,30 @@ def test_histogram_counts_every_document_once() -> None:
     assert sum(documents for *_, documents, _ in rows) == len(lengths)
     assert sum(tokens for *_, tokens in rows) == lengths.sum()
     assert all(low * 2 == high for low, high, *_ in rows)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "limits", "labels"),
+    [
+        ([600, 700, 9000], (600, 9001), ["1k", "2k", "4k", "8k"]),
+        ([5, 2_500_000], (5, 2_500_001), ["8", "32", "128", "512", "2k", "8k", "32k", "128k",
+                                          "512k", "2M"]),
+        ([600, 900], (600, 901), ["600", "900"]),
+        ([600], (600, 601), ["600"]),
+        ([1, 1, 3], (1, 4), ["1", "2"]),
+    ],
+)  # fmt: skip
+def test_plot_of_lengths_reaches_from_the_shortest_to_the_longest(
+    lengths: list[int], limits: tuple[int, int], labels: list[str]
+) -> None:
+    figure = lengths_figure({"all": np.array(lengths), "some": np.array(lengths[:1])})
+    (axes,) = figure.axes
+    figure.canvas.draw()
+    assert axes.get_xlim() == limits
+    assert [label.get_text() for label in axes.get_xticklabels()] == labels
+    assert [label.get_text() for label in axes.get_xticklabels(minor=True)] == []
+    for split in axes.patches:  # every document is in a bin
+        assert split.get_xy()[:, 1].max() > 0
 
 
 def test_verify_and_inspect_describe_a_data_set(tmp_path: Path, data: Path) -> None:

@@ -13,14 +13,18 @@ import torch.distributed as dist
 from transformers import AutoModel, AutoModelForCausalLM, LlamaForCausalLM
 
 from fold_parallel import Grid
+from tensorlm import disk
 from tensorlm.checkpoint import Saver, load_weights, select_checkpoint
 from tensorlm.config import CheckpointConfig, load_config
 from tensorlm.data.tokenizers import copy_tokenizer, load_tokenizer
+from tensorlm.disk import Disk
 from tensorlm.engine import STATE, ParameterSlice
 from tensorlm.errors import UserError
 from tensorlm.evaluation.model import open_checkpoint_model
 from tensorlm.hf.export_folder import export_checkpoint
 from tensorlm.hf.hub import create_repository
+from tensorlm.hf.load_folder import load_folder
+from tensorlm.lock import locked
 from tensorlm.manifest import open_checkpoint
 from tensorlm.model import Llama
 from tests.distributed import run_distributed
@@ -253,6 +257,54 @@ def test_export_that_cannot_be_written_leaves_nothing_behind(
     with pytest.raises(UserError, match="is not empty"):
         export_checkpoint(checkpoint, settings, output, "bf16", None)
     assert (output / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("leads_to", ["an empty folder", "nothing yet", "a link"])
+def test_output_may_be_a_link(tmp_path: Path, config: Path, leads_to: str) -> None:
+    random_checkpoint(config)
+    output, real = tmp_path / "link", tmp_path / "elsewhere/real"
+    real.parent.mkdir()
+    if leads_to == "an empty folder":
+        real.mkdir()
+    output.symlink_to("second" if leads_to == "a link" else real)
+    (tmp_path / "second").symlink_to(real)
+    export = ("export", "--config", config, "--output", output)
+    assert launcher_here("convert.py", *export) == 0
+    assert output.is_symlink()
+    assert (real / "model.safetensors").exists()
+    assert [path.name for path in real.parent.iterdir()] == ["real"]
+
+
+def test_finished_export_is_kept_where_its_name_cannot_be_taken(
+    tmp_path: Path, config: Path
+) -> None:
+    checkpoint, settings, _ = random_checkpoint(config)
+    output = tmp_path / "hf"
+    output.mkdir()
+
+    class TakenAtLast(Disk):
+        def rename(self, old: Path, new: Path) -> None:
+            (output / "file").touch()  # while the export was at work
+            super().rename(old, new)
+
+    usual = disk.use(TakenAtLast())
+    try:
+        with pytest.raises(UserError, match=r"hf: cannot be replaced \(.*finished export is (.*):"):
+            export_checkpoint(checkpoint, settings, output, "bf16", None)
+    finally:
+        disk.use(usual)
+    load_folder(tmp_path / ".tmp-hf")
+
+
+def test_second_export_to_one_output_is_refused(tmp_path: Path, config: Path) -> None:
+    checkpoint, settings, _ = random_checkpoint(config)
+    (tmp_path / "link").symlink_to(tmp_path / "hf")
+    with locked(tmp_path / ".lock-hf", "the first export"):
+        for output in (tmp_path / "hf", tmp_path / "link", tmp_path / "run/../hf"):
+            with pytest.raises(UserError, match=rf"--output: {output} is in use by pid \d+ on "):
+                export_checkpoint(checkpoint, settings, output, "bf16", None)
+    export_checkpoint(checkpoint, settings, tmp_path / "hf", "bf16", None)
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "tiny.toml", "link", "hf"}
 
 
 def test_another_model_than_the_checkpoints_is_refused(

@@ -1,6 +1,7 @@
 """Import: every Llama's shape gives its logits and its bytes back; what is not ours is refused."""
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from tensorlm.checkpoint import load_weights, select_checkpoint
 from tensorlm.config import Config, load_config
 from tensorlm.data.tokenizers import load_tokenizer
 from tensorlm.errors import UserError
+from tensorlm.guards import lock_run
 from tensorlm.hf.export_folder import export_checkpoint
 from tensorlm.hf.import_folder import import_weights, imported_folder
 from tensorlm.manifest import list_steps, open_checkpoint
@@ -252,6 +254,21 @@ def test_half_precision_becomes_the_same_numbers(tmp_path: Path, config: Path) -
     export_checkpoint(checkpoint, settings, tmp_path / "back", "fp32", None)
     wanted = {name: tensor.float() for name, tensor in stored.items()}
     assert_same_bytes(folder_weights(tmp_path / "back"), wanted)
+
+
+def test_run_that_is_in_use_takes_no_import(
+    tmp_path: Path, config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tensorlm.guards._LOCK_PATIENCE_SECONDS", 0.0)
+    tiny_llama().save_pretrained(tmp_path / "llama")
+    settings = full_attention_run(config)
+    descriptor = lock_run(tmp_path / "run")  # as training does, before its first checkpoint
+    with pytest.raises(UserError, match=r"run\.dir: .*/run is in use by pid \d+ on "):
+        import_weights(tmp_path / "llama", settings)
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"lock"}
+    os.close(descriptor)
+    import_weights(tmp_path / "llama", settings)
+    os.close(lock_run(tmp_path / "run"))  # the import has let go
 
 
 def test_damaged_and_absent_files_are_named(tmp_path: Path, config: Path) -> None:

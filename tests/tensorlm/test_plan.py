@@ -23,7 +23,7 @@ from tensorlm.plan.job import Job, plan_jobs
 from tensorlm.plan.memory import gpu_memory
 from tensorlm.plan.planning import Plan, longest_row, make_plan
 from tensorlm.plan.proposals import GAIN, MAX_PROPOSALS, SPARE, Proposal, apply, propose
-from tensorlm.plan.report import format_plan
+from tensorlm.plan.report import format_plan, plan_json
 from tensorlm.plan.speed import step_time
 from tests.tensorlm.launching import ROOT, launch_environment
 
@@ -341,6 +341,24 @@ def test_perplexity_during_training_is_told_by_length() -> None:
     assert f"perplexity at 32,768 tokens: {short.needed / GIB:.1f} GiB, fits\n" in report
     line = f"perplexity at 2,097,152 tokens: {long.needed / GIB:.1f} GiB, does not fit, and will be"
     assert line in report
+
+
+@pytest.mark.parametrize("task", ["passkey", "niah", "ruler"])
+def test_prompts_during_training_are_told_by_length(task: str) -> None:
+    settings = [f"eval.tasks=['ppl','{task}']", "zero.stage=2"]
+    assert not plan(*settings).prompts  # never evaluated
+    assert not plan("eval.every=100").prompts  # perplexity has none
+    planned = plan(*settings, "eval.every=100", "eval.lengths=[8192,2097152]")
+    short, long = planned.prompts.values()
+    assert long.needed > planned.gpu.memory
+    report = format_plan(planned, [], "it")
+    assert f"prompts of 8,192 tokens: {short.needed / GIB:.1f} GiB, fits\n" in report
+    line = f"prompts of 2,097,152 tokens: {long.needed / GIB:.1f} GiB, does not fit, and will be"
+    assert line in report
+    assert list(plan_json(planned, [])["prompts"]) == [8192, 2097152]
+    # A prompt is on one rank, however many share a row in training.
+    shared = plan(*settings, "eval.every=100", "eval.lengths=[8192]", "parallel.sp=8")
+    assert shared.prompts[8192].peak.parts["cache"] == short.peak.parts["cache"]
 
 
 def test_the_largest_stage_decides() -> None:

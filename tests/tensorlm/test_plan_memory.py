@@ -11,7 +11,7 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from fold_parallel import collectives
 from tensorlm.benchmarks.memory import CPU, count_operator
 from tensorlm.config import Config, load_config
-from tensorlm.plan import activations, evaluation, host, state
+from tensorlm.plan import activations, evaluation, host, prompts, state
 from tensorlm.plan.job import Job, ZeroLimits, plan_jobs
 from tensorlm.plan.memory import GpuMemory, gpu_memory
 from tensorlm.plan.operator import operator_memory
@@ -149,6 +149,41 @@ def test_pass_of_perplexity_is_what_was_measured_on_a_gpu() -> None:
     for windows, gib in zip(evaluation.window_jobs(job), lengths.values(), strict=True):
         made = evaluation.pass_peak(windows, activations.operators_of(windows))
         made += activations.rotary_table(windows) + activations.batch(windows)
+        assert (state.weights(job) + made) / 2**30 == pytest.approx(gib, abs=0.1)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("chunk", [512, 192])
+@pytest.mark.parametrize(
+    "changes", [{}, {"model__fold": "[16, 8]"}, {"model__full_every": 2}], ids=str
+)
+def test_prompt(changes: dict[str, Any], chunk: int, dtype: str) -> None:
+    # So large an MLP that it is the peak, since a CPU's attention has other temporary tensors.
+    config = small(
+        **changes, train__dtype=dtype, model__intermediate_size=8192, eval__prefill_chunk=chunk
+    )
+    prompt = prompts.PromptPass(job_of(config), 480)
+    kept, peak = counted.prompt(config, 480)
+    assert prompts.cache(prompt) == kept
+    table = activations.rotary_table(prompt.job, 600)
+    predicted = prompts.cache(prompt) + prompts.prompt_pass(prompt) + table
+    # The last piece is shorter than a full one; the others keep less.
+    assert predicted == pytest.approx(peak, rel=0.01 if chunk == 512 else 0.06)
+
+
+def test_prompts_are_what_was_measured_on_a_gpu() -> None:
+    # docs/evaluation.md: five needles in Llama-8B on an H200, with its weights and nothing else.
+    lengths = {32768: 31.1, 131072: 67.3}
+    overrides = ["zero.stage=2", "eval.every=1", "eval.tasks=['niah']"]
+    config = load_config(
+        ROOT / "configs/llama8b_32k.toml", [*overrides, f"eval.lengths={list(lengths)}"]
+    )
+    job = Job(config, 1, config.stages[0])
+    assert prompts.prompt_lengths(job) == list(lengths)
+    for length, gib in lengths.items():
+        prompt = prompts.PromptPass(job, length)
+        made = prompts.cache(prompt) + prompts.prompt_pass(prompt)
+        made += activations.rotary_table(job, length + length // 4)
         assert (state.weights(job) + made) / 2**30 == pytest.approx(gib, abs=0.1)
 
 

@@ -1,7 +1,7 @@
 """RULER (Hsieh et al., COLM 2024, arXiv 2404.06654), offline: 11 tasks, 13 with QA files.
 
-Instructions, numbers of needles, answer lengths and scoring are RULER's; docs/evaluation.md lists
-what differs.
+Instructions, numbers of needles, answer lengths and scoring are those of `VERSION`
+(scripts/data/synthetic in that repository); docs/evaluation.md lists what differs.
 """
 
 from pathlib import Path
@@ -13,13 +13,15 @@ from .counting import common_words_task, frequent_words_task
 from .niah import niah_tasks
 from .tracing import EXAMPLE_TOKENS, example_task, tracing_task
 
+VERSION = "github.com/NVIDIA/RULER at c3f5e3b (July 2026)"
+
 
 def ruler_tasks(length: int, prose: Prose, qa_files: list[Path], encode: Encode) -> list[Task]:
     """The tasks at `length` tokens, in RULER's order; question answering for each file given."""
     example_units = fit_units(example_task(), 0, EXAMPLE_TOKENS, encode)
     return [
-        *niah_tasks(prose, length),
-        tracing_task(length, example_units or example_task().least_units),
+        *niah_tasks(prose),
+        tracing_task(example_units or example_task().least_units),
         common_words_task(length),
         frequent_words_task(length),
         *(qa_task(path) for path in qa_files),

@@ -21,6 +21,7 @@ _FREQUENT = (
     "Answer: According to the coded text above, the three most frequently appeared words are:"
 )
 _NUM_COMMON = 10
+_NEW_TOKENS = 50  # of an answer to `fwe`, which RULER subtracts before it sizes the vocabulary
 _ZETA_2 = math.pi**2 / 6  # normalizes frequencies that fall as 1 / rank^2
 
 
@@ -44,7 +45,7 @@ def common_words_task(length: int) -> Task:
         return Prompt(text, common)
 
     return Task(
-        "cwe", build, new_tokens=120, least_units=10, unit_step=10, most_units=len(vocabulary)
+        "cwe", build, new_tokens=120, least_units=10, unit_step=1, most_units=len(vocabulary)
     )
 
 
@@ -53,7 +54,7 @@ def frequent_words_task(length: int) -> Task:
 
     def build(rng: Random, units: int) -> Prompt:
         vocabulary: dict[str, None] = {}
-        while len(vocabulary) < max(4, length // 50):
+        while len(vocabulary) < max(4, (length - _NEW_TOKENS) // 50):
             vocabulary["".join(rng.choices(string.ascii_lowercase, k=6))] = None
         coded = ["...", *list(vocabulary)[1:]]
         text: list[str] = []
@@ -63,4 +64,4 @@ def frequent_words_task(length: int) -> Task:
         return Prompt(_FREQUENT.format(context=" ".join(text)), coded[1:4])
 
     step = max(1, length // 256)
-    return Task("fwe", build, new_tokens=50, least_units=32, unit_step=step)
+    return Task("fwe", build, new_tokens=_NEW_TOKENS, least_units=32, unit_step=step)

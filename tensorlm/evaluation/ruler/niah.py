@@ -8,7 +8,7 @@ from typing import Literal
 
 import wonderwords
 
-from ..prompts import Prompt, Task
+from ..prompts import NO_END, Prompt, Task
 from ..text import Prose, insert
 from .noise import NOISE
 
@@ -25,7 +25,7 @@ _SINGLE_QUESTION = (
     "What is the special magic {kind} for {query} mentioned in the provided text? "
     "The special magic {kind} for {query} mentioned in the provided text is"
 )
-_NUM_DEPTHS = 40  # needles in prose go to this many evenly spaced depths
+_DEPTHS = [round(100 * i / 39) for i in range(40)]  # of needles in prose, in percent
 
 Kind = Literal["words", "numbers", "uuids"]
 
@@ -55,16 +55,16 @@ VARIANTS = (
 )
 
 
-def niah_tasks(prose: Prose, length: int) -> list[Task]:
-    """All variants; at short lengths the haystack grows in smaller steps, as in RULER."""
-    line_step = 25 if length >= 4096 else 5
+def niah_tasks(prose: Prose) -> list[Task]:
+    """All variants; haystacks grow by a word of prose, or by a line."""
     return [
         Task(
             variant.name,
             partial(_build, variant, prose),
             new_tokens=128,
             least_units=10,
-            unit_step=(500 if length >= 4096 else 10) if variant.haystack == "prose" else line_step,
+            unit_step=1,
+            most_units=prose.num_words if variant.haystack == "prose" else NO_END,
         )
         for variant in VARIANTS
     ]
@@ -81,9 +81,9 @@ def _build(variant: Niah, prose: Prose, rng: Random, units: int) -> Prompt:
     rng.shuffle(needles)
     if variant.haystack == "prose":
         text, starts = prose.cut(units)
-        depths = rng.sample(range(_NUM_DEPTHS), len(needles))
-        last = len(starts) - 1
-        places = [int(starts[last * depth // (_NUM_DEPTHS - 1)]) for depth in depths]
+        depths = rng.sample(_DEPTHS, len(needles))
+        num_sentences = len(starts) - 1
+        places = [int(starts[int(num_sentences * (depth / 100))]) for depth in depths]
         context = insert(text, places, needles)
     else:
         lines = _lines(variant, rng, units)

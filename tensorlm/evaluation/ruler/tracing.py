@@ -12,28 +12,26 @@ _QUESTION = (
     "{context}\n"
     "Question: Find all variables that are assigned the value {value} in the text above. "
     "Answer: According to the chain(s) of variable assignment in the text above, "
-    "{count} variables are assgined the value {value}, they are: "  # RULER's own spelling
+    "{count} variables are assigned the value {value}, they are: "
 )
 _NUM_HOPS = 4
 EXAMPLE_TOKENS = 500
 
 
-def tracing_task(length: int, example_units: int) -> Task:
+def tracing_task(example_units: int) -> Task:
     """`vt`: one chain of four hops, after one solved example with names of three letters.
 
     Args:
-        length: of the context, in tokens.
         example_units: lines of noise in the example (RULER: as many as EXAMPLE_TOKENS hold).
     """
 
     def build(rng: Random, units: int) -> Prompt:
         example = _chain_prompt(rng, example_units, name_length=3)
         asked = _chain_prompt(rng, units, name_length=5)
-        text = f"{example.text} {' '.join(example.answers)}\n\n\n\n{asked.text}"
+        text = f"{example.text} {' '.join(example.answers)}\n\n{asked.text}"
         return Prompt(text, asked.answers)
 
-    step = 10 if length >= 4096 else 5
-    return Task("vt", build, new_tokens=30, least_units=10, unit_step=step)
+    return Task("vt", build, new_tokens=30, least_units=10, unit_step=1)
 
 
 def example_task() -> Task:
@@ -42,7 +40,7 @@ def example_task() -> Task:
     def build(rng: Random, units: int) -> Prompt:
         return _chain_prompt(rng, units, name_length=3)
 
-    return Task("vt example", build, new_tokens=30, least_units=5, unit_step=5)
+    return Task("vt example", build, new_tokens=0, least_units=5, unit_step=1)
 
 
 def _chain_prompt(rng: Random, units: int, name_length: int) -> Prompt:
@@ -54,8 +52,8 @@ def _chain_prompt(rng: Random, units: int, name_length: int) -> Prompt:
     value = str(rng.randint(10000, 99998))
     chain = [f"VAR {names[0]} = {value}"]
     chain += [f"VAR {new} = VAR {old} " for old, new in pairwise(names)]
-    lines = [NOISE + "\n"] * units
+    lines = [NOISE] * units
     for count, place in enumerate(sorted(rng.sample(range(units), len(chain)))):
         lines.insert(place + count, chain[count])
-    context = " ".join(lines).replace(". \n", ".\n")
+    context = "\n".join(lines)
     return Prompt(_QUESTION.format(context=context, value=value, count=len(names)), names)

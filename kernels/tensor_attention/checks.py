@@ -1,0 +1,132 @@
+"""What the operator accepts, in one place for all implementations.
+
+Only shapes, dtypes and devices are read, never values: a check costs no wait for the GPU and breaks
+no compiled graph. What values mean where they are out of range is part of the operator
+(`fold.document_reach`, `dense.hop`). Shape letters: B batch, T tokens, H query heads, K key heads,
+D head size, E value size.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .fold import Rotary, check_width
+
+State = tuple[Tensor, Tensor]
+
+_INTEGERS = (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8)
+
+
+def check_heads(q: Tensor, k: Tensor, values: Tensor, name: str, of_queries: bool) -> None:
+    """Raise ValueError unless q, k and values belong together.
+
+    Args:
+        name: of the values in the messages.
+        of_queries: whether there may be values for each of the H query heads.
+    """
+    if q.ndim != 4 or not q.shape[2] or not q.shape[3]:
+        raise ValueError(f"q must be [B, T, H, D] with at least one head, got {list(q.shape)}")
+    matches = k.ndim == 4 and k.shape[:2] == q.shape[:2] and k.shape[3] == q.shape[3]
+    if not matches or not k.shape[2] or q.shape[2] % k.shape[2]:
+        raise ValueError(f"k {list(k.shape)} does not match q {list(q.shape)} (H % K must be 0)")
+    heads = (k.shape[2], q.shape[2]) if of_queries else (k.shape[2],)
+    matches = values.ndim == 4 and values.shape[:2] == k.shape[:2] and values.shape[2] in heads
+    if not matches or not values.shape[3]:
+        raise ValueError(f"{name} {list(values.shape)} does not match k {list(k.shape)}")
+    dtypes = (q.dtype, k.dtype, values.dtype)
+    if not q.is_floating_point() or len(set(dtypes)) > 1:
+        raise ValueError(
+            f"q, k, {name} must share one dtype of floats, got {', '.join(map(str, dtypes))}"
+        )
+    check_device("k", k, q)
+    check_device(name, values, q)
+
+
+def check_device(name: str, x: Tensor, q: Tensor) -> None:
+    """Raise ValueError unless `x` is where q is."""
+    if x.device != q.device:
+        raise ValueError(f"{name} must be on {q.device} as q is, got {x.device}")
+
+
+def per_token(name: str, x: Tensor, q: Tensor) -> Tensor:
+    """`x` as [B, T]; a [1, T] tensor stands for every row of the batch.
+
+    Raises:
+        ValueError: another shape, another device, or no integers.
+    """
+    rows = q.shape[:2]
+    if x.ndim != 2 or x.shape[1] != rows[1] or x.shape[0] not in (rows[0], 1):
+        raise ValueError(f"{name} must be [B, T] = {list(rows)} (or [1, T]), got {list(x.shape)}")
+    if x.dtype not in _INTEGERS:
+        raise ValueError(f"{name} must be integers, got {x.dtype}")
+    check_device(name, x, q)
+    return x.expand(rows)
+
+
+def steps_per_token(name: str, x: Tensor, q: Tensor) -> Tensor:
+    """`per_token` in int32; what lies outside the row is brought to its border."""
+    x = per_token(name, x, q)
+    return x if x.dtype == torch.int32 else x.long().clamp(-1, q.shape[1]).to(torch.int32)
+
+
+def check_bias(name: str, bias: Tensor | None, shape: Sequence[int], q: Tensor) -> None:
+    """Raise ValueError unless `bias` is None or floats of this shape."""
+    if bias is None:
+        return
+    if list(bias.shape) != list(shape):
+        raise ValueError(f"{name} {list(bias.shape)} must be {list(shape)}")
+    if not bias.is_floating_point():
+        raise ValueError(f"{name} must be floats, got {bias.dtype}")
+    check_device(name, bias, q)
+
+
+def check_rotary(rotary: Rotary | None, positions: int, q: Tensor) -> None:
+    """Raise ValueError unless the table has that many positions for heads of this size."""
+    if rotary is None:
+        return
+    check_width(rotary, q.shape[3])
+    for name, table in zip(rotary._fields, rotary, strict=True):
+        if table.shape[0] < positions:
+            raise ValueError(f"rotary table has {table.shape[0]} positions, need {positions}")
+        if not table.is_floating_point():
+            raise ValueError(f"rotary.{name} must be floats, got {table.dtype}")
+        check_device(f"rotary.{name}", table, q)
+
+
+def check_scale(scale: float | None) -> None:
+    """Raise ValueError unless `scale` is None or a positive number."""
+    if scale is not None and not 0 < scale < math.inf:
+        raise ValueError(f"scale must be a positive number, got {scale}")
+
+
+def check_state(state: State | None, q: Tensor, values: Tensor) -> None:
+    """Raise ValueError unless the state is z [B, T, H, E] as the values are, lse [B, T, H]."""
+    if state is None:
+        return
+    rows, lse_dtypes = list(q.shape[:3]), (torch.float32, torch.float64)
+    z, lse = state
+    if list(z.shape) != [*rows, values.shape[3]] or z.dtype != values.dtype:
+        expected = f"{[*rows, values.shape[3]]} {values.dtype}"
+        raise ValueError(f"state: z must be {expected}, got {list(z.shape)} {z.dtype}")
+    if list(lse.shape) != rows or lse.dtype not in lse_dtypes:
+        raise ValueError(
+            f"state: lse must be {rows} torch.float32, got {list(lse.shape)} {lse.dtype}"
+        )
+    check_device("state: z", z, q)
+    check_device("state: lse", lse, q)
+
+
+def check_axis(stride: int, length: int) -> None:
+    """Raise ValueError unless stride and length are at least 1."""
+    for name, value in (("stride", stride), ("length", length)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    """Raise ValueError unless `value` is one of `choices`."""
+    if value not in choices:
+        allowed = " or ".join(f'"{choice}"' for choice in choices)
+        raise ValueError(f'{name} must be {allowed}, got "{value}"')

@@ -1,0 +1,46 @@
+"""The joint report of several evaluations, from their report.json files."""
+
+from pathlib import Path
+
+from tensorlm.errors import UserError
+
+from .output import check_output
+from .report import format_report, write_reports
+from .results import Report, merge_reports, read_report
+
+
+def compare_reports(folders: list[Path], output: Path) -> str:
+    """Join the reports below `folders` and write the joint one to `output`.
+
+    An earlier joint report in `output` is not one of the parts, wherever that folder is.
+
+    Returns:
+        All tables, and the notes, as text.
+
+    Raises:
+        UserError: `output` cannot be written or holds one of the parts, or no or a damaged report
+            was found.
+    """
+    check_output(output)
+    for folder in folders:
+        if not folder.is_dir():
+            raise UserError(f"--compare: {folder} is not a directory")
+    files = {
+        file.resolve(): None for folder in folders for file in sorted(folder.rglob("report.json"))
+    }
+    parts: list[Report] = []
+    for file in files:
+        report = read_report(file)
+        if file.parent != output.resolve():
+            parts.append(report)
+        elif not report.is_joined:
+            raise UserError(
+                f"--output: {output} holds one of the reports to compare, which would be replaced "
+                "(choose another folder)"
+            )
+    if not parts:
+        raise UserError(f"--compare: no report.json below {', '.join(map(str, folders))}")
+    reports = [report.model_copy(update={"is_joined": True}) for report in merge_reports(parts)]
+    write_reports(output, reports)
+    notes = [note for report in reports for note in report.notes]
+    return "\n".join([format_report(reports), *notes])

@@ -1,0 +1,63 @@
+"""What a reader of a report wants to know of the model, the text and the call."""
+
+import hashlib
+import shlex
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tensorlm.config import Config
+from tensorlm.flops import num_parameters
+
+_SAMPLED = 16  # elements of each parameter, evenly spaced
+
+
+@torch.no_grad()
+def weights_digest(network: nn.Module) -> str:
+    """A sha256 of names, shapes and some elements of all parameters: other weights, other digest.
+
+    Equal on any device. Every parameter must be whole on this rank.
+    """
+    digest = hashlib.sha256()
+    sampled = []
+    for name, parameter in network.named_parameters():
+        digest.update(f"{name} {list(parameter.shape)} ".encode())
+        flat, num = parameter.detach().reshape(-1), parameter.numel()
+        places = torch.linspace(0, num - 1, min(_SAMPLED, num), device=flat.device).long()
+        sampled.append(flat[places].double())
+    digest.update(torch.cat(sampled).cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def describe_model(network: nn.Module, model_config: Any, tokens: int | None) -> dict[str, Any]:
+    """Facts `parameters` and `attention`, and `trained_tokens` where known.
+
+    Args:
+        network: may be divided by ZeRO 3.
+        model_config: our `[model]` section, or the configuration of a Hugging Face folder.
+        tokens: that the model was trained on; None: unknown.
+    """
+    facts = {"parameters": num_parameters(network), "attention": describe_attention(model_config)}
+    return facts if tokens is None else {**facts, "trained_tokens": tokens}
+
+
+def describe_attention(model_config: Any) -> str:
+    """`fold [256]`, `full attention`, or both where layers differ."""
+    fold, every = getattr(model_config, "fold", None), getattr(model_config, "full_every", 0)
+    if not fold or every == 1:
+        return "full attention"
+    return f"fold {list(fold)}" + (f", full attention in 1 of {every} layers" if every else "")
+
+
+def describe_call(config: Config, output: Path) -> dict[str, Any]:
+    """Facts `text`, `date`, `commands` and `output` of an evaluation that is over."""
+    return {
+        "text": config.eval.text or f"valid split of {config.data.path}",
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "commands": [shlex.join(["python", *sys.argv])],
+        "output": str(output.resolve()),
+    }

@@ -1,0 +1,202 @@
+"""The tables of a report, for its pages and for the terminal."""
+
+from dataclasses import dataclass, replace
+
+from .names import label
+from .results import Mean, Report, same_tokens
+from .settings import RULER_TASKS
+
+_NONE = "-"  # in a cell: not measured, or unknown
+
+
+@dataclass(frozen=True)
+class Table:
+    """One section of a report: what it is, its numbers, and the figures above them."""
+
+    title: str
+    text: str
+    header: list[str]
+    rows: list[list[str]]
+    figures: tuple[str, ...] = ()
+
+
+def make_tables(reports: list[Report]) -> list[Table]:
+    """The numbers of one or several reports; with several, the first column names them."""
+    makers = (
+        _ratio_table,
+        _perplexity_table,
+        _attribution_table,
+        _retrieval_table,
+        _ruler_table,
+        _cost_table,
+    )
+    tables = [make(reports) for make in makers]
+    return [_without_empty_columns(table) for table in tables if table.rows]
+
+
+def _without_empty_columns(table: Table) -> Table:
+    """Leave out what was measured nowhere."""
+    columns = [i for i, cells in enumerate(zip(*table.rows, strict=True)) if set(cells) != {_NONE}]
+
+    def kept(row: list[str]) -> list[str]:
+        return [row[i] for i in columns]
+
+    return replace(table, header=kept(table.header), rows=[kept(row) for row in table.rows])
+
+
+def _named(reports: list[Report], header: list[str]) -> list[str]:
+    return ["model", *header] if len(reports) > 1 else header
+
+
+def _row(reports: list[Report], report: Report, *cells: str) -> list[str]:
+    return [label(report), *cells] if len(reports) > 1 else list(cells)
+
+
+def _perplexity_table(reports: list[Report]) -> Table:
+    letters = _text_letters(reports)
+    rows = [
+        _row(
+            reports, report, f"{r.length:,}", f"{r.length / report.trained_length:.2f}",
+            f"{r.loss:.4f}", f"{r.perplexity:.3f}", _interval(r.low, r.high, ".3f"),
+            _NONE if r.sliding_perplexity is None else f"{r.sliding_perplexity:.3f}",
+            f"{r.num_tokens:,}", f"{r.num_documents:,}", letters.get(r.predicted, _NONE),
+        )
+        for report in reports
+        for r in report.perplexity
+    ]  # fmt: skip
+    header = ["length", "x trained", "loss", "perplexity", "95 %", "sliding", "tokens",
+              "documents", "text"]  # fmt: skip
+    text = "Every length predicts the same held-out tokens, in windows that do not overlap"
+    if letters:
+        text = (
+            "Different held-out tokens were predicted: compare only rows with the same letter "
+            "under text (?: unknown). Windows do not overlap"
+        )
+    text += "; the interval is a bootstrap over documents."
+    if any(r.sliding_perplexity is not None for report in reports for r in report.perplexity):
+        text += " Sliding windows overlap, so that every token has more context."
+    return Table("Perplexity by length", text, _named(reports, header), rows,
+                 ("perplexity", "positions"))  # fmt: skip
+
+
+def _text_letters(reports: list[Report]) -> dict[str, str]:
+    """A letter for each set of tokens that was predicted; none where all are the same."""
+    if same_tokens(reports):
+        return {}
+    predicted = [result.predicted for report in reports for result in report.perplexity]
+    known = dict.fromkeys(p for p in predicted if p)
+    return {"": "?", **{p: chr(ord("A") + i % 26) for i, p in enumerate(known)}}
+
+
+def _ratio_table(reports: list[Report]) -> Table:
+    rows = [
+        _row(reports, report, f"{r.length:,}", f"{r.multiple:g}", _with_interval(r.ratio, ".4f"))
+        for report in reports
+        for r in report.ratios
+    ]
+    text = (
+        "Perplexity over that at the trained length, token by token of the same text; below 1 the "
+        "longer context helps. The interval is a bootstrap over documents."
+    )
+    header = ["length", "x trained", "ratio (95 %)"]
+    return Table("Beyond the trained length", text, _named(reports, header), rows, ("ratio",))
+
+
+def _attribution_table(reports: list[Report]) -> Table:
+    rows = []
+    for report in reports:
+        for found in report.attribution:
+            totals = [found.total] if len(found.buckets) > 1 else []
+            for gain in (*found.buckets, *totals):
+                where = f"{gain.start:,} - {gain.stop:,}"
+                rows.append(
+                    _row(
+                        reports, report, f"{found.length:,}", where, f"{found.near:,}",
+                        f"{gain.near_loss:.4f}", f"{gain.full_loss:.4f}",
+                        _with_interval(gain.gain, "+.4f"),
+                    )
+                )  # fmt: skip
+    text = (
+        "The same tokens, predicted from the last tokens only and from the whole window. A model "
+        "that ignores what lies further back gains nothing."
+    )
+    header = ["length", "positions", "last", "loss, last only", "loss, whole", "gain (95 %)"]
+    return Table("What long context buys", text, _named(reports, header), rows, ("attribution",))
+
+
+def _retrieval_table(reports: list[Report]) -> Table:
+    rows = []
+    for report in reports:
+        for name, title in (("passkey", "passkey"), ("niah", "needle")):
+            for length, accuracy in mean_by_length(report, name).items():
+                cells = [cell for cell in getattr(report, name) if cell.length == length]
+                worst = min(cells, key=lambda cell: cell.accuracy)
+                rows.append(
+                    _row(
+                        reports, report, title, f"{length:,}", f"{accuracy:.1%}",
+                        f"{worst.accuracy:.0%} at depth {worst.depth:.0%}",
+                        f"{sum(cell.num_samples for cell in cells):,}",
+                    )
+                )  # fmt: skip
+    text = "Greedy answers; right when the hidden number is in them."
+    header = ["task", "length", "accuracy", "worst", "prompts"]
+    return Table("Passkey and needle in a haystack", text, _named(reports, header), rows,
+                 ("passkey", "niah"))  # fmt: skip
+
+
+def _ruler_table(reports: list[Report]) -> Table:
+    lengths = sorted({score.length for report in reports for score in report.ruler})
+    rows = []
+    for report in reports:
+        scores = {(s.task, s.length): s.score for s in report.ruler}
+        tasks = sorted({score.task for score in report.ruler}, key=RULER_TASKS.index)
+        for task in tasks:
+            cells = [scores.get((task, length)) for length in lengths]
+            texts = [_NONE if score is None else f"{100 * score:.1f}" for score in cells]
+            rows.append(_row(reports, report, task, *texts))
+        if tasks:
+            means = []
+            for length in lengths:
+                these = [score for (_, n), score in scores.items() if n == length]
+                means.append(f"{100 * sum(these) / len(these):.1f}" if these else _NONE)
+            rows.append(_row(reports, report, "mean", *means))
+    header = ["task", *(f"{length:,}" for length in lengths)]
+    versions = {score.version or "an older, unknown version" for r in reports for score in r.ruler}
+    text = f"Prompts and scoring of {' and of '.join(sorted(versions))}. "
+    if len(versions) > 1:
+        text += "Scores of different prompts are not comparable. "
+    text += "Scores from 0 to 100; the mean is over the tasks that were measured."
+    return Table("RULER", text, _named(reports, header), rows, ("ruler",))
+
+
+def _cost_table(reports: list[Report]) -> Table:
+    rows = [
+        _row(
+            reports, report, cost.what, f"{cost.length:,}", f"{cost.seconds:.1f}",
+            _NONE if cost.memory_gib is None else f"{cost.memory_gib:.1f}",
+        )
+        for report in reports
+        for cost in report.costs
+    ]  # fmt: skip
+    text = "Wall-clock time on the devices named above"
+    if any(cost.memory_gib is not None for report in reports for cost in report.costs):
+        text += "; GPU memory at its peak, weights included"
+    text += "."
+    header = ["task", "length", "seconds", "GiB"]
+    return Table("Time and memory", text, _named(reports, header), rows)
+
+
+def mean_by_length(report: Report, name: str) -> dict[int, float]:
+    by_length: dict[int, list[float]] = {}
+    for cell in getattr(report, name):
+        by_length.setdefault(cell.length, []).append(cell.accuracy)
+    return {length: sum(found) / len(found) for length, found in sorted(by_length.items())}
+
+
+def _interval(low: float | None, high: float | None, form: str) -> str:
+    return _NONE if low is None or high is None else f"{low:{form}} - {high:{form}}"
+
+
+def _with_interval(mean: Mean, form: str) -> str:
+    interval = "" if mean.low is None else f" ({_interval(mean.low, mean.high, form)})"
+    return f"{mean.mean:{form}}{interval}"

@@ -1,0 +1,103 @@
+"""Locks between processes that would write to one place, on one machine or on several."""
+
+import errno
+import fcntl
+import os
+import re
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from .errors import UserError
+from .launch_env import slurm_job
+
+PATIENCE_SECONDS = 3.0
+
+
+def take_lock(path: Path, where: str, patience: float = PATIENCE_SECONDS) -> int:
+    """Lock the file `path` for this process; the lock ends with the process, however it ends.
+
+    A later start of the same Slurm job takes over from an earlier one, whose node may be gone.
+
+    Args:
+        path: lock file; created if it does not exist. It records who holds the lock.
+        where: the setting or option, and the place, that the error line names.
+        patience: seconds to wait for a holder that is about to end.
+
+    Returns:
+        The descriptor that holds the lock.
+
+    Raises:
+        UserError: another process holds it; the line says which one.
+        OSError: the file cannot be written.
+    """
+    job, restarts = slurm_job()
+    try:
+        descriptor = _lock(path, patience)
+    except BlockingIOError:
+        holder = path.read_bytes()[:200].decode(errors="replace").strip()
+        earlier = re.match(r"job (\S+) restart (\d+) ", holder)
+        if not earlier or earlier[1] != job or int(earlier[2]) >= restarts:
+            raise UserError(
+                f"{where} is in use by {holder} (wait for it, or choose another)"
+            ) from None
+        # Held for a node that is gone, until the file system notices. A new file is ours for good.
+        new = path.with_name(f".{path.name}")
+        descriptor = _lock(new, patience)
+        os.rename(new, path)
+    owner = f"pid {os.getpid()} on {socket.gethostname()}\n"
+    os.ftruncate(descriptor, 0)
+    os.write(descriptor, (f"job {job} restart {restarts} {owner}" if job else owner).encode())
+    return descriptor
+
+
+@contextmanager
+def locked(path: Path, where: str) -> Iterator[None]:
+    """Hold the lock file `path` in the body, and remove it afterwards.
+
+    Raises:
+        UserError: another process holds it.
+        OSError: the file cannot be written.
+    """
+    descriptor = take_lock(path, where)
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            os.unlink(path)
+        os.close(descriptor)
+
+
+def _lock(path: Path, patience: float) -> int:
+    """Open and lock `path`; returns the descriptor.
+
+    A child that a killed holder was just starting may have the lock a moment longer.
+    """
+    deadline = time.monotonic() + patience
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _is_at(descriptor, path):  # else a holder removed it after it was opened here
+                return descriptor
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                os.close(descriptor)
+                raise
+            time.sleep(0.05)
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
+                os.close(descriptor)
+                raise
+            print(f"warning: {path.parent}: cannot be locked on this file system", flush=True)
+            return descriptor
+        os.close(descriptor)
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.lstat(path))
+    except FileNotFoundError:
+        return False

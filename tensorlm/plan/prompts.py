@@ -1,0 +1,101 @@
+"""Memory of prompts in the middle of training (passkey, needles, RULER): a cache, and the pass that
+fills it.
+
+Each rank answers prompts of its own with a generating model on the same weights, so that a whole
+prompt is on one rank, whatever `sp` is. It is read `eval.prefill_chunk` tokens at a time. The
+counts are those of `hf/cache_tensorlm.py` and `hf/modeling_tensorlm.py`. Letters as in `job.py`,
+but t is the tokens of a prompt with its answer, and n those of one pass.
+"""
+
+from dataclasses import dataclass
+
+from tensorlm.evaluation.settings import GENERATION_TASKS
+
+from .job import FP32, Job
+
+
+@dataclass(frozen=True)
+class PromptPass:
+    """The last pass over a prompt of `length` tokens on one rank. All sizes are in bytes."""
+
+    job: Job
+    length: int
+
+    @property
+    def tokens(self) -> int:
+        """n: tokens of one pass."""
+        return min(self.length, self.job.config.eval.prefill_chunk)
+
+    @property
+    def hidden(self) -> int:
+        """w C n: the hidden states."""
+        return self.job.itemsize * self.job.config.model.hidden_size * self.tokens
+
+    def queries(self, tokens: int) -> int:
+        """w H D of so many tokens: q, or z of a hop."""
+        model = self.job.config.model
+        return self.job.itemsize * model.num_heads * model.head_size * tokens
+
+    def keys(self, tokens: int) -> int:
+        """w K D of so many tokens: k, or v."""
+        model = self.job.config.model
+        return self.job.itemsize * model.num_kv_heads * model.head_size * tokens
+
+
+def prompt_lengths(job: Job) -> list[int]:
+    """Lengths at which prompts are answered during training; none without such tasks."""
+    settings = job.config.eval
+    if not settings.every or not set(settings.tasks) & set(GENERATION_TASKS):
+        return []
+    return sorted(settings.lengths or (job.config.data.seq_len,))
+
+
+def cache(prompt: PromptPass) -> int:
+    """What all layers keep of a prompt.
+
+    A folded layer: keys and z of every hop but the last, of all tokens; values of the newest pass
+    and the inner axis in front of it, with a quarter to spare. A full layer: keys and values.
+    """
+    total = 0
+    for fold in prompt.job.folds:
+        total += prompt.keys(prompt.length)
+        if fold:
+            seen = prompt.tokens + (fold[0] if prompt.length > prompt.tokens else 0)
+            total += prompt.keys(seen + max(64, seen // 4))
+            total += len(fold) * prompt.queries(prompt.length)
+        else:
+            total += prompt.keys(prompt.length)
+    return total
+
+
+def prompt_pass(prompt: PromptPass) -> int:
+    """The largest of a block's parts.
+
+    Three hidden states wait: the embeddings, the block's input, and the sum that follows attention.
+    """
+    parts = [_norm(prompt), _mlp(prompt), *(_attention(prompt, fold) for fold in prompt.job.folds)]
+    return 3 * prompt.hidden + max(parts)
+
+
+def _norm(prompt: PromptPass) -> int:
+    """Two float32 tensors, whatever w is."""
+    return 2 * FP32 * prompt.job.config.model.hidden_size * prompt.tokens
+
+
+def _mlp(prompt: PromptPass) -> int:
+    """Its input, silu(gate), up and their product; there are no tiles."""
+    model = prompt.job.config.model
+    return prompt.hidden + 3 * prompt.job.itemsize * model.intermediate_size * prompt.tokens
+
+
+def _attention(prompt: PromptPass, fold: tuple[int, ...]) -> int:
+    """q and z beside one hop, which runs on all rows within reach where earlier passes have been.
+
+    A full layer: q and keys rotated, and z in the kernel's order and the model's.
+    """
+    new, rows = prompt.queries(prompt.tokens), prompt.length
+    if not fold:
+        mask = prompt.tokens * rows if not prompt.job.config.model.fold else 0
+        return 4 * new + 2 * prompt.keys(rows) + (mask if rows > prompt.tokens else 0)
+    padded = 2 * prompt.queries(rows) if rows > prompt.tokens else 0  # q, and z of the hop before
+    return 2 * new + padded + prompt.queries(rows) + 2 * prompt.keys(rows)
