@@ -1,5 +1,6 @@
 """AdamW with rounded moments against torch's, and the learning-rate schedules."""
 
+import itertools
 from typing import Any
 
 import pytest
@@ -39,7 +40,33 @@ def test_low_memory_adamw_is_adamw_with_rounded_moments(monkeypatch: pytest.Monk
 
 def test_schedules_warm_up_stay_and_fall() -> None:
     cosine = OptimConfig(lr=1.0, min_lr=0.1, warmup_steps=10)
-    assert [learning_rate(s, 110, cosine) for s in (0, 9, 60)] == pytest.approx([0.1, 1.0, 0.55])
-    assert learning_rate(109, 110, cosine) == pytest.approx(0.1, abs=1e-3)
+    assert [learning_rate(s, 110, cosine) for s in (0, 9, 59)] == pytest.approx([0.1, 1.0, 0.55])
     wsd = cosine.model_copy(update={"schedule": "wsd", "decay_steps": 50})
-    assert [learning_rate(s, 110, wsd) for s in (10, 60, 85)] == pytest.approx([1.0, 1.0, 0.55])
+    assert [learning_rate(s, 110, wsd) for s in (10, 59, 84)] == pytest.approx([1.0, 1.0, 0.55])
+
+
+@pytest.mark.parametrize("warmup", [0, 2])
+@pytest.mark.parametrize("num_steps", [4, 5, 1000])
+@pytest.mark.parametrize("decay_steps", [0, 1, 2])
+def test_schedules_begin_at_lr_and_end_at_min_lr(
+    warmup: int, num_steps: int, decay_steps: int
+) -> None:
+    name: Any = "wsd" if decay_steps else "cosine"
+    config = OptimConfig(
+        lr=0.01, min_lr=0.001, warmup_steps=warmup, decay_steps=decay_steps, schedule=name
+    )
+    rates = [learning_rate(step, num_steps, config) for step in range(num_steps)]
+    peak = max(warmup - 1, 0)
+    assert rates[peak] == 0.01
+    assert rates[-1] == pytest.approx(0.001, rel=1e-12)
+    if decay_steps:
+        assert rates[peak : num_steps - decay_steps] == [0.01] * (num_steps - decay_steps - peak)
+        assert rates[-2] == (0.01 if decay_steps == 1 else pytest.approx(0.0055))
+    else:
+        assert all(a > b for a, b in itertools.pairwise(rates[peak:]))
+    assert min(rates) > 0
+
+
+def test_a_run_of_one_step_trains_at_lr() -> None:
+    assert learning_rate(0, 1, OptimConfig(lr=0.01)) == 0.01
+    assert learning_rate(0, 1, OptimConfig(lr=0.01, warmup_steps=1)) == 0.01
