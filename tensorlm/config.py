@@ -130,7 +130,7 @@ class OptimConfig(Section):
     """AdamW and its learning-rate schedule."""
 
     lr: float = Field(gt=0, description="learning rate after the warm-up")
-    min_lr: float = Field(0.0, ge=0, description="learning rate of the last step, except in constant")
+    min_lr: float = Field(0.0, ge=0, description="learning rate of the last step (cosine, wsd)")
     schedule: Literal["cosine", "wsd", "constant"] = Field(
         "cosine", description="wsd: constant, then linear over the last decay_steps"
     )

@@ -13,6 +13,7 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from .config import Config, config_toml
+from .strict_json import json_text
 
 SETTINGS = "config.toml"  # in the run's folder: those of the newest start
 
@@ -43,7 +44,7 @@ class Metrics:
 
     def log_step(self, step: int, record: dict[str, Any]) -> None:
         """Record optimizer step `step` (from 1); keys are TensorBoard tags, where it takes them."""
-        self._file.write(json.dumps({"step": step, **record}) + "\n")
+        self._file.write(json_text({"step": step, **record}) + "\n")
         for tag, value in record.items():
             if not isinstance(value, str):
                 self.writer.add_scalar(tag, value, step)
@@ -110,5 +111,5 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
 def _drop_later_steps(path: Path, step: int) -> None:
     kept = [record for record in read_metrics(path.parent) if record["step"] <= step]
     temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
+    temporary.write_text("".join(json_text(record) + "\n" for record in kept))
     os.replace(temporary, path)

@@ -19,6 +19,7 @@ from typing import Any
 
 from .config import GuardsConfig
 from .errors import EXIT_INTERNAL
+from .strict_json import json_text
 
 FOLDER = "hang"
 # In the order in which a rank passes them, within one step.
@@ -120,7 +121,7 @@ class Watchdog:
             "seconds": seconds,
         }
         temporary = self._folder / f".{name}"
-        temporary.write_text(json.dumps(report))
+        temporary.write_text(json_text(report))
         temporary.rename(self._folder / f"{name}.json")
         deadline = time.monotonic() + _GRACE_SECONDS
         while len(reports := self._reports()) < self._world_size and time.monotonic() < deadline:
