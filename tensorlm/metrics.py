@@ -16,6 +16,20 @@ from .config import Config, config_toml
 from .strict_json import json_text
 
 SETTINGS = "config.toml"  # in the run's folder: those of the newest start
+# TensorBoard sorts its other pages by tag, data/ before train/. Tags here are regular expressions.
+_LAYOUT = {
+    "training": {
+        "loss": ["Multiline", ["train/loss"]],
+        "gradient norm": ["Multiline", ["train/grad_norm"]],
+        "learning rate": ["Multiline", ["train/lr"]],
+    },
+    "held-out text": {"perplexity by length": ["Multiline", ["eval/ppl/.*"]]},
+    "speed": {
+        "tokens per second": ["Multiline", ["perf/tokens_per_second"]],
+        "share of the peak": ["Multiline", ["perf/mfu", "perf/hfu"]],
+        "memory in GiB": ["Multiline", ["perf/memory_gib"]],
+    },
+}
 
 
 class Metrics:
@@ -35,6 +49,7 @@ class Metrics:
             str(self.run_dir / "tensorboard"), purge_step=resumed_step + 1, flush_secs=10
         )
         self.writer.add_text("config", f"```toml\n{config_toml(config)}```", resumed_step)
+        self.writer.add_custom_scalars(_LAYOUT)
         self._started = time.perf_counter()
         self._first_step = resumed_step
 

@@ -5,10 +5,14 @@ import math
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar import layout_pb2
 
 from tensorlm.config import load_config
 from tensorlm.metrics import Metrics, read_metrics
 from tensorlm.strict_json import json_text
+
+LAYOUT_TAG = "custom_scalars__config__"
 
 
 def refuse(text: str) -> NoReturn:
@@ -57,3 +61,19 @@ def test_json_of_nested_values_is_that_of_python_but_for_numbers_that_are_not_fi
     }
     plain = {"a": [1, 2.5, None, {"b": "NaN"}]}
     assert json_text(plain, indent=1) == json.dumps(plain, indent=1)
+
+
+def test_custom_page_of_tensorboard_begins_with_the_loss(config: Path) -> None:
+    settings = load_config(config)
+    for resumed in (0, 2):  # a resumed run has the page, too
+        metrics = Metrics(settings, resumed, "commit")
+        metrics.log_step(resumed + 1, record())
+        metrics.close()
+    events = EventAccumulator(f"{settings.run.dir}/tensorboard").Reload()
+    (summary,) = {event.tensor_proto.string_val[0] for event in events.Tensors(LAYOUT_TAG)}
+    layout = layout_pb2.Layout.FromString(summary)
+    charts = [chart for category in layout.category for chart in category.chart]
+    assert list(charts[0].multiline.tag) == ["train/loss"]
+    shown = [tag for chart in charts for tag in chart.multiline.tag]
+    assert {*record()} <= {*shown}
+    assert [tag for tag in shown if tag.startswith("data/")] == []
