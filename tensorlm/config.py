@@ -139,7 +139,9 @@ class OptimConfig(Section):
     betas: tuple[Beta, Beta] = Field((0.9, 0.95), strict=False)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.1, ge=0, description="of matrices; norms and biases have none")
-    state_dtype: Literal["fp32", "bf16"] = Field("fp32", description="of Adam's two moments")
+    state_dtype: Literal["fp32", "bf16"] = Field(
+        "fp32", description="of Adam's two moments; bf16 is rounded by chance, right in the mean"
+    )
     grad_clip: float = Field(1.0, ge=0, description="largest gradient norm; 0: no clipping")
 
 

@@ -32,7 +32,7 @@ def linear_flops_per_token(config: ModelConfig) -> int:
 
 
 def attention_flops(config: ModelConfig, depth: Tensor) -> int:
-    """Forward FLOPs of all attention layers for tokens that `depth` [B, T] others precede.
+    """Forward FLOPs of all attention layers for tokens that `depth` [...] others precede.
 
     Each visited (query, key) pair costs 2 D for the score and 2 D for the value, per query head.
     """
@@ -44,6 +44,8 @@ def attention_flops(config: ModelConfig, depth: Tensor) -> int:
 def attention_pairs(fold: tuple[int, ...], depth: Tensor) -> int:
     """(query, key) pairs that one layer visits: each hop's window, cut off by the document."""
     total = depth.numel()  # every token visits itself, once
+    if not total:
+        return 0
     for axis in fold_axes(fold, int(depth.max()) + 1):
         total += int((depth // axis.stride).clamp(max=axis.length - 1).sum())
     return total
@@ -54,7 +56,7 @@ def train_flops(config: ModelConfig, depth: Tensor) -> int:
 
     Args:
         config: shape of the model.
-        depth: [B, T] integer, how many tokens of its document precede each token.
+        depth: [...] integer, how many tokens of its document precede each token that counts.
     """
     forward = linear_flops_per_token(config) * depth.numel()
     return 3 * (forward + attention_flops(config, depth))

@@ -14,7 +14,9 @@ def create_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
     """AdamW over `model`, before DeepSpeed partitions it."""
     groups, optim = parameter_groups(model, config.optim), config.optim
     if optim.state_dtype == "bf16":
-        return LowMemoryAdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps)
+        return LowMemoryAdamW(
+            groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, seed=config.run.seed
+        )
     on_gpu = torch.cuda.is_available() and not config.zero.offload_optimizer
     return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=on_gpu)
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -33,6 +34,7 @@ from tensorlm.manifest import check_model
 from tensorlm.model import Llama, create_llama
 
 from .describe import describe_model
+from .ranks import LeaveRequest
 from .results import RANDOM_WEIGHTS
 
 
@@ -53,6 +55,7 @@ class EvaluatedModel:
     loss_chunk: int
     prefill_chunk: int
     on_progress: Callable[[], None] = lambda: None  # called after each pass, for a watchdog
+    leave: LeaveRequest | None = None  # asked after each pass, too
     gathers_weights: bool = False  # in each pass, from all ranks: ZeRO 3
     facts: dict[str, Any] = field(default_factory=dict)  # of the model, for readers of a report
 
@@ -92,8 +95,14 @@ class EvaluatedModel:
             found = self._hugging_face_losses(inputs, labels)
         result = np.zeros((tokens.shape[0], tokens.shape[1] - 1), np.float32)
         result[:, mine] = found.float().cpu().numpy()
-        self.on_progress()
+        self._pass_done(len(self.partners), None if self.gathers_weights else self.grid.sp_group)
         return result
+
+    def _pass_done(self, num_partners: int, group: dist.ProcessGroup | None) -> None:
+        """A pass is over that ranks of `group` shared."""
+        self.on_progress()
+        if self.leave:
+            self.leave.check(num_partners, group)
 
     def _hugging_face_losses(self, inputs: Tensor, labels: Tensor) -> Tensor:
         hidden = self.network.model(input_ids=inputs, use_cache=False).last_hidden_state
@@ -130,7 +139,7 @@ class EvaluatedModel:
             eos_token_id=self.tokenizer.eos_token_id,
             prefill_chunk_size=self.prefill_chunk if len(prompt) > self.prefill_chunk else None,
         )
-        self.on_progress()
+        self._pass_done(1, None)
         text: str = self.tokenizer.decode(whole[0, len(prompt) :], skip_special_tokens=True)
         return text
 
@@ -247,16 +256,18 @@ def wrap_training_model(
     device: torch.device,
     grid: Grid,
     on_progress: Callable[[], None],
+    leave: LeaveRequest,
     tokens: int | None = None,
 ) -> EvaluatedModel:
-    """The model that is being trained, on so many tokens so far; `on_progress` is called after each
-    of its passes.
+    """The model that is being trained, on so many tokens so far; after each of its passes
+    `on_progress` is called, and `leave` asked.
     """
     tokenizer, seq_len = load_tokenizer(_tokenizer_folder(config)), config.data.seq_len
     name = str(Path(config.run.dir).resolve())
     model = _evaluated(config, module, tokenizer, name, step, seq_len, device, grid)
     model.on_progress, model.gathers_weights = on_progress, config.zero.stage == 3
     model.facts = describe_model(module, config.model, tokens)
+    model.leave = leave
     return model
 
 

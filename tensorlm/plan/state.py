@@ -9,7 +9,7 @@ from .job import FP32, Job
 
 DOUBLE = 8  # DeepSpeed takes the norms of stages 2 and 3 in float64, parameter by parameter
 _ALL_REDUCE = 500_000_000  # elements of a message of stage 0 (DeepSpeed's engine)
-_ADAM_CHUNK = 1 << 25  # elements that LowMemoryAdamW updates at one time (adamw.py)
+_ADAM_CHUNK = 1 << 24  # elements that LowMemoryAdamW updates at one time (adamw.py)
 
 
 def weights(job: Job) -> int:

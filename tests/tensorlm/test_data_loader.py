@@ -154,17 +154,21 @@ def test_a_thousand_resizes_lose_and_repeat_nothing(tmp_path: Path) -> None:
             whole = reference.batch(range(row, row + stage_rows))
             digest = sum(batch.digest for part in parts for batch in part)
             assert digest % 2**64 == whole.digest
+            num_tokens = sum(batch.num_tokens for part in parts for batch in part)
+            assert num_tokens == whole.num_tokens
             for number, (tokens, labels, doc_start) in enumerate(assemble(parts, dp, sp)):
                 assert torch.equal(tokens, whole.tokens[number])
                 assert torch.equal(labels, whole.labels[number])
                 assert torch.equal(doc_start, whole.doc_start[number])
                 served = tokens[tokens > 0].numpy()
+                assert len(served) == whole.row_tokens[number]
                 source = int(np.searchsorted(firsts, served[0])) - 1
                 np.add.at(counts[source], served - 1 - firsts[source], 1)
             step, row = step + 1, row + stage_rows
         num_done += 1
     # Every token of a source has been served as often as any other of it, give or take the epoch
     # under way, and there were at least 10 resumes in an epoch.
+    assert reference.num_tokens(row) == sum(count.sum() for count in counts)
     for source, epochs in enumerate(reference.epochs(row)):
         assert counts[source].min() == int(epochs)
         assert counts[source].max() - counts[source].min() <= 1
