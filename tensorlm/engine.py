@@ -25,10 +25,13 @@ from deepspeed.utils import logger as deepspeed_logger
 from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 
+from fold_parallel import Grid
+
 from .adamw import LowMemoryAdamW, Piece, new_state
 from .config import Config
 from .errors import UserError
-from .launch_env import LaunchEnv, grow_memory_segments
+from .launch_env import LaunchEnv, grow_memory_segments, launch_attempt
+from .model import Llama, WeightInit, create_llama
 from .optim import create_optimizer
 
 ADAM_STATE = ("exp_avg", "exp_avg_sq")
@@ -119,7 +122,7 @@ def _meet(launch: LaunchEnv) -> dist.Store:
             f"(an address of rank 0, a free port there, and {launch.world_size} ranks are needed)"
         ) from None
     store.set_timeout(EXCHANGE_LIMIT)
-    return store
+    return dist.PrefixStore(launch_attempt(), store)
 
 
 def leave_distributed() -> None:
@@ -156,6 +159,34 @@ def deepspeed_config(config: Config) -> dict[str, Any]:
         "data_types": {"grad_accum_dtype": "fp32"},
         "zero_optimization": zero,
     }
+
+
+def create_model(config: Config, grid: Grid, device: torch.device, seed: int | None) -> Llama:
+    """The model of a run, for an `Engine`: with the random weights of `seed`, or (None) with any.
+
+    At ZeRO stage 3 it never is in memory as a whole: each parameter in turn is made, given its
+    weights and divided among the ranks; collective then.
+    """
+    if config.zero.stage < 3:
+        model = create_llama(config.model, config.train, grid, device)
+        if seed is not None:
+            model.init_weights(seed)
+        return model
+    model = create_llama(config.model, config.train, grid, torch.device("meta"))
+    weights = None if seed is None else WeightInit(config.model, seed)
+    holders: dict[Tensor, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for key, parameter in module.named_parameters(recurse=False):
+            holders.setdefault(parameter, []).append((module, key))  # tied ones have two
+    divide = deepspeed.zero.Init(config_dict_or_path=deepspeed_config(config))
+    for name, abstract in list(model.named_parameters()):
+        parameter = nn.Parameter(torch.empty_like(abstract, device=device))
+        if weights:
+            weights.fill(name, parameter)
+        for module, key in holders[abstract]:
+            setattr(module, key, parameter)
+        divide._convert_to_zero_parameters([parameter])
+    return model
 
 
 class Engine:

@@ -33,7 +33,8 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, An
 
 
 def _is_undecayed(model: nn.Module, parameter: nn.Parameter) -> bool:
-    return parameter.dim() < 2 or any(
+    shape = getattr(parameter, "ds_shape", parameter.shape)  # whole, where ZeRO 3 divides it
+    return len(shape) < 2 or any(
         p is parameter for name, p in model.named_parameters() if name.endswith("hop_bias")
     )
 

@@ -16,7 +16,7 @@ from . import checkpoint
 from .config import Config
 from .data.feed import Feed
 from .data.loader import PackedRows, open_rows
-from .engine import EXCHANGE_LIMIT, Engine, init_distributed, leave_distributed
+from .engine import EXCHANGE_LIMIT, Engine, create_model, init_distributed, leave_distributed
 from .errors import EXIT_DONE, EXIT_PREEMPTED, UserError
 from .flops import num_parameters, peak_flops, recomputed_flops, train_flops
 from .fused import runs_liger
@@ -31,7 +31,6 @@ from .guards import (
 from .launch_env import LaunchEnv
 from .manifest import Checkpoint, check_resumable
 from .metrics import Metrics, git_commit, peak_memory_gib
-from .model import create_llama
 from .optim import learning_rate
 from .preemption import StopRequest
 from .profiler import start_profiler
@@ -224,10 +223,8 @@ def start(config: Config, launch: LaunchEnv, before: int | None = None) -> Run:
     found = checkpoint.newest_checkpoint(
         run_dir, launch.rank, launch.world_size, before=before, progress=watchdog.progress
     )
-    model = create_llama(config.model, config.train, grid, device)
-    if found is None:
-        model.init_weights(config.run.seed)
-    engine = Engine(model, config)
+    seed = config.run.seed if found is None else None
+    engine = Engine(create_model(config, grid, device, seed), config)
     feed = Feed(rows, config, grid, pin=device.type == "cuda")
     guard, memory = StepGuard(config), MemoryGuard(config.guards.replica_every)
     run = Run(config, device, grid, rows, feed, engine, guard, memory, watchdog, TrainState())

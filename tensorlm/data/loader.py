@@ -125,6 +125,9 @@ class PackedRows:
             seed,
         ]
         self.fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+        # Makes every plan that the run will need: 4 s for a million documents are too long for a
+        # step in which an epoch happens to end.
+        self.epochs(num_rows)
 
     def seq_len(self, index: int) -> int:
         """Tokens in global row `index`."""

@@ -15,8 +15,10 @@ import torch
 
 from fold_parallel import Grid
 from tensorlm.config import Config, parse_config
+from tensorlm.data import epochs as epoch_plans
 from tensorlm.data.feed import Feed
-from tensorlm.data.loader import Batch, PackedRows, open_rows
+from tensorlm.data.loader import Batch, PackedRows, RowStage, open_rows
+from tensorlm.data.shards import Corpus
 from tensorlm.data.tokenizers import train_tokenizer
 from tensorlm.errors import UserError
 from tensorlm.loss import IGNORED
@@ -325,3 +327,24 @@ def test_other_data_changes_the_fingerprint(tmp_path: Path) -> None:
     for data in ({"seq_len": 256}, {"packing": "concat"}, {"sources": heavier}):
         assert other(**data).fingerprint != fingerprint
     assert other(sources=scaled).fingerprint == fingerprint
+
+
+@pytest.mark.parametrize("packing", ["best_fit", "concat"])
+@pytest.mark.parametrize("earlier", [[], [(2, 32)], [(2, 32), (20, 128)], [(40, 32)]])
+def test_rows_of_all_epochs_are_planned_before_the_first_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, earlier: list[tuple[int, int]], packing: str
+) -> None:
+    documents = [np.arange(3, 3 + n) for n in (40, 70, 33, 90, 12, 64)]
+    corpus = Corpus(write_split(tmp_path, [documents], vocab_size=512))
+    stages = [RowStage(seq_len, num_rows) for num_rows, seq_len in earlier]
+    num_rows = sum(num_rows for num_rows, _ in earlier) + 30  # several epochs of the last stage
+    rows = PackedRows([corpus], [1.0], [*stages, RowStage(64, None)], packing, 0, num_rows)
+
+    def plan(*_: object) -> None:
+        raise AssertionError("planned in a step")
+
+    monkeypatch.setattr(epoch_plans, "plan_rows", plan)
+    monkeypatch.setattr(epoch_plans, "pack", plan)
+    for index in range(num_rows):
+        assert rows.batch(range(index, index + 1)).num_tokens
+    assert rows.epochs(num_rows)[0] > 4
