@@ -7,12 +7,13 @@ plus `self_attn.hop_bias`. Shape letters: B batch, Q new tokens, T all tokens, D
 import inspect
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM, LlamaModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.utils import can_return_tuple
 
 from .attention_tensorlm import (
@@ -48,6 +49,7 @@ class TensorLMModel(LlamaModel):
     """The decoder; attention masks become document starts, so nothing of size T x T exists."""
 
     config_class = TensorLMConfig
+    _can_record_outputs: ClassVar[dict[str, type]] = {"hidden_states": LlamaDecoderLayer}
 
     _table: Rotary | None = None
 
@@ -192,6 +194,7 @@ class TensorLMForCausalLM(LlamaForCausalLM):
     """The language model; `generate` uses a cache made for folds."""
 
     config_class = TensorLMConfig
+    _can_record_outputs = TensorLMModel._can_record_outputs
 
     def __init__(self, config: TensorLMConfig) -> None:
         # Not LlamaForCausalLM's, which builds a model to be thrown away: it would take

@@ -83,7 +83,7 @@ def test_other_signals_separate_documents_as_positions_do(
     lengths = torch.tensor([0, 20, 53, 70], dtype=torch.int32)
     mask, positions = {"attention_mask": numbers_of(spans)}, {"position_ids": positions_of(spans)}
     lists = {"cu_seq_lens_q": lengths, "cu_seq_lens_k": lengths}
-    longest = {"max_length_q": 33, "max_length_k": torch.tensor(33)}
+    longest: dict[str, Any] = {"max_length_q": 33, "max_length_k": torch.tensor(33)}
     inputs: dict[str, Any] = {
         "mask": mask,
         "mask and positions": mask | positions,
