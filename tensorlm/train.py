@@ -388,4 +388,15 @@ def describe_run(run: Run) -> list[str]:
         ),
         f"ranks: {grid.world_size} x {name} (dp {grid.dp} x sp {grid.sp}), "
         f"ZeRO stage {config.zero.stage}",
+        *_notes_on_tokenizers(run),
     ]
+
+
+def _notes_on_tokenizers(run: Run) -> list[str]:
+    """A note where the run's weights were imported with another tokenizer than the data's."""
+    from .hf.import_folder import imported_folder
+    from .hf.imported_tokenizer import describe_another_tokenizer
+
+    data = run.config.data.all_sources[0].path
+    note = describe_another_tokenizer(imported_folder(run.dir), Path(data) / "tokenizer", data)
+    return [note] if note else []

@@ -23,7 +23,7 @@ from transformers.utils import logging
 from fold_parallel import Grid
 from tensorlm.checkpoint import load_weights, select_checkpoint
 from tensorlm.config import Config, parse_config
-from tensorlm.data.tokenizers import check_tokenizer, load_tokenizer
+from tensorlm.data.tokenizers import check_tokenizer, largest_text_id, load_tokenizer
 from tensorlm.errors import UserError
 from tensorlm.hf.cache_tensorlm import FoldCache
 from tensorlm.hf.configuration_tensorlm import TensorLMConfig
@@ -233,8 +233,7 @@ def open_hugging_face_model(
     """
     network = load_folder(folder, DTYPES[config.train.dtype])
     tokenizer = load_tokenizer(folder)
-    # Ids that were added, such as one for padding, are none of a text.
-    _check_ids(folder, tokenizer.vocab_size, network.config.vocab_size)
+    _check_ids(folder, tokenizer, network.config.vocab_size)
     return EvaluatedModel(
         network=network.to(device).eval(),
         name=str(folder.resolve()),
@@ -282,11 +281,12 @@ def _load_tokenizer(folder: Path, vocab_size: int) -> Any:
         UserError: none there, or it has more ids.
     """
     tokenizer = load_tokenizer(folder)
-    _check_ids(folder, len(tokenizer), vocab_size)
+    _check_ids(folder, tokenizer, vocab_size)
     return tokenizer
 
 
-def _check_ids(folder: Path, num_ids: int, vocab_size: int) -> None:
+def _check_ids(folder: Path, tokenizer: Any, vocab_size: int) -> None:
+    num_ids = largest_text_id(tokenizer) + 1
     if num_ids > vocab_size:
         raise UserError(
             f"{folder}: has {num_ids} ids, the model's vocab_size is {vocab_size} "
