@@ -27,7 +27,7 @@ from .epochs import SourceRows
 from .mixing import Mix
 from .packing import RowPlan
 from .shards import Corpus
-from .tokenizers import check_tokenizer
+from .tokenizers import check_tokenizer, tokenizer_sha256
 
 _WORD = (1 << 64) - 1
 
@@ -299,19 +299,23 @@ def open_rows(config: Config, split: str, *, verify: bool) -> PackedRows:
     """
     sources, vocab_size = config.data.all_sources, config.model.vocab_size
     corpora = [Corpus(Path(source.path) / split, verify=verify) for source in sources]
+    tokenizers: list[str] = []
     for source, corpus in zip(sources, corpora, strict=True):
         if corpus.vocab_size > vocab_size:
             raise UserError(
                 f"model.vocab_size: {vocab_size} is smaller than that of {source.path} "
                 f"({corpus.vocab_size})"
             )
-        if corpus.tokenizer_sha256 != corpora[0].tokenizer_sha256:
+        if (tokenizer := Path(source.path) / "tokenizer").exists():
+            check_tokenizer(tokenizer, corpus.tokenizer_sha256)
+            tokenizers.append(tokenizer_sha256(tokenizer))  # not the hash of earlier versions
+        else:
+            tokenizers.append(corpus.tokenizer_sha256)
+        if tokenizers[-1] != tokenizers[0]:
             raise UserError(
                 f"data.sources: {source.path} and {sources[0].path} were encoded with different "
                 "tokenizers (prepare both with one)"
             )
-        if (tokenizer := Path(source.path) / "tokenizer").exists():
-            check_tokenizer(tokenizer, corpus.tokenizer_sha256)
     *earlier, last = config.stages
     stages = [RowStage(stage.seq_len, stage.num_rows) for stage in earlier]
     num_rows = sum(stage.num_rows for stage in config.stages)

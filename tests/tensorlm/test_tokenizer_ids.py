@@ -10,7 +10,10 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
+from tensorlm.config import parse_config
+from tensorlm.data.loader import open_rows
 from tensorlm.data.prepare import encode
+from tensorlm.data.shard_writer import write_index
 from tensorlm.data.shards import Corpus
 from tensorlm.data.tokenizers import (
     DocumentEncoder,
@@ -208,3 +211,27 @@ def test_data_of_earlier_versions_load_unless_their_ids_were_others(tmp_path: Pa
         UserError, match=r"other set: the data must have the ids of tokenizer\.json"
     ):
         check_tokenizer(tmp_path / "other set", sha256)
+
+
+def test_sources_of_earlier_and_of_this_version_go_together(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "tok", byte_level(), tokenizer_class="TokenizersBackend")
+    (tmp_path / "a.txt").write_text("\n".join(TEXTS) * 20)
+    paths = [tmp_path / "new", tmp_path / "old"]
+    for path in paths:
+        encode([str(tmp_path / "a.txt")], folder, path)
+    shutil.rmtree(paths[1] / "tokenizer")
+    sha256 = earlier_data(paths[1] / "tokenizer", folder)
+    header = paths[1] / "train/shard-00000.json"
+    header.write_text(header.read_text().replace(tokenizer_sha256(folder), sha256))
+    write_index(paths[1] / "train", 1)
+    config = {
+        "run": {"dir": str(tmp_path / "run")},
+        "model": {
+            "vocab_size": 500, "hidden_size": 32, "intermediate_size": 64, "num_layers": 1,
+            "num_heads": 2, "num_kv_heads": 2,
+        },
+        "data": {"sources": [{"path": str(path)} for path in paths], "seq_len": 64},
+        "optim": {"lr": 1e-3},
+        "train": {"steps": 2, "rows_per_step": 2},
+    }  # fmt: skip
+    open_rows(parse_config(config, "test"), "train", verify=True)
