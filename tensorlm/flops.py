@@ -102,10 +102,16 @@ def peak_flops(device: torch.device) -> float:
 
 def sheet_peak(name: str) -> float | None:
     """Dense bf16 FLOP/s of the GPU that CUDA calls `name`; None where no data sheet applies."""
+    board = find_board(name)
+    return GPU_PEAKS[board] if board else None
+
+
+def find_board(name: str) -> str | None:
+    """The board of GPU_PEAKS that CUDA calls `name`."""
     words = _words(name)
     if words & _OTHER_DEVICES:
         return None
-    return next((peak for board, peak in GPU_PEAKS.items() if words >= _words(board)), None)
+    return next((board for board in GPU_PEAKS if words >= _words(board)), None)
 
 
 def _words(name: str) -> set[str]:

@@ -20,6 +20,7 @@ from tensor_attention import tensor_attention
 from tensorlm.benchmarks.accounting import PeakMemory
 from tensorlm.config import Config
 from tensorlm.engine import Engine, create_model, init_distributed
+from tensorlm.flops import find_board
 from tensorlm.launch_env import LaunchEnv
 from tensorlm.layers import rotary_table
 from tensorlm.plan.activations import Fold
@@ -111,7 +112,8 @@ def measure(config: Config, launch: LaunchEnv, steps: int) -> Measurement:
 
 def find_sheet(device_name: str) -> Gpu | None:
     """The data sheet of a device by what PyTorch calls it."""
-    return next((gpu for gpu in GPUS.values() if gpu.name in device_name), None)
+    board = find_board(device_name)
+    return next((gpu for gpu in GPUS.values() if gpu.name == board), None)
 
 
 def _step(
