@@ -183,6 +183,8 @@ def create_model(config: Config, grid: Grid, device: torch.device, seed: int | N
         parameter = nn.Parameter(torch.empty_like(abstract, device=device))
         if weights:
             weights.fill(name, parameter)
+        else:  # finite, as those that PyTorch begins with: a benchmark trains on them
+            nn.init.normal_(parameter, std=config.model.init_std)
         for module, key in holders[abstract]:
             setattr(module, key, parameter)
         divide._convert_to_zero_parameters([parameter])
