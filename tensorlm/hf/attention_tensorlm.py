@@ -15,16 +15,7 @@ from .cache_tensorlm import FoldCache, FoldLayer
 from .configuration_tensorlm import TensorLMConfig
 
 try:
-    from tensor_attention import (
-        Axis,
-        Rotary,
-        apply_rotary,
-        fold_axes,
-        hop,
-        rotary_frequencies,
-        rotary_table,
-        tensor_attention,
-    )
+    from tensor_attention import Axis, Rotary, apply_rotary, fold_axes, hop, tensor_attention
     from tensor_attention.cached import hop_cached
 except ImportError:
     tensor_attention = None  # type: ignore[assignment]
@@ -35,11 +26,7 @@ except ImportError:
         Rotary,
         apply_rotary,
         fold_axes,
-        rotary_frequencies,
-        rotary_table,
     )
-
-__all__ = ["Rotary", "TensorLMAttention", "hop", "rotary_frequencies", "rotary_table"]
 
 # Unread rows in front of each new query from which on gathering what the query visits is faster
 # than the kernel. Measured on a CPU; for GPUs an estimate, from 65,536 queries that took about a

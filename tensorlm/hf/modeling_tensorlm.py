@@ -16,16 +16,23 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.utils import can_return_tuple
 
-from .attention_tensorlm import (
-    Rotary,
-    TensorLMAttention,
-    hop,
-    rotary_frequencies,
-    rotary_table,
-)
+from .attention_tensorlm import TensorLMAttention
 from .cache_tensorlm import FoldCache
 from .configuration_tensorlm import AUTO_MAP, TensorLMConfig, check_operator, rope_fields
 from .documents_tensorlm import Signals, document_starts
+
+# transformers 4 copies only those files of a folder that this one names: hence all of them here.
+try:
+    from tensor_attention import Rotary, hop, rotary_frequencies, rotary_table
+    from tensor_attention.cached import hop_cached
+except ImportError:
+    from .blocked import hop  # type: ignore[import-not-found, no-redef] # noqa: F401
+    from .cached import hop_cached  # type: ignore[import-not-found, no-redef]
+    from .fold import (  # type: ignore[import-not-found, no-redef]
+        Rotary,
+        rotary_frequencies,
+        rotary_table,
+    )
 
 MODEL_FILES = (
     "configuration_tensorlm.py", "documents_tensorlm.py", "cache_tensorlm.py",
@@ -39,7 +46,7 @@ _OF_THE_LOSS = ("num_items_in_batch", "shift_labels", "ignore_index")
 
 def write_code(folder: str | Path) -> None:
     """Copy into `folder` all the code that it needs to be loaded without this project."""
-    operator = Path(inspect.getfile(hop)).parent
+    operator = Path(inspect.getfile(hop_cached)).parent
     sources = [Path(__file__).parent / name for name in MODEL_FILES]
     for source in [*sources, *(operator / name for name in OPERATOR_FILES)]:
         shutil.copyfile(source, Path(folder) / source.name)

@@ -1,5 +1,6 @@
 """What transformers' users set on a model, by argument or configuration, has its effect."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from tensorlm.hf import attach
+from tensorlm.hf import attach, modeling_tensorlm
 from tensorlm.hf.cache_tensorlm import FoldCache
 from tensorlm.hf.configuration_tensorlm import TensorLMConfig
 from tensorlm.hf.modeling_tensorlm import TensorLMForCausalLM, TensorLMModel
@@ -259,3 +260,11 @@ def test_a_forward_pass_never_waits_for_the_gpu(tokens: Tensor) -> None:
         finally:
             torch.cuda.set_sync_debug_mode("default")
         assert torch.equal(again.logits, out.logits)
+
+
+def test_the_model_file_names_every_file_that_travels() -> None:
+    """transformers 4 copies only those that it names, not those that they name in turn."""
+    source = Path(modeling_tensorlm.__file__).read_text()
+    named = {f"{name}.py" for name in re.findall(r"^\s*from \.(\w+) import", source, re.MULTILINE)}
+    travels = {*modeling_tensorlm.MODEL_FILES, *modeling_tensorlm.OPERATOR_FILES}
+    assert named == travels - {"modeling_tensorlm.py"}
