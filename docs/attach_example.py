@@ -10,18 +10,18 @@ import argparse
 from datasets import load_dataset
 from transformers import (
     AutoModelForCausalLM,
-    AutoTokenizer,
     DataCollatorForLanguageModeling,
     Trainer,
     TrainingArguments,
 )
 
+from tensorlm.data.tokenizers import load_tokenizer
 from tensorlm.hf import attach
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", required=True)
+    parser.add_argument("--model", required=True, help="Llama folder")
     parser.add_argument("--text", required=True, help="one document per line")
     parser.add_argument("--fold", type=int, nargs="+", default=[1024])
     parser.add_argument("--output", required=True)
@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--lora", action="store_true", help="train adapters and hop biases alone")
     args = parser.parse_args()
 
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    tokenizer = load_tokenizer(args.model)  # the ids of its tokenizer.json
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     model = AutoModelForCausalLM.from_pretrained(args.model)
     attach(model, fold=args.fold)  # in place, before PEFT and before the optimizer

@@ -22,6 +22,7 @@ from tensorlm.arguments import check_plot, check_positive, parse_arguments, pars
 from tensorlm.config import load_config
 from tensorlm.errors import UserError, run_launcher
 from tensorlm.launch_env import grow_memory_segments, read_launch_env
+from tensorlm.strict_json import json_text
 
 
 def main() -> int:
@@ -112,7 +113,7 @@ def attention(args: argparse.Namespace) -> int:
         rows += measured
         print(bench.format_table(measured, ceilings) + "\n", flush=True)
         if args.json:  # after each length: what was measured outlives an interruption
-            args.json.write_text(json.dumps([row._asdict() for row in rows], indent=1) + "\n")
+            args.json.write_text(json_text([row._asdict() for row in rows], indent=1) + "\n")
         if args.plot:
             bench.plot(rows, str(args.plot))
     return 0
@@ -161,7 +162,7 @@ def sp(args: argparse.Namespace) -> int:
         if args.json:
             projected = [projection._asdict() for projection in projections]
             content = {"measured": cost and asdict(cost), "projected": projected}
-            args.json.write_text(json.dumps(content, indent=1) + "\n")
+            args.json.write_text(json_text(content, indent=1) + "\n")
     return 0
 
 
@@ -199,7 +200,7 @@ def train(args: argparse.Namespace) -> int:
     def save() -> None:  # after each measurement: it outlives an interruption
         if args.json:
             content = {"rows": [row._asdict() for row in rows], "longest": found}
-            args.json.write_text(json.dumps(content, indent=1) + "\n")
+            args.json.write_text(json_text(content, indent=1) + "\n")
         if args.plot:
             bench.plot(rows, str(args.plot))
 
@@ -265,7 +266,7 @@ def memory(args: argparse.Namespace) -> int:
         outcomes.append(asdict(outcome))
         print(bench.format_outcome(outcome), flush=True)
         if args.json:  # after each point: what was measured outlives an interruption
-            args.json.write_text(json.dumps(outcomes, indent=1) + "\n")
+            args.json.write_text(json_text(outcomes, indent=1) + "\n")
     return 0
 
 

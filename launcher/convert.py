@@ -68,7 +68,9 @@ def export(args: argparse.Namespace, config: Config) -> int:
     from tensorlm.data.tokenizers import check_tokenizer, has_tokenizer
     from tensorlm.hf import hub
     from tensorlm.hf.export_folder import check_new_folder, export_checkpoint
+    from tensorlm.hf.export_tokenizer import describe_prompts
     from tensorlm.hf.import_folder import imported_folder
+    from tensorlm.hf.imported_tokenizer import describe_another_tokenizer
     from tensorlm.hf.rounding import (
         choose_rounding,
         describe_rounding,
@@ -85,9 +87,12 @@ def export(args: argparse.Namespace, config: Config) -> int:
     trained = parse_config(checkpoint.manifest["config"], str(checkpoint.folder))
     check_model(checkpoint, config)
     imported = imported_folder(run_dir)
-    candidates = [Path(config.data.path) / "tokenizer", *([imported] if imported else [])]
-    tokenizer = args.tokenizer or next((c for c in candidates if has_tokenizer(c)), None)
     sha256 = checkpoint.manifest.get("tokenizer_sha256")  # None: it was imported, not trained
+    data_tokenizer = Path(config.data.path) / "tokenizer"
+    candidates = [data_tokenizer, *([imported] if imported else [])]
+    if sha256 is None:
+        candidates.reverse()
+    tokenizer = args.tokenizer or next((c for c in candidates if has_tokenizer(c)), None)
     if tokenizer and sha256:
         fix = "as asked" if args.tokenizer else "choose one with --tokenizer DIR"
         try:
@@ -112,6 +117,11 @@ def export(args: argparse.Namespace, config: Config) -> int:
         print(describe_losses(checkpoint, trained.model, Path(config.data.path), rounding))
     if tokenizer is None:
         print("note: no tokenizer goes along (--tokenizer DIR)")
+    else:
+        if note := describe_another_tokenizer(imported, data_tokenizer, config.data.path):
+            print(note)
+        if prompts := describe_prompts(args.output):
+            print(f"note: {prompts}")
     if args.push_to_hub:
         message = f"Step {checkpoint.step} of {run_dir.name}"
         print(hub.upload(args.output, args.push_to_hub, message))
@@ -137,15 +147,15 @@ def _write_config(args: argparse.Namespace) -> int:
 
 
 def import_(args: argparse.Namespace, config: Config) -> int:
-    from tensorlm.data.tokenizers import has_tokenizer, tokenizer_sha256
     from tensorlm.hf.import_folder import import_weights
+    from tensorlm.hf.imported_tokenizer import describe_another_tokenizer
 
     folder = import_weights(args.hf, config)
     settings = shlex.join([args.config, *args.overrides])
     print(f"{folder}: weights of {args.hf}; training with --config {settings} starts there")
-    tokenizers = [d for d in (args.hf, Path(config.data.path) / "tokenizer") if has_tokenizer(d)]
-    if len({tokenizer_sha256(d) for d in tokenizers}) > 1:
-        print(f"note: {config.data.path} was encoded with another tokenizer than that of {args.hf}")
+    tokenizer = Path(config.data.path) / "tokenizer"
+    if note := describe_another_tokenizer(args.hf, tokenizer, config.data.path):
+        print(note)
     return 0
 
 

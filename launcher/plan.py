@@ -5,7 +5,6 @@ with.
 """
 
 import argparse
-import json
 from pathlib import Path
 
 from tensorlm.config import load_config
@@ -14,6 +13,7 @@ from tensorlm.plan.gpus import find_gpu
 from tensorlm.plan.planning import make_plan
 from tensorlm.plan.proposals import propose
 from tensorlm.plan.report import format_plan, plan_json
+from tensorlm.strict_json import json_text
 
 
 def main() -> int:
@@ -31,7 +31,7 @@ def main() -> int:
     proposals = propose(plan)
     print(format_plan(plan, proposals, args.config))
     if args.json:
-        args.json.write_text(json.dumps(plan_json(plan, proposals), indent=1) + "\n")
+        args.json.write_text(json_text(plan_json(plan, proposals), indent=1) + "\n")
     return 0
 
 

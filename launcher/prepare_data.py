@@ -19,7 +19,12 @@ from tensorlm.data.prepare import (
     read_documents,
 )
 from tensorlm.data.shards import open_shards, verify_shards
-from tensorlm.data.tokenizers import check_new_tokenizer, check_tokenizer, train_tokenizer
+from tensorlm.data.tokenizers import (
+    check_new_tokenizer,
+    check_tokenizer,
+    load_tokenizer,
+    train_tokenizer,
+)
 from tensorlm.errors import UserError, run_launcher
 from tensorlm.launch_env import launched_world_size
 
@@ -117,6 +122,7 @@ def main() -> int:
                 raise UserError(*bad)
             found, _ = open_shards(split)
             check_tokenizer(args.data / "tokenizer", found[0].header.tokenizer_sha256)
+            load_tokenizer(args.data / "tokenizer")
             print(f"{split}: {len(found)} shards are whole")
     else:
         _inspect(args)

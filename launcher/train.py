@@ -5,7 +5,7 @@ Works the same under deepspeed, torchrun, srun, mpirun and plain python.
 
 import argparse
 
-from tensorlm.errors import run_launcher
+from tensorlm.errors import EXIT_DONE, EXIT_PREEMPTED, run_launcher
 from tensorlm.preemption import StopRequest
 
 
@@ -21,7 +21,11 @@ def main(stop: StopRequest) -> int:
     args = parser.parse_intermixed_args()  # settings may stand anywhere
     # What imports torch takes seconds, in which signals are listened to already.
     from tensorlm.config import load_config
-    from tensorlm.launch_env import launched_world_size, read_launch_env
+    from tensorlm.launch_env import (
+        launched_world_size,
+        read_launch_env,
+        restarts_failed_ranks,
+    )
 
     ranks = launched_world_size() if args.dry_run is None else args.dry_run
     config = load_config(args.config, args.overrides, ranks)
@@ -37,7 +41,12 @@ def main(stop: StopRequest) -> int:
 
     if args.replay is not None:
         return replay(config, launch, args.replay)
-    return train(config, launch, stop)
+    code = train(config, launch, stop)
+    if code == EXIT_PREEMPTED and restarts_failed_ranks():
+        if launch.rank == 0:
+            print("leaving with 0, not 75: torchrun --max-restarts would start again", flush=True)
+        return EXIT_DONE
+    return code
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from . import disk
 from .config import CheckpointConfig
-from .engine import STATE, ParameterSlice
+from .engine import EXCHANGE_LIMIT, STATE, ParameterSlice
 from .errors import UserError
 from .manifest import Checkpoint, list_steps, open_checkpoint, step_folder
 from .publish import (
@@ -66,7 +66,7 @@ class Saver:
         self._first_saved: int | None = None
         self._progress = progress
         # Its own, since a background save talks while training does; on the CPU on any machine.
-        self._group = dist.new_group(backend="gloo")
+        self._group = dist.new_group(backend="gloo", timeout=EXCHANGE_LIMIT)
         self._rank = dist.get_rank()
         self._copies: dict[str, Tensor] = {}
         self._thread: Thread | None = None

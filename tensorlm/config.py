@@ -130,7 +130,7 @@ class OptimConfig(Section):
     """AdamW and its learning-rate schedule."""
 
     lr: float = Field(gt=0, description="learning rate after the warm-up")
-    min_lr: float = Field(0.0, ge=0, description="learning rate at the end of the schedule")
+    min_lr: float = Field(0.0, ge=0, description="learning rate of the last step (cosine, wsd)")
     schedule: Literal["cosine", "wsd", "constant"] = Field(
         "cosine", description="wsd: constant, then linear over the last decay_steps"
     )
@@ -139,7 +139,9 @@ class OptimConfig(Section):
     betas: tuple[Beta, Beta] = Field((0.9, 0.95), strict=False)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.1, ge=0, description="of matrices; norms and biases have none")
-    state_dtype: Literal["fp32", "bf16"] = Field("fp32", description="of Adam's two moments")
+    state_dtype: Literal["fp32", "bf16"] = Field(
+        "fp32", description="of Adam's two moments; bf16 is rounded by chance, right in the mean"
+    )
     grad_clip: float = Field(1.0, ge=0, description="largest gradient norm; 0: no clipping")
 
 

@@ -25,17 +25,21 @@ from deepspeed.utils import logger as deepspeed_logger
 from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 
-from .adamw import new_state
+from fold_parallel import Grid
+
+from .adamw import LowMemoryAdamW, Piece, new_state
 from .config import Config
 from .errors import UserError
-from .launch_env import LaunchEnv, grow_memory_segments
+from .launch_env import LaunchEnv, grow_memory_segments, launch_attempt
+from .model import Llama, WeightInit, create_llama
 from .optim import create_optimizer
 
 ADAM_STATE = ("exp_avg", "exp_avg_sq")
 STATE = ("master", *ADAM_STATE)
 # Ranks of one job start within a minute or two, even where all import from one slow file system.
 _MEETING_LIMIT = timedelta(minutes=5)
-_EXCHANGE_LIMIT = timedelta(minutes=30)  # longer than the watchdog's limits, which say more
+# Only the watchdog ends what hangs: these limits go on while a job is suspended.
+EXCHANGE_LIMIT = timedelta(days=30)
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,7 @@ def init_distributed(launch: LaunchEnv) -> torch.device:
             store=_meet(launch),
             rank=launch.rank,
             world_size=launch.world_size,
-            timeout=_EXCHANGE_LIMIT,
+            timeout=EXCHANGE_LIMIT,
             device_id=device if backend == "nccl" and launch.world_size > 1 else None,
         )
     deepspeed.init_distributed(dist_backend=backend, verbose=False)
@@ -117,8 +121,8 @@ def _meet(launch: LaunchEnv) -> dist.Store:
             f"MASTER_ADDR, MASTER_PORT: {launch.master_addr}:{launch.master_port}: {reason[:150]} "
             f"(an address of rank 0, a free port there, and {launch.world_size} ranks are needed)"
         ) from None
-    store.set_timeout(_EXCHANGE_LIMIT)
-    return store
+    store.set_timeout(EXCHANGE_LIMIT)
+    return dist.PrefixStore(launch_attempt(), store)
 
 
 def leave_distributed() -> None:
@@ -157,6 +161,36 @@ def deepspeed_config(config: Config) -> dict[str, Any]:
     }
 
 
+def create_model(config: Config, grid: Grid, device: torch.device, seed: int | None) -> Llama:
+    """The model of a run, for an `Engine`: with the random weights of `seed`, or (None) with any.
+
+    At ZeRO stage 3 it never is in memory as a whole: each parameter in turn is made, given its
+    weights and divided among the ranks; collective then.
+    """
+    if config.zero.stage < 3:
+        model = create_llama(config.model, config.train, grid, device)
+        if seed is not None:
+            model.init_weights(seed)
+        return model
+    model = create_llama(config.model, config.train, grid, torch.device("meta"))
+    weights = None if seed is None else WeightInit(config.model, seed)
+    holders: dict[Tensor, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for key, parameter in module.named_parameters(recurse=False):
+            holders.setdefault(parameter, []).append((module, key))  # tied ones have two
+    divide = deepspeed.zero.Init(config_dict_or_path=deepspeed_config(config))
+    for name, abstract in list(model.named_parameters()):
+        parameter = nn.Parameter(torch.empty_like(abstract, device=device))
+        if weights:
+            weights.fill(name, parameter)
+        else:  # finite, as those that PyTorch begins with: a benchmark trains on them
+            nn.init.normal_(parameter, std=config.model.init_std)
+        for module, key in holders[abstract]:
+            setattr(module, key, parameter)
+        divide._convert_to_zero_parameters([parameter])
+    return model
+
+
 class Engine:
     """A model, its AdamW and DeepSpeed, driven one optimizer step at a time."""
 
@@ -178,6 +212,8 @@ class Engine:
                 dist_init_required=False,
             )
         self._adamw = adamw if self._stage == 0 else self._optimizer.optimizer
+        if isinstance(adamw, LowMemoryAdamW):
+            adamw.name_pieces(self._pieces())
 
     @property
     def module(self) -> nn.Module:
@@ -236,6 +272,19 @@ class Engine:
                 yield self._stage3_slice(parameter, name)
             elif getattr(parameter, "_hp_mapping", None) is not None:
                 yield self._flat_slice(parameter, name)
+
+    def _pieces(self) -> dict[Tensor, list[Piece]]:
+        """What each tensor that AdamW updates holds of which parameters."""
+        slices = list(self.parameter_slices())
+        held = {state["exp_avg"].data_ptr(): p for p, state in self._adamw.state.items()}
+        pieces: dict[Tensor, list[Piece]] = {tensor: [] for tensor in held.values()}
+        for part in slices:
+            view, size = part.state["exp_avg"], part.stop - part.start
+            if size:
+                begin = int(view.storage_offset())
+                tensor = held[view.data_ptr() - begin * view.element_size()]
+                pieces[tensor].append(Piece(part.name, part.start, begin, size))
+        return pieces
 
     def refresh_weights(self, adam_step: int) -> None:
         """After slices were written: rebuild the working weights and set Adam's step count."""

@@ -1,6 +1,7 @@
 """Floating-point operations of the model, counted from its real folds and documents."""
 
 import functools
+import re
 import time
 
 import torch
@@ -10,11 +11,16 @@ from tensor_attention import fold_axes
 
 from .config import ModelConfig
 
-# Dense bf16 peak in FLOP/s by a fragment of the device name; vendors' data sheets, no sparsity.
+# Dense bf16 FLOP/s by the words of a device's name; vendors' data sheets, no sparsity. The first
+# entry whose words are all in the name counts, so variants stand before the boards they vary.
 GPU_PEAKS = {
-    "B200": 2250e12, "GH200": 989e12, "H200": 989e12, "H100": 989e12, "A100": 312e12,
-    "L40S": 362e12, "RTX 4090": 165e12, "MI300X": 1307e12,
+    "GB200": 2500e12, "B200": 2250e12, "GH200": 989e12,
+    "H200 NVL": 835e12, "H200": 989e12,
+    "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12,
+    "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12, "MI300X": 1307e12,
 }  # fmt: skip
+# Words that make another device of a known name: a slice of it, or a smaller chip.
+_OTHER_DEVICES = {"mig", "laptop", "d"}
 
 
 def linear_flops_per_token(config: ModelConfig) -> int:
@@ -26,7 +32,7 @@ def linear_flops_per_token(config: ModelConfig) -> int:
 
 
 def attention_flops(config: ModelConfig, depth: Tensor) -> int:
-    """Forward FLOPs of all attention layers for tokens that `depth` [B, T] others precede.
+    """Forward FLOPs of all attention layers for tokens that `depth` [...] others precede.
 
     Each visited (query, key) pair costs 2 D for the score and 2 D for the value, per query head.
     """
@@ -38,6 +44,8 @@ def attention_flops(config: ModelConfig, depth: Tensor) -> int:
 def attention_pairs(fold: tuple[int, ...], depth: Tensor) -> int:
     """(query, key) pairs that one layer visits: each hop's window, cut off by the document."""
     total = depth.numel()  # every token visits itself, once
+    if not total:
+        return 0
     for axis in fold_axes(fold, int(depth.max()) + 1):
         total += int((depth // axis.stride).clamp(max=axis.length - 1).sum())
     return total
@@ -48,7 +56,7 @@ def train_flops(config: ModelConfig, depth: Tensor) -> int:
 
     Args:
         config: shape of the model.
-        depth: [B, T] integer, how many tokens of its document precede each token.
+        depth: [...] integer, how many tokens of its document precede each token that counts.
     """
     forward = linear_flops_per_token(config) * depth.numel()
     return 3 * (forward + attention_flops(config, depth))
@@ -85,22 +93,42 @@ def num_parameters(model: torch.nn.Module) -> int:
 
 
 def peak_flops(device: torch.device) -> float:
-    """Peak FLOP/s of one device: the data sheet for known GPUs, else a measured matrix product."""
+    """Peak FLOP/s of one device: bf16 by the data sheet of known GPUs, else as measured here."""
     if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        for fragment, peak in GPU_PEAKS.items():
-            if fragment in name:
-                return peak
-    return _measured_flops(device)
+        peak = sheet_peak(torch.cuda.get_device_name(device))
+        return peak or _measured_flops(device, torch.bfloat16, size=8192)
+    return _measured_flops(device, torch.float32, size=1024)
+
+
+def sheet_peak(name: str) -> float | None:
+    """Dense bf16 FLOP/s of the GPU that CUDA calls `name`; None where no data sheet applies."""
+    board = find_board(name)
+    return GPU_PEAKS[board] if board else None
+
+
+def find_board(name: str) -> str | None:
+    """The board of GPU_PEAKS that CUDA calls `name`."""
+    words = _words(name)
+    if words & _OTHER_DEVICES:
+        return None
+    return next((board for board in GPU_PEAKS if words >= _words(board)), None)
+
+
+def _words(name: str) -> set[str]:
+    return set(re.split(r"[\s-]+", name.lower()))
 
 
 @functools.cache
-def _measured_flops(device: torch.device, size: int = 1024, repeats: int = 5) -> float:
-    """Best of a few float32 matrix products: a fair ceiling where no data sheet applies."""
-    a = torch.randn(size, size, device=device)
+def _measured_flops(device: torch.device, dtype: torch.dtype, size: int, repeats: int = 5) -> float:
+    """Best of a few matrix products [size, size]: a fair ceiling where no data sheet applies.
+
+    A GPU trains in bf16 and needs products this large to be busy; a CPU is measured in float32.
+    """
+    a = torch.randn(size, size, device=device, dtype=dtype)
     best = float("inf")
-    for _ in range(repeats):
+    for _ in range(repeats + 1):  # the first one on a GPU loads its kernel
         start = time.perf_counter()
-        (a @ a).sum().item()
+        product = a @ a
+        product[0, 0].item()  # waits for it
         best = min(best, time.perf_counter() - start)
     return 2 * size**3 / best

@@ -82,6 +82,21 @@ def launched_world_size(environ: Mapping[str, str] | None = None) -> int:
     return place[1] if place else 1
 
 
+def launch_attempt(environ: Mapping[str, str] | None = None) -> str:
+    """Which start of the ranks this is, by the one launcher that starts them again: torchrun.
+
+    It keeps the store in which ranks meet, with all that the ranks before them have left there.
+    """
+    env = os.environ if environ is None else environ
+    return f"attempt {env.get('TORCHELASTIC_RESTART_COUNT', '0')} of {env.get('WORLD_SIZE', '1')}"
+
+
+def restarts_failed_ranks(environ: Mapping[str, str] | None = None) -> bool:
+    """Whether the launcher starts all ranks again when one leaves with another code than 0."""
+    env = os.environ if environ is None else environ
+    return env.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
+
+
 def slurm_job(environ: Mapping[str, str] | None = None) -> tuple[str, int]:
     """The Slurm job that this process belongs to, and how often it was requeued; ("", 0): none."""
     env = os.environ if environ is None else environ

@@ -13,8 +13,23 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from .config import Config, config_toml
+from .strict_json import json_text
 
 SETTINGS = "config.toml"  # in the run's folder: those of the newest start
+# TensorBoard sorts its other pages by tag, data/ before train/. Tags here are regular expressions.
+_LAYOUT = {
+    "training": {
+        "loss": ["Multiline", ["train/loss"]],
+        "gradient norm": ["Multiline", ["train/grad_norm"]],
+        "learning rate": ["Multiline", ["train/lr"]],
+    },
+    "held-out text": {"perplexity by length": ["Multiline", ["eval/ppl/.*"]]},
+    "speed": {
+        "tokens per second": ["Multiline", ["perf/tokens_per_second"]],
+        "share of the peak": ["Multiline", ["perf/mfu", "perf/hfu"]],
+        "memory in GiB": ["Multiline", ["perf/memory_gib"]],
+    },
+}
 
 
 class Metrics:
@@ -34,6 +49,7 @@ class Metrics:
             str(self.run_dir / "tensorboard"), purge_step=resumed_step + 1, flush_secs=10
         )
         self.writer.add_text("config", f"```toml\n{config_toml(config)}```", resumed_step)
+        self.writer.add_custom_scalars(_LAYOUT)
         self._started = time.perf_counter()
         self._first_step = resumed_step
 
@@ -43,7 +59,7 @@ class Metrics:
 
     def log_step(self, step: int, record: dict[str, Any]) -> None:
         """Record optimizer step `step` (from 1); keys are TensorBoard tags, where it takes them."""
-        self._file.write(json.dumps({"step": step, **record}) + "\n")
+        self._file.write(json_text({"step": step, **record}) + "\n")
         for tag, value in record.items():
             if not isinstance(value, str):
                 self.writer.add_scalar(tag, value, step)
@@ -110,5 +126,5 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
 def _drop_later_steps(path: Path, step: int) -> None:
     kept = [record for record in read_metrics(path.parent) if record["step"] <= step]
     temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
+    temporary.write_text("".join(json_text(record) + "\n" for record in kept))
     os.replace(temporary, path)

@@ -152,16 +152,30 @@ class Llama(nn.Module):
 
         Depends on `seed` and the order of the parameters only, not on ranks or ZeRO stage.
         """
-        generator = torch.Generator().manual_seed(seed)
-        drawn = torch.empty(_DRAWN_AT_ONCE)
-        residual_std = self.config.init_std / (2 * self.config.num_layers) ** 0.5
+        init = WeightInit(self.config, seed)
         for name, parameter in self.named_parameters():
-            if name.endswith("hop_bias"):
-                parameter.fill_(self.config.hop_bias_init)
-            elif parameter.dim() == 1:
-                parameter.fill_(1.0)
-            else:
-                is_output = name.endswith(("o_proj.weight", "down_proj.weight"))
-                std = residual_std if is_output else self.config.init_std
-                for part in parameter.view(-1).split(_DRAWN_AT_ONCE):
-                    part.copy_(drawn[: len(part)].normal_(generator=generator).mul_(std))
+            init.fill(name, parameter)
+
+
+class WeightInit:
+    """Random weights, drawn parameter by parameter in the model's order (`Llama.init_weights`)."""
+
+    def __init__(self, config: ModelConfig, seed: int) -> None:
+        self._config = config
+        self._generator = torch.Generator().manual_seed(seed)
+        self._drawn = torch.empty(_DRAWN_AT_ONCE)
+
+    @torch.no_grad()
+    def fill(self, name: str, parameter: Tensor) -> None:
+        """Give `parameter` its weights; those before it in the model must have theirs already."""
+        config = self._config
+        if name.endswith("hop_bias"):
+            parameter.fill_(config.hop_bias_init)
+        elif parameter.dim() == 1:
+            parameter.fill_(1.0)
+        else:
+            is_output = name.endswith(("o_proj.weight", "down_proj.weight"))
+            std = config.init_std / ((2 * config.num_layers) ** 0.5 if is_output else 1)
+            for part in parameter.view(-1).split(_DRAWN_AT_ONCE):
+                drawn = self._drawn[: len(part)].normal_(generator=self._generator)
+                part.copy_(drawn.mul_(std))

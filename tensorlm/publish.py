@@ -17,6 +17,7 @@ from torch import Tensor
 from . import disk
 from .errors import UserError
 from .manifest import MANIFEST, list_steps, manifest_text, step_folder
+from .strict_json import json_text
 
 LEDGER = "checkpoints.jsonl"
 _WEIGHT_FILE_BYTES = 1 << 30  # of imported weights, so that one file at a time is in memory
@@ -81,7 +82,7 @@ def note(run_dir: Path, step: int, num_bytes: int, stall: float, seconds: float)
         "seconds": round(seconds, 4),
     }
     with open(run_dir / LEDGER, "a") as file:
-        file.write(json.dumps(record) + "\n")
+        file.write(json_text(record) + "\n")
 
 
 def was_imported(run_dir: Path) -> bool:

@@ -1,6 +1,5 @@
 """Computing one step of a run again: was it the data, or the machine?"""
 
-import json
 import tomllib
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from .errors import EXIT_DONE, UserError
 from .launch_env import LaunchEnv
 from .metrics import SETTINGS, read_metrics
 from .publish import was_imported
+from .strict_json import json_text
 from .train import last_rows, start, train_step
 
 
@@ -35,11 +35,11 @@ def replay(config: Config, launch: LaunchEnv, step: int) -> int:
         record, _ = train_step(run, must_stop=False)
     if launch.rank == 0:
         recorded = [r for r in read_metrics(run.dir) if r["step"] == step]
-        print(json.dumps({"step": step, **record}))
+        print(json_text({"step": step, **record}))
         print(f"documents: {', '.join(run.rows.documents(last_rows(run)))}")
         for key in ("train/loss", "train/grad_norm") if recorded else ():
-            verdict = "as recorded" if repr(recorded[-1][key]) == repr(record[key]) else "DIFFERS"
-            print(f"{key}: {record[key]!r}, then {recorded[-1][key]!r}: {verdict}")
+            now, then = json_text(record[key]), json_text(recorded[-1][key])
+            print(f"{key}: {now}, then {then}: {'as recorded' if now == then else 'DIFFERS'}")
     leave_distributed()
     run.watchdog.stop()
     return EXIT_DONE

@@ -2,6 +2,7 @@
 
 import hashlib
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from . import checkpoint
 from .config import Config
 from .data.feed import Feed
 from .data.loader import PackedRows, open_rows
-from .engine import Engine, init_distributed, leave_distributed
+from .engine import EXCHANGE_LIMIT, Engine, create_model, init_distributed, leave_distributed
 from .errors import EXIT_DONE, EXIT_PREEMPTED, UserError
 from .flops import num_parameters, peak_flops, recomputed_flops, train_flops
 from .fused import runs_liger
@@ -30,7 +31,6 @@ from .guards import (
 from .launch_env import LaunchEnv
 from .manifest import Checkpoint, check_resumable
 from .metrics import Metrics, git_commit, peak_memory_gib
-from .model import create_llama
 from .optim import learning_rate
 from .preemption import StopRequest
 from .profiler import start_profiler
@@ -48,7 +48,7 @@ class TrainState:
 
     step: int = 0
     rows: int = 0
-    tokens: int = 0
+    tokens: int = 0  # of documents; padding is none
     data_hash: str = ""  # of all rows so far, their tokens and their order
 
 
@@ -96,40 +96,46 @@ def train(config: Config, launch: LaunchEnv, stop: StopRequest) -> int:
         sweep(run.dir)
         metrics.announce(describe_run(run))
     stop_file = run.dir / STOP_FILE
+
+    def is_asked() -> bool:
+        """This rank knows a reason to end the run."""
+        return stop.is_asked or saver.has_failed or (launch.rank == 0 and stop_file.exists())
+
     traced = config.train.profile if launch.rank == 0 else None
     profiler = start_profiler(run.dir, traced, state.step) if traced else None
 
     peak = peak_flops(run.device) * launch.world_size
     last_step = config.train.stop_at or config.train.steps
-    stopping = False
+    stopping = lacks_evaluation(run) and evaluate_run(run, metrics, is_asked)
     while state.step < last_step and not stopping:
         started = time.perf_counter()
-        is_asked = stop.is_asked or (launch.rank == 0 and stop_file.exists())
-        if is_asked or saver.has_failed:
+        must_stop = is_asked()
+        if must_stop:
             print(describe_stop(config, saver.has_failed), flush=True)
-        record, stopping = train_step(run, is_asked or saver.has_failed)
+        record, stopping = train_step(run, must_stop)
         watchdog.enter("log", state.step)
         if profiler:
             profiler.step()
         if metrics:
             seconds = time.perf_counter() - started
             record["perf/tokens_per_second"] = record.pop("step_tokens") / seconds
-            model_flops, recomputed = record.pop("step_flops"), record.pop("recomputed_flops")
-            record["perf/mfu"] = model_flops / seconds / peak
-            record["perf/hfu"] = (model_flops + recomputed) / seconds / peak
+            record["perf/mfu"] = record.pop("step_flops") / seconds / peak
+            record["perf/hfu"] = record.pop("computed_flops") / seconds / peak
             record["perf/memory_gib"] = peak_memory_gib(run.device)
             metrics.log_step(state.step, record)
         save_every, check_every = config.checkpoint.every, config.guards.replica_every
         is_last = stopping or state.step == last_step
-        is_saving = save_every > 0 and (is_last or state.step % save_every == 0)
+        is_evaluating = is_evaluated(config, state.step) and not stopping
+        # Before an evaluation, too: it takes long, and whatever ends it costs no step then.
+        is_due = is_last or is_evaluating or (save_every > 0 and state.step % save_every == 0)
+        is_saving = save_every > 0 and is_due
         if check_every and (is_saving or state.step % check_every == 0):
             check_replicas(run.engine.replicas(), state.step)
         if is_saving:
             watchdog.enter("save", state.step)
             saver.save(state.step, run.engine.parameter_slices(), describe_state(run))
-        if config.eval.every and state.step % config.eval.every == 0 and not stopping:
-            watchdog.enter("eval", state.step)
-            evaluate_run(run, metrics)
+        if is_evaluating:
+            stopping = evaluate_run(run, metrics, is_asked)
 
     watchdog.enter("save", state.step)
     saver.wait()
@@ -153,17 +159,48 @@ def describe_stop(config: Config, save_has_failed: bool) -> str:
     return "stop requested: saving after this step"
 
 
-def evaluate_run(run: Run, metrics: Metrics | None) -> None:
-    """Evaluate the model as it is now; all ranks together."""
+def is_evaluated(config: Config, step: int) -> bool:
+    """Whether the model is evaluated after step `step`."""
+    return step > 0 and config.eval.every > 0 and step % config.eval.every == 0
+
+
+def lacks_evaluation(run: Run) -> bool:
+    """Whether an earlier start of the run saved this step and ended before it was evaluated."""
+    step = run.state.step
+    if not is_evaluated(run.config, step):
+        return False
+    from .evaluation.launch import run_output
+
+    is_there = (run_output(run.config, step) / "report.json").exists()
+    return sum_over_ranks(run.device, run.grid.rank == 0 and not is_there)[0] > 0
+
+
+def evaluate_run(run: Run, metrics: Metrics | None, is_asked: Callable[[], bool]) -> bool:
+    """Evaluate the model as it is now, all ranks together.
+
+    Returns:
+        Whether they left between two passes, since `is_asked` said on any rank that the run is to
+        end; the next start evaluates this step then.
+    """
     # They import transformers: a quarter of the time that a rank takes to start.
     from .evaluation.launch import evaluate_in_training
     from .evaluation.model import wrap_training_model
+    from .evaluation.ranks import LeaveRequest, LeftError
 
+    step = run.state.step
+    run.watchdog.enter("eval", step)
+    leave = LeaveRequest(is_asked, run.device, step)
     model = wrap_training_model(
-        run.config, run.engine.module, run.state.step, run.device, run.grid,
-        run.watchdog.progress, run.state.tokens,
+        run.config, run.engine.module, step, run.device, run.grid,
+        run.watchdog.progress, leave, run.state.tokens,
     )  # fmt: skip
-    evaluate_in_training(run.config, model, metrics.writer if metrics else None)
+    try:
+        evaluate_in_training(run.config, model, metrics.writer if metrics else None)
+    except LeftError:
+        if run.grid.rank == 0:
+            print(f"stop requested: leaving the evaluation of step {step}", flush=True)
+        return True
+    return False
 
 
 def start(config: Config, launch: LaunchEnv, before: int | None = None) -> Run:
@@ -179,17 +216,15 @@ def start(config: Config, launch: LaunchEnv, before: int | None = None) -> Run:
         raise UserError("train.attention: triton needs a GPU (auto, blocked and dense do not)")
     if config.train.fused_layers == "liger" and device.type == "cpu":
         raise UserError("train.fused_layers: liger needs a GPU (auto and torch do not)")
-    grid = create_grid(config.parallel.sp)
+    grid = create_grid(config.parallel.sp, EXCHANGE_LIMIT)
     watchdog.enter("resume", 0)
     if config.data.verify:
         check_data(rows, launch.rank, launch.world_size, watchdog.progress)
     found = checkpoint.newest_checkpoint(
         run_dir, launch.rank, launch.world_size, before=before, progress=watchdog.progress
     )
-    model = create_llama(config.model, config.train, grid, device)
-    if found is None:
-        model.init_weights(config.run.seed)
-    engine = Engine(model, config)
+    seed = config.run.seed if found is None else None
+    engine = Engine(create_model(config, grid, device, seed), config)
     feed = Feed(rows, config, grid, pin=device.type == "cuda")
     guard, memory = StepGuard(config), MemoryGuard(config.guards.replica_every)
     run = Run(config, device, grid, rows, feed, engine, guard, memory, watchdog, TrainState())
@@ -215,11 +250,16 @@ def train_step(run: Run, must_stop: bool) -> tuple[dict[str, Any], bool]:
     run.watchdog.enter("forward", state.step + 1)
     digest = sum(batch.digest for batch in batches)
     recompute, chunk = config.train.activation_checkpointing, config.train.mlp_chunk
-    num_labels, num_flops, num_recomputed, num_stopping, *digest_parts = sum_over_ranks(
+    num_labels, num_tokens, num_flops, num_computed, num_stopping, *digest_parts = sum_over_ranks(
         device,
         sum(batch.num_labels for batch in batches),
-        sum(train_flops(config.model, batch.depth) for batch in batches),
-        sum(recomputed_flops(config.model, batch.depth, recompute, chunk) for batch in batches),
+        sum(batch.num_tokens for batch in batches),
+        sum(train_flops(config.model, batch.text_depth) for batch in batches),
+        sum(
+            train_flops(config.model, batch.depth)
+            + recomputed_flops(config.model, batch.depth, recompute, chunk)
+            for batch in batches
+        ),
         must_stop,
         *(digest >> shift & 0xFFFF_FFFF for shift in (0, 32)),  # exact in float64
     )
@@ -247,7 +287,7 @@ def train_step(run: Run, must_stop: bool) -> tuple[dict[str, Any], bool]:
 
     state.step += 1
     state.rows += stage.rows_per_step
-    state.tokens += stage.rows_per_step * stage.seq_len
+    state.tokens += int(num_tokens)
     low, high = (int(part) for part in digest_parts)
     consumed = f"{state.data_hash} {(low + (high << 32)) % (1 << 64)}"
     state.data_hash = hashlib.sha256(consumed.encode()).hexdigest()[:16]
@@ -265,9 +305,9 @@ def train_step(run: Run, must_stop: bool) -> tuple[dict[str, Any], bool]:
         "data/labels": num_labels,
         "data/seq_len": stage.seq_len,
         "data/hash": state.data_hash,
-        "step_tokens": stage.rows_per_step * stage.seq_len,
+        "step_tokens": num_tokens,
         "step_flops": num_flops,
-        "recomputed_flops": num_recomputed,
+        "computed_flops": num_computed,
     }
     return record, num_stopping > 0
 
@@ -295,6 +335,8 @@ def resume(run: Run, found: Checkpoint) -> None:
     check_resumable(found, run.config, run.rows.fingerprint)
     try:
         run.state = TrainState(**found.manifest["state"])
+        # Earlier versions counted padding, too.
+        run.state.tokens = run.rows.num_tokens(run.state.rows)
         run.guard.restore(found.manifest.get("guard", run.guard.state()))
         adam_step = found.manifest["adam_step"]
     except (KeyError, TypeError) as error:
@@ -346,4 +388,15 @@ def describe_run(run: Run) -> list[str]:
         ),
         f"ranks: {grid.world_size} x {name} (dp {grid.dp} x sp {grid.sp}), "
         f"ZeRO stage {config.zero.stage}",
+        *_notes_on_tokenizers(run),
     ]
+
+
+def _notes_on_tokenizers(run: Run) -> list[str]:
+    """A note where the run's weights were imported with another tokenizer than the data's."""
+    from .hf.import_folder import imported_folder
+    from .hf.imported_tokenizer import describe_another_tokenizer
+
+    data = run.config.data.all_sources[0].path
+    note = describe_another_tokenizer(imported_folder(run.dir), Path(data) / "tokenizer", data)
+    return [note] if note else []

@@ -3,6 +3,9 @@
 Every rank watches itself: one thread, and the time of its last progress. When one rank stands still
 the others soon wait for it. The first that reaches its limit leaves a report in RUN/hang/, the
 others follow as soon as they see it, and the lowest rank that still can says which is the odd one.
+
+Time in which the whole process was stopped (`scontrol suspend`, Ctrl-Z, a paused machine) is not
+counted: the watching thread counts its own ticks, which do not come while nothing runs.
 """
 
 import contextlib
@@ -19,6 +22,7 @@ from typing import Any
 
 from .config import GuardsConfig
 from .errors import EXIT_INTERNAL
+from .strict_json import json_text
 
 FOLDER = "hang"
 # In the order in which a rank passes them, within one step.
@@ -28,6 +32,7 @@ _FEWEST_STEPS = 3  # the first ones, of a stage too, compile kernels, open conne
 _MEDIANS = 5
 _GRACE_SECONDS = 5.0  # a report of another rank takes so long to be written, and to be seen
 _LEAD_SECONDS = 1.0  # launchers end all ranks when the first has left
+_LATE = 2.0  # a tick that took longer than so many periods counts as one: the process was stopped
 _COLLECTIVES = os.path.join("torch", "distributed")
 
 
@@ -42,7 +47,8 @@ class Watchdog:
         self._world_size = world_size
         self._phase, self._step = PHASES[0], 0
         self._part_of_save = "save"
-        self._progress_at = self._step_began_at = time.monotonic()
+        self._seconds_stopped = 0.0
+        self._progress_at = self._step_began_at = self._now()
         self._step_seconds: deque[float] = deque(maxlen=64)
         self._is_done, self._is_reported = threading.Event(), threading.Event()
         self._period = min(1.0, config.hang_seconds / 10)
@@ -56,7 +62,7 @@ class Watchdog:
     def enter(self, phase: str, step: int) -> None:
         """This rank begins `phase` (one of PHASES) of step `step`."""
         assert phase in PHASES
-        self._progress_at = now = time.monotonic()
+        self._progress_at = now = self._now()
         if phase == "data":
             if self._phase not in _SLOW_PHASES:
                 self._step_seconds.append(now - self._step_began_at)
@@ -71,12 +77,11 @@ class Watchdog:
         """A slow phase is no hang: bytes moved, a prompt was answered, a part of a save is done."""
         self._part_of_save = part_of_save
         if self._phase in _SLOW_PHASES:
-            self._progress_at = time.monotonic()
+            self._progress_at = self._now()
 
     def stop(self) -> None:
         """No more watching."""
         self._is_done.set()
-        faulthandler.cancel_dump_traceback_later()
 
     def limit(self) -> float:
         """Seconds without progress that are too many now."""
@@ -85,14 +90,28 @@ class Watchdog:
             return max(self._config.slow_phase_seconds, self._config.hang_seconds)
         return max(self._config.hang_seconds, _MEDIANS * statistics.median(self._step_seconds))
 
+    def _now(self) -> float:
+        """Seconds on a clock that stands still while this process is stopped."""
+        return time.monotonic() - self._seconds_stopped
+
     def _watch(self) -> None:
+        ticked_at = time.monotonic()
         while not self._is_done.wait(self._period):
-            limit = self.limit()
-            # Native code that never lets go of the interpreter would stop this thread as well.
-            faulthandler.dump_traceback_later(2 * limit + 4 * _GRACE_SECONDS, exit=True)
-            seconds = time.monotonic() - self._progress_at
-            if seconds > limit or self._is_reported.is_set():
+            tick = time.monotonic() - ticked_at
+            ticked_at += tick
+            if tick > _LATE * self._period:
+                self._set_back(tick - self._period)
+            seconds = self._now() - self._progress_at
+            if seconds > self.limit() or self._is_reported.is_set():
                 self._end(seconds)
+
+    def _set_back(self, seconds: float) -> None:
+        """The process was stopped for so long."""
+        self._seconds_stopped += seconds
+        # The main thread may have been faster, and have read the clock before it was set back.
+        now = self._now()
+        self._progress_at = min(self._progress_at, now)
+        self._step_began_at = min(self._step_began_at, now)
 
     def _look_for_reports(self) -> None:
         while not self._is_done.wait(self._period) and not self._is_reported.is_set():
@@ -120,7 +139,7 @@ class Watchdog:
             "seconds": seconds,
         }
         temporary = self._folder / f".{name}"
-        temporary.write_text(json.dumps(report))
+        temporary.write_text(json_text(report))
         temporary.rename(self._folder / f"{name}.json")
         deadline = time.monotonic() + _GRACE_SECONDS
         while len(reports := self._reports()) < self._world_size and time.monotonic() < deadline:

@@ -6,6 +6,7 @@ same row, one contiguous slice each. Groups are made here once and passed on; no
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch.distributed as dist
 
@@ -47,10 +48,11 @@ class Grid:
         return slice(self.sp_rank * shard, (self.sp_rank + 1) * shard)
 
 
-def create_grid(sp: int) -> Grid:
+def create_grid(sp: int, timeout: timedelta | None = None) -> Grid:
     """The grid over the default process group (over this process alone if there is none).
 
-    Every rank calls it, once, with the same `sp`: making groups is collective.
+    Every rank calls it, once, with the same `sp`: making groups is collective. An exchange that
+    takes longer than `timeout` fails (None: what torch allows by itself).
 
     Raises:
         ValueError: if `sp` does not divide the number of ranks.
@@ -69,7 +71,7 @@ def create_grid(sp: int) -> Grid:
     for first in range(0, world_size, sp):
         members = list(range(first, first + sp))
         for name in ("sp", "swap"):
-            group = dist.new_group(members, pg_options=options, group_desc=name)
+            group = dist.new_group(members, timeout=timeout, pg_options=options, group_desc=name)
             if rank in members:
                 own[name] = group
     return Grid(world_size, rank, sp, own["sp"], own["swap"])

@@ -19,10 +19,10 @@ from fold_parallel import Grid, create_grid
 from tensor_attention import tensor_attention
 from tensorlm.benchmarks.accounting import PeakMemory
 from tensorlm.config import Config
-from tensorlm.engine import Engine, init_distributed
+from tensorlm.engine import Engine, create_model, init_distributed
+from tensorlm.flops import find_board
 from tensorlm.launch_env import LaunchEnv
 from tensorlm.layers import rotary_table
-from tensorlm.model import create_llama
 from tensorlm.plan.activations import Fold
 from tensorlm.plan.gpus import GPUS, Gpu
 from tensorlm.plan.host import host_memory
@@ -86,7 +86,7 @@ def measure(config: Config, launch: LaunchEnv, steps: int) -> Measurement:
     with meter.counter or nullcontext():
         grid = create_grid(config.parallel.sp)
         # Weights are what PyTorch begins with: `init_weights` of 8 B takes the CPU a minute.
-        engine = Engine(create_llama(config.model, config.train, grid, device), config)
+        engine = Engine(create_model(config, grid, device, None), config)
         gc.collect()
         list(engine.parameter_slices())  # makes AdamW's state, as a resumed run does
         start = meter.peak
@@ -112,7 +112,8 @@ def measure(config: Config, launch: LaunchEnv, steps: int) -> Measurement:
 
 def find_sheet(device_name: str) -> Gpu | None:
     """The data sheet of a device by what PyTorch calls it."""
-    return next((gpu for gpu in GPUS.values() if gpu.name in device_name), None)
+    board = find_board(device_name)
+    return next((gpu for gpu in GPUS.values() if gpu.name == board), None)
 
 
 def _step(

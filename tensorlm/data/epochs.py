@@ -71,10 +71,14 @@ class SourceRows:
 
     def epochs(self, stage: int, row: int) -> float:
         """How many epochs the rows before row `row` of a stage are, by their tokens."""
+        return self.num_tokens(stage, row) / self._num_tokens
+
+    def num_tokens(self, stage: int, row: int) -> int:
+        """Tokens of all rows before row `row` of a stage, padding not counted."""
         if stage < 0:
-            return 0.0
+            return 0
         if row == 0:
-            return self.epochs(stage - 1, sum(s.num_rows for s in self._stretches[stage - 1]))
+            return self.num_tokens(stage - 1, sum(s.num_rows for s in self._stretches[stage - 1]))
         last, at = self._stretch(stage, row - 1)
         order = self._order(last.stage, last.epoch, last.plan.num_rows)
         num_tokens = int(last.plan.row_tokens[order[: at + 1]].sum())
@@ -82,7 +86,7 @@ class SourceRows:
             if stretch.epoch == last.epoch and stretch.stage < last.stage:
                 order = self._order(stretch.stage, stretch.epoch, stretch.plan.num_rows)
                 num_tokens += int(stretch.plan.row_tokens[order[: stretch.num_rows]].sum())
-        return last.epoch + num_tokens / self._num_tokens
+        return last.epoch * self._num_tokens + num_tokens
 
     def _stretch(self, stage: int, row: int) -> tuple[Stretch, int]:
         for stretch in self._stretches[stage]:

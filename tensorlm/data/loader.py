@@ -27,7 +27,7 @@ from .epochs import SourceRows
 from .mixing import Mix
 from .packing import RowPlan
 from .shards import Corpus
-from .tokenizers import check_tokenizer
+from .tokenizers import check_tokenizer, tokenizer_sha256
 
 _WORD = (1 << 64) - 1
 
@@ -37,13 +37,15 @@ class Batch:
     """Rows, or one slice of them, for one forward pass.
 
     tokens, labels: [B, T] int64; doc_start: [B, T] int32, an index in the row; first_token: where
-    in the row the slice begins; digest: what the slices of all ranks add up to (modulo 2^64) tells
-    which tokens stood where in which rows.
+    in the row the slice begins; row_tokens: how many of each row's tokens here are of documents,
+    padding follows them; digest: what the slices of all ranks add up to (modulo 2^64) tells which
+    tokens stood where in which rows.
     """
 
     tokens: Tensor
     labels: Tensor
     doc_start: Tensor
+    row_tokens: tuple[int, ...]
     first_token: int = 0
     digest: int = 0
 
@@ -53,9 +55,20 @@ class Batch:
         return int((self.labels != IGNORED).sum())
 
     @property
+    def num_tokens(self) -> int:
+        """Tokens of documents: all but the padding."""
+        return sum(self.row_tokens)
+
+    @property
     def depth(self) -> Tensor:
-        """[B, T] int64: how many tokens of its document precede each token."""
+        """[B, T] int64: how many tokens of its document precede each token; 0 for padding."""
         return torch.arange(self.tokens.shape[1]) + self.first_token - self.doc_start
+
+    @property
+    def text_depth(self) -> Tensor:
+        """[num_tokens] int64: `depth` without the padding."""
+        rows = zip(self.depth, self.row_tokens, strict=True)
+        return torch.cat([depth[:count] for depth, count in rows])
 
     def to(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """(tokens, doc_start, labels) on `device`: the arguments of `Llama.forward`."""
@@ -112,6 +125,9 @@ class PackedRows:
             seed,
         ]
         self.fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+        # Makes every plan that the run will need: 4 s for a million documents are too long for a
+        # step in which an epoch happens to end.
+        self.epochs(num_rows)
 
     def seq_len(self, index: int) -> int:
         """Tokens in global row `index`."""
@@ -141,6 +157,14 @@ class PackedRows:
             for source, rows in enumerate(self.sources)
         ]
 
+    def num_tokens(self, num_rows: int) -> int:
+        """Tokens of the first `num_rows` rows, padding not counted."""
+        stage = self._stage(num_rows)
+        return sum(
+            rows.num_tokens(stage, self._row_of_source(source, num_rows, stage))
+            for source, rows in enumerate(self.sources)
+        )
+
     def batch(self, indices: range, tokens: slice = slice(None), *, pin: bool = False) -> Batch:
         """The slice `tokens` of the global rows `indices`, all of one stage; only it is read."""
         first, stop, _ = tokens.indices(self.seq_len(indices[0]))
@@ -148,11 +172,11 @@ class PackedRows:
         (ids, a), (labels, b), (doc_start, c) = (
             _new(shape, dtype, pin) for dtype in (torch.int64, torch.int64, torch.int32)
         )
-        digest = 0
+        digest, row_tokens = 0, []
         for index, *row in zip(indices, a, b, c, strict=True):
-            self._fill(index, first, *row)
+            row_tokens.append(self._fill(index, first, *row))
             digest += _digest(index, first, row[0], row[2])
-        return Batch(ids, labels, doc_start, first, digest & _WORD)
+        return Batch(ids, labels, doc_start, tuple(row_tokens), first, digest & _WORD)
 
     def micro_batches(
         self,
@@ -198,9 +222,9 @@ class PackedRows:
         tokens: NDArray[np.int64],
         labels: NDArray[np.int64],
         doc_start: NDArray[np.int32],
-    ) -> None:
+    ) -> int:
         """Write tokens first ... first + len(tokens) of a row; where it is padded, `tokens` is 0,
-        `labels` is ignored, and each token is a document."""
+        `labels` is ignored, and each token is a document. Returns where the padding begins."""
         source, plan, row = self._locate(index)
         corpus, stop = self.corpora[source], first + len(tokens)
         pieces = plan.pieces[plan.row_first[row] : plan.row_first[row + 1]]
@@ -229,9 +253,10 @@ class PackedRows:
             labels[a : a + count - 1] = text[1:]
             labels[a + count - 1 : b] = IGNORED
             doc_start[a:b] = begin
-        padding = max(end - first, 0)
+        padding = min(max(end - first, 0), len(tokens))
         tokens[padding:], labels[padding:] = 0, IGNORED
         doc_start[padding:] = np.arange(first + padding, stop)
+        return padding
 
 
 def _new(shape: tuple[int, int], dtype: torch.dtype, pin: bool) -> tuple[Tensor, NDArray[Any]]:
@@ -274,19 +299,23 @@ def open_rows(config: Config, split: str, *, verify: bool) -> PackedRows:
     """
     sources, vocab_size = config.data.all_sources, config.model.vocab_size
     corpora = [Corpus(Path(source.path) / split, verify=verify) for source in sources]
+    tokenizers: list[str] = []
     for source, corpus in zip(sources, corpora, strict=True):
         if corpus.vocab_size > vocab_size:
             raise UserError(
                 f"model.vocab_size: {vocab_size} is smaller than that of {source.path} "
                 f"({corpus.vocab_size})"
             )
-        if corpus.tokenizer_sha256 != corpora[0].tokenizer_sha256:
+        if (tokenizer := Path(source.path) / "tokenizer").exists():
+            check_tokenizer(tokenizer, corpus.tokenizer_sha256)
+            tokenizers.append(tokenizer_sha256(tokenizer))  # not the hash of earlier versions
+        else:
+            tokenizers.append(corpus.tokenizer_sha256)
+        if tokenizers[-1] != tokenizers[0]:
             raise UserError(
                 f"data.sources: {source.path} and {sources[0].path} were encoded with different "
                 "tokenizers (prepare both with one)"
             )
-        if (tokenizer := Path(source.path) / "tokenizer").exists():
-            check_tokenizer(tokenizer, corpus.tokenizer_sha256)
     *earlier, last = config.stages
     stages = [RowStage(stage.seq_len, stage.num_rows) for stage in earlier]
     num_rows = sum(stage.num_rows for stage in config.stages)

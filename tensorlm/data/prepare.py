@@ -23,6 +23,7 @@ from .begun import Settings, begin, output_locked
 from .inputs import LONGEST_DOCUMENT, Part, find_files, read_documents, read_part
 from .shard_writer import ShardWriter, write_index
 from .shards import is_complete, read_header, shard_name
+from .tokenizer_reading import check_plain_reading
 from .tokenizers import DocumentEncoder, copy_tokenizer, tokenizer_sha256
 from .workers import Progress, Ranks, run_tasks
 
@@ -97,7 +98,8 @@ def encode(
             ShardJob(output, settings, tokenizer, number, tuple(parts), longest)
             for number, parts in enumerate(shards)
         ]
-        _encoder_of(jobs[0])  # a bad tokenizer is told now, and once
+        _encoder_of(jobs[0])  # a bad tokenizer is reported now, and once
+        check_plain_reading(output / "tokenizer", "llama", named=tokenizer)
         return [job for job in jobs if not job.is_done], settings.splits, len(jobs)
 
     with Ranks() as ranks, contextlib.ExitStack() as lock:

@@ -14,17 +14,9 @@ from typing import Any
 import sentencepiece
 from tokenizers import Tokenizer
 
-_SPACE = "\u2581"
+from .hard_texts import PROBES, SPACE
+
 _DIFFERS = "transformers would give other ids than sentencepiece"
-# What is read differently wherever the translation is not exact; a model's own pieces come on top.
-_PROBES = (
-    "", " ", "  ", "lead", " lead", "  lead", "trail ", "trail  ", "a  b   c",
-    "\n", "\n\n\n", "\t\t", " \n ", "a\tb\r\nc\n", "\r", "\x00\x01\x1b\x7f",
-    f"{_SPACE}a {_SPACE} b{_SPACE}", "3.14 0123456789", "<s>a</s> <unk> <0x0A><pad>",
-    "ünï\u00a0code e\u0301 e\u0302\u0301", "漢字\u3000カタ ｶﾞ ｆｕｌｌ", "한국어 ﬁ ² ½ ™",
-    "😀 👩\u200d👩\u200d👧 🇫🇷", "\ufeff\u200b\u2028 \ud7ff\uffff\U0010ffff",
-    "a" * 99, " " * 99, "ab" * 50, "\n" * 70, "def f(x):\n    return {x: 'y'}\n",
-)  # fmt: skip
 
 
 @cache
@@ -72,21 +64,21 @@ def _tokenizer_json(model: Any, processor: Any) -> dict[str, Any]:
     rules = model.normalizer_spec
     normalizers: list[dict[str, Any]] = []
     if rules.remove_extra_whitespaces:
-        for pattern, content in ((r"\A +", ""), (rf"[ {_SPACE}]+\z", ""), (" {2,}", " ")):
+        for pattern, content in ((r"\A +", ""), (rf"[ {SPACE}]+\z", ""), (" {2,}", " ")):
             normalizers.append(_replace({"Regex": pattern}, content))
     if rules.add_dummy_prefix:
         normalizers.append({"type": "Prepend", "prepend": " "})
     spaces: dict[str, Any] | None = {
-        "type": "Metaspace", "replacement": _SPACE, "prepend_scheme": "never", "split": False,
+        "type": "Metaspace", "replacement": SPACE, "prepend_scheme": "never", "split": False,
     }  # fmt: skip
     symbols = _symbols(model)
     if symbols:  # they are looked for before the step above; this one is slower
-        normalizers.append(_replace({"String": " "}, _SPACE))
+        normalizers.append(_replace({"String": " "}, SPACE))
         spaces = None
     bos = processor.id_to_piece(processor.bos_id())
     start = {"SpecialToken": {"id": bos, "type_id": 0}}
     decoders = [
-        _replace({"String": _SPACE}, " "), {"type": "ByteFallback"}, {"type": "Fuse"},
+        _replace({"String": SPACE}, " "), {"type": "ByteFallback"}, {"type": "Fuse"},
         {"type": "Strip", "content": " ", "start": int(rules.add_dummy_prefix), "stop": 0},
     ]  # fmt: skip
     return {
@@ -163,9 +155,9 @@ def _merges(model: Any) -> list[list[str]]:
 
 def _compare(ours: Tokenizer, model: Any, processor: Any) -> None:
     kinds = type(model.pieces[0])
-    pieces = [p.piece.replace(_SPACE, " ") for p in model.pieces if p.type == kinds.NORMAL]
-    symbols = [symbol.replace(_SPACE, " ") for symbol in _symbols(model).values()]
-    texts = [*_PROBES, *pieces, *(text for s in symbols for text in (s, f" {s}x{s}{s} y {s} "))]
+    pieces = [p.piece.replace(SPACE, " ") for p in model.pieces if p.type == kinds.NORMAL]
+    symbols = [symbol.replace(SPACE, " ") for symbol in _symbols(model).values()]
+    texts = [*PROBES, *pieces, *(text for s in symbols for text in (s, f" {s}x{s}{s} y {s} "))]
     ours.encode_special_tokens = True
     encodings = ours.encode_batch_fast(texts, add_special_tokens=False)
     for text, encoding, ids in zip(texts, encodings, processor.encode(texts), strict=True):

@@ -54,7 +54,7 @@ def evaluate_on_ranks(
         # Not in the folder itself, which may be read-only or about to be uploaded.
         output = Path(config.run.dir) / "eval" / f"hf-{hugging_face.resolve().name}"
     elif output is None and is_random:
-        output = _run_output(config, None)
+        output = run_output(config, None)
     check_output(output or Path(config.run.dir) / "eval")  # its name has the checkpoint's step
     device, grid = _join_ranks(config, launch, is_sharded=hugging_face is None)
     if hugging_face:
@@ -66,7 +66,7 @@ def evaluate_on_ranks(
         model = open_random_model(config, device, grid)
     else:
         model = open_checkpoint_model(config, step, device, grid)
-    output = output or _run_output(config, model.step)
+    output = output or run_output(config, model.step)
     if launch.world_size > 1:
         watchdog = Watchdog(config.guards, output, launch.rank, launch.world_size)
         dist.barrier()  # now rank 0 has removed the reports of an earlier hang
@@ -114,14 +114,19 @@ def evaluate_in_training(
     """Evaluate the model that is being trained; the rank that has a `writer` reports.
 
     Lengths that do not fit are named and left out: training goes on.
+
+    Raises:
+        LeftError: on all ranks, when the run is to end; nothing is reported then.
     """
     documents = held_out_documents(config, model.tokenizer, Path(config.data.path) / "tokenizer")
     model.network.eval()
-    report = evaluate(config.eval, model, documents)
-    model.network.train()
+    try:
+        report = evaluate(config.eval, model, documents)
+    finally:
+        model.network.train()
     if writer:
         assert model.step is not None
-        output = _run_output(config, model.step)
+        output = run_output(config, model.step)
         report = _described(report, config, output)
         write_reports(output, [report])
         log_to_tensorboard(writer, report, model.step)
@@ -132,7 +137,8 @@ def _described(report: Report, config: Config, output: Path) -> Report:
     return report.model_copy(update={"facts": report.facts | describe_call(config, output)})
 
 
-def _run_output(config: Config, step: int | None) -> Path:
+def run_output(config: Config, step: int | None) -> Path:
+    """Where the report of a step of the run is written, or that of random weights (None)."""
     name = "random" if step is None else f"step-{step:08d}"
     return Path(config.run.dir) / "eval" / name
 

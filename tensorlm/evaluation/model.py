@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ from transformers.utils import logging
 from fold_parallel import Grid
 from tensorlm.checkpoint import load_weights, select_checkpoint
 from tensorlm.config import Config, parse_config
-from tensorlm.data.tokenizers import check_tokenizer, load_tokenizer
+from tensorlm.data.tokenizers import check_tokenizer, largest_text_id, load_tokenizer
 from tensorlm.errors import UserError
 from tensorlm.hf.cache_tensorlm import FoldCache
 from tensorlm.hf.configuration_tensorlm import TensorLMConfig
@@ -33,6 +34,7 @@ from tensorlm.manifest import check_model
 from tensorlm.model import Llama, create_llama
 
 from .describe import describe_model
+from .ranks import LeaveRequest
 from .results import RANDOM_WEIGHTS
 
 
@@ -53,6 +55,7 @@ class EvaluatedModel:
     loss_chunk: int
     prefill_chunk: int
     on_progress: Callable[[], None] = lambda: None  # called after each pass, for a watchdog
+    leave: LeaveRequest | None = None  # asked after each pass, too
     gathers_weights: bool = False  # in each pass, from all ranks: ZeRO 3
     facts: dict[str, Any] = field(default_factory=dict)  # of the model, for readers of a report
 
@@ -92,8 +95,14 @@ class EvaluatedModel:
             found = self._hugging_face_losses(inputs, labels)
         result = np.zeros((tokens.shape[0], tokens.shape[1] - 1), np.float32)
         result[:, mine] = found.float().cpu().numpy()
-        self.on_progress()
+        self._pass_done(len(self.partners), None if self.gathers_weights else self.grid.sp_group)
         return result
+
+    def _pass_done(self, num_partners: int, group: dist.ProcessGroup | None) -> None:
+        """A pass is over that ranks of `group` shared."""
+        self.on_progress()
+        if self.leave:
+            self.leave.check(num_partners, group)
 
     def _hugging_face_losses(self, inputs: Tensor, labels: Tensor) -> Tensor:
         hidden = self.network.model(input_ids=inputs, use_cache=False).last_hidden_state
@@ -130,7 +139,7 @@ class EvaluatedModel:
             eos_token_id=self.tokenizer.eos_token_id,
             prefill_chunk_size=self.prefill_chunk if len(prompt) > self.prefill_chunk else None,
         )
-        self.on_progress()
+        self._pass_done(1, None)
         text: str = self.tokenizer.decode(whole[0, len(prompt) :], skip_special_tokens=True)
         return text
 
@@ -224,8 +233,7 @@ def open_hugging_face_model(
     """
     network = load_folder(folder, DTYPES[config.train.dtype])
     tokenizer = load_tokenizer(folder)
-    # Ids that were added, such as one for padding, are none of a text.
-    _check_ids(folder, tokenizer.vocab_size, network.config.vocab_size)
+    _check_ids(folder, tokenizer, network.config.vocab_size)
     return EvaluatedModel(
         network=network.to(device).eval(),
         name=str(folder.resolve()),
@@ -247,16 +255,18 @@ def wrap_training_model(
     device: torch.device,
     grid: Grid,
     on_progress: Callable[[], None],
+    leave: LeaveRequest,
     tokens: int | None = None,
 ) -> EvaluatedModel:
-    """The model that is being trained, on so many tokens so far; `on_progress` is called after each
-    of its passes.
+    """The model that is being trained, on so many tokens so far; after each of its passes
+    `on_progress` is called, and `leave` asked.
     """
     tokenizer, seq_len = load_tokenizer(_tokenizer_folder(config)), config.data.seq_len
     name = str(Path(config.run.dir).resolve())
     model = _evaluated(config, module, tokenizer, name, step, seq_len, device, grid)
     model.on_progress, model.gathers_weights = on_progress, config.zero.stage == 3
     model.facts = describe_model(module, config.model, tokens)
+    model.leave = leave
     return model
 
 
@@ -271,11 +281,12 @@ def _load_tokenizer(folder: Path, vocab_size: int) -> Any:
         UserError: none there, or it has more ids.
     """
     tokenizer = load_tokenizer(folder)
-    _check_ids(folder, len(tokenizer), vocab_size)
+    _check_ids(folder, tokenizer, vocab_size)
     return tokenizer
 
 
-def _check_ids(folder: Path, num_ids: int, vocab_size: int) -> None:
+def _check_ids(folder: Path, tokenizer: Any, vocab_size: int) -> None:
+    num_ids = largest_text_id(tokenizer) + 1
     if num_ids > vocab_size:
         raise UserError(
             f"{folder}: has {num_ids} ids, the model's vocab_size is {vocab_size} "

@@ -39,6 +39,10 @@ class AloneError(DoesNotFitError):
     """This rank alone ran out of memory, and others wait for it inside a pass: that is the end."""
 
 
+class LeftError(Exception):
+    """The evaluation was asked to end between two passes; every rank raises it."""
+
+
 def compute_and_sum(
     compute: Callable[[], NDArray[np.floating]], device: torch.device, partners: range
 ) -> NDArray[np.float64]:
@@ -52,11 +56,14 @@ def compute_and_sum(
     Raises:
         DoesNotFitError: some rank had too little memory.
         AloneError: it was this one, and its partners cannot be told.
+        LeftError: some rank was asked to leave.
     """
     values: NDArray[np.floating] = np.zeros(0)
-    failed = False
+    failed = left = False
     try:
         values = compute()
+    except LeftError:
+        left = True
     except (RuntimeError, MemoryError) as error:
         if not _is_out_of_memory(error):
             raise
@@ -67,9 +74,43 @@ def compute_and_sum(
         arrived = _Arrivals(partners)
         if failed and not arrived.all_within(_PARTNERS_SECONDS):
             raise AloneError
-    if sum_over_ranks(np.array([float(failed)]), device)[0]:
+    num_failed, num_left = sum_over_ranks(np.array([float(failed), float(left)]), device)
+    if num_left:
+        raise LeftError
+    if num_failed:
         raise DoesNotFitError
     return sum_over_ranks(values, device)
+
+
+class LeaveRequest:
+    """Asked after each pass of an evaluation in training: is the run to end?
+
+    A request that reached one rank reaches all by way of the store, since ranks make different
+    numbers of passes. Those that share a pass also agree on it, so that none begins the next alone.
+    """
+
+    def __init__(self, is_asked: Callable[[], bool], device: torch.device, step: int) -> None:
+        """`is_asked` is what this rank knows; `step` that of the run."""
+        self._is_asked, self._device = is_asked, device
+        self._store, self._key = _get_default_store(), f"leave evaluation/{step}"
+        self._is_told = False
+
+    def check(self, num_partners: int, group: dist.ProcessGroup | None) -> None:
+        """After a pass that `num_partners` ranks shared, those of `group`; collective among them.
+
+        Raises:
+            LeftError: on all of them, if any knows of a request.
+        """
+        if not self._is_told and self._is_asked():
+            self._store.set(self._key, "1")
+            self._is_told = True
+        leaves = self._is_told or self._store.check([self._key])
+        if num_partners > 1:
+            votes = torch.tensor([float(leaves)], device=self._device)
+            dist.all_reduce(votes, dist.ReduceOp.MAX, group=group)
+            leaves = bool(votes.item())
+        if leaves:
+            raise LeftError
 
 
 class _Arrivals:

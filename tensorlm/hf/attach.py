@@ -9,10 +9,9 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 
 from tensor_attention import validate_fold
 
-from .configuration_tensorlm import TensorLMConfig
-from .modeling_tensorlm import TensorLMAttention, TensorLMForCausalLM, TensorLMModel
-
-_ROPE_TYPES = ("default", "linear", "llama3")
+from .attention_tensorlm import TensorLMAttention
+from .configuration_tensorlm import TensorLMConfig, check_operator
+from .modeling_tensorlm import TensorLMForCausalLM, TensorLMModel
 
 
 def attach(
@@ -55,11 +54,10 @@ def attach(
     validate_fold(fold)
     if not fold:
         raise ValueError("attach: fold is empty: that is full attention, the model as it is")
-    rope_type = config.rope_parameters["rope_type"]
-    if rope_type not in _ROPE_TYPES:
-        raise ValueError(f"attach: rope type {rope_type}, not one of {', '.join(_ROPE_TYPES)}")
-    if config.attention_dropout:
-        raise ValueError("attach: attention_dropout is set: tensorized attention has no dropout")
+    try:
+        check_operator(config)
+    except ValueError as error:
+        raise ValueError(f"attach: {error}") from None
     attentions = [layer.self_attn for layer in model.model.layers]
     if any("forward" in vars(module) for module in (model, model.model, *attentions)):
         raise ValueError(

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from .configuration_tensorlm import TensorLMConfig
+from .documents_tensorlm import LastDocument
 
 # Spare room of a buffer, so that appending a token copies few entries on average, not all.
 _SPARE_FRACTION = 4
@@ -21,6 +22,7 @@ class Rows:
     """The rows of successive tokens [B, T, ...], appended in place; only the last `keep` stay.
 
     The buffer grows by a quarter when it is full; it has room for `expected` rows from the start.
+    Where a gradient flows through the rows, each append copies them instead.
     """
 
     def __init__(self, keep: int | None = None, expected: int = 0) -> None:
@@ -33,7 +35,11 @@ class Rows:
         if self.keep is not None:
             self.start = max(self.start, self.stop - self.keep)
         size = self.stop - self.start + new.shape[1]
-        if self.buffer is None or self.start + size > self.buffer.shape[1]:
+        if new.requires_grad or (self.buffer is not None and self.buffer.requires_grad):
+            parts = [new] if self.buffer is None else [self.buffer[:, self.start : self.stop], new]
+            self.buffer, self.start, self.stop = torch.cat(parts, dim=1), 0, size
+            return self.buffer
+        if self.buffer is None or self.start + size > self.buffer.shape[1] or self._is_frozen():
             room = size + max(_SPARE_MINIMUM, size // _SPARE_FRACTION)
             room = self.expected if self.expected >= size else room
             buffer = new.new_empty(new.shape[0], room, *new.shape[2:])
@@ -43,6 +49,15 @@ class Rows:
         self.stop = self.start + size
         self.buffer[:, self.stop - new.shape[1] : self.stop] = new
         return self.buffer[:, self.start : self.stop]
+
+    def _is_frozen(self) -> bool:
+        """The buffer was made under `torch.inference_mode`, outside of which it cannot change."""
+        assert self.buffer is not None
+        return (
+            not torch.compiler.is_compiling()
+            and self.buffer.is_inference()
+            and not torch.is_inference_mode_enabled()
+        )
 
     def map_batch(self, change: Callable[[Tensor], Tensor]) -> None:
         """Replace the sequences of the batch by a selection of them."""
@@ -129,52 +144,37 @@ class FoldLayer(CacheLayerMixin):
 
 
 class FoldCache(Cache):
-    """One FoldLayer per decoder layer; `expected` tokens fit without a copy, and without spare."""
+    """One FoldLayer per decoder layer, and the document that each sequence ends in.
+
+    `expected` tokens fit without a copy, and without spare.
+    """
+
+    last_document: LastDocument | None = None
 
     def __init__(self, config: TensorLMConfig, expected: int = 0) -> None:
         layers = range(config.num_hidden_layers)
         super().__init__(layers=[FoldLayer(config.layer_fold(i), expected) for i in layers])
 
+    def reset(self) -> None:
+        """Forget everything."""
+        super().reset()
+        self.last_document = None
 
-def new_document_starts(
-    attention_mask: Tensor | None,
-    position_ids: Tensor | None,
-    batch: int,
-    num_seen: int,
-    num_new: int,
-    device: torch.device,
-) -> Tensor | None:
-    """Where the document of each new token begins, as an index into the sequence.
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Follow the beams."""
+        super().reorder_cache(beam_idx)
+        self._map_last_document(lambda x: x.index_select(0, beam_idx.to(x.device)))
 
-    Padding tokens are documents of their own, so that left padding changes nothing; padding on the
-    right is behind everything that could see it. Positions that start over (packed rows) begin a
-    document each.
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these sequences of the batch, in this order."""
+        super().batch_select_indices(indices)
+        self._map_last_document(lambda x: x.index_select(0, indices.to(x.device)))
 
-    Args:
-        attention_mask: [B, T], 0 where padding; None: no padding.
-        position_ids: [B or 1, Q], counted inside each document; None: one document.
-        batch, num_seen, num_new: B, T - Q and Q.
-        device: of the result.
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each sequence of the batch."""
+        super().batch_repeat_interleave(repeats)
+        self._map_last_document(lambda x: x.repeat_interleave(repeats, dim=0))
 
-    Returns:
-        [B, Q] int64; None where all begin at 0.
-
-    Raises:
-        ValueError: the mask has another shape, or padding inside a sequence.
-    """
-    positions = torch.arange(num_seen, num_seen + num_new, device=device)
-    start = torch.zeros(batch, num_new, dtype=torch.int64, device=device)
-    if position_ids is not None:
-        start = start + (positions - position_ids.to(device)).clamp(min=0)
-    if attention_mask is not None:
-        if attention_mask.shape != (batch, num_seen + num_new):
-            raise ValueError(
-                f"attention_mask {list(attention_mask.shape)} must be "
-                f"{[batch, num_seen + num_new]}: 1 for tokens, 0 for padding"
-            )
-        mask = attention_mask.to(device).bool()
-        if ((mask[:, 1:] & ~mask[:, :-1]).sum(1) + mask[:, 0] > 1).any():
-            raise ValueError("attention_mask: padding inside a sequence (pad on the left)")
-        first = mask.long().argmax(1, keepdim=True)
-        start = torch.where(positions < first, positions, start.maximum(first))
-    return start if bool(start.any()) else None
+    def _map_last_document(self, change: Callable[[Tensor], Tensor]) -> None:
+        if self.last_document is not None:
+            self.last_document = LastDocument(*map(change, self.last_document))

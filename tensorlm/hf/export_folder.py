@@ -16,9 +16,10 @@ import torch
 
 from tensorlm import disk
 from tensorlm.config import Config, ModelConfig
-from tensorlm.data.tokenizers import copy_tokenizer, has_tokenizer, load_tokenizer, tokenizer_sha256
 from tensorlm.errors import UserError
 from tensorlm.hf.configuration_tensorlm import AUTO_MAP
+from tensorlm.hf.export_tokenizer import describe_prompts, write_tokenizer
+from tensorlm.hf.imported_tokenizer import is_same_tokenizer
 from tensorlm.hf.llama_config import max_positions
 from tensorlm.hf.model_card import model_card
 from tensorlm.hf.modeling_tensorlm import write_code
@@ -31,7 +32,6 @@ SHARD_BYTES = 5 * 10**9
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _HF_DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 _SAFETENSORS_DTYPES = {torch.bfloat16: "BF16", torch.float32: "F32"}
-CHAT_TEMPLATE = "chat_template.jinja"
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _CHUNK = 1 << 25  # elements of a parameter in memory at one time
 
@@ -72,14 +72,13 @@ def export_checkpoint(
             a weight is not finite.
     """
     with _published(output) as folder:
-        generation = _read_generation_config(imported)
+        generation, prompts = _read_generation_config(imported), None
         if tokenizer is not None:
-            copy_tokenizer(tokenizer, folder)
-            if (tokenizer / CHAT_TEMPLATE).exists():
-                shutil.copyfile(tokenizer / CHAT_TEMPLATE, folder / CHAT_TEMPLATE)
-            loaded = load_tokenizer(folder)  # before config.json, whose auto_map asks for trust
+            model_type = "tensorlm" if config.model.fold else "llama"
+            loaded = write_tokenizer(tokenizer, folder, imported, model_type)
+            prompts = describe_prompts(folder)
             ids = {"bos_token_id": loaded.bos_token_id, "eos_token_id": loaded.eos_token_id}
-            if imported is not None and _have_one_tokenizer(imported, tokenizer):
+            if imported is not None and is_same_tokenizer(imported, tokenizer):
                 generation = ids | generation  # it may have several ends of text
             else:
                 generation.pop("pad_token_id", None)
@@ -94,7 +93,8 @@ def export_checkpoint(
             write_code(folder)
         name = imported.name if imported else None
         how = f"{dtype}, rounded stochastically" if rounding == "stochastic" else dtype
-        (folder / "README.md").write_text(model_card(checkpoint.manifest, config, how, name))
+        card = model_card(checkpoint.manifest, config, how, name, prompts)
+        (folder / "README.md").write_text(card)
 
 
 def _context_length(step: int, config: Config, imported: Path | None) -> int:
@@ -142,11 +142,6 @@ def hf_config(model: ModelConfig, seq_len: int, dtype: str) -> dict[str, Any]:
             "hop_bias_init": model.hop_bias_init,
         }
     return config
-
-
-def _have_one_tokenizer(imported: Path, tokenizer: Path) -> bool:
-    """The imported folder has a tokenizer, and it is this one."""
-    return has_tokenizer(imported) and tokenizer_sha256(imported) == tokenizer_sha256(tokenizer)
 
 
 def _read_generation_config(imported: Path | None) -> dict[str, Any]:

@@ -16,10 +16,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tensorlm.config import Config
+from tensorlm.data.chat_templates import copy_chat_templates
 from tensorlm.data.tokenizers import TOKENIZER_FILES
 from tensorlm.errors import UserError
 from tensorlm.guards import lock_run
-from tensorlm.hf.export_folder import CHAT_TEMPLATE, hf_name
+from tensorlm.hf.export_folder import hf_name
 from tensorlm.hf.llama_config import check_config
 from tensorlm.hf.weight_files import check_finite, weight_files
 from tensorlm.manifest import list_steps
@@ -31,7 +32,7 @@ _DTYPES = ("BF16", "F16", "F32")
 _ROWS = 1 << 13  # of the embedding that are compared at one time
 # Tensors that old folders hold beside the weights, and that say nothing new.
 _IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
-_CARRIED = ("config.json", "generation_config.json", CHAT_TEMPLATE, *TOKENIZER_FILES)
+_CARRIED = ("config.json", "generation_config.json", "added_tokens.json", *TOKENIZER_FILES)
 
 
 def import_weights(folder: Path, config: Config) -> Path:
@@ -116,6 +117,7 @@ def _carry(folder: Path, target: Path) -> None:
     for name in _CARRIED:
         if (folder / name).exists():
             shutil.copyfile(folder / name, target / name)
+    copy_chat_templates(folder, target)
 
 
 # ---------------------------------------------------------------------------------------- weights

@@ -27,7 +27,11 @@ EMNLP 2024 Findings, arXiv 2410.20926), with distances folded instead of absolut
 
 
 def model_card(
-    manifest: dict[str, Any], config: Config, dtype: str, imported_from: str | None
+    manifest: dict[str, Any],
+    config: Config,
+    dtype: str,
+    imported_from: str | None,
+    prompts: str | None = None,
 ) -> str:
     """Hugging Face model card of a checkpoint.
 
@@ -36,6 +40,7 @@ def model_card(
         config: the run's configuration.
         dtype: "bf16" or "fp32", of the exported weights, and how they were rounded.
         imported_from: name of the folder whose weights the run started from.
+        prompts: what to do so that prompts begin as documents did.
     """
     model, data, train = config.model, config.data, config.train
     optim, state = config.optim, manifest["state"]
@@ -61,7 +66,8 @@ def model_card(
         "Started from": imported_from or "random weights",
         "Written by": f"tensorlm {tensorlm.__version__}",
     }
-    notes = _FOLDED_NOTES if model.fold else ""
+    notes = f"\n**Prompts.** {prompts[0].upper()}{prompts[1:]}.\n" if prompts else ""
+    notes += _FOLDED_NOTES if model.fold else ""
     rows = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
     return f"""---
 library_name: transformers

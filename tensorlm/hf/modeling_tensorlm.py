@@ -1,61 +1,47 @@
 """Llama with tensorized attention, for plain `transformers`.
 
-This file travels inside exported folders. Where the `tensor_attention` package is installed its
-kernels are used, elsewhere the PyTorch files beside this one. Weight names are Llama's, plus
-`self_attn.hop_bias`. Shape letters: B batch, Q new tokens, T all tokens, H query heads, K key/value
-heads, D head size.
+This file travels inside exported folders, with those that it imports. Weight names are Llama's,
+plus `self_attn.hop_bias`. Shape letters: B batch, Q new tokens, T all tokens, D head size.
 """
 
 import inspect
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM, LlamaModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.models.llama.modeling_llama import LlamaAttention
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from transformers.utils import can_return_tuple
 
-from .cache_tensorlm import FoldCache, FoldLayer, new_document_starts
-from .configuration_tensorlm import AUTO_MAP, TensorLMConfig
+from .attention_tensorlm import TensorLMAttention
+from .cache_tensorlm import FoldCache
+from .configuration_tensorlm import AUTO_MAP, TensorLMConfig, check_operator, rope_fields
+from .documents_tensorlm import Signals, document_starts
 
+# transformers 4 copies only those files of a folder that this one names: hence all of them here.
 try:
-    from tensor_attention import (
-        Axis,
-        Rotary,
-        apply_rotary,
-        fold_axes,
-        hop,
-        rotary_frequencies,
-        rotary_table,
-        tensor_attention,
-    )
+    from tensor_attention import Rotary, hop, rotary_frequencies, rotary_table
     from tensor_attention.cached import hop_cached
 except ImportError:
-    tensor_attention = None  # type: ignore[assignment]
-    from .blocked import hop  # type: ignore[import-not-found, no-redef]
+    from .blocked import hop  # type: ignore[import-not-found, no-redef] # noqa: F401
     from .cached import hop_cached  # type: ignore[import-not-found, no-redef]
     from .fold import (  # type: ignore[import-not-found, no-redef]
-        Axis,
         Rotary,
-        apply_rotary,
-        fold_axes,
         rotary_frequencies,
         rotary_table,
     )
 
-MODEL_FILES = ("configuration_tensorlm.py", "cache_tensorlm.py", "modeling_tensorlm.py")
+MODEL_FILES = (
+    "configuration_tensorlm.py", "documents_tensorlm.py", "cache_tensorlm.py",
+    "attention_tensorlm.py", "modeling_tensorlm.py",
+)  # fmt: skip
 OPERATOR_FILES = ("fold.py", "blocked.py", "cached.py")
 
-# Unread rows in front of each new query from which on gathering what the query visits is faster
-# than the kernel. Measured on a CPU; for GPUs an estimate, from 65,536 queries that took about a
-# second to gather where a hop of 131,072 rows takes the kernel 2 ms.
-_GATHER_FROM, _GATHER_FROM_ON_GPU = 4, 256
-
-# Queries whose mask exists at one time, in full-attention layers of padded batches.
-_QUERY_CHUNK = 1024
+# Of the keyword arguments of a forward pass, those that only the loss reads.
+_OF_THE_LOSS = ("num_items_in_batch", "shift_labels", "ignore_index")
 
 
 def write_code(folder: str | Path) -> None:
@@ -66,151 +52,16 @@ def write_code(folder: str | Path) -> None:
         shutil.copyfile(source, Path(folder) / source.name)
 
 
-class TensorLMAttention(LlamaAttention):
-    """Llama's projections around a loop of hops over the folded axes."""
-
-    def __init__(self, config: TensorLMConfig, layer_idx: int) -> None:
-        super().__init__(config, layer_idx)
-        self.fold = config.layer_fold(layer_idx)
-        if self.fold:
-            self.hop_bias = nn.Parameter(torch.empty(len(self.fold), config.num_attention_heads))
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        position_embeddings: Rotary,
-        attention_mask: Tensor | None,
-        past_key_values: FoldCache | None = None,
-        **_: Any,
-    ) -> tuple[Tensor, None]:
-        """Attend from Q new tokens to themselves and what the cache holds.
-
-        Args:
-            hidden_states: [B, Q, hidden size].
-            position_embeddings: rotary table of at least T positions.
-            attention_mask: document starts [B, Q] (`new_document_starts`), None where all are 0.
-            past_key_values: the cache, which takes the new tokens in.
-        """
-        q = self.q_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
-        k = self.k_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
-        v = self.v_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
-        memory = None if past_key_values is None else past_key_values.layers[self.layer_idx]
-        attend = self._folded if self.fold else self._full
-        out = attend(q, k, v, attention_mask, position_embeddings, memory)
-        return self.o_proj(out.flatten(-2)), None
-
-    def _folded(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        doc_start: Tensor | None,
-        rotary: Rotary,
-        memory: FoldLayer | None,
-    ) -> Tensor:
-        if memory is None and tensor_attention is not None:
-            return tensor_attention(
-                q, k, v, self.fold, doc_start=doc_start, hop_bias=self.hop_bias, rotary=rotary,
-                scale=self.scaling,
-            )  # fmt: skip
-        num_new = q.shape[1]
-        if memory is not None:
-            k, v = memory.update(k, v)
-        positions = torch.arange(k.shape[1] - num_new, k.shape[1], device=q.device)
-        depth = positions if doc_start is None else positions - doc_start
-        depth = depth.expand(q.shape[0], -1)
-        z, state = v, None
-        for i, axis in enumerate(fold_axes(self.fold, k.shape[1])):
-            z, lse = _hop_new(
-                q, k, z, axis, (depth // axis.stride).to(torch.int32), rotary=rotary,
-                bias=self.hop_bias[i - 1] if i else None, state=state, scale=self.scaling,
-            )  # fmt: skip
-            state = (z, lse)
-            if memory is not None and i < len(self.fold):
-                z = memory.update_state(i, z)
-        return z
-
-    def _full(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        doc_start: Tensor | None,
-        rotary: Rotary,
-        memory: FoldLayer | None,
-    ) -> Tensor:
-        num_seen = 0 if memory is None else memory.get_seq_length()
-        positions = torch.arange(num_seen, num_seen + q.shape[1], device=q.device)
-        q, k = apply_rotary(q, rotary, positions), apply_rotary(k, rotary, positions)
-        if memory is not None:
-            k, v = memory.update(k, v)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        if doc_start is None and q.shape[2] in (1, k.shape[2]):
-            out = F.scaled_dot_product_attention(
-                q, k, v, is_causal=q.shape[2] > 1, scale=self.scaling, enable_gqa=True
-            )
-            return out.transpose(1, 2)
-        starts = torch.zeros_like(positions)[None] if doc_start is None else doc_start
-        visible = torch.arange(k.shape[2], device=q.device)
-        parts = []
-        for at in range(0, q.shape[2], _QUERY_CHUNK):
-            rows = slice(at, at + _QUERY_CHUNK)
-            mask = (visible <= positions[rows, None]) & (visible >= starts[:, rows, None])
-            parts.append(
-                F.scaled_dot_product_attention(
-                    q[:, :, rows], k, v, attn_mask=mask[:, None], scale=self.scaling,
-                    enable_gqa=True,
-                )
-            )  # fmt: skip
-        return torch.cat(parts, dim=2).transpose(1, 2)
-
-
-def _hop_new(
-    q: Tensor,
-    k: Tensor,
-    values: Tensor,
-    axis: Axis,
-    reach: Tensor,
-    *,
-    rotary: Rotary,
-    bias: Tensor | None,
-    state: tuple[Tensor, Tensor] | None,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """One hop for the last Q of T tokens; arguments as in `hop_cached`.
-
-    Few queries gather the entries that they visit. Many (the prompt, or a long piece of it) run the
-    kernel on the tokens within reach, with rows in front that nobody reads: a hop goes a whole
-    number of strides, and only differences of positions matter, so it may start at any token.
-    """
-    num_tokens, num_new = k.shape[1], q.shape[1]
-    first = max(0, num_tokens - num_new - (axis.length - 1) * axis.stride)
-    pad = num_tokens - num_new - first
-    if pad > num_new * (_GATHER_FROM_ON_GPU if q.is_cuda else _GATHER_FROM):
-        return hop_cached(
-            q, k, values, stride=axis.stride, length=axis.length, reach=reach, bias=bias,
-            state=state, rotary=rotary, scale=scale,
-        )  # fmt: skip
-    if pad or first:
-        q, reach = F.pad(q, (0, 0, 0, 0, pad, 0)), F.pad(reach, (pad, 0))
-        k, values = k[:, first:], values[:, -pad - num_new :]
-        if state is not None:
-            state = (F.pad(state[0], (0, 0, 0, 0, pad, 0)), F.pad(state[1], (0, 0, pad, 0)))
-    z, lse = hop(
-        q, k, values, stride=axis.stride, length=axis.length, reach=reach, bias=bias, state=state,
-        rotary=rotary, scale=scale,
-    )  # fmt: skip
-    return z[:, pad:], lse[:, pad:]
-
-
 class TensorLMModel(LlamaModel):
     """The decoder; attention masks become document starts, so nothing of size T x T exists."""
 
     config_class = TensorLMConfig
+    _can_record_outputs: ClassVar[dict[str, type]] = {"hidden_states": LlamaDecoderLayer}
 
     _table: Rotary | None = None
 
     def __init__(self, config: TensorLMConfig) -> None:
+        check_operator(config)
         super().__init__(config)
         for index, layer in enumerate(self.layers):
             layer.self_attn = TensorLMAttention(config, index)
@@ -221,6 +72,7 @@ class TensorLMModel(LlamaModel):
         if isinstance(module, TensorLMAttention) and module.fold:
             nn.init.constant_(module.hop_bias, self.config.hop_bias_init)
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -229,72 +81,135 @@ class TensorLMModel(LlamaModel):
         past_key_values: FoldCache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: bool | int | list[int] | None = None,
         output_attentions: bool | None = None,
-        **_: Any,
+        seq_idx: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        cu_seq_lens_k: Tensor | None = None,
+        max_length_q: int | None = None,
+        max_length_k: int | None = None,
+        cache_position: Tensor | None = None,
+        **others: Any,
     ) -> BaseModelOutputWithPast:
-        """As LlamaModel's, except that a cache is made only where `use_cache` asks for it.
+        """As LlamaModel's, except that in training a cache is made only if `use_cache` asks for it.
 
         Args:
-            attention_mask: [B, T], 0 where padding, on the left or on the right.
-            position_ids: [B, Q]; where they start over, a new document begins (packed rows).
+            attention_mask: [B, T], 0 where padding, on the left or on the right; other numbers
+                are those of packed documents.
+            position_ids: [B or 1, Q]; where one is not its predecessor plus one, a new document
+                begins (packed rows).
+            use_cache: None: as the configuration says, outside of training and `torch.export`.
+            seq_idx, cu_seq_lens_q, cu_seq_lens_k: packed documents (`documents_tensorlm.Signals`).
+            max_length_q, max_length_k, cache_position: not needed: they repeat what the arguments
+                before them and the cache say.
+            others: what only the loss reads, and None.
 
         Raises:
-            ValueError: padding inside a sequence, a 4-D mask, attention weights asked for (which
-                never exist), or a cache that is not a FoldCache.
+            ValueError: padding inside a sequence, positions that are no packing, a 4-D mask,
+                attention weights asked for (which never exist), a cache that is not a FoldCache,
+                or an argument that this model does not have.
         """
-        if output_attentions:
-            raise ValueError("output_attentions: attention weights never exist as a matrix")
-        if past_key_values is None and use_cache:
-            past_key_values = FoldCache(self.config)
-        if not isinstance(past_key_values, FoldCache | None):
-            raise ValueError(f"past_key_values: {type(past_key_values).__name__}, not a FoldCache")
+        self._refuse(others, output_attentions, past_key_values)
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("exactly one of input_ids and inputs_embeds must be given")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        num_seen = 0 if past_key_values is None else past_key_values.get_seq_length()
-        doc_start = new_document_starts(
-            attention_mask, position_ids, x.shape[0], num_seen, x.shape[1], x.device
-        )
+        cache = self._cache(past_key_values, use_cache)
+        num_seen = 0 if cache is None else cache.get_seq_length()
+        doc_start, last_document = document_starts(
+            Signals(attention_mask, position_ids, seq_idx, cu_seq_lens_q, cu_seq_lens_k),
+            x.shape[0], x.shape[1], num_seen, None if cache is None else cache.last_document,
+            x.device,
+        )  # fmt: skip
         rotary = self._rotary(num_seen + x.shape[1], x.device)
         hidden_states = [x]
-        for layer in self.layers:
+        for layer in self.layers[: self.config.num_hidden_layers]:
             x = layer(
-                x,
-                attention_mask=doc_start,
-                position_embeddings=rotary,
-                past_key_values=past_key_values,
+                x, attention_mask=doc_start, position_embeddings=rotary, past_key_values=cache
             )
-            if output_hidden_states:
-                hidden_states.append(x)
+            hidden_states.append(x)
         x = self.norm(x)
+        if cache is not None:
+            cache.last_document = last_document
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
         return BaseModelOutputWithPast(
             last_hidden_state=x,
-            past_key_values=past_key_values,
-            hidden_states=(*hidden_states[:-1], x) if output_hidden_states else None,
+            past_key_values=cache,
+            hidden_states=_chosen_states([*hidden_states[:-1], x], output_hidden_states),
         )
 
-    def _rotary(self, num_positions: int, device: torch.device) -> Rotary:
-        """The table of at least that many positions: made once, angles in float64, then extended.
+    def _refuse(
+        self, others: dict[str, Any], output_attentions: bool | None, cache: FoldCache | None
+    ) -> None:
+        """Raise ValueError for arguments that would have no effect."""
+        if output_attentions or (output_attentions is None and self.config.output_attentions):
+            raise ValueError("output_attentions: attention weights never exist as a matrix")
+        if not isinstance(cache, FoldCache | None):
+            raise ValueError(f"past_key_values: {type(cache).__name__}, not a FoldCache")
+        if others.get("is_causal") is True:
+            others = others | {"is_causal": None}
+        unknown = [k for k, v in others.items() if v is not None and k not in _OF_THE_LOSS]
+        if unknown:
+            raise ValueError(f"{unknown[0]}: this model has no such argument, and ignores none")
 
-        Its frequencies are computed anew, since `model.to(torch.bfloat16)` rounds those of
-        `rotary_emb`: at position 131,072 that would be tens of radians.
-        """
+    def _cache(self, cache: FoldCache | None, use_cache: bool | None) -> FoldCache | None:
+        """The caller's cache, a new one, or None."""
+        if self.gradient_checkpointing and self.training:  # layers would run twice
+            if cache is not None and cache.get_seq_length():
+                raise ValueError("past_key_values must be empty while gradients are checkpointed")
+            return None
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+            use_cache = use_cache and not torch.compiler.is_exporting()
+        return FoldCache(self.config) if cache is None and use_cache else cache
+
+    def _rotary(self, num_positions: int, device: torch.device) -> Rotary:
+        """The table of at least that many positions: made once, then only extended."""
+        if torch.compiler.is_compiling():
+            return _make_table(self.config, num_positions, device)
         table = self._table
         if table is None or table.cos.shape[0] < num_positions or table.cos.device != device:
-            rope = self.config.rope_parameters
-            frequencies = rotary_frequencies(self.config.head_dim, rope["rope_theta"], rope, device)
-            size = num_positions + num_positions // 4
-            table = self._table = rotary_table(frequencies, size, device)
+            with torch.inference_mode(False):  # a tensor of that mode cannot be trained with
+                size = num_positions + num_positions // 4
+                table = self._table = _make_table(self.config, size, device)
         return table
+
+
+def _make_table(config: TensorLMConfig, num_positions: int, device: torch.device) -> Rotary:
+    """Its frequencies are computed anew: `model.to(torch.bfloat16)` rounds those of `rotary_emb`.
+
+    At position 131,072 that would be tens of radians.
+    """
+    rope = rope_fields(config)
+    head_dim = config.head_dim or config.hidden_size // config.num_attention_heads
+    frequencies = rotary_frequencies(head_dim, rope["rope_theta"], rope, device)
+    return rotary_table(frequencies, num_positions, device)
+
+
+def _chosen_states(
+    states: list[Tensor], chosen: bool | int | list[int]
+) -> tuple[Tensor | None, ...] | None:
+    """All states, none, or those at the chosen indices, the others None."""
+    if isinstance(chosen, bool):
+        return tuple(states) if chosen else None
+    indices = [chosen] if isinstance(chosen, int) else chosen
+    kept = {index % len(states) for index in indices if -len(states) <= index < len(states)}
+    return tuple(state if i in kept else None for i, state in enumerate(states))
 
 
 class TensorLMForCausalLM(LlamaForCausalLM):
     """The language model; `generate` uses a cache made for folds."""
 
     config_class = TensorLMConfig
+    _can_record_outputs = TensorLMModel._can_record_outputs
 
     def __init__(self, config: TensorLMConfig) -> None:
-        super().__init__(config)
+        # Not LlamaForCausalLM's, which builds a model to be thrown away: it would take
+        # `gradient_checkpointing` out of the configuration, and as much memory again.
+        super(LlamaForCausalLM, self).__init__(config)
         self.model = TensorLMModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
@@ -304,7 +219,15 @@ class TensorLMForCausalLM(LlamaForCausalLM):
         write_code(save_directory)
 
     def _prepare_cache_for_generation(
-        self, generation_config: Any, model_kwargs: dict[str, Any], *_: Any, **__: Any
+        self, generation_config: Any, model_kwargs: dict[str, Any], *others: Any, **named: Any
     ) -> None:
+        chosen = generation_config.cache_implementation
+        if chosen not in (None, "dynamic"):
+            raise ValueError(
+                f'cache_implementation must be unset or "dynamic", got "{chosen}" (a fold needs '
+                "the cache that this model brings)"
+            )
         if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
             model_kwargs["past_key_values"] = FoldCache(self.config)
+        else:
+            super()._prepare_cache_for_generation(generation_config, model_kwargs, *others, **named)

@@ -13,7 +13,7 @@ from tensorlm.hf.llama_config import check_config, max_positions, model_settings
 
 _SEQ_LEN = 4096  # at most, where no configuration says another
 _START: dict[str, Any] = {
-    "optim": {"lr": 3e-5, "min_lr": 3e-6, "warmup_steps": 100},
+    "optim": {"lr": 3e-5, "warmup_steps": 100},
     "train": {"steps": 1000, "rows_per_step": 16},
 }
 

@@ -38,8 +38,9 @@ HIDDEN_TRAFFIC = {False: (2 * 36 + 12, 2 * 92 + 30), True: (2 * 4 + 12, 2 * 6 + 
 MLP_TRAFFIC = {False: (10, 18), True: (6, 10)}
 LOGIT_TRAFFIC = 30
 HEAD_GRADIENT_TRAFFIC = 12  # of each element of the head's weight, for each chunk of tokens
-# Bytes for each parameter of the update, the norm, and clipping; torch's AdamW on the CPU.
-UPDATE_TRAFFIC = {"fp32": 70, "bf16": 150}
+# Bytes for each parameter of the update, the norm, and clipping (in bf16 more than half of them for
+# the noise that rounding takes, read off adamw.py and not yet timed); AdamW of torch on the CPU.
+UPDATE_TRAFFIC = {"fp32": 70, "bf16": 330}
 HOST_UPDATE_TRAFFIC = 110
 
 

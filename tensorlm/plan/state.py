@@ -9,7 +9,7 @@ from .job import FP32, Job
 
 DOUBLE = 8  # DeepSpeed takes the norms of stages 2 and 3 in float64, parameter by parameter
 _ALL_REDUCE = 500_000_000  # elements of a message of stage 0 (DeepSpeed's engine)
-_ADAM_CHUNK = 1 << 25  # elements that LowMemoryAdamW updates at one time (adamw.py)
+_ADAM_CHUNK = 1 << 24  # elements that LowMemoryAdamW updates at one time (adamw.py)
 
 
 def weights(job: Job) -> int:
@@ -119,15 +119,20 @@ def update_workspace(job: Job) -> int:
 
 
 def adam_workspace(job: Job, elements: int) -> int:
-    """Two float32 tensors where AdamW is not fused, and where its moments are bf16 (by chunks)."""
+    """Two float32 tensors where AdamW is not fused; four of 4 bytes where its moments are bf16, for
+    a parameter, or a chunk of it, at one time.
+    """
     if job.config.optim.state_dtype == "bf16":
-        return 2 * FP32 * min(elements, _ADAM_CHUNK)
+        piece = -(-job.largest // job.gpus) if job.zero == 3 else job.largest
+        return 4 * FP32 * min(elements, piece, _ADAM_CHUNK)
     return 0 if job.platform.fused_adam else 2 * FP32 * elements
 
 
 def initialisation(job: Job) -> int:
-    """w P: the whole model before DeepSpeed divides it. Stages 1 and 2 copy it into one buffer;
-    stage 3 gathers each parameter once more, beside all of the state but the moments.
+    """w P: the whole model before DeepSpeed divides it. Stages 1 and 2 copy it into one buffer.
+
+    Stage 3 makes and divides one parameter at a time, and gathers each once more when all of the
+    state but the moments is there.
     """
     w = job.itemsize
     if job.zero in (1, 2):
@@ -135,5 +140,4 @@ def initialisation(job: Job) -> int:
     if job.zero == 0:
         return w * job.parameters
     divided = weights(job) + master_weights(job) + gradients(job, 0) + reduce_bucket(job)
-    part = -(-job.largest // job.gpus)
-    return w * job.largest + max(w * (job.parameters - job.largest + part), divided)
+    return w * job.largest + divided

@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -250,3 +251,70 @@ def test_longer_rows_of_a_new_stage_are_no_hang(tiny: TinyRuns) -> None:
     job = Job(config, 1, lambda rank: setattr(Engine, "forward", slow_if_long))
     assert job.wait() == [0], job.output()
     assert len(read_metrics(job.dir)) == 8
+
+
+SUSPENDED = """
+import sys, time
+from pathlib import Path
+from tensorlm.config import GuardsConfig
+from tensorlm.watchdog import Watchdog
+
+guards = GuardsConfig(hang_seconds=3.0, slow_phase_seconds=3.0)
+watchdog = Watchdog(guards, Path(sys.argv[1]), 0, 1)
+for step in range(1, 6):  # short ones first, so that their usual length is known
+    watchdog.enter("data", step)
+    watchdog.enter(sys.argv[2], step)
+    print(step, flush=True)
+    for _ in range(50 if step < 5 else 1000):  # after a stop, most of it is still to be done
+        time.sleep(0.002)
+        if sys.argv[3] == "reports":
+            watchdog.progress()
+watchdog.stop()
+"""
+
+
+@pytest.mark.parametrize(
+    ("phase", "progress"), [("forward", "none"), ("save", "none"), ("eval", "reports")]
+)
+def test_process_that_was_suspended_and_continued_is_no_hang(
+    tmp_path: Path, phase: str, progress: str
+) -> None:
+    command = [sys.executable, "-c", SUSPENDED, str(tmp_path), phase, progress]
+    with subprocess.Popen(
+        command, cwd=ROOT, env=launch_environment(), text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    ) as process:  # fmt: skip
+        assert process.stdout is not None
+        while process.stdout.readline().strip() != "5":
+            assert process.poll() is None
+        for seconds in (5, 1):
+            time.sleep(0.3)
+            process.send_signal(signal.SIGSTOP)
+            time.sleep(seconds)
+            process.send_signal(signal.SIGCONT)
+        _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (0, "")
+
+
+def test_hang_after_a_suspension_is_found_as_soon_as_any_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now: list[float] = [1000.0]
+    ended: list[float] = []
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    watchdog = Watchdog(GuardsConfig(hang_seconds=30, slow_phase_seconds=60), tmp_path, 0, 1)
+    watchdog.stop()
+    ticks = [1.0] * 20 + [7200.0] + [1.0] * 60  # suspended for two hours in the 21st
+
+    def wait(period: float) -> bool:
+        if len(ticks) == 60:  # continued: the main thread is the first to run
+            watchdog.enter("save", 1)
+        now[0] += ticks.pop(0) if ticks else 1.0
+        return bool(ended)
+
+    monkeypatch.setattr(watchdog._is_done, "wait", wait)
+    monkeypatch.setattr(watchdog, "_end", ended.append)
+    watchdog.enter("resume", 0)
+    watchdog._watch()
+    assert ended == [pytest.approx(61.0, abs=1.5)]
+    assert not ticks

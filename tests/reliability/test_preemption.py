@@ -17,6 +17,7 @@ from tensorlm.checkpoint import newest_checkpoint
 from tensorlm.config import Config
 from tensorlm.errors import EXIT_DONE, EXIT_PREEMPTED, EXIT_USER_ERROR
 from tensorlm.preemption import StopRequest
+from tensorlm.watchdog import Watchdog
 from tests.reliability.conftest import TinyRuns
 from tests.reliability.harness import Job, final_state
 from tests.tensorlm.launching import ROOT, launch_environment, losses
@@ -163,3 +164,72 @@ def test_signals_are_listened_to_before_anything_slow_is_imported(tmp_path: Path
         process.send_signal(signal.SIGTERM)
         assert process.communicate(timeout=60)[1].startswith("error: ")
     assert process.returncode == EXIT_USER_ERROR
+
+
+LONG_EVALUATION = (
+    "train.stop_at=4", "checkpoint.every=100", "eval.every=2", "eval.lengths=[32]",
+    "eval.max_tokens=100000", "eval.near=0", "eval.slide=1",
+)  # fmt: skip
+PROMPTS = ('eval.tasks=["passkey"]', "eval.lengths=[512]", "eval.depths=9", "eval.repeats=99")
+
+
+def tell_of_passes(rank: int) -> None:
+    """A file appears when this rank has made three passes of an evaluation."""
+    progress, passes = Watchdog.progress, []
+
+    def counted(self: Watchdog, *part: str) -> None:
+        progress(self, *part)
+        if self._phase == "eval":
+            passes.append(part)
+            if len(passes) == 3:
+                (self._folder.parent.with_name("run.job") / f"{rank}.passes").touch()
+
+    Watchdog.progress = counted  # type: ignore[assignment,method-assign]
+
+
+@pytest.mark.parametrize(
+    ("world", "ask", "settings"),
+    [
+        (1, "signal", ("checkpoint.background=true",)),
+        (1, "signal", PROMPTS),
+        (2, "signal", ("parallel.sp=2",)),
+        (2, "file", ("zero.stage=3",)),
+        (2, "file", PROMPTS),
+    ],
+    ids=["one rank", "prompts", "shared windows", "shared weights", "stop file"],
+)
+def test_request_to_stop_leaves_an_evaluation_and_loses_nothing(
+    tiny: TinyRuns, world: int, ask: str, settings: tuple[str, ...]
+) -> None:
+    config = tiny("run", *LONG_EVALUATION, *settings)
+    job, run = Job(config, world, tell_of_passes), Path(config.run.dir)
+    job.wait_for(job.scratch / f"{world - 1}.passes")
+    if ask == "signal":
+        job.kill(world - 1, signal.SIGTERM)
+    else:
+        (run / "STOP").touch()
+    asked_at = time.monotonic()
+    assert job.wait() == [EXIT_PREEMPTED] * world, job.output()
+    assert time.monotonic() - asked_at < 20, job.output()
+    newest = newest_checkpoint(run)
+    assert newest is not None
+    assert newest.step == len(losses(run)) == 2
+    assert not (run / "eval").exists()
+    # The next start begins with what was left out, and trains on as if nothing had been.
+    short = "eval.max_tokens=32", "eval.depths=1", "eval.repeats=1"
+    tiny.finish(tiny("run", *LONG_EVALUATION, *settings, *short), world)
+    assert [path.parent.name for path in sorted(run.glob("eval/*/report.json"))] == [
+        "step-00000002", "step-00000004",
+    ]  # fmt: skip
+    assert len(losses(run)) == 4
+
+
+def test_nothing_is_lost_when_an_evaluation_is_killed(tiny: TinyRuns) -> None:
+    config = tiny("run", *LONG_EVALUATION)
+    job = Job(config, 1, tell_of_passes)
+    job.wait_for(job.scratch / "0.passes")
+    job.kill(0)
+    assert job.wait() == [-signal.SIGKILL]
+    newest = newest_checkpoint(Path(config.run.dir))
+    assert newest is not None
+    assert newest.step == 2

@@ -29,7 +29,7 @@ from tensor_attention import (
 from tensorlm import engine as engine_module
 from tensorlm.benchmarks.accounting import PeakMemory
 from tensorlm.config import Config, load_config
-from tensorlm.engine import Engine, init_distributed
+from tensorlm.engine import Engine, create_model, init_distributed
 from tensorlm.evaluation.model import EvaluatedModel
 from tensorlm.hf.cache_tensorlm import FoldCache
 from tensorlm.launch_env import LaunchEnv
@@ -299,7 +299,7 @@ def engines(
 def _engine(job: Job, device: torch.device, trains: bool) -> dict[str, int]:
     grid = create_grid(job.sp)
     with PeakMemory() as memory:
-        engine = Engine(create_llama(job.config.model, job.config.train, grid, device), job.config)
+        engine = Engine(create_model(job.config, grid, device, None), job.config)
         gc.collect()
         counts = {"start": memory.peak}
         list(engine.parameter_slices())

@@ -70,6 +70,12 @@ def launch_command(launcher: str, ranks: int) -> list[str]:
     return [sys.executable, "launcher/train.py"]
 
 
+def torchrun_command(ranks: int, *options: str) -> list[str]:
+    """torchrun with options of its own, such as how often it restarts the ranks."""
+    torchrun = str(Path(sys.executable).parent / "torchrun")
+    return [torchrun, *options, f"--nproc_per_node={ranks}", "launcher/train.py"]
+
+
 def launch_environment() -> dict[str, str]:
     """CPU only, one thread a rank, this interpreter first."""
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"

@@ -103,7 +103,8 @@ def test_bad_points_are_refused(text: str, message: str, tmp_path: Path) -> None
 def test_devices_have_their_data_sheets() -> None:
     assert find_sheet("NVIDIA H200") == GPUS["h200"]
     assert find_sheet("NVIDIA H100 80GB HBM3") == GPUS["h100"]
-    assert find_sheet("NVIDIA GeForce RTX 4090") is None
+    for name in ("GeForce RTX 4090", "H100 PCIe", "H100 NVL", "GB200", "A100-SXM4-40GB MIG 1g.5gb"):
+        assert find_sheet(f"NVIDIA {name}") is None
 
 
 @pytest.mark.gpu

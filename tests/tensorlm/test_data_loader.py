@@ -15,8 +15,10 @@ import torch
 
 from fold_parallel import Grid
 from tensorlm.config import Config, parse_config
+from tensorlm.data import epochs as epoch_plans
 from tensorlm.data.feed import Feed
-from tensorlm.data.loader import Batch, PackedRows, open_rows
+from tensorlm.data.loader import Batch, PackedRows, RowStage, open_rows
+from tensorlm.data.shards import Corpus
 from tensorlm.data.tokenizers import train_tokenizer
 from tensorlm.errors import UserError
 from tensorlm.loss import IGNORED
@@ -154,17 +156,21 @@ def test_a_thousand_resizes_lose_and_repeat_nothing(tmp_path: Path) -> None:
             whole = reference.batch(range(row, row + stage_rows))
             digest = sum(batch.digest for part in parts for batch in part)
             assert digest % 2**64 == whole.digest
+            num_tokens = sum(batch.num_tokens for part in parts for batch in part)
+            assert num_tokens == whole.num_tokens
             for number, (tokens, labels, doc_start) in enumerate(assemble(parts, dp, sp)):
                 assert torch.equal(tokens, whole.tokens[number])
                 assert torch.equal(labels, whole.labels[number])
                 assert torch.equal(doc_start, whole.doc_start[number])
                 served = tokens[tokens > 0].numpy()
+                assert len(served) == whole.row_tokens[number]
                 source = int(np.searchsorted(firsts, served[0])) - 1
                 np.add.at(counts[source], served - 1 - firsts[source], 1)
             step, row = step + 1, row + stage_rows
         num_done += 1
     # Every token of a source has been served as often as any other of it, give or take the epoch
     # under way, and there were at least 10 resumes in an epoch.
+    assert reference.num_tokens(row) == sum(count.sum() for count in counts)
     for source, epochs in enumerate(reference.epochs(row)):
         assert counts[source].min() == int(epochs)
         assert counts[source].max() - counts[source].min() <= 1
@@ -321,3 +327,24 @@ def test_other_data_changes_the_fingerprint(tmp_path: Path) -> None:
     for data in ({"seq_len": 256}, {"packing": "concat"}, {"sources": heavier}):
         assert other(**data).fingerprint != fingerprint
     assert other(sources=scaled).fingerprint == fingerprint
+
+
+@pytest.mark.parametrize("packing", ["best_fit", "concat"])
+@pytest.mark.parametrize("earlier", [[], [(2, 32)], [(2, 32), (20, 128)], [(40, 32)]])
+def test_rows_of_all_epochs_are_planned_before_the_first_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, earlier: list[tuple[int, int]], packing: str
+) -> None:
+    documents = [np.arange(3, 3 + n) for n in (40, 70, 33, 90, 12, 64)]
+    corpus = Corpus(write_split(tmp_path, [documents], vocab_size=512))
+    stages = [RowStage(seq_len, num_rows) for num_rows, seq_len in earlier]
+    num_rows = sum(num_rows for num_rows, _ in earlier) + 30  # several epochs of the last stage
+    rows = PackedRows([corpus], [1.0], [*stages, RowStage(64, None)], packing, 0, num_rows)
+
+    def plan(*_: object) -> None:
+        raise AssertionError("planned in a step")
+
+    monkeypatch.setattr(epoch_plans, "plan_rows", plan)
+    monkeypatch.setattr(epoch_plans, "pack", plan)
+    for index in range(num_rows):
+        assert rows.batch(range(index, index + 1)).num_tokens
+    assert rows.epochs(num_rows)[0] > 4

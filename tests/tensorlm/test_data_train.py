@@ -3,21 +3,27 @@
 import email
 import gzip
 import hashlib
+import json
 import unittest
 from pathlib import Path
 from pydoc_data.topics import topics
 from types import ModuleType
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from tensorlm.checkpoint import newest_checkpoint
 from tensorlm.config import load_config
 from tensorlm.data.loader import open_rows
 from tensorlm.data.prepare import encode, find_files, read_documents
 from tensorlm.data.tokenizers import train_tokenizer
+from tensorlm.flops import peak_flops, train_flops
+from tensorlm.manifest import manifest_text
 from tensorlm.metrics import read_metrics
+from tests.tensorlm.documents import write_split
 from tests.tensorlm.launching import TINY, RunTraining, TrainRanks, losses
 
 DATA = """[data]
@@ -94,7 +100,10 @@ def test_three_sources_are_mixed_and_trained_on_in_stages(
     assert losses(broken) == pytest.approx(losses(whole), rel=1e-5)
     records = read_metrics(whole)
     assert [r["data/seq_len"] for r in records] == [64] * 3 + [128] * 2 + [256] * 3
-    assert records[-1]["train/tokens"] == 3 * 8 * 64 + 2 * 4 * 128 + 3 * 4 * 256
+    slots = 3 * 8 * 64 + 2 * 4 * 128 + 3 * 4 * 256
+    num_tokens = records[-1]["train/tokens"]
+    assert 0.9 * slots < num_tokens <= slots
+    assert num_tokens == read_metrics(broken)[-1]["train/tokens"]
     hashes = [r["data/hash"] for r in records]
     assert [r["data/hash"] for r in read_metrics(broken)] == hashes
 
@@ -107,6 +116,8 @@ def test_three_sources_are_mixed_and_trained_on_in_stages(
         text = f"{running} {rows.batch(indices).digest}"
         running, first = hashlib.sha256(text.encode()).hexdigest()[:16], indices.stop
         assert running == expected
+    last_step = rows.batch(range(first - 4, first))
+    assert records[-1]["train/tokens"] - records[-2]["train/tokens"] == last_step.num_tokens
     found = newest_checkpoint(whole)
     assert found is not None
     assert found.manifest["state"]["data_hash"] == running
@@ -123,3 +134,33 @@ def test_a_flipped_bit_stops_training_before_it_starts(
     assert train_ranks(ranks=1, code=2).splitlines()[-1] == (
         f"error: {tokens}: checksum differs (restore the file, or prepare the data again)"
     )
+
+
+def test_padding_counts_neither_as_tokens_nor_as_work(
+    tmp_path: Path, config: Path, train_ranks: TrainRanks
+) -> None:
+    """One document of 28 tokens: each row of 128 holds it and 100 tokens of padding."""
+    document = np.random.default_rng(0).integers(3, 512, 28)
+    write_split(tmp_path / "one/train", [[document]], vocab_size=512)
+    data = f"data.path={tmp_path / 'one'}"
+    for name, ranks, *overrides in (("one", 1), ("dp", 2), ("sp", 2, "parallel.sp=2")):
+        run = f"run.dir={tmp_path / name}"
+        train_ranks(run, data, "train.steps=3", "train.stop_at=2", *overrides, ranks=ranks)
+        records = read_metrics(tmp_path / name)
+        assert [record["train/tokens"] for record in records] == [4 * 28, 8 * 28]
+        assert [record["data/labels"] for record in records] == [4 * 27] * 2
+        # Speed and MFU are of the same seconds; the rest of HFU is padding.
+        flops = train_flops(load_config(config).model, torch.arange(28))
+        for record in records:
+            seconds = 4 * 28 / record["perf/tokens_per_second"]
+            peak = ranks * peak_flops(torch.device("cpu"))
+            assert record["perf/mfu"] * seconds * peak == pytest.approx(4 * flops)
+            assert record["perf/hfu"] > 4 * record["perf/mfu"]
+    # Checkpoints of earlier versions counted padding: what they say of tokens is not continued.
+    manifest = tmp_path / "one/step-00000002/manifest.json"
+    content = json.loads(manifest.read_text())
+    del content["sha256"], content["format"], content["version"]
+    content["state"]["tokens"] = 8 * 128
+    manifest.write_text(manifest_text(content))
+    train_ranks(f"run.dir={tmp_path / 'one'}", data, "train.steps=3", ranks=1)
+    assert read_metrics(tmp_path / "one")[-1]["train/tokens"] == 12 * 28

@@ -10,7 +10,9 @@ from tensorlm.flops import (
     attention_flops,
     attention_pairs,
     linear_flops_per_token,
+    peak_flops,
     recomputed_flops,
+    sheet_peak,
     train_flops,
 )
 from tensorlm.model import Llama
@@ -72,3 +74,40 @@ def test_training_costs_what_pytorch_counts(
     assert masked > 0
     assert counter.get_total_flops() == ours + passes * masked
     assert ours > 3 * linear_flops_per_token(config) * TOKENS
+
+
+@pytest.mark.parametrize(
+    ("name", "tflops"),
+    [
+        # As CUDA names them; dense bf16 of the data sheets.
+        ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA A100-PCIE-40GB", 312),
+        ("NVIDIA A100 80GB PCIe", 312),
+        ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA H100 NVL", 835),
+        ("NVIDIA H200", 989), ("NVIDIA H200 NVL", 835),
+        ("NVIDIA GH200 480GB", 989), ("NVIDIA GH200 144G HBM3e", 989),
+        ("NVIDIA B200", 2250), ("NVIDIA GB200", 2500), ("NVIDIA L40S", 362),
+        ("NVIDIA GeForce RTX 4090", 165), ("AMD Instinct MI300X", 1307),
+    ],
+)  # fmt: skip
+def test_peak_is_that_of_the_data_sheet_of_this_very_board(name: str, tflops: float) -> None:
+    assert sheet_peak(name) == tflops * 1e12
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "NVIDIA A10", "NVIDIA L40", "NVIDIA H20", "NVIDIA H800", "NVIDIA B2000",
+        "NVIDIA GeForce RTX 4090 D", "NVIDIA GeForce RTX 4090 Laptop GPU",
+        "NVIDIA A100-SXM4-40GB MIG 1g.5gb", "NVIDIA H100 80GB HBM3 MIG 3g.40gb", "Tesla V100",
+    ],
+)  # fmt: skip
+def test_other_gpus_are_measured_and_not_taken_for_a_known_one(name: str) -> None:
+    assert sheet_peak(name) is None
+
+
+@pytest.mark.gpu
+def test_measured_peak_of_an_unknown_gpu_is_that_of_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("cuda")
+    known = peak_flops(device)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA X1")
+    assert 0.5 * known < peak_flops(device) < 1.05 * known

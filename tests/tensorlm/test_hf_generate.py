@@ -90,7 +90,7 @@ def test_a_loop_that_hands_the_cache_on_gives_the_tokens_of_generate(
         tokens = torch.cat([tokens, new], dim=1)
         out = model(new, past_key_values=out.past_key_values)
     assert torch.equal(tokens, wanted)
-    assert model(tokens).past_key_values is None
+    assert model(tokens, use_cache=False).past_key_values is None
 
 
 def test_cache_changes_no_beam_and_no_sample(

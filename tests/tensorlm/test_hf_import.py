@@ -329,6 +329,9 @@ def test_training_starts_from_imported_weights_and_exports_their_tokenizer(
     assert imported_folder(tmp_path / "run") == tmp_path / "run/imported/Tiny-Llama"
     result = run_training("train.stop_at=1", "optim.lr=1e-12", ranks=1, launcher="python")
     assert f"run {tmp_path / 'run'}: from imported weights, 8 steps" in result.stdout
+    note = f"note: {data} was encoded with another tokenizer than that of {tmp_path / 'run'}"
+    assert f"{note}/imported/Tiny-Llama" in result.stdout
+    assert "their ids are the same on all texts that were compared" in result.stdout
     after = select_checkpoint(tmp_path / "run", 1)
     name = "layers.0.self_attn.q_proj.weight"
     wanted = reference.state_dict()[f"model.{name}"]

@@ -11,9 +11,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tensorlm.data.tokenizers import load_tokenizer
+from tensorlm.data.tokenizers import DocumentEncoder, load_tokenizer
 from tensorlm.hf.export_folder import export_checkpoint
 from tests.tensorlm.hf_models import random_checkpoint
+from tests.tensorlm.tokenizer_folders import byte_level, write_folder
 
 pytest.importorskip("lm_eval", reason="pip install 'lm_eval[hf]==0.4.13'")
 
@@ -65,3 +66,37 @@ def test_lm_eval_scores_an_exported_folder_with_a_local_task(
                 logits = F.log_softmax(model(torch.tensor([whole]))[0], dim=-1)
             wanted = sum(logits[i - 1, whole[i]].item() for i in range(len(prompt), len(whole)))
             assert score == pytest.approx(wanted, rel=1e-5)
+
+
+@pytest.mark.parametrize("template", ["adds BOS", "adds none"])
+def test_likelihoods_of_the_documented_settings_are_ours(
+    tmp_path: Path, config: Path, data: Path, template: str
+) -> None:
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    checkpoint, settings, model = random_checkpoint(config, "model.fold=[4,8]")
+    folder = data / "tokenizer"
+    if template == "adds none":
+        folder = write_folder(tmp_path / "tok", byte_level(), tokenizer_class="GPT2Tokenizer")
+    export_checkpoint(checkpoint, settings, tmp_path / "hf", "fp32", folder)
+    text = "import os\n\ndef main(argv):\n    return os.path.join(argv[1], argv[2])\n"
+    context, rest = text[:20], text[20:]
+    ids = DocumentEncoder(folder)([text])[0].tolist()[:-1]
+    start = len(DocumentEncoder(folder)([context])[0]) - 1
+    with torch.no_grad():
+        logits = F.log_softmax(model(torch.tensor([ids]))[0], dim=-1)
+    losses = [logits[i - 1, ids[i]].item() for i in range(1, len(ids))]
+
+    def language_model(add_bos: bool) -> Any:
+        return HFLM(
+            str(tmp_path / "hf"), device="cpu", dtype="float32", trust_remote_code=True,
+            batch_size=1, max_length=512, add_bos_token=add_bos,
+        )  # fmt: skip
+
+    rolling = Instance("loglikelihood_rolling", {}, (text,), 0)
+    (found,) = language_model(False).loglikelihood_rolling([rolling], disable_tqdm=True)
+    assert found == pytest.approx(sum(losses), rel=1e-5)
+    pair = Instance("loglikelihood", {}, (context, rest), 0)
+    ((found, _),) = language_model(True).loglikelihood([pair], disable_tqdm=True)
+    assert found == pytest.approx(sum(losses[start - 1 :]), rel=1e-5)

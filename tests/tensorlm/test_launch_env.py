@@ -9,7 +9,13 @@ import pytest
 
 from tensorlm.engine import own_gpu
 from tensorlm.errors import UserError
-from tensorlm.launch_env import LaunchEnv, launched_rank, read_launch_env
+from tensorlm.launch_env import (
+    LaunchEnv,
+    launch_attempt,
+    launched_rank,
+    read_launch_env,
+    restarts_failed_ranks,
+)
 from tests.tensorlm.launching import RunTraining, losses
 
 MASTER = {"MASTER_ADDR": "node1", "MASTER_PORT": "10042"}
@@ -39,6 +45,17 @@ def test_rank_and_world_are_what_the_launcher_says(launcher: str, outside: dict[
     environ = {**outside, **ENVIRONMENTS[launcher], **MASTER}
     assert read_launch_env(environ) == LaunchEnv(5, 8, 1, 4, "node1", 10042)
     assert launched_rank(environ) == 5
+
+
+def test_ranks_that_torchrun_starts_again_meet_anew() -> None:
+    first = {**ENVIRONMENTS["torchrun"], "TORCHELASTIC_RESTART_COUNT": "0"}
+    second = {**first, "TORCHELASTIC_RESTART_COUNT": "1"}
+    fewer = {**second, "WORLD_SIZE": "6"}  # a node has left: that is not counted
+    assert len({launch_attempt(env) for env in (first, second, fewer)}) == 3
+    assert launch_attempt({}) == launch_attempt({"TORCHELASTIC_RESTART_COUNT": "0"})
+    for restarts, is_restarted in ((None, False), ("0", False), ("1", True), ("12", True)):
+        environ = {} if restarts is None else {"TORCHELASTIC_MAX_RESTARTS": restarts}
+        assert restarts_failed_ranks(environ) == is_restarted
 
 
 def test_no_launcher_is_a_world_of_one_even_in_a_batch_script() -> None:

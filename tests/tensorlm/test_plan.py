@@ -80,9 +80,11 @@ def test_llama_8b_by_hand() -> None:
     assert memory.needed == memory.allocated + memory.overhead
 
 
-def test_many_ranks_start_with_the_whole_model_each() -> None:
+def test_many_ranks_start_with_their_shards_and_one_whole_parameter() -> None:
     start = gpu_memory(job("train.rows_per_step=512", gpus=512)).phases[0].total
-    assert start == pytest.approx(2 * 8_030_262_272, rel=0.001)
+    shards, small = (2 + 4 + 4) * 8_030_262_272 / 512, 2 * 65 * 4096
+    bucket, table = 4 * 500_000_000, 2 * 128256 * 4096
+    assert start == pytest.approx(shards + small + bucket + table, rel=0.001)
 
 
 def test_peaks_of_the_data_sheets_are_those_that_mfu_is_taken_of(

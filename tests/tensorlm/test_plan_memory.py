@@ -287,12 +287,19 @@ def test_gradients_that_one_bucket_holds_are_reduced_at_the_end() -> None:
         assert totals["end of the backward"] == pytest.approx(count["backward"], rel=0.06)
 
 
-def test_the_start_gathers_the_largest_parameter() -> None:
-    # (On many ranks the whole model weighs more.)
-    config = small(zero__stage=3, **WIDE, model__num_layers=1, train__rows_per_step=3)
-    counts = run_distributed(counted.engines, 3, [config], LIMITS, False, time_limit=120)
-    predicted = gpu_memory(job_of(config, 3)).phases[0].total
+@pytest.mark.parametrize(
+    ("ranks", "changes"),
+    [(3, {**WIDE, "model__num_layers": 1}), (4, {"model__num_layers": 20, "train__dtype": "fp32"})],
+    ids=["the table", "many blocks"],
+)
+def test_the_start_gathers_the_largest_parameter(ranks: int, changes: dict[str, Any]) -> None:
+    config = small(zero__stage=3, train__rows_per_step=ranks, **changes)
+    counts = run_distributed(counted.engines, ranks, [config], LIMITS, False, time_limit=120)
+    job = job_of(config, ranks)
+    predicted = gpu_memory(job).phases[0].total
     assert predicted == pytest.approx(counts[0][0]["start"], rel=0.02)
+    if ranks == 4:  # less than the model as a whole
+        assert predicted < 0.9 * job.itemsize * job.parameters
 
 
 def test_offloaded_state_is_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,198 @@
+"""Where documents begin in a packed or padded batch. This file travels inside exported folders.
+
+Shape letters: B batch, Q new tokens, T all tokens (those in the cache and the new ones).
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+_NUMBERS = (
+    "attention_mask: padding inside a sequence (pad on the left), or document numbers that do not "
+    "increase (number the documents of a row 1, 2, 3, ...)"
+)
+_POSITIONS = (
+    "position_ids must count up by one inside each document of a packed row; documents that begin "
+    "after position 1 and end within 2 tokens look like scaled or repeated positions, which are "
+    "not supported"
+)
+_LENGTHS = (
+    "cu_seq_lens_q must begin at 0, increase, and end within the row; cu_seq_lens_k must equal it"
+)
+
+
+class Signals(NamedTuple):
+    """What a caller says about the documents of the Q new tokens; None: nothing.
+
+    attention_mask [B, T]: 0 for padding, else 1 or the document's number. position_ids [B or 1, Q].
+    seq_idx [B or 1, Q]: the document's number. cu_seq_lens_q and _k [documents + 1]: where the
+    documents of a single row begin, and where the last one ends.
+    """
+
+    attention_mask: Tensor | None = None
+    position_ids: Tensor | None = None
+    seq_idx: Tensor | None = None
+    cu_seq_lens_q: Tensor | None = None
+    cu_seq_lens_k: Tensor | None = None
+
+
+class LastDocument(NamedTuple):
+    """The document of each sequence's last token, as the cache remembers it: [B] int64 each."""
+
+    start: Tensor  # index in the sequence of its first token; -1: the last token is padding
+    next_position: Tensor  # the position that continues it
+
+
+def document_starts(
+    signals: Signals, batch: int, num_new: int, num_seen: int, last: LastDocument | None,
+    device: torch.device,
+) -> tuple[Tensor | None, LastDocument | None]:  # fmt: skip
+    """The index in the sequence where the document of each new token begins.
+
+    A new document begins wherever a position is not its predecessor plus one, wherever a document
+    number changes, and at each of `cu_seq_lens_q`. The first new token continues the last document
+    in the cache unless a signal says otherwise. Padding tokens are documents of their own.
+
+    Args:
+        signals: packing and padding.
+        batch, num_new, num_seen: B, Q and T - Q.
+        last: of the tokens seen; None: a single document that begins at 0.
+        device: of the result.
+
+    Returns:
+        (starts [B, Q] int64, the last document for the next call); None, None where every document
+        is known to begin at 0 without looking at a tensor.
+
+    Raises:
+        ValueError: a signal of another shape or type; on the CPU also values that have no meaning.
+            A GPU is not waited for: there such values fail a device-side assertion.
+    """
+    _check_shapes(signals, batch, num_new, num_seen)
+    if last is None and all(signal is None for signal in signals):
+        return None, None
+    index = torch.arange(num_seen, num_seen + num_new, device=device)
+    begins = torch.zeros(batch, num_new, dtype=torch.bool, device=device)
+    carried = torch.zeros(batch, dtype=torch.int64, device=device)
+    if last is not None:
+        carried = last.start.clamp(min=0)
+    is_token = torch.ones_like(begins)
+    if signals.attention_mask is not None:
+        changes, is_token = _number_changes(signals.attention_mask.to(device).long())
+        seen, begins, is_token = (
+            changes[:, :num_seen],
+            changes[:, num_seen:],
+            is_token[:, num_seen:],
+        )
+        if num_seen:
+            seen_index = torch.arange(num_seen, device=device)
+            carried = carried.maximum(torch.where(seen, seen_index, 0).amax(1))
+    if signals.seq_idx is not None:
+        numbers = signals.seq_idx.to(device)
+        begins = begins | (numbers.diff(dim=1, prepend=numbers[:, :1]) != 0)
+    if signals.cu_seq_lens_q is not None:
+        begins = begins | _listed(signals, num_new, device)
+    if signals.position_ids is not None:
+        positions = signals.position_ids.to(device).long().expand(batch, -1)
+        begins = begins | _jumps(positions, num_seen, last, is_token)
+    if last is not None:
+        refuse_if((last.start < 0) & is_token[:, 0] & ~begins[:, 0], _NUMBERS)
+    starts = torch.where(begins, index, carried[:, None]).cummax(1).values
+    return starts, _last_document(starts, num_seen, last, signals, is_token)
+
+
+def refuse_if(wrong: Tensor, message: str) -> None:
+    """Raise ValueError if any of `wrong` is true, without making the host wait for a GPU.
+
+    On a GPU, and in a compiled or exported graph, it is an assertion on the device.
+    """
+    if torch.compiler.is_compiling() or wrong.is_cuda:
+        torch._assert_async(~wrong.any(), message)
+    elif not wrong.is_meta and bool(wrong.any()):
+        raise ValueError(message)
+
+
+def _check_shapes(signals: Signals, batch: int, num_new: int, num_seen: int) -> None:
+    mask, lengths = signals.attention_mask, signals.cu_seq_lens_q
+    if mask is not None:
+        wanted = [batch, num_seen + num_new]
+        shape = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        if shape != wanted:
+            raise ValueError(
+                f"attention_mask {shape} must be {wanted}: 0 for padding, 1 (or the document's "
+                "number) for tokens"
+            )
+    for name in ("position_ids", "seq_idx"):
+        signal = getattr(signals, name)
+        if signal is None:
+            continue
+        if signal.is_floating_point() or list(signal.shape) not in ([batch, num_new], [1, num_new]):
+            raise ValueError(
+                f"{name} must be integers of shape {[batch, num_new]}, got {signal.dtype} "
+                f"{list(signal.shape)}"
+            )
+    if lengths is None and signals.cu_seq_lens_k is not None:
+        raise ValueError("cu_seq_lens_q must be given with cu_seq_lens_k")
+    if lengths is not None and (batch > 1 or num_seen or lengths.ndim != 1 or len(lengths) < 2):
+        raise ValueError(
+            f"cu_seq_lens_q must be one list for a single row without a cache, got "
+            f"{list(lengths.shape)} for {batch} rows and {num_seen} cached tokens"
+        )
+    keys = signals.cu_seq_lens_k
+    if lengths is not None and keys is not None and keys.shape != lengths.shape:
+        raise ValueError(f"{_LENGTHS}, got {list(keys.shape)} and {list(lengths.shape)}")
+
+
+def _number_changes(numbers: Tensor) -> tuple[Tensor, Tensor]:
+    """Where documents begin by their numbers [B, T] (0: padding), and which are tokens at all."""
+    is_token = numbers != 0
+    changes = numbers.diff(dim=1, prepend=numbers[:, :1]) != 0
+    largest = numbers.cummax(1).values
+    returns = changes[:, 1:] & is_token[:, 1:] & (numbers[:, 1:] <= largest[:, :-1])
+    refuse_if(returns, _NUMBERS)
+    refuse_if(numbers < 0, _NUMBERS)
+    return changes | ~is_token, is_token
+
+
+def _listed(signals: Signals, num_new: int, device: torch.device) -> Tensor:
+    """[Q] bool: the tokens that `cu_seq_lens_q` names."""
+    assert signals.cu_seq_lens_q is not None
+    starts = signals.cu_seq_lens_q.to(device).long()
+    wrong = (starts[:1] != 0) | (starts[-1:] > num_new) | (starts.diff() < 0).any()
+    if signals.cu_seq_lens_k is not None:
+        wrong = wrong | (signals.cu_seq_lens_k.to(device) != starts).any()
+    refuse_if(wrong, _LENGTHS)
+    marks = torch.zeros(num_new + 1, dtype=torch.bool, device=device)
+    return marks.index_fill(0, starts.clamp(0, num_new), True)[:-1]
+
+
+def _jumps(positions: Tensor, num_seen: int, last: LastDocument | None, is_token: Tensor) -> Tensor:
+    """[B, Q] bool: positions that are not their predecessor plus one.
+
+    The first one continues the cache also where it is the index in the sequence, which is what
+    `generate` counts from.
+    """
+    first = torch.zeros_like(positions[:, 0], dtype=torch.bool)
+    if num_seen:
+        first = positions[:, 0] != num_seen
+        if last is not None:
+            first = first & (positions[:, 0] != last.next_position)
+    jumps = torch.cat([first[:, None], positions.diff(dim=1) != 1], dim=1)
+    ends_soon = jumps[:, 1:-1] | jumps[:, 2:]  # the second or the third token is a jump again
+    refuse_if((jumps & is_token & (positions > 1))[:, :-2] & ends_soon, _POSITIONS)
+    return jumps
+
+
+def _last_document(
+    starts: Tensor, num_seen: int, last: LastDocument | None, signals: Signals, is_token: Tensor
+) -> LastDocument:
+    start, num_tokens = starts[:, -1], num_seen + starts.shape[1]
+    if signals.position_ids is not None:
+        position = signals.position_ids[:, -1].to(start.device).long() + 1
+        next_position = position.expand_as(start)
+    else:
+        next_position = num_tokens - start
+        if last is not None:
+            continued = last.next_position + starts.shape[1]
+            next_position = torch.where(start == last.start, continued, next_position)
+    return LastDocument(torch.where(is_token[:, -1], start, -1), next_position)

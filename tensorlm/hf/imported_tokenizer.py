@@ -1,0 +1,33 @@
+"""Whether weights came with the tokenizer that encoded the data."""
+
+from pathlib import Path
+
+from tensorlm.data.tokenizers import compare_tokenizers, has_tokenizer, tokenizer_sha256
+from tensorlm.errors import UserError
+
+
+def is_same_tokenizer(imported: Path, tokenizer: Path) -> bool:
+    """Whether the imported folder has a tokenizer, and it is this one."""
+    return has_tokenizer(imported) and tokenizer_sha256(imported) == tokenizer_sha256(tokenizer)
+
+
+def describe_another_tokenizer(imported: Path | None, tokenizer: Path, data: str) -> str | None:
+    """A note where weights came with another tokenizer than that which encoded the data.
+
+    Args:
+        imported: what the run's import left, or the folder to import.
+        tokenizer: folder of the data's tokenizer.
+        data: what the user calls the data.
+    """
+    if imported is None or not has_tokenizer(imported) or not has_tokenizer(tokenizer):
+        return None
+    try:
+        difference = compare_tokenizers(imported, tokenizer)
+    except UserError as error:
+        difference = f"they cannot be compared ({error.problems[0]})"
+    if difference is None:
+        return None
+    return (
+        f"note: {data} was encoded with another tokenizer than that of {imported}, where the "
+        f"weights are from: {difference}"
+    )
