@@ -290,7 +290,7 @@ def test_one_block_less_or_other_positions_are_not_softmax_attention(
 ) -> None:
     q, k, v = inputs(50, 4, 2)
     rotary = rotary_table(50, 4)
-    route = {"window": 6, "block": 4, "top_k": 10} | change
+    route: dict[str, Any] = {"window": 6, "block": 4, "top_k": 10} | change
     out = routed_attention(q, k, v, rotary=rotary, backend=backend, **route)
     plain = tensor_attention(q, k, v, [], rotary=rotary, backend="dense")
     assert relative_error(out, plain) > 1e-4

@@ -292,7 +292,7 @@ def test_memory_of_blocked_grows_with_tokens_not_with_their_square() -> None:
 )
 def test_a_bad_number_is_a_value_error_that_names_it(change: dict[str, int], message: str) -> None:
     q, k, v = inputs(8)
-    options = {"window": 5, "block": 3} | change
+    options: dict[str, Any] = {"window": 5, "block": 3} | change
     choice = torch.full((1, 8, 1, 2), -1, dtype=torch.int32)
     with pytest.raises(ValueError, match=message):
         routed_hop(q, k, v, choice, state=state_like(q, v), **options)
