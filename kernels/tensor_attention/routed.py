@@ -101,6 +101,18 @@ def choose_blocks(
     return torch.where(ordered == nothing, -1, ordered)
 
 
+def _routed_backend(
+    backend: Backend, q: Tensor, k: Tensor, values: Tensor, block: int, open_tile: int
+) -> Backend:
+    """The backend that "auto" stands for: Triton only where its kernels take these numbers."""
+    chosen = chosen_backend(backend, q, k, values, False)
+    if backend == "auto" and chosen == "triton":
+        from .triton_routed_op import why_not
+
+        return "blocked" if why_not(block, open_tile) else "triton"
+    return chosen
+
+
 def _checked_starts(
     q: Tensor,
     k: Tensor,
@@ -136,7 +148,7 @@ def _choice(
     backend: Backend,
 ) -> Tensor:
     """`choose_blocks` as the hop takes it: unordered, which the kernels need not sort."""
-    backend = chosen_backend(backend, q, k, k, False)
+    backend = _routed_backend(backend, q, k, k, block, 1)
     if backend == "triton":
         from .triton_routed_op import choose_blocks as run
     else:
@@ -181,7 +193,7 @@ def routed_hop(
     doc_start = _checked_starts(q, k, values, doc_start, rotary, scale)
     check_state(state, q, values)
     check_choice_of_blocks(choice, k)
-    backend = chosen_backend(backend, q, k, values, False)
+    backend = _routed_backend(backend, q, k, values, block, open_tile)
     if backend == "triton":
         from .triton_routed_op import hop as run
     else:

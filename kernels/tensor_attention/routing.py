@@ -106,7 +106,6 @@ def best_blocks(
     document = doc_start[:, first : first + count].long()
     index = (starts[:, None] - document[:, :, None]) // block  # [B, C, N], in the document
     far = (starts[:, None] <= (token - window)[:, None]) & (starts[:, None] >= document[..., None])
-    far = far & (doc_start.long().gather(1, starts)[:, None] == document[..., None])
     others = far & (index > 0)
     scores = scores.masked_fill(~others[:, None], float("-inf"))
     best = scores.sort(dim=-1, descending=True, stable=True).indices[..., :top_k]

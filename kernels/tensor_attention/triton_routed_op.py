@@ -58,11 +58,19 @@ def hop(
     return z, lse.transpose(1, 2)
 
 
-def _require_block(block: int, open_tile: int) -> None:
+def why_not(block: int, open_tile: int) -> str | None:
+    """Why the routed kernels cannot take these numbers, or None if they can."""
     if block not in _BLOCKS:
-        raise ValueError(f'backend = "triton": block must be one of {_BLOCKS}, got {block}')
+        return f"block must be one of {_BLOCKS}, got {block}"
     if open_tile > TILE:
-        raise ValueError(f'backend = "triton": open_tile must be at most {TILE}, got {open_tile}')
+        return f"open_tile must be at most {TILE}, got {open_tile}"
+    return None
+
+
+def _require_block(block: int, open_tile: int) -> None:
+    reason = why_not(block, open_tile)
+    if reason is not None:
+        raise ValueError(f'backend = "triton": {reason}')
 
 
 @torch.library.custom_op("tensor_attention::choose_blocks", mutates_args=())
