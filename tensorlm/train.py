@@ -394,6 +394,8 @@ def describe_run(run: Run) -> list[str]:
 
 def _notes_on_tokenizers(run: Run) -> list[str]:
     """A note where the run's weights were imported with another tokenizer than the data's."""
+    if not was_imported(run.dir):  # what follows imports transformers, which takes seconds
+        return []
     from .hf.import_folder import imported_folder
     from .hf.imported_tokenizer import describe_another_tokenizer
 
