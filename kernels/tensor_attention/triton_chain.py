@@ -44,8 +44,6 @@ def chain(
         ValueError: on inputs that the kernels do not cover.
     """
     require(q, k, v, False)
-    if hop_bias is not None:
-        hop_bias = hop_bias.float()
     out, _, _ = _chain(
         q.contiguous(), k.contiguous(), v.contiguous(), [r.contiguous() for r in reaches],
         hop_bias, *rotary_tables(rotary), [a.stride for a in axes], [a.length for a in axes],
@@ -63,7 +61,7 @@ def _new_states(q: Tensor, v: Tensor, hops: int) -> tuple[Tensor, Tensor, Tensor
 
 
 def _bias_of(hop_bias: Tensor | None, hop: int) -> Tensor | None:
-    return None if hop_bias is None or hop == 0 else hop_bias[hop - 1].contiguous()
+    return None if hop_bias is None or hop == 0 else hop_bias[hop - 1].float().contiguous()
 
 
 @torch.library.custom_op("tensor_attention::chain", mutates_args=())

@@ -90,7 +90,9 @@ def shared_heads(job: Job) -> OperatorMemory:
     """Full attention on H / P heads of the whole row; key heads repeated until P divides them."""
     q, k, lse, token = sizes(job)
     m = job.config.model
-    given, repeats = q + 2 * k, math.lcm(m.num_kv_heads, job.sp) // m.num_kv_heads
+    # q, k, v, and the documents' starts within the row
+    given = q + 2 * k + token
+    repeats = math.lcm(m.num_kv_heads, job.sp) // m.num_kv_heads
     k *= repeats
     saved = 3 * q + 2 * k + lse + job.sp * token  # the output by heads, and by tokens
     backward = q + 2 * k + lse  # dz and dq, without the output by tokens

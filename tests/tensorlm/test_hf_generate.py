@@ -285,8 +285,9 @@ def test_options_and_prompts_that_make_no_sense_are_one_line_each(
     for number in ("nan", "inf", "1e-40"):
         assert len(errors("x", "--temperature", number)) == 1
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"abc\xff")))
-    for prompt in ("-", "abc\udcff"):
-        assert errors(prompt) == ["error: --prompt: not UTF-8 text (invalid start byte at 3)"]
+    assert errors("-") == ["error: --prompt: not UTF-8 text (invalid start byte at 3)"]
+    expected = "error: --prompt: must be UTF-8, got abc\\xff (correct it, or rename the file)"
+    assert errors("abc\udcff") == [expected]
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"")))
     for prompt in ("-", ""):
         assert errors(prompt) == ["error: --prompt: is empty"]
