@@ -1,8 +1,8 @@
 """The routed axis: a window, and beyond it the few blocks of the past that a token chooses.
 
 `routed_attention` is hop 1 (the window) and one routed hop that starts from its state. The choice
-is a function of its own, so that it can be looked at, kept, or replaced. Mathematics and figures:
-`kernels/README.md`; source: DESIGN of the operator after MoBA (Lu et al., 2025) and InfLLM-V2.
+is a function of its own, so that it can be inspected, kept, or replaced. Mathematics and figures:
+`kernels/README.md`. Routing by mean keys follows MoBA (Lu et al., 2025) and InfLLM-V2 (2025).
 """
 
 import torch
