@@ -130,7 +130,7 @@ def _checked(value: Any, text_field: str, longest: int) -> str:
     if len(value) > longest:
         raise too_long(longest)
     if not is_unicode(value):
-        raise InputError("half of a surrogate pair is no text", "mend it, or remove the record")
+        raise InputError("contains an unpaired surrogate", "fix or remove the record")
     return value
 
 
@@ -197,7 +197,7 @@ def _json_errors() -> Iterator[None]:
         yield
     except (ValueError, RecursionError) as error:
         reason = error if isinstance(error, ValueError) else "nested too deeply"
-        raise InputError(f"not JSON: {reason}", "mend it, or remove it") from None
+        raise InputError(f"not JSON: {reason}", "fix or remove it") from None
 
 
 def _parquet_extent(source: str, text_field: str) -> tuple[int, int, bool]:

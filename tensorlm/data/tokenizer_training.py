@@ -23,7 +23,7 @@ def check_new_tokenizer(output: Path) -> None:
     What a killed call of `train_tokenizer` left there may be replaced.
     """
     if output.exists() and not output.is_dir():
-        raise UserError(f"{output}: is no folder (choose another --output)")
+        raise UserError(f"{output}: not a directory (choose another --output)")
     if (output / UNFINISHED).exists():
         return
     if any((output / name).exists() for name in TOKENIZER_FILES):
@@ -107,5 +107,5 @@ def _training_problem(message: str) -> str:
     if limit := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
         return f"too small for the characters of these texts ({limit[1]} is the smallest)"
     if "sentences_.empty" in message:
-        return "there is no text to train on"
+        return "the input holds no text to train on"
     return f"sentencepiece cannot train on these texts ({message.strip().splitlines()[-1]})"

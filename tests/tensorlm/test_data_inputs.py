@@ -261,9 +261,9 @@ def numbers(folder: Path) -> str:
         (damaged("a.jsonl", b'{"body": "\xff"}\n'), "not JSON"),
         (
             damaged("a.jsonl", b'{"body": "x"}\n{"body": "\\ud800 x"}'),
-            "byte 14: half of a surrogate",
+            "byte 14: contains an unpaired surrogate",
         ),
-        (damaged("a.json", b'[{"body": "\\udfff"}]'), "record 0: half of a surrogate pair"),
+        (damaged("a.json", b'[{"body": "\\udfff"}]'), "record 0: contains an unpaired surrogate"),
         (damaged("a.jsonl", b'{"body": ' + b"[" * 100_000 + b"}"), "byte 0: not JSON: nested"),
         (damaged("a.json", b"[" * 100_000), "content: not JSON: nested too deeply"),
         (damaged("a.json", b'[{"body": "x"}'), "not JSON"),

@@ -63,7 +63,9 @@ def test_training_a_tokenizer_is_asked_for_what_makes_sense(
     assert line == "--max-bytes: -3 is too small"
     assert "too large for these texts" in error(capsys, *source, "--vocab-size", "32000")
     corpus.write_text('{"text": "fine"}\n{"text": "\\ud800"}')
-    assert error(capsys, *source, "--vocab-size", "300").startswith(f"{corpus}: byte 17: half of")
+    assert error(capsys, *source, "--vocab-size", "300").startswith(
+        f"{corpus}: byte 17: contains an unpaired surrogate"
+    )
     assert not (tmp_path / "new").exists()
 
 
@@ -81,7 +83,7 @@ def test_a_tokenizer_is_never_overwritten(
     exported.mkdir()
     (exported / "tokenizer_config.json").write_text("{}")
     assert error(capsys, *command(exported)).startswith(f"{exported}: holds a tokenizer already")
-    assert error(capsys, *command(corpus)) == f"{corpus}: is no folder (choose another --output)"
+    assert error(capsys, *command(corpus)) == f"{corpus}: not a directory (choose another --output)"
     assert launcher_here("prepare_data.py", *command(tmp_path / "new")) == 0
     assert error(capsys, *command(tmp_path / "new")).startswith(f"{tmp_path / 'new'}: holds")
 

@@ -277,7 +277,7 @@ def test_an_array_is_read_record_by_record(tmp_path: Path) -> None:
         ('[{"text": "x"}] x', "content: not JSON: extra data"),
         ('[{"text": "x"}', "content: not JSON: expecting , or ] behind record 0"),
         ('[{"text": "x"}, {"text": "y', "content: not JSON: Unterminated string"),
-        ('[{"text": "x"}, {"text" "y"}' + " " * 3_000_000, "record 1 (mend it"),
+        ('[{"text": "x"}, {"text" "y"}' + " " * 3_000_000, "record 1 (fix or remove it"),
         ('[{"text": "x"}, 7]', "record 1: no field 'text' (has none;"),
         ("[", "content: not JSON"),
     ],

@@ -157,8 +157,8 @@ def test_our_own_tokenizer_keeps_every_space(tmp_path: Path) -> None:
     [
         (["a few words"] * 9, 5000, r"5000: too large for these texts \((\d+) is the largest"),
         (["a few words"] * 9, 260, r"260: too small for the characters .* \((\d+) is the smallest"),
-        ([], 300, "300: there is no text to train on"),
-        (["\n\n", ""], 300, "300: there is no text to train on"),
+        ([], 300, "300: the input holds no text to train on"),
+        (["\n\n", ""], 300, "300: the input holds no text to train on"),
     ],
 )
 def test_a_vocabulary_that_does_not_fit_says_which_would(
