@@ -15,7 +15,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from tensorlm.data.tokenizers import load_tokenizer
+from tensorlm.data.tokenizer.tokenizers import load_tokenizer
 from tensorlm.hf import attach
 
 

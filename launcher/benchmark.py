@@ -18,11 +18,11 @@ import os
 from dataclasses import asdict
 from pathlib import Path
 
-from tensorlm.arguments import check_plot, check_positive, parse_arguments, parse_lengths
 from tensorlm.config import load_config
-from tensorlm.errors import UserError, run_launcher
-from tensorlm.launch_env import grow_memory_segments, read_launch_env
-from tensorlm.strict_json import json_text
+from tensorlm.runtime.arguments import check_plot, check_positive, parse_arguments, parse_lengths
+from tensorlm.runtime.errors import UserError, run_launcher
+from tensorlm.runtime.launch_env import grow_memory_segments, read_launch_env
+from tensorlm.runtime.strict_json import json_text
 
 
 def main() -> int:
@@ -145,7 +145,7 @@ def sp(args: argparse.Namespace) -> int:
         config.check_ranks(launch.world_size)
 
     from tensorlm.benchmarks import sp as bench
-    from tensorlm.benchmarks.sp_projection import Machine, format_projection, project_all
+    from tensorlm.plan.exchange import Machine, format_projection, project_all
 
     stated = {
         "gpus_per_node": (args.gpus_per_node, 1), "nvlink": (args.nvlink, 1e9),

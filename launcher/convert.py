@@ -9,9 +9,9 @@ import argparse
 import shlex
 from pathlib import Path
 
-from tensorlm.arguments import parse_arguments
 from tensorlm.config import Config, load_config, parse_config
-from tensorlm.errors import UserError, run_launcher
+from tensorlm.runtime.arguments import parse_arguments
+from tensorlm.runtime.errors import UserError, run_launcher
 
 
 def main() -> int:
@@ -64,8 +64,9 @@ def add_export(parser: argparse.ArgumentParser) -> None:
 
 
 def export(args: argparse.Namespace, config: Config) -> int:
-    from tensorlm.checkpoint import select_checkpoint
-    from tensorlm.data.tokenizers import check_tokenizer, has_tokenizer
+    from tensorlm.checkpoint import check_model, select_checkpoint
+    from tensorlm.checkpoint.publish import was_imported
+    from tensorlm.data.tokenizer.tokenizers import check_tokenizer, has_tokenizer
     from tensorlm.hf import hub
     from tensorlm.hf.export_folder import check_new_folder, export_checkpoint
     from tensorlm.hf.export_tokenizer import describe_prompts
@@ -78,8 +79,6 @@ def export(args: argparse.Namespace, config: Config) -> int:
         share_put_back,
     )
     from tensorlm.hf.streamed_loss import describe_losses
-    from tensorlm.manifest import check_model
-    from tensorlm.publish import was_imported
 
     check_new_folder(args.output)  # now: to verify a large checkpoint takes minutes
     run_dir = Path(config.run.dir)

@@ -8,7 +8,7 @@ out=runs/demo
 config=configs/demo.toml
 stdlib=$(python -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')
 gpus=$(python -c 'import torch; print(min(2, torch.cuda.device_count()))')
-port=$(python -c 'from tensorlm.launch_env import free_port; print(free_port())')
+port=$(python -c 'from tensorlm.runtime.launch_env import free_port; print(free_port())')
 if [ "$gpus" -gt 0 ]; then
   ranks=(--num_gpus "$gpus")
 else

@@ -9,9 +9,9 @@ Writes RUN/eval/step-N/report.{json,md,html}, the plots, and TensorBoard scalars
 import argparse
 from pathlib import Path
 
-from tensorlm.arguments import parse_lengths
 from tensorlm.config import load_config
-from tensorlm.errors import UserError, run_launcher
+from tensorlm.runtime.arguments import parse_lengths
+from tensorlm.runtime.errors import UserError, run_launcher
 
 
 def main() -> int:
@@ -50,7 +50,7 @@ def main() -> int:
     config = load_config(args.config, overrides)
 
     from tensorlm.evaluation.launch import evaluate_on_ranks
-    from tensorlm.launch_env import read_launch_env
+    from tensorlm.runtime.launch_env import read_launch_env
 
     return evaluate_on_ranks(
         config, read_launch_env(), args.checkpoint, args.hf, args.random_weights, args.output

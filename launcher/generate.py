@@ -9,7 +9,7 @@ import os
 import sys
 from pathlib import Path
 
-from tensorlm.errors import UserError, run_launcher
+from tensorlm.runtime.errors import UserError, run_launcher
 
 
 def main() -> int:
@@ -31,7 +31,7 @@ def main() -> int:
     from transformers import TextStreamer
     from transformers.utils import logging
 
-    from tensorlm.data.tokenizers import load_tokenizer
+    from tensorlm.data.tokenizer.tokenizers import load_tokenizer
     from tensorlm.hf.load_folder import load_folder
 
     logging.set_verbosity_error()

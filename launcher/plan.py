@@ -8,12 +8,12 @@ import argparse
 from pathlib import Path
 
 from tensorlm.config import load_config
-from tensorlm.errors import UserError, run_launcher
 from tensorlm.plan.gpus import find_gpu
 from tensorlm.plan.planning import make_plan
 from tensorlm.plan.proposals import propose
 from tensorlm.plan.report import format_plan, plan_json
-from tensorlm.strict_json import json_text
+from tensorlm.runtime.errors import UserError, run_launcher
+from tensorlm.runtime.strict_json import json_text
 
 
 def main() -> int:

@@ -11,7 +11,7 @@ import argparse
 import os
 from pathlib import Path
 
-from tensorlm.data.prepare import (
+from tensorlm.data.prepare.encode import (
     LONGEST_DOCUMENT,
     SHARD_BYTES,
     encode,
@@ -19,14 +19,14 @@ from tensorlm.data.prepare import (
     read_documents,
 )
 from tensorlm.data.shards import open_shards, verify_shards
-from tensorlm.data.tokenizers import (
+from tensorlm.data.tokenizer.tokenizers import (
     check_new_tokenizer,
     check_tokenizer,
     load_tokenizer,
     train_tokenizer,
 )
-from tensorlm.errors import UserError, run_launcher
-from tensorlm.launch_env import launched_world_size
+from tensorlm.runtime.errors import UserError, run_launcher
+from tensorlm.runtime.launch_env import launched_world_size
 
 
 def main() -> int:

@@ -5,8 +5,8 @@ Works the same under deepspeed, torchrun, srun, mpirun and plain python.
 
 import argparse
 
-from tensorlm.errors import EXIT_DONE, EXIT_PREEMPTED, run_launcher
-from tensorlm.preemption import StopRequest
+from tensorlm.runtime.errors import EXIT_DONE, EXIT_PREEMPTED, run_launcher
+from tensorlm.runtime.preemption import StopRequest
 
 
 def main(stop: StopRequest) -> int:
@@ -21,7 +21,7 @@ def main(stop: StopRequest) -> int:
     args = parser.parse_intermixed_args()  # settings may stand anywhere
     # What imports torch takes seconds, in which signals are listened to already.
     from tensorlm.config import load_config
-    from tensorlm.launch_env import (
+    from tensorlm.runtime.launch_env import (
         launched_world_size,
         read_launch_env,
         restarts_failed_ranks,
@@ -30,14 +30,14 @@ def main(stop: StopRequest) -> int:
     ranks = launched_world_size() if args.dry_run is None else args.dry_run
     config = load_config(args.config, args.overrides, ranks)
     if args.dry_run is not None:
-        from tensorlm.dry_run import check_run
+        from tensorlm.train.dry_run import check_run
 
         print("\n".join(check_run(config, args.dry_run)))
         return 0
     launch = read_launch_env()
 
-    from tensorlm.replay import replay
-    from tensorlm.train import train
+    from tensorlm.train.loop import train
+    from tensorlm.train.replay import replay
 
     if args.replay is not None:
         return replay(config, launch, args.replay)

@@ -1,7 +1,8 @@
-"""For all tests: Triton's interpreter where no GPU is, examples that repeat, a tiny data set."""
+"""For all tests: the interpreter where no GPU is, examples that repeat, a tiny data set and run."""
 
 import email
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,18 @@ from hypothesis import settings
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from tensorlm.data.prepare import encode, find_files, read_documents
-from tensorlm.data.tokenizers import train_tokenizer
+from tensorlm.config import load_config
+from tensorlm.data.prepare.encode import encode, find_files, read_documents
+from tensorlm.data.tokenizer.tokenizers import train_tokenizer
+from tests.reliability.harness import Job, warm_up
+from tests.support.launching import (
+    ROOT,
+    TINY,
+    RunTraining,
+    TrainRanks,
+    launch_command,
+    launch_environment,
+)
 
 # No example has a deadline, for a loaded machine is no bug. The same ones are tried every time, so
 # that a change is not blamed for what another run happened to find.
@@ -36,3 +47,41 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     train_tokenizer(read_documents(files, "text"), 512, folder / "tokenizer")
     encode(files, folder / "tokenizer", folder / "set", holdout=0.3)
     return folder / "set"
+
+
+@pytest.fixture
+def config(tmp_path: Path, data: Path) -> Path:
+    """A configuration file whose run is `tmp_path / "run"`."""
+    path = tmp_path / "tiny.toml"
+    path.write_text(TINY.format(run=tmp_path / "run", data=data))
+    return path
+
+
+@pytest.fixture
+def run_training(config: Path) -> RunTraining:
+    """Run the training launcher to its end: `run_training(*overrides, ranks=2, ...)`."""
+
+    def run(
+        *overrides: str, ranks: int = 2, launcher: str = "torchrun", code: int = 0
+    ) -> "subprocess.CompletedProcess[str]":
+        command = [*launch_command(launcher, ranks), "--config", str(config), *overrides]
+        result = subprocess.run(
+            command, cwd=ROOT, env=launch_environment(), capture_output=True, text=True, timeout=120
+        )
+        assert result.returncode == code, result.stdout + result.stderr
+        return result
+
+    return run
+
+
+@pytest.fixture
+def train_ranks(config: Path) -> TrainRanks:
+    """Train to the end on forked ranks, without a launcher: `train_ranks(*overrides, ranks=2)`."""
+    warm_up()
+
+    def train(*overrides: str, ranks: int = 2, code: int = 0) -> str:
+        job = Job(load_config(config, overrides), ranks)
+        assert job.wait() == [code] * ranks, job.output()
+        return job.output()
+
+    return train

@@ -1,6 +1,6 @@
 """Tensorized attention: the public operator, a loop of hops over the folded axes.
 
-Which implementation runs is decided here and only by the arguments: `triton_op` and `triton_chain`
+Which implementation runs is decided here and only by the arguments: `gpu.op` and `gpu.chain`
 are imported on first use, so that a machine without triton has the other backends.
 """
 
@@ -123,7 +123,7 @@ def tensor_attention(
     axes = [Axis(min(stride, row), min(n, row)) for stride, n in fold_axes(fold, q.shape[1])]
     bounds = [_bounds(doc_start, axis, mode, causal) for axis in axes]
     if chosen_backend(backend, q, k, v, not causal) == "triton":
-        from .triton_chain import chain
+        from .gpu.chain import chain
 
         return chain(
             q, k, v, axes, [_causal_reach(*pair) for pair in bounds], hop_bias=hop_bias,
@@ -184,13 +184,13 @@ def chosen_backend(backend: Backend, q: Tensor, k: Tensor, values: Tensor, ahead
         return backend
     if not q.is_cuda or importlib.util.find_spec("triton") is None:
         return "blocked"
-    from .triton_op import why_not
+    from .gpu.op import why_not
 
     return "blocked" if why_not(q, k, values, ahead) else "triton"
 
 
 def _triton_hop() -> Callable[..., State]:
-    from . import triton_op
+    from .gpu import op as triton_op
 
     return triton_op.hop
 

@@ -107,7 +107,7 @@ def _routed_backend(
     """The backend that "auto" stands for: Triton only where its kernels take these numbers."""
     chosen = chosen_backend(backend, q, k, values, False)
     if backend == "auto" and chosen == "triton":
-        from .triton_routed_op import why_not
+        from .gpu.routed_op import why_not
 
         return "blocked" if why_not(block, open_tile) else "triton"
     return chosen
@@ -150,7 +150,7 @@ def _choice(
     """`choose_blocks` as the hop takes it: unordered, which the kernels need not sort."""
     backend = _routed_backend(backend, q, k, k, block, 1)
     if backend == "triton":
-        from .triton_routed_op import choose_blocks as run
+        from .gpu.routed_op import choose_blocks as run
     else:
         run = (routed_dense if backend == "dense" else routed_blocked).choose_blocks
     return run(
@@ -195,7 +195,7 @@ def routed_hop(
     check_choice_of_blocks(choice, k)
     backend = _routed_backend(backend, q, k, values, block, open_tile)
     if backend == "triton":
-        from .triton_routed_op import hop as run
+        from .gpu.routed_op import hop as run
     else:
         run = (routed_dense if backend == "dense" else routed_blocked).hop
     return run(

@@ -16,9 +16,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tensorlm.config import Config
-from tensorlm.errors import UserError
 from tensorlm.hf.export_folder import hf_config, hf_name, write_json
 from tensorlm.model import Llama
+from tensorlm.runtime.errors import UserError
 
 _FILE_BYTES = 10**9
 _LAUNCHER = Path(__file__).parents[2] / "launcher/convert.py"

@@ -13,11 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-from tensorlm.data.begun import Settings
-from tensorlm.data.inputs import plan_shards
 from tensorlm.data.loader import PackedRows, RowStage
 from tensorlm.data.packing import plan_rows
-from tensorlm.data.prepare import (
+from tensorlm.data.prepare.encode import (
     ShardJob,
     batches,
     encode,
@@ -25,9 +23,11 @@ from tensorlm.data.prepare import (
     find_files,
     read_documents,
 )
+from tensorlm.data.prepare.inputs import plan_shards
+from tensorlm.data.prepare.resume import Settings
+from tensorlm.data.prepare.workers import Progress
 from tensorlm.data.shards import Corpus
-from tensorlm.data.tokenizers import copy_tokenizer, load_tokenizer, train_tokenizer
-from tensorlm.data.workers import Progress
+from tensorlm.data.tokenizer.tokenizers import copy_tokenizer, load_tokenizer, train_tokenizer
 
 SEQ_LENS = (4096, 32_768, 131_072)
 _MEAN_LENGTH, _SIGMA = 3000, 1.0

@@ -17,12 +17,9 @@ import torch
 
 from fold_parallel import Grid, create_grid
 from tensor_attention import tensor_attention
-from tensorlm.benchmarks.accounting import PeakMemory
 from tensorlm.config import Config
-from tensorlm.engine import Engine, create_model, init_distributed
-from tensorlm.flops import find_board
-from tensorlm.launch_env import LaunchEnv
-from tensorlm.layers import rotary_table
+from tensorlm.model.flops import find_board
+from tensorlm.model.layers import rotary_table
 from tensorlm.plan.activations import Fold
 from tensorlm.plan.gpus import GPUS, Gpu
 from tensorlm.plan.host import host_memory
@@ -30,6 +27,10 @@ from tensorlm.plan.job import CUDA, Job, Platform, plan_jobs
 from tensorlm.plan.memory import gpu_memory
 from tensorlm.plan.operator import OperatorMemory
 from tensorlm.plan.speed import step_time
+from tensorlm.runtime.launch_env import LaunchEnv
+from tensorlm.train.engine import Engine, create_model, init_distributed
+
+from .accounting import PeakMemory
 
 CPU = Platform(is_gpu=False, fused_adam=False, library_workspace=0)
 _LEARNING_RATE = 1e-5

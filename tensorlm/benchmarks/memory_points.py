@@ -16,12 +16,11 @@ from typing import Any
 
 from pydantic import Field, ValidationError
 
-from tensorlm.config import Config, load_config
-from tensorlm.errors import UserError
+from tensorlm.config import Config, Section, load_config
 from tensorlm.plan.gpus import GIB
 from tensorlm.plan.job import plan_jobs
 from tensorlm.plan.memory import gpu_memory
-from tensorlm.section import Section
+from tensorlm.runtime.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 _8B = "configs/llama8b_32k.toml"

@@ -18,10 +18,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fold_parallel import Grid, create_grid, sharded_tensor_attention
 from fold_parallel.swap import rows_to_columns
 from tensorlm.config import Config
-from tensorlm.engine import init_distributed, leave_distributed
-from tensorlm.launch_env import LaunchEnv
-from tensorlm.layers import rotary_table
 from tensorlm.model import Block
+from tensorlm.model.layers import rotary_table
+from tensorlm.runtime.launch_env import LaunchEnv
+from tensorlm.train.engine import init_distributed, leave_distributed
 
 LAYER, ATTENTION = "decoder layer", "its attention"
 SERIAL, SWAP = "attention, swap of q and k before hop 1", "swap of q and k alone"

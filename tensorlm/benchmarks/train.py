@@ -21,11 +21,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fold_parallel import Grid
 from tensor_attention import Rotary, apply_rotary
-from tensorlm.attention import Attention
 from tensorlm.config import Config, ModelConfig
-from tensorlm.flops import num_parameters, peak_flops, train_flops
 from tensorlm.hf.export_folder import hf_config
 from tensorlm.model import Block, create_llama
+from tensorlm.model.attention import Attention
+from tensorlm.model.flops import num_parameters, peak_flops, train_flops
 
 METHODS = ("tensorized", "full", "huggingface")
 

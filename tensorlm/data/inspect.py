@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from .packing import plan_rows
 from .shards import Corpus, open_shards
-from .tokenizers import load_tokenizer
+from .tokenizer.tokenizers import load_tokenizer
 
 _BAR_WIDTH = 40
 _NUM_BINS = 60

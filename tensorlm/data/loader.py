@@ -20,14 +20,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tensorlm.config import Config
-from tensorlm.errors import UserError
-from tensorlm.loss import IGNORED
+from tensorlm.model.output_head import IGNORED
+from tensorlm.runtime.errors import UserError
 
 from .epochs import SourceRows
 from .mixing import Mix
 from .packing import RowPlan
 from .shards import Corpus
-from .tokenizers import check_tokenizer, tokenizer_sha256
+from .tokenizer.tokenizers import check_tokenizer, tokenizer_sha256
 
 _WORD = (1 << 64) - 1
 

@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 from pydantic import Field, ValidationError
 
 from tensorlm.config import Section
-from tensorlm.errors import UserError
-from tensorlm.progress import byte_bar
+from tensorlm.runtime.errors import UserError
+from tensorlm.runtime.progress import byte_bar
 
 FORMAT: Final = "tensorlm-shard"
 VERSION: Final = 2

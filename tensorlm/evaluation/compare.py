@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from tensorlm.errors import UserError
+from tensorlm.runtime.errors import UserError
 
 from .output import check_output
 from .report import format_report, write_reports

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from tensorlm.config import Config
-from tensorlm.flops import num_parameters
+from tensorlm.model.flops import num_parameters
 
 _SAMPLED = 16  # elements of each parameter, evenly spaced
 

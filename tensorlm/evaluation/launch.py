@@ -10,19 +10,14 @@ from transformers.utils import logging
 
 from fold_parallel import Grid, create_grid
 from tensorlm.config import Config
-from tensorlm.data.tokenizers import load_tokenizer
-from tensorlm.errors import EXIT_DONE, UserError
+from tensorlm.data.tokenizer.tokenizers import load_tokenizer
 from tensorlm.hf.llama_config import describe_unused
-from tensorlm.launch_env import LaunchEnv
-from tensorlm.watchdog import Watchdog
+from tensorlm.runtime.errors import EXIT_DONE, UserError
+from tensorlm.runtime.launch_env import LaunchEnv
+from tensorlm.runtime.watchdog import Watchdog
 
 from .describe import describe_call
-from .model import (
-    EvaluatedModel,
-    open_checkpoint_model,
-    open_hugging_face_model,
-    open_random_model,
-)
+from .model import EvaluatedModel, open_checkpoint_model, open_hugging_face_model, open_random_model
 from .output import check_output, is_writable
 from .report import format_report, log_to_tensorboard, write_reports
 from .results import Report
@@ -86,7 +81,7 @@ def evaluate_on_ranks(
         print(format_report([report]))
         print(*report.notes, f"report: {output / 'report.html'}", sep="\n", flush=True)
     if launch.world_size > 1:
-        from tensorlm.engine import leave_distributed
+        from tensorlm.train.engine import leave_distributed
 
         leave_distributed()
     if report.problems:
@@ -150,6 +145,6 @@ def _join_ranks(config: Config, launch: LaunchEnv, is_sharded: bool) -> tuple[to
     lengths = config.eval.lengths or (config.data.seq_len,)
     if is_sharded:
         config.check_ranks(launch.world_size, lengths if "ppl" in config.eval.tasks else ())
-    from tensorlm.engine import init_distributed
+    from tensorlm.train.engine import init_distributed
 
     return init_distributed(launch), create_grid(config.parallel.sp if is_sharded else 1)

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 
-from tensorlm.errors import UserError
+from tensorlm.runtime.errors import UserError
 
 from .ranks import AloneError, DoesNotFitError
 from .results import Cost

@@ -21,17 +21,16 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.utils import logging
 
 from fold_parallel import Grid
-from tensorlm.checkpoint import load_weights, select_checkpoint
+from tensorlm.checkpoint import check_model, load_weights, select_checkpoint
 from tensorlm.config import Config, parse_config
-from tensorlm.data.tokenizers import check_tokenizer, largest_text_id, load_tokenizer
-from tensorlm.errors import UserError
+from tensorlm.data.tokenizer.tokenizers import check_tokenizer, largest_text_id, load_tokenizer
 from tensorlm.hf.cache_tensorlm import FoldCache
 from tensorlm.hf.configuration_tensorlm import TensorLMConfig
 from tensorlm.hf.export_folder import DTYPES, hf_config, hf_name
 from tensorlm.hf.load_folder import load_folder
 from tensorlm.hf.modeling_tensorlm import TensorLMForCausalLM
-from tensorlm.manifest import check_model
 from tensorlm.model import Llama, create_llama
+from tensorlm.runtime.errors import UserError
 
 from .describe import describe_model
 from .ranks import LeaveRequest

@@ -3,7 +3,7 @@
 from pathlib import Path
 from tempfile import TemporaryFile
 
-from tensorlm.errors import UserError
+from tensorlm.runtime.errors import UserError
 
 
 def check_output(folder: Path) -> None:

@@ -13,11 +13,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tensorlm.config.evaluation import windows_at_once
+
 from .bootstrap import mean_over_documents
 from .model import EvaluatedModel
 from .ranks import compute_and_sum, progress
 from .results import Bucket, LengthResult, Ratio
-from .settings import windows_at_once
 from .text import Spans
 
 _FIRST_BUCKET = 256

@@ -11,7 +11,7 @@ from torch.distributed.distributed_c10d import _get_default_store
 from tqdm import tqdm
 
 from fold_parallel import Grid
-from tensorlm.progress import progress_bar
+from tensorlm.runtime.progress import progress_bar
 
 # They met this rank in an exchange of the pass that failed, and need at most the rest of it.
 _PARTNERS_SECONDS = 60.0

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from tensorlm.errors import UserError
+from tensorlm.runtime.errors import UserError
 
 
 class Result(BaseModel):

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from tensorlm.metrics import git_commit
+from tensorlm.config.evaluation import EvalConfig
+from tensorlm.train.metrics import git_commit
 
 from .attribution import attribute, near_losses
 from .describe import weights_digest
@@ -19,7 +20,6 @@ from .results import Cell, Example, LengthResult, Report, TaskScore, without_bas
 from .retrieval import needle_task, passkey_task
 from .ruler import VERSION, ruler_tasks
 from .scoring import Scores, score_tasks
-from .settings import EvalConfig
 from .text import Documents, Prose, choose_spans, make_prose
 
 

@@ -2,9 +2,10 @@
 
 from dataclasses import dataclass, replace
 
+from tensorlm.config.evaluation import RULER_TASKS
+
 from .names import label
 from .results import Mean, Report, same_tokens
-from .settings import RULER_TASKS
 
 _NONE = "-"  # in a cell: not measured, or unknown
 

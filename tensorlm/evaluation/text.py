@@ -12,10 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tensorlm.config import Config
-from tensorlm.data.inputs import Advice, find_files, read_documents
+from tensorlm.data.prepare.inputs import Advice, find_files, read_documents
 from tensorlm.data.shards import Corpus
-from tensorlm.data.tokenizers import check_tokenizer
-from tensorlm.errors import UserError
+from tensorlm.data.tokenizer.tokenizers import check_tokenizer
+from tensorlm.runtime.errors import UserError
 
 
 class Documents(Protocol):

@@ -1,5 +1,5 @@
 """Hugging Face: export checkpoints, import weights, and the code that exported folders carry."""
 
-from .attach import attach
+from tensorlm.hf.attach import attach
 
 __all__ = ["attach"]

@@ -14,19 +14,20 @@ from typing import Any
 
 import torch
 
-from tensorlm import disk
+from tensorlm.checkpoint import Checkpoint
 from tensorlm.config import Config, ModelConfig
-from tensorlm.errors import UserError
-from tensorlm.hf.configuration_tensorlm import AUTO_MAP
-from tensorlm.hf.export_tokenizer import describe_prompts, write_tokenizer
-from tensorlm.hf.imported_tokenizer import is_same_tokenizer
-from tensorlm.hf.llama_config import max_positions
-from tensorlm.hf.model_card import model_card
-from tensorlm.hf.modeling_tensorlm import write_code
-from tensorlm.hf.rounding import Rounding, round_part
-from tensorlm.lock import locked
-from tensorlm.manifest import Checkpoint
-from tensorlm.progress import byte_bar
+from tensorlm.runtime import disk
+from tensorlm.runtime.errors import UserError
+from tensorlm.runtime.lock import locked
+from tensorlm.runtime.progress import byte_bar
+
+from .configuration_tensorlm import AUTO_MAP
+from .export_tokenizer import describe_prompts, write_tokenizer
+from .imported_tokenizer import is_same_tokenizer
+from .llama_config import max_positions
+from .model_card import model_card
+from .modeling_tensorlm import write_code
+from .rounding import Rounding, round_part
 
 SHARD_BYTES = 5 * 10**9
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}

@@ -3,10 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-from tensorlm.data.chat_templates import chat_template_files, copy_chat_templates
-from tensorlm.data.tokenizer_reading import check_plain_reading, read_tokenizer
-from tensorlm.data.tokenizers import copy_tokenizer
-from tensorlm.hf.imported_tokenizer import is_same_tokenizer
+from tensorlm.data.tokenizer.chat_templates import chat_template_files, copy_chat_templates
+from tensorlm.data.tokenizer.reading import check_plain_reading, read_tokenizer
+from tensorlm.data.tokenizer.tokenizers import copy_tokenizer
+
+from .imported_tokenizer import is_same_tokenizer
 
 
 def write_tokenizer(source: Path, folder: Path, imported: Path | None, model_type: str) -> Any:

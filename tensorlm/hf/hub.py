@@ -6,7 +6,7 @@ from pathlib import Path
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HTTPError
 
-from tensorlm.errors import UserError
+from tensorlm.runtime.errors import UserError
 
 _LOGIN = "run `hf auth login` or set HF_TOKEN, and check the network"
 

@@ -15,18 +15,19 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from tensorlm.checkpoint import list_steps
+from tensorlm.checkpoint.publish import sweep, was_imported, write_weights
 from tensorlm.config import Config
-from tensorlm.data.chat_templates import copy_chat_templates
-from tensorlm.data.tokenizers import TOKENIZER_FILES
-from tensorlm.errors import UserError
-from tensorlm.guards import lock_run
-from tensorlm.hf.export_folder import hf_name
-from tensorlm.hf.llama_config import check_config
-from tensorlm.hf.weight_files import check_finite, weight_files
-from tensorlm.manifest import list_steps
+from tensorlm.data.tokenizer.chat_templates import copy_chat_templates
+from tensorlm.data.tokenizer.tokenizers import TOKENIZER_FILES
 from tensorlm.model import Llama
-from tensorlm.progress import byte_bar
-from tensorlm.publish import sweep, was_imported, write_weights
+from tensorlm.runtime.errors import UserError
+from tensorlm.runtime.progress import byte_bar
+from tensorlm.train.guards import lock_run
+
+from .export_folder import hf_name
+from .llama_config import check_config
+from .weight_files import check_finite, weight_files
 
 _DTYPES = ("BF16", "F16", "F32")
 _ROWS = 1 << 13  # of the embedding that are compared at one time

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from tensorlm.data.tokenizers import compare_tokenizers, has_tokenizer, tokenizer_sha256
-from tensorlm.errors import UserError
+from tensorlm.data.tokenizer.tokenizers import compare_tokenizers, has_tokenizer, tokenizer_sha256
+from tensorlm.runtime.errors import UserError
 
 
 def is_same_tokenizer(imported: Path, tokenizer: Path) -> bool:

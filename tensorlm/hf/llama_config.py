@@ -14,10 +14,9 @@ from pydantic import (
     model_validator,
 )
 
-from tensorlm.config import ModelConfig
-from tensorlm.errors import UserError
-from tensorlm.section import raise_all
-from tensorlm.settings_errors import problem_lines
+from tensorlm.config import ModelConfig, raise_all
+from tensorlm.config.settings_errors import problem_lines
+from tensorlm.runtime.errors import UserError
 
 _ARCHITECTURES = ("LlamaForCausalLM", "TensorLMForCausalLM")
 _MODEL_TYPES = ("llama", "tensorlm")

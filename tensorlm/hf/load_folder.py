@@ -6,10 +6,11 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from tensorlm.errors import UserError
-from tensorlm.hf.configuration_tensorlm import TensorLMConfig
-from tensorlm.hf.modeling_tensorlm import TensorLMForCausalLM
-from tensorlm.hf.weight_files import check_finite, weight_files
+from tensorlm.runtime.errors import UserError
+
+from .configuration_tensorlm import TensorLMConfig
+from .modeling_tensorlm import TensorLMForCausalLM
+from .weight_files import check_finite, weight_files
 
 
 def load_folder(folder: Path, dtype: torch.dtype | str = "auto") -> LlamaForCausalLM:

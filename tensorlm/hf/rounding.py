@@ -12,11 +12,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from tensorlm.errors import UserError
-from tensorlm.manifest import Checkpoint, open_checkpoint, step_folder
-from tensorlm.progress import byte_bar
-from tensorlm.publish import was_imported
-from tensorlm.rounding import random_words, round_into
+from tensorlm.checkpoint import Checkpoint, open_checkpoint, step_folder
+from tensorlm.checkpoint.publish import was_imported
+from tensorlm.runtime.errors import UserError
+from tensorlm.runtime.progress import byte_bar
+from tensorlm.runtime.stochastic_rounding import random_words, round_into
 
 Rounding = Literal["nearest", "stochastic"]
 _LOST_SHARE = 0.1  # of the weights that training moved: stochastic rounding from here on

@@ -7,13 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tensorlm.checkpoint import Checkpoint
 from tensorlm.config import ModelConfig
 from tensorlm.data.shards import Corpus
-from tensorlm.errors import UserError
-from tensorlm.hf.rounding import Rounding, round_part
-from tensorlm.manifest import Checkpoint
 from tensorlm.model import Llama
-from tensorlm.progress import byte_bar
+from tensorlm.runtime.errors import UserError
+from tensorlm.runtime.progress import byte_bar
+
+from .rounding import Rounding, round_part
 
 _TOKENS = 512  # that are predicted: enough for the difference of two sets of weights
 

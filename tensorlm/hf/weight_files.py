@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tensorlm.errors import UserError
+from tensorlm.runtime.errors import UserError
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

@@ -8,8 +8,9 @@ from typing import Any
 import tomli_w
 
 from tensorlm.config import apply_override, parse_config, read_tree
-from tensorlm.errors import UserError
-from tensorlm.hf.llama_config import check_config, max_positions, model_settings
+from tensorlm.runtime.errors import UserError
+
+from .llama_config import check_config, max_positions, model_settings
 
 _SEQ_LEN = 4096  # at most, where no configuration says another
 _START: dict[str, Any] = {

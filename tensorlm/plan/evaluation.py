@@ -5,7 +5,7 @@ Windows are batched as in `tensorlm/evaluation/perplexity.py`.
 
 import dataclasses
 
-from tensorlm.evaluation.settings import windows_at_once
+from tensorlm.config.evaluation import windows_at_once
 
 from . import activations as act
 from .job import FP32, Job

@@ -4,8 +4,8 @@ that training reaches.
 
 from dataclasses import dataclass
 
-from tensorlm.errors import UserError
-from tensorlm.flops import GPU_PEAKS
+from tensorlm.model.flops import GPU_PEAKS
+from tensorlm.runtime.errors import UserError
 
 GIB = 2**30
 

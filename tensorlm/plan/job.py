@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from tensorlm.config import Config, StageConfig
-from tensorlm.fused import runs_liger
+from tensorlm.model.fused import runs_liger
 
 FP32 = 4  # bytes of a float32
 
@@ -20,7 +20,7 @@ class Platform:
 
     is_gpu: bool = True
     fused_adam: bool = True  # no temporary tensors in the update (optim.py)
-    rotates_above: int = 256  # windows from which keys are rotated into a copy (triton_tiles.py)
+    rotates_above: int = 256  # windows from which keys are rotated into a copy (gpu/tiles.py)
     library_workspace: int = 32 << 20  # cuBLAS allocates it through PyTorch, on Hopper
 
 
@@ -29,7 +29,7 @@ CUDA = Platform()
 
 @dataclass(frozen=True)
 class ZeroLimits:
-    """DeepSpeed's limits, in elements: `tensorlm/engine.py` leaves them at their defaults."""
+    """DeepSpeed's limits, in elements: `tensorlm/train/engine.py` leaves them at their defaults."""
 
     reduce_bucket: int = 500_000_000
     sub_group: int = 1_000_000_000  # stage 3: elements that are updated at one time

@@ -1,6 +1,6 @@
 """Memory of the attention operator, from the tensors that its Triton kernels are launched with.
 
-`chain` is `kernels/tensor_attention/triton_chain.py`, on whole rows. `shared` is the same on rows
+`chain` is `kernels/tensor_attention/gpu/chain.py`, on whole rows. `shared` is the same on rows
 that `sp` ranks share (`parallel/fold_parallel/attention.py`): one operator per hop, and exchanges.
 Both are per rank and layer, in bytes, and count the letters of `job.py`; m is the number of hops.
 """

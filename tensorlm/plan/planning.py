@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from tensorlm.config import Config, parse_config
-from tensorlm.errors import UserError
+from tensorlm.runtime.errors import UserError
 
 from .gpus import Gpu
 from .host import HostMemory, host_memory

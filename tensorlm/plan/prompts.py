@@ -9,7 +9,7 @@ but t is the tokens of a prompt with its answer, and n those of one pass.
 
 from dataclasses import dataclass
 
-from tensorlm.evaluation.settings import GENERATION_TASKS
+from tensorlm.config.evaluation import GENERATION_TASKS
 
 from .job import FP32, Job
 

@@ -9,14 +9,14 @@ from functools import cache
 
 import torch
 
-from tensorlm.benchmarks.sp_projection import Machine, project
-from tensorlm.flops import (
+from tensorlm.model.flops import (
     attention_pairs,
     linear_flops_per_token,
     recomputed_linear_flops_per_token,
 )
 
 from . import activations as act
+from .exchange import Machine, project
 from .gpus import (
     BANDWIDTH_SHARE,
     FOLDED_SHARE,

@@ -1,8 +1,8 @@
 """Memory of weights, gradients and Adam state on one rank, and of what DeepSpeed moves them in.
 
-Read in the source of DeepSpeed 0.19.8 for the JSON that `tensorlm/engine.py` gives it (bf16 with
-float32 accumulation and communication, or fp32), and compared with its tensors by the tests. In
-bytes; letters as in `job.py`.
+Read in the source of DeepSpeed 0.19.8 for the JSON that `tensorlm/train/engine.py` gives it (bf16
+with float32 accumulation and communication, or fp32), and compared with its tensors by the tests.
+In bytes; letters as in `job.py`.
 """
 
 from .job import FP32, Job

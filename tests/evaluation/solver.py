@@ -6,11 +6,11 @@ from random import Random
 
 import torch
 
+from tensorlm.checkpoint.publish import write_weights
 from tensorlm.config import Config
-from tensorlm.data.tokenizers import load_tokenizer, tokenizer_sha256, train_tokenizer
+from tensorlm.data.tokenizer.tokenizers import load_tokenizer, tokenizer_sha256, train_tokenizer
 from tensorlm.evaluation.retrieval import passkey_task
 from tensorlm.model import Llama
-from tensorlm.publish import write_weights
 
 CONFIG = """
 [run]

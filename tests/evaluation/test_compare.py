@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-from tensorlm.errors import UserError
 from tensorlm.evaluation.compare import compare_reports
 from tensorlm.evaluation.describe import weights_digest
 from tensorlm.evaluation.plots import figures
@@ -26,7 +25,8 @@ from tensorlm.evaluation.results import (
 )
 from tensorlm.evaluation.tables import make_tables
 from tensorlm.evaluation.text import choose_spans
-from tests.tensorlm.launching import ROOT
+from tensorlm.runtime.errors import UserError
+from tests.support.launching import ROOT
 
 
 class Documents:

@@ -8,7 +8,7 @@ import torch
 from fold_parallel import Grid
 from tensorlm.config import load_config
 from tensorlm.evaluation.model import open_random_model
-from tests.tensorlm.launching import TINY
+from tests.support.launching import TINY
 
 
 @torch.no_grad()

@@ -12,8 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from fold_parallel import Grid
 from tensorlm.checkpoint import select_checkpoint
 from tensorlm.config import load_config
-from tensorlm.data.tokenizers import train_tokenizer
-from tensorlm.errors import UserError
+from tensorlm.data.tokenizer.tokenizers import train_tokenizer
 from tensorlm.evaluation.model import (
     open_checkpoint_model,
     open_hugging_face_model,
@@ -23,8 +22,9 @@ from tensorlm.evaluation.results import read_report
 from tensorlm.evaluation.run import evaluate
 from tensorlm.evaluation.text import held_out_documents
 from tensorlm.hf.export_folder import export_checkpoint
+from tensorlm.runtime.errors import UserError
 from tests.evaluation.solver import save_untrained, solved_text, write_inputs
-from tests.tensorlm.launching import ROOT, TINY, launch_command, launch_environment
+from tests.support.launching import ROOT, TINY, launch_command, launch_environment
 
 
 def test_mistakes_are_one_line(tmp_path: Path) -> None:
@@ -62,7 +62,7 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
 # Several mistakes in one process: importing torch takes longer than all of them.
 MISTAKES = """
 import runpy, sys
-from tensorlm.errors import UserError
+from tensorlm.runtime.errors import UserError
 config, folder = sys.argv[1:]
 for arguments in (
     ["--config", config, "--lengths", "1048576"],

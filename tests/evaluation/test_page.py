@@ -13,7 +13,7 @@ from tensorlm.evaluation.report import format_report, write_reports
 from tensorlm.evaluation.results import LengthResult, Mean, Ratio, Report, read_report
 from tensorlm.evaluation.summary import headline, title
 from tensorlm.evaluation.tables import make_tables
-from tensorlm.launch_env import LaunchEnv
+from tensorlm.runtime.launch_env import LaunchEnv
 from tests.evaluation.solver import save_untrained, write_inputs
 
 FACTS = {

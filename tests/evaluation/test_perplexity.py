@@ -10,13 +10,13 @@ import torch
 
 from fold_parallel import Grid
 from tensorlm.config import load_config
-from tensorlm.data.tokenizers import DocumentEncoder
-from tensorlm.errors import UserError
+from tensorlm.data.tokenizer.tokenizers import DocumentEncoder
 from tensorlm.evaluation.bootstrap import mean_over_documents
 from tensorlm.evaluation.model import EvaluatedModel, open_random_model
 from tensorlm.evaluation.perplexity import compare_lengths, loss_by_position, window_losses
 from tensorlm.evaluation.text import EncodedTexts, Spans, choose_spans
-from tests.tensorlm.launching import TINY
+from tensorlm.runtime.errors import UserError
+from tests.support.launching import TINY
 
 
 class Lengths:

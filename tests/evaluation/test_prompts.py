@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from fold_parallel import Grid
+from tensorlm.config.evaluation import EvalConfig
 from tensorlm.evaluation.model import EvaluatedModel
 from tensorlm.evaluation.prompts import Prompt, Task, fit_units
 from tensorlm.evaluation.retrieval import needle_task, passkey_task
 from tensorlm.evaluation.ruler.niah import niah_tasks
 from tensorlm.evaluation.run import evaluate
 from tensorlm.evaluation.scoring import score_tasks
-from tensorlm.evaluation.settings import EvalConfig
 from tensorlm.evaluation.text import Prose, make_prose
 
 TEXT = "The cat sat. On a mat it was. "

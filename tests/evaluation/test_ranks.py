@@ -8,18 +8,18 @@ from typing import Any
 import pytest
 import torch
 
-import tensorlm.engine
-from tensorlm import watchdog
-from tensorlm.attention import Attention
+import tensorlm.train.engine
 from tensorlm.config import Config, load_config
-from tensorlm.errors import EXIT_INTERNAL, EXIT_USER_ERROR
 from tensorlm.evaluation import launch, ranks
 from tensorlm.evaluation.launch import evaluate_on_ranks
 from tensorlm.evaluation.results import read_report
-from tensorlm.launch_env import LaunchEnv
-from tensorlm.preemption import StopRequest
+from tensorlm.model.attention import Attention
+from tensorlm.runtime import watchdog
+from tensorlm.runtime.errors import EXIT_INTERNAL, EXIT_USER_ERROR
+from tensorlm.runtime.launch_env import LaunchEnv
+from tensorlm.runtime.preemption import StopRequest
 from tests.reliability.harness import Job, Prepare, warm_up
-from tests.tensorlm.launching import TINY
+from tests.support.launching import TINY
 
 Configure = Callable[..., Config]
 
@@ -58,7 +58,7 @@ def at_128_tokens(on: tuple[int, ...], happens: Callable[[], object], sp: int = 
 
 def gather_every_parameter(_: int) -> None:
     """DeepSpeed keeps small weights, and a billion others, once it has gathered them."""
-    generate = tensorlm.engine.deepspeed_config
+    generate = tensorlm.train.engine.deepspeed_config
 
     def patched(config: Config) -> dict[str, Any]:
         generated = generate(config)
@@ -68,7 +68,7 @@ def gather_every_parameter(_: int) -> None:
         }  # fmt: skip
         return generated
 
-    tensorlm.engine.deepspeed_config = patched
+    tensorlm.train.engine.deepspeed_config = patched
 
 
 def test_zero_3_evaluates_windows_that_ranks_cannot_share_evenly(configure: Configure) -> None:

@@ -7,7 +7,6 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 
-from tensorlm.errors import UserError
 from tensorlm.evaluation.plots import FIGURES, figures
 from tensorlm.evaluation.report import format_report, log_to_tensorboard, write_reports
 from tensorlm.evaluation.results import (
@@ -25,6 +24,7 @@ from tensorlm.evaluation.results import (
     merge_reports,
     read_report,
 )
+from tensorlm.runtime.errors import UserError
 
 
 def make_report(name: str, lengths: tuple[int, ...], accuracy: float = 0.5) -> Report:

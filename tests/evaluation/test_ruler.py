@@ -11,15 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from tensorlm.data.tokenizers import load_tokenizer
-from tensorlm.errors import UserError
+from tensorlm.config.evaluation import RULER_TASKS
+from tensorlm.data.tokenizer.tokenizers import load_tokenizer
 from tensorlm.evaluation.prompts import Prompt, Task, fit_prompt, fit_units
 from tensorlm.evaluation.ruler import ruler_tasks
 from tensorlm.evaluation.ruler.niah import niah_tasks
 from tensorlm.evaluation.ruler.noise import NOISE
-from tensorlm.evaluation.settings import RULER_TASKS
 from tensorlm.evaluation.text import Prose
-from tests.tensorlm.launching import ROOT
+from tensorlm.runtime.errors import UserError
+from tests.support.launching import ROOT
 
 PROSE = "It rained. The old clerk (he was tired) looked up. Who was there? Nobody came. " * 30
 DIGEST = """

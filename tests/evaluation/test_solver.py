@@ -19,7 +19,7 @@ from tensorlm.evaluation.run import evaluate
 from tensorlm.evaluation.text import held_out_documents
 from tensorlm.hf.export_folder import export_checkpoint
 from tests.evaluation.solver import SPAN
-from tests.tensorlm.launching import ROOT, launch_environment
+from tests.support.launching import ROOT, launch_environment
 
 SETTINGS = [
     'eval.tasks=["ppl","passkey"]',

@@ -13,9 +13,9 @@ from torch.utils.checkpoint import checkpoint
 
 from fold_parallel import Grid, collectives, create_grid, sharded_tensor_attention
 from tensor_attention import Rotary, tensor_attention
-from tests.distributed import run_distributed
 from tests.fold_parallel.backends import device, ranks_and_backends, require_equal_bits, result
 from tests.fold_parallel.cases import Case, Results, joined, make_row, run, whole
+from tests.support.distributed import run_distributed
 
 # Documents that begin and end inside shards, on their borders, and one token off them.
 MANY = (5, 40, 1, 1, 17, 1, 63)

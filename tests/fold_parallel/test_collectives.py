@@ -8,8 +8,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fold_parallel.collectives import start_all_to_all, start_halo
-from tests.distributed import run_distributed
 from tests.fold_parallel.backends import device, ranks_and_backends, result
+from tests.support.distributed import run_distributed
 
 
 def numbers(shape: tuple[int, ...], rank: int, dtype: torch.dtype, offset: int = 0) -> Tensor:

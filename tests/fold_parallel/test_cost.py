@@ -20,10 +20,10 @@ from fold_parallel import (
     sharded_tensor_attention,
 )
 from tensor_attention import fold_axes, hop
-from tests.distributed import run_distributed
 from tests.fold_parallel.accounting import Log
 from tests.fold_parallel.backends import device, ranks_and_backends, result
 from tests.fold_parallel.cases import Case, Row, make_row
+from tests.support.distributed import run_distributed
 
 HEAD_DIM = 4
 

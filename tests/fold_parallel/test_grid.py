@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fold_parallel import Grid, check_sizes, check_world, create_grid, legal_degrees
-from tests.distributed import run_distributed
 from tests.fold_parallel.backends import ranks_and_backends
+from tests.support.distributed import run_distributed
 
 
 @given(st.integers(1, 400), st.integers(1, 40), st.lists(st.integers(2, 24), max_size=2))

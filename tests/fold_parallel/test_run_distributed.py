@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.distributed import run_distributed
+from tests.support.distributed import run_distributed
 
 
 def test_results_come_in_rank_order_and_ranks_talk() -> None:

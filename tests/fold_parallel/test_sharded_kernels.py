@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from fold_parallel import Grid, create_grid, sharded_tensor_attention
-from tests.distributed import run_distributed
 from tests.fold_parallel.backends import device, ranks_and_backends, result
 from tests.fold_parallel.cases import Case, Results, joined, make_row, run
+from tests.support.distributed import run_distributed
 
 pytest.importorskip("triton")
 

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from fold_parallel import create_grid
 from fold_parallel.swap import columns_to_rows, heads_to_tokens, rows_to_columns, tokens_to_heads
-from tests.distributed import run_distributed
 from tests.fold_parallel.backends import device, ranks_and_backends, result
+from tests.support.distributed import run_distributed
 
 
 def token_numbers(batch: int, seq_len: int, heads: int) -> Tensor:

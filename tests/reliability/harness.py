@@ -22,11 +22,11 @@ import torch.distributed as dist
 
 from tensorlm.checkpoint import newest_checkpoint
 from tensorlm.config import Config
-from tensorlm.errors import run_launcher
-from tensorlm.flops import peak_flops
-from tensorlm.launch_env import LaunchEnv
-from tensorlm.preemption import StopRequest
-from tests.tensorlm.launching import losses
+from tensorlm.model.flops import peak_flops
+from tensorlm.runtime.errors import run_launcher
+from tensorlm.runtime.launch_env import LaunchEnv
+from tensorlm.runtime.preemption import StopRequest
+from tests.support.launching import losses
 
 _PR_SET_PDEATHSIG = 1
 # What DeepSpeed and torch import late: seconds, in each rank, if they were not here already.
@@ -47,7 +47,7 @@ def warm_up() -> None:
     """Import and measure once what every rank would."""
     os.environ["DS_ACCELERATOR"] = "cpu"
     torch.set_num_threads(1)
-    importlib.import_module("tensorlm.train")
+    importlib.import_module("tensorlm.train.loop")
     for name in _LATE_IMPORTS:
         importlib.import_module(name)
     ops = importlib.import_module("deepspeed.ops")
@@ -148,7 +148,7 @@ class Job:
         sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
         launch = LaunchEnv(rank, world, rank, world, "127.0.0.1", port or 1)
         launch.export()
-        from tensorlm.train import train
+        from tensorlm.train.loop import train
 
         def main() -> int:
             stop = StopRequest().listen()

@@ -7,11 +7,11 @@ import torch
 import torch.distributed as dist
 
 from tensorlm.checkpoint import Checkpoint, Saver, newest_checkpoint
+from tensorlm.checkpoint.publish import sweep
 from tensorlm.config import Config
-from tensorlm.engine import STATE, ParameterSlice
-from tensorlm.launch_env import LaunchEnv
-from tensorlm.preemption import StopRequest
-from tensorlm.publish import sweep
+from tensorlm.runtime.launch_env import LaunchEnv
+from tensorlm.runtime.preemption import StopRequest
+from tensorlm.train.engine import STATE, ParameterSlice
 
 SHAPES = {"embedding": (7, 3), "norm": (5,)}
 LAST_STEP = 3

@@ -20,13 +20,14 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from tensorlm import engine, train
+from tensorlm.checkpoint import manifest_text
 from tensorlm.config import Config, load_config
-from tensorlm.errors import EXIT_CRASH, EXIT_USER_ERROR, UserError, run_launcher
-from tensorlm.guards import lock_run
-from tensorlm.launch_env import LaunchEnv, free_port, read_launch_env
-from tensorlm.manifest import manifest_text
-from tensorlm.preemption import StopRequest
+from tensorlm.runtime.errors import EXIT_CRASH, EXIT_USER_ERROR, UserError, run_launcher
+from tensorlm.runtime.launch_env import LaunchEnv, free_port, read_launch_env
+from tensorlm.runtime.preemption import StopRequest
+from tensorlm.train import engine
+from tensorlm.train import loop as train
+from tensorlm.train.guards import lock_run
 from tests.reliability.conftest import TINY, TinyRuns
 from tests.reliability.harness import Job
 
@@ -330,8 +331,8 @@ def test_error_of_one_rank_is_told_by_it(tiny: TinyRuns) -> None:
 
 FAILING_RANK = """
 import os, signal, sys
-from tensorlm.errors import UserError, run_launcher
-from tensorlm.preemption import StopRequest
+from tensorlm.runtime.errors import UserError, run_launcher
+from tensorlm.runtime.preemption import StopRequest
 
 def main():
     if "ended" in sys.argv:

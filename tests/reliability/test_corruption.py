@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from tensorlm import checkpoint
 from tensorlm.checkpoint import newest_checkpoint, select_checkpoint
+from tensorlm.checkpoint import saver as checkpoint
 from tensorlm.config import Config
-from tensorlm.errors import EXIT_USER_ERROR, UserError
-from tensorlm.launch_env import LaunchEnv
-from tensorlm.preemption import StopRequest
+from tensorlm.runtime.errors import EXIT_USER_ERROR, UserError
+from tensorlm.runtime.launch_env import LaunchEnv
+from tensorlm.runtime.preemption import StopRequest
 from tests.reliability.conftest import TinyRuns
 from tests.reliability.harness import Job
 from tests.reliability.saves import LAST_STEP, holds_its_step, save_all

@@ -6,16 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from tensorlm.checkpoint import Saver, newest_checkpoint
+from tensorlm.checkpoint import Checkpoint, Saver, newest_checkpoint
 from tensorlm.config import Config
-from tensorlm.engine import STATE
-from tensorlm.launch_env import LaunchEnv
-from tensorlm.manifest import Checkpoint
-from tensorlm.preemption import StopRequest
-from tensorlm.train import describe_state, start
+from tensorlm.runtime.launch_env import LaunchEnv
+from tensorlm.runtime.preemption import StopRequest
+from tensorlm.train.engine import STATE
+from tensorlm.train.loop import describe_state, start
 from tests.reliability.conftest import TinyRuns
 from tests.reliability.harness import Job, final_state
-from tests.tensorlm.launching import losses
+from tests.support.launching import losses
 
 Topology = tuple[int, int, int]  # ranks, ZeRO stage, sp
 TOPOLOGIES: list[Topology] = [

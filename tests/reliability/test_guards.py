@@ -16,25 +16,31 @@ import numpy as np
 import pytest
 import torch
 
-from tensorlm import disk, guards
-from tensorlm.checkpoint import newest_checkpoint, select_checkpoint
+from tensorlm.checkpoint import (
+    list_steps,
+    newest_checkpoint,
+    open_checkpoint,
+    select_checkpoint,
+    step_folder,
+)
+from tensorlm.checkpoint.publish import write_weights
 from tensorlm.config import Config
 from tensorlm.data.loader import open_rows
-from tensorlm.engine import Engine
-from tensorlm.errors import EXIT_INTERNAL, EXIT_USER_ERROR, UserError
-from tensorlm.guards import StepGuard, check_disk_space, lock_run
-from tensorlm.launch_env import LaunchEnv
-from tensorlm.manifest import list_steps, open_checkpoint, step_folder
-from tensorlm.metrics import read_metrics
 from tensorlm.model import Llama
-from tensorlm.preemption import StopRequest
-from tensorlm.publish import write_weights
-from tensorlm.replay import replay
+from tensorlm.runtime import disk
+from tensorlm.runtime.errors import EXIT_INTERNAL, EXIT_USER_ERROR, UserError
+from tensorlm.runtime.launch_env import LaunchEnv
+from tensorlm.runtime.preemption import StopRequest
+from tensorlm.train import guards
+from tensorlm.train.engine import Engine
+from tensorlm.train.guards import StepGuard, check_disk_space, lock_run
+from tensorlm.train.metrics import read_metrics
+from tensorlm.train.replay import replay
 from tests.reliability.conftest import TinyRuns
 from tests.reliability.harness import Job, Prepare, final_state
 from tests.reliability.test_elastic import assembled
-from tests.tensorlm.documents import write_split
-from tests.tensorlm.launching import losses
+from tests.support.documents import write_split
+from tests.support.launching import losses
 
 BATCHES_PER_STEP = 2  # of one process: rows_per_step / micro_batch
 

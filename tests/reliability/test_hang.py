@@ -14,16 +14,16 @@ from typing import Any
 import psutil
 import pytest
 
-from tensorlm import disk
 from tensorlm.config import GuardsConfig
 from tensorlm.data.loader import PackedRows
-from tensorlm.engine import Engine
-from tensorlm.errors import EXIT_INTERNAL
-from tensorlm.metrics import read_metrics
-from tensorlm.watchdog import Watchdog, describe_hang
+from tensorlm.runtime import disk
+from tensorlm.runtime.errors import EXIT_INTERNAL
+from tensorlm.runtime.watchdog import Watchdog, describe_hang
+from tensorlm.train.engine import Engine
+from tensorlm.train.metrics import read_metrics
 from tests.reliability.conftest import TinyRuns
 from tests.reliability.harness import Job, Prepare, final_state
-from tests.tensorlm.launching import ROOT, launch_command, launch_environment
+from tests.support.launching import ROOT, launch_command, launch_environment
 
 HANGING_RANK = 1
 FIRST_CALLS = 6  # steps before the hang, so that the usual length of a step is known
@@ -257,7 +257,7 @@ SUSPENDED = """
 import sys, time
 from pathlib import Path
 from tensorlm.config import GuardsConfig
-from tensorlm.watchdog import Watchdog
+from tensorlm.runtime.watchdog import Watchdog
 
 guards = GuardsConfig(hang_seconds=3.0, slow_phase_seconds=3.0)
 watchdog = Watchdog(guards, Path(sys.argv[1]), 0, 1)

@@ -15,15 +15,14 @@ from typing import Any
 import pytest
 import torch
 
-from tensorlm.checkpoint import load, newest_checkpoint
-from tensorlm.errors import UserError
-from tensorlm.launch_env import free_port
-from tensorlm.manifest import manifest_text
-from tests.distributed import run_distributed
+from tensorlm.checkpoint import load, manifest_text, newest_checkpoint
+from tensorlm.runtime.errors import UserError
+from tensorlm.runtime.launch_env import free_port
 from tests.reliability.conftest import TinyRuns
 from tests.reliability.harness import Job
 from tests.reliability.saves import LAST_STEP, save_all, slices
-from tests.tensorlm.launching import ROOT
+from tests.support.distributed import run_distributed
+from tests.support.launching import ROOT
 
 STEP = f"step-{LAST_STEP:08d}"
 FILE = "rank-00000.safetensors"

@@ -12,7 +12,7 @@ from typing import ClassVar
 
 import pytest
 
-from tensorlm.engine import Engine
+from tensorlm.train.engine import Engine
 from tests.reliability.conftest import TinyRuns
 from tests.reliability.harness import Job
 

@@ -15,13 +15,13 @@ from pathlib import Path
 
 import pytest
 
-from tensorlm import disk
 from tensorlm.checkpoint import newest_checkpoint
 from tensorlm.config import Config
-from tensorlm.launch_env import LaunchEnv
-from tests.distributed import run_distributed
+from tensorlm.runtime import disk
+from tensorlm.runtime.launch_env import LaunchEnv
 from tests.reliability.conftest import TinyRuns
 from tests.reliability.saves import holds_its_step, save_steps
+from tests.support.distributed import run_distributed
 
 Notes = list[tuple]  # (operation, argument, ...), in order
 

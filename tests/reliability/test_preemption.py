@@ -12,15 +12,15 @@ from pathlib import Path
 
 import pytest
 
-from tensorlm import disk
 from tensorlm.checkpoint import newest_checkpoint
 from tensorlm.config import Config
-from tensorlm.errors import EXIT_DONE, EXIT_PREEMPTED, EXIT_USER_ERROR
-from tensorlm.preemption import StopRequest
-from tensorlm.watchdog import Watchdog
+from tensorlm.runtime import disk
+from tensorlm.runtime.errors import EXIT_DONE, EXIT_PREEMPTED, EXIT_USER_ERROR
+from tensorlm.runtime.preemption import StopRequest
+from tensorlm.runtime.watchdog import Watchdog
 from tests.reliability.conftest import TinyRuns
 from tests.reliability.harness import Job, final_state
-from tests.tensorlm.launching import ROOT, launch_environment, losses
+from tests.support.launching import ROOT, launch_environment, losses
 
 
 def interrupt_sweep(config: Config, world: int, num_signals: int, seed: int) -> None:

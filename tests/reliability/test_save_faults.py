@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from tensorlm import disk
 from tensorlm.checkpoint import Saver
 from tensorlm.config import Config
-from tensorlm.errors import EXIT_CRASH, EXIT_USER_ERROR
-from tensorlm.launch_env import LaunchEnv
-from tensorlm.preemption import StopRequest
+from tensorlm.runtime import disk
+from tensorlm.runtime.errors import EXIT_CRASH, EXIT_USER_ERROR
+from tensorlm.runtime.launch_env import LaunchEnv
+from tensorlm.runtime.preemption import StopRequest
 from tests.reliability.conftest import TinyRuns
 from tests.reliability.harness import Job
 from tests.reliability.saves import LAST_STEP, check_newest, save_all

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.slurm.cluster import Cluster, missing_commands
-from tests.tensorlm.launching import ROOT, TINY
+from tests.support.launching import ROOT, TINY
 
 SITE = """
 export PATH="{binaries}:$PATH" CUDA_VISIBLE_DEVICES= DS_ACCELERATOR=cpu OMP_NUM_THREADS=1

@@ -10,8 +10,8 @@ import pytest
 
 from tensorlm.evaluation.results import read_report
 from tests.slurm.conftest import Site
-from tests.tensorlm.hf_models import tiny_llama
-from tests.tensorlm.launching import ROOT, launch_environment
+from tests.support.hf_models import tiny_llama
+from tests.support.launching import ROOT, launch_environment
 
 ONE_NODE = "--nodes=1"
 REPORT_JOB = re.compile(r"^report = job (\d+)$", re.MULTILINE)

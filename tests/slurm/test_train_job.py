@@ -16,9 +16,9 @@ import pytest
 
 from tensorlm.checkpoint import newest_checkpoint
 from tensorlm.config import config_toml, load_config
-from tensorlm.metrics import git_commit
+from tensorlm.train.metrics import git_commit
 from tests.slurm.conftest import Site
-from tests.tensorlm.launching import losses
+from tests.support.launching import losses
 
 
 def hashes(run: Path) -> list[str]:

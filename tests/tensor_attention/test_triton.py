@@ -267,7 +267,7 @@ def test_registered_operators_meet_the_contract_of_custom_operators(name: str) -
         "hop": (q, k, z, reaches[1], bias, None, lse, cos, sin, 4, 5, 0.25),
         "chain": (q, k, v, reaches, bias[None], cos, sin, [1, 4], [4, 5], True, 0.25),
     }
-    import tensor_attention.triton_chain  # noqa: F401 - registers both operators
+    import tensor_attention.gpu.chain  # noqa: F401 - registers both operators
 
     registered = getattr(torch.ops.tensor_attention, name).default
     torch.library.opcheck(registered, arguments[name])

@@ -6,7 +6,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from tensorlm.errors import UserError
+from tensorlm.runtime.errors import UserError
 
 from ..prompts import Prompt, Task
 

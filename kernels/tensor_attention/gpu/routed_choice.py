@@ -1,0 +1,256 @@
+# ruff: noqa: N803 - compile-time constants of Triton kernels are capitals
+# mypy: allow-untyped-defs, allow-incomplete-defs
+"""The choice of blocks on the GPU: mean keys, and a streaming top-k that never stores scores.
+
+A program owns a tile of tokens of one key head and walks the slots before them twice: first for a
+bound that at least `top_k` scores of a token reach, then, among the scores that reach it, for the
+best. It keeps `top_k` blocks; while the best new score of any token beats its worst kept one, such
+tokens exchange the two. The bound leaves about as many exchanges as there are blocks to choose.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import MASKED, load_rotated, load_tile, product, store_tile
+from .launch import bulk_rows, padded, precision_of
+from .routed_tiles import choice_launch
+
+_SIZES = ["num_tokens", "num_slots", "num_blocks", "window", "num_rows"]
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def rotate_stretched_kernel(
+    x, out, cos, sin, doc_start, num_rows, stretch,
+    HEADS: tl.constexpr, SIZE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    num_tokens=0,
+):  # fmt: skip
+    """out[b, t, h] = x[b, t, h] rotated to floor((t - d(t)) / stretch); a row is one head."""
+    row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS).to(tl.int64)
+    exists = row < num_rows
+    token = row // HEADS
+    start = tl.load(doc_start + token, mask=exists, other=0)
+    position = (token % num_tokens - start) // stretch
+    tile = load_rotated(x, row * SIZE, exists, position, cos, sin, SIZE, BLOCK)
+    store_tile(tile, out, row * SIZE, exists, SIZE, BLOCK)
+
+
+def rotate_stretched(
+    x: Tensor, cos: Tensor | None, sin: Tensor | None, doc_start: Tensor, stretch: int
+) -> Tensor:
+    """A copy of `x` [B, T, H, D] rotated along its documents; `x` itself without a table."""
+    if cos is None:
+        return x
+    out = torch.empty_like(x)
+    batch, num_tokens, heads, size = x.shape
+    num_rows, block_rows = batch * num_tokens * heads, 32
+    with torch.cuda.device_of(x):
+        rotate_stretched_kernel[(triton.cdiv(num_rows, block_rows),)](
+            x, out, cos, sin, doc_start, num_rows, stretch, HEADS=heads, SIZE=size,
+            BLOCK_ROWS=block_rows, BLOCK=padded(size), num_tokens=num_tokens,
+        )  # fmt: skip
+    return out
+
+
+@triton.jit
+def slot_start(doc_start, slot, num_tokens, exists, BLOCK: tl.constexpr):
+    """First token of the block of each slot, and its document's (`routing.block_starts`)."""
+    last = tl.minimum(slot * BLOCK + BLOCK - 1, num_tokens - 1)
+    document = tl.load(doc_start + last, mask=exists, other=0)
+    return document + (last - document) // BLOCK * BLOCK, document
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def block_mean_kernel(
+    k, doc_start, means, num_tokens, num_slots,
+    K: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """means [B, K, N, D]: mean of the rotated keys k [B, T, K, D] of each slot's block."""
+    slot = tl.program_id(0)
+    head = tl.program_id(1)
+    batch = tl.program_id(2).to(tl.int64)
+    start, _ = slot_start(doc_start + batch * num_tokens, slot, num_tokens, True, BLOCK)
+    token = tl.minimum(start + tl.arange(0, BLOCK), num_tokens - 1)
+    row = (batch * num_tokens + token) * K + head
+    tile = load_tile(k, row * D, token >= 0, D, BLOCK_D).to(tl.float32)
+    mean = tl.sum(tile, 0) / BLOCK
+    target = ((batch * K + head) * num_slots + slot) * D + tl.zeros([1], tl.int64)
+    store_tile(mean[None, :], means, target, target >= 0, D, BLOCK_D)
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def query_sum_kernel(
+    q, out, cos, sin, doc_start, num_rows, stretch,
+    GROUP: tl.constexpr, K: tl.constexpr, SIZE: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    BLOCK: tl.constexpr, num_tokens=0,
+):  # fmt: skip
+    """out [B, T, K, D]: sum of the rotated queries q [B, T, K GROUP, D]; a row is one key head."""
+    row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS).to(tl.int64)
+    exists = row < num_rows
+    token = row // K
+    start = tl.load(doc_start + token, mask=exists, other=0)
+    position = (token % num_tokens - start) // stretch
+    total = tl.zeros([BLOCK_ROWS, BLOCK], tl.float32)
+    for head in range(GROUP):
+        tile = load_rotated(q, (row * GROUP + head) * SIZE, exists, position, cos, sin, SIZE, BLOCK)
+        total += tile.to(tl.float32)
+    store_tile(total, out, row * SIZE, exists, SIZE, BLOCK)
+
+
+@triton.jit
+def slot_scores(
+    b_q, means, row_zero, first, lowest, highest, num_slots,
+    D: tl.constexpr, BULK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Scores [BLOCK_M, BLOCK_N] of slots first, first + 1, ...; -inf outside (lowest, highest]."""
+    slot = first + tl.arange(0, BLOCK_N)
+    if BULK:
+        b_mean = means.load([row_zero + first, 0])
+    else:
+        listed = slot < num_slots
+        b_mean = load_tile(means, (row_zero + slot).to(tl.int64) * D, listed, D, BLOCK_D)
+    score = product(b_q, tl.trans(b_mean), PRECISION)
+    allowed = (slot[None, :] > lowest[:, None]) & (slot[None, :] <= highest[:, None])
+    return tl.where(allowed, score, float("-inf"))
+
+
+@triton.jit
+def exchange(kept, ids, score, slot):
+    """Put every score that beats the worst kept one in its place, best first, earlier slots first.
+
+    kept, ids [BLOCK_M, KEEP]: scores and slots kept so far; score [BLOCK_M, BLOCK_N], slot
+    [BLOCK_N] ascending, above all kept ones.
+    """
+    best = tl.max(score, 1)
+    worst = tl.min(kept, 1)
+    while tl.max((best > worst).to(tl.int32)) > 0:
+        enters = best > worst
+        entering = tl.min(tl.where(score == best[:, None], slot[None, :], 2147483647), 1)
+        leaving = tl.max(tl.where(kept == worst[:, None], ids, -2147483648), 1)
+        here = enters[:, None] & (ids == leaving[:, None])
+        kept = tl.where(here, best[:, None], kept)
+        ids = tl.where(here, entering[:, None], ids)
+        taken = enters[:, None] & (slot[None, :] == entering[:, None])
+        score = tl.where(taken, float("-inf"), score)
+        best = tl.max(score, 1)
+        worst = tl.min(kept, 1)
+    return kept, ids
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def choose_kernel(
+    q, means, doc_start, choice, num_tokens, num_slots, num_blocks, window,
+    K: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, TOP: tl.constexpr,
+    KEEP: tl.constexpr, BULK: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """choice [B, T, K, TOP + 1] int32, unordered. Program: (batch, block of tokens, key head).
+
+    q [B, T, K, D] summed over groups; means [B, K, N, D].
+    """
+    program = tl.program_id(0)
+    block = num_blocks - 1 - program % num_blocks
+    key_head = program // num_blocks % K
+    batch = (program // num_blocks // K).to(tl.int64)
+    token = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    exists = token < num_tokens
+    document = tl.load(doc_start + batch * num_tokens + token, mask=exists, other=0)
+    vector = ((batch * num_tokens + token) * K + key_head) * D
+    b_q = load_tile(q, vector, exists, D, BLOCK_D)
+    # Far blocks of a document are neighbouring slots; its first one is not up for choice.
+    has_far = exists & (token - window >= document)
+    lowest = document // BLOCK
+    highest = tl.where(has_far, lowest + (token - window - document) // BLOCK, -1)
+    begin = tl.min(tl.where(has_far, lowest + 1, num_slots))
+    end = tl.max(highest) + 1
+    row_zero = program // num_blocks * num_slots
+
+    # A bound that at least TOP scores reach: the TOP-th largest of the maxima of BLOCK_N groups.
+    bound = tl.full([BLOCK_M], MASKED, tl.float32)
+    if TOP < BLOCK_N:
+        largest = tl.full([BLOCK_M, BLOCK_N], float("-inf"), tl.float32)
+        for first in range(begin, end, BLOCK_N):
+            score = slot_scores(
+                b_q, means, row_zero, first, lowest, highest, num_slots, D, BULK, BLOCK_N,
+                BLOCK_D, PRECISION,
+            )  # fmt: skip
+            largest = tl.maximum(largest, score)
+        for _ in range(TOP - 1):
+            largest = tl.where(largest == tl.max(largest, 1)[:, None], float("-inf"), largest)
+        bound = tl.maximum(tl.max(largest, 1), bound)
+
+    # The blocks kept so far: ids of empty places are negative and distinct; places beyond TOP hold
+    # infinity and are never given up.
+    place = tl.arange(0, KEEP)
+    kept = (
+        tl.zeros([BLOCK_M, KEEP], tl.float32)
+        + tl.where(place < TOP, float("-inf"), float("inf"))[None, :]
+    )
+    ids = tl.zeros([BLOCK_M, KEEP], tl.int32) - 1 - place[None, :]
+    for first in range(begin, end, BLOCK_N):
+        score = slot_scores(
+            b_q, means, row_zero, first, lowest, highest, num_slots, D, BULK, BLOCK_N,
+            BLOCK_D, PRECISION,
+        )  # fmt: skip
+        score = tl.where(score >= bound[:, None], score, float("-inf"))
+        kept, ids = exchange(kept, ids, score, first + tl.arange(0, BLOCK_N))
+
+    target = ((batch * num_tokens + token) * K + key_head) * (TOP + 1)
+    index = tl.where(ids >= 0, ids - lowest[:, None], -1)
+    tl.store(
+        choice + target[:, None] + 1 + place[None, :],
+        index,
+        mask=exists[:, None] & (place < TOP)[None, :],
+    )
+    tl.store(choice + target, tl.where(has_far, 0, -1), mask=exists)
+
+
+def summed_queries(
+    q: Tensor, num_key_heads: int, cos: Tensor | None, sin: Tensor | None, doc_start: Tensor,
+    stretch: int,
+) -> Tensor:  # fmt: skip
+    """[B, T, K, D]: the sum of the rotated queries of each key head's group, rounded once."""
+    batch, num_tokens, heads, size = q.shape
+    out = q.new_empty(batch, num_tokens, num_key_heads, size)
+    num_rows, block_rows = batch * num_tokens * num_key_heads, 32
+    with torch.cuda.device_of(q):
+        query_sum_kernel[(triton.cdiv(num_rows, block_rows),)](
+            q, out, cos, sin, doc_start, num_rows, stretch, GROUP=heads // num_key_heads,
+            K=num_key_heads, SIZE=size, BLOCK_ROWS=block_rows, BLOCK=padded(size),
+            num_tokens=num_tokens,
+        )  # fmt: skip
+    return out
+
+
+def choose(
+    q: Tensor, k: Tensor, doc_start: Tensor, cos: Tensor | None, sin: Tensor | None,
+    window: int, block: int, top_k: int, stretch: int,
+) -> Tensor:  # fmt: skip
+    """The choice [B, T, K, top_k + 1] int32, unordered; all tensors contiguous."""
+    batch, num_tokens, key_heads, size = k.shape
+    num_slots = triton.cdiv(num_tokens, block)
+    k = rotate_stretched(k, cos, sin, doc_start, stretch)
+    q = summed_queries(q, key_heads, cos, sin, doc_start, stretch)
+    means = k.new_empty(batch, key_heads, num_slots, size)
+    choice = torch.empty(
+        batch, num_tokens, key_heads, top_k + 1, dtype=torch.int32, device=q.device
+    )
+    launch = choice_launch(q, top_k)
+    num_blocks = triton.cdiv(num_tokens, launch.tokens)
+    programs = batch * num_blocks * key_heads
+    rows = bulk_rows(means.view(1, -1, 1, size), launch.slots) if launch.bulk else means
+    with torch.cuda.device_of(q):
+        block_mean_kernel[(num_slots, key_heads, batch)](
+            k, doc_start, means, num_tokens, num_slots,
+            K=key_heads, D=size, BLOCK=block, BLOCK_D=padded(size), num_warps=4,
+        )  # fmt: skip
+        choose_kernel[(programs,)](
+            q, rows, doc_start, choice, num_tokens, num_slots, num_blocks,
+            window, K=key_heads, D=size, BLOCK=block, TOP=top_k,
+            KEEP=max(2, triton.next_power_of_2(top_k)), BULK=launch.bulk,
+            BLOCK_M=launch.tokens, BLOCK_N=launch.slots, BLOCK_D=padded(size),
+            PRECISION=precision_of(q.dtype), num_warps=launch.warps, num_stages=launch.stages,
+        )  # fmt: skip
+    return choice

@@ -1,0 +1,95 @@
+"""What the launchers of the routed kernels share: the inputs, how tokens are tiled, tile shapes."""
+
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from .launch import LOG2E, is_interpreted, padded, precision_of
+
+# Tokens of a tile: its queries read the union of their blocks, each masked by one bit a token.
+TILE = 16
+# Tiles are counted in at most this many groups, in order, to list the tiles of each block.
+_MOST_GROUPS = 128
+
+
+class Routed(NamedTuple):
+    """The inputs of a routed hop as the kernels take them; all contiguous.
+
+    q [B, T, H, D], k [B, T, K, D], values [B, T, K, E], choice [B, T, K, C] and doc_start [B, T]
+    int32, cos and sin [P, D / 2] float32 or None.
+    """
+
+    q: Tensor
+    k: Tensor
+    values: Tensor
+    choice: Tensor
+    doc_start: Tensor
+    cos: Tensor | None
+    sin: Tensor | None
+    window: int
+    block: int
+    stretch: int
+    open_tile: int
+    scale: float
+
+    @property
+    def tiles(self) -> int:
+        return triton.cdiv(self.q.shape[1], TILE)
+
+    @property
+    def tile_groups(self) -> int:
+        """Groups of tiles in which the readers of blocks are counted side by side."""
+        return min(_MOST_GROUPS, triton.next_power_of_2(self.tiles))
+
+    @property
+    def slots(self) -> int:
+        return triton.cdiv(self.q.shape[1], self.block)
+
+    @property
+    def group(self) -> int:
+        """Query heads of a key head."""
+        return self.q.shape[2] // self.k.shape[2]
+
+    @property
+    def padded_group(self) -> int:
+        return triton.next_power_of_2(self.group)
+
+    @property
+    def capacity(self) -> int:
+        """Most blocks that a tile can have open."""
+        tokens = TILE if self.open_tile == 1 else 2 * TILE
+        return tokens * self.choice.shape[3]
+
+    @property
+    def rows_of_block(self) -> int:
+        """Keys of a block that one product takes."""
+        return min(self.block, 64)
+
+    @property
+    def allows_bulk(self) -> bool:
+        """Whether TMA can load whole tiles of these inputs."""
+        return can_bulk(self.q) and can_bulk(self.values)
+
+    def constants(self) -> dict[str, int | str | bool]:
+        """The compile-time constants of the kernels that attend."""
+        size, value_size = self.q.shape[3], self.values.shape[3]
+        return {
+            "H": self.q.shape[2], "K": self.k.shape[2], "D": size, "E": value_size,
+            "BLOCK_D": padded(size), "BLOCK_E": padded(value_size), "TILE": TILE,
+            "GROUP": self.padded_group, "BLOCK": self.block, "BLOCK_N": self.rows_of_block,
+            "PRECISION": precision_of(self.q.dtype),
+        }  # fmt: skip
+
+    @property
+    def score_scale(self) -> float:
+        """The factor on scores in base 2."""
+        return self.scale * LOG2E
+
+
+def can_bulk(x: Tensor) -> bool:
+    """Whether TMA (Hopper and later) can load tiles of the heads of `x`: they need no padding."""
+    return padded(x.shape[3]) == x.shape[3] and (
+        is_interpreted() or torch.cuda.get_device_capability(x.device) >= (9, 0)
+    )

@@ -1,0 +1,168 @@
+"""The choice and the routed hop by the Triton kernels, as operators that `torch.compile` keeps."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..fold import Rotary
+from .op import require, rotary_tables
+from .routed_backward import routed_backward
+from .routed_choice import choose
+from .routed_forward import routed_forward
+from .routed_launch import TILE, Routed
+from .routed_lists import readers_of_blocks, tile_lists
+
+State = tuple[Tensor, Tensor]
+_BLOCKS = (16, 32, 64, 128)
+
+
+def choose_blocks(
+    q: Tensor, k: Tensor, *, window: int, block: int, top_k: int, stretch: int,
+    doc_start: Tensor, rotary: Rotary | None,
+) -> Tensor:  # fmt: skip
+    """The choice [B, T, K, top_k + 1] int32 of `routed.choose_blocks`, unordered.
+
+    Raises:
+        ValueError: on inputs that the kernels do not cover.
+    """
+    require(q, k, k, False)
+    _require_block(block, 1)
+    return _choose(
+        q.contiguous(), k.contiguous(), doc_start.to(torch.int32).contiguous(),
+        *rotary_tables(rotary), window, block, top_k, stretch,
+    )  # fmt: skip
+
+
+def hop(
+    q: Tensor, k: Tensor, values: Tensor, choice: Tensor, *, window: int, block: int,
+    stretch: int, open_tile: int, doc_start: Tensor, state: State, rotary: Rotary | None,
+    scale: float,
+) -> State:  # fmt: skip
+    """Same contract as `routed.routed_hop`, on the GPU.
+
+    Raises:
+        ValueError: on inputs that the kernels do not cover.
+    """
+    require(q, k, values, False)
+    _require_block(block, open_tile)
+    if values.shape[2] != k.shape[2]:
+        raise ValueError(f'backend = "triton": values must have {k.shape[2]} heads, as the keys')
+    z_before, lse_before = state
+    z, lse = _hop(
+        q.contiguous(), k.contiguous(), values.contiguous(), choice.contiguous(),
+        doc_start.to(torch.int32).contiguous(), z_before.contiguous(),
+        lse_before.float().transpose(1, 2).contiguous(), *rotary_tables(rotary),
+        window, block, stretch, open_tile, scale,
+    )  # fmt: skip
+    return z, lse.transpose(1, 2)
+
+
+def why_not(block: int, open_tile: int) -> str | None:
+    """Why the routed kernels cannot take these numbers, or None if they can."""
+    if block not in _BLOCKS:
+        return f"block must be one of {_BLOCKS}, got {block}"
+    if open_tile > TILE:
+        return f"open_tile must be at most {TILE}, got {open_tile}"
+    return None
+
+
+def _require_block(block: int, open_tile: int) -> None:
+    reason = why_not(block, open_tile)
+    if reason is not None:
+        raise ValueError(f'backend = "triton": {reason}')
+
+
+@torch.library.custom_op("tensor_attention::choose_blocks", mutates_args=())
+def _choose(
+    q: Tensor, k: Tensor, doc_start: Tensor, cos: Tensor | None, sin: Tensor | None,
+    window: int, block: int, top_k: int, stretch: int,
+) -> Tensor:  # fmt: skip
+    return choose(q, k, doc_start, cos, sin, window, block, top_k, stretch)
+
+
+@_choose.register_fake
+def _(
+    q: Tensor, k: Tensor, doc_start: Tensor, cos: Tensor | None, sin: Tensor | None,
+    window: int, block: int, top_k: int, stretch: int,
+) -> Tensor:  # fmt: skip
+    return q.new_empty(*k.shape[:3], top_k + 1, dtype=torch.int32)
+
+
+def _new_state(q: Tensor, values: Tensor) -> State:
+    """Uninitialised z [B, T, H, E] and lse [B, H, T]."""
+    batch, num_tokens, heads, _ = q.shape
+    z = values.new_empty(batch, num_tokens, heads, values.shape[3])
+    return z, q.new_empty(batch, heads, num_tokens, dtype=torch.float32)
+
+
+@torch.library.custom_op("tensor_attention::routed_hop", mutates_args=())
+def _hop(
+    q: Tensor, k: Tensor, values: Tensor, choice: Tensor, doc_start: Tensor,
+    z_before: Tensor, lse_before: Tensor, cos: Tensor | None, sin: Tensor | None,
+    window: int, block: int, stretch: int, open_tile: int, scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    routed = Routed(
+        q, k, values, choice, doc_start, cos, sin, window, block, stretch, open_tile, scale
+    )
+    z, lse = _new_state(q, values)
+    routed_forward(routed, tile_lists(routed), z_before, lse_before, z, lse)
+    return z, lse
+
+
+@_hop.register_fake
+def _(
+    q: Tensor, k: Tensor, values: Tensor, choice: Tensor, doc_start: Tensor,
+    z_before: Tensor, lse_before: Tensor, cos: Tensor | None, sin: Tensor | None,
+    window: int, block: int, stretch: int, open_tile: int, scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return _new_state(q, values)
+
+
+@torch.library.custom_op("tensor_attention::routed_hop_backward", mutates_args=())
+def _hop_backward(
+    q: Tensor, k: Tensor, values: Tensor, choice: Tensor, doc_start: Tensor,
+    z_before: Tensor, lse_before: Tensor, cos: Tensor | None, sin: Tensor | None,
+    z: Tensor, lse: Tensor, dz: Tensor, dlse: Tensor | None,
+    window: int, block: int, stretch: int, open_tile: int, scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """dq, dk, dvalues, dz_before, dlse_before. The lists are built again: they are larger than the
+    choice, and take less than a hundredth of the time.
+    """
+    routed = Routed(
+        q, k, values, choice, doc_start, cos, sin, window, block, stretch, open_tile, scale
+    )
+    lists = tile_lists(routed)
+    readers = readers_of_blocks(routed, lists)
+    return routed_backward(routed, lists, readers, (z_before, lse_before), (z, lse), dz, dlse)
+
+
+@_hop_backward.register_fake
+def _(
+    q: Tensor, k: Tensor, values: Tensor, choice: Tensor, doc_start: Tensor,
+    z_before: Tensor, lse_before: Tensor, cos: Tensor | None, sin: Tensor | None,
+    z: Tensor, lse: Tensor, dz: Tensor, dlse: Tensor | None,
+    window: int, block: int, stretch: int, open_tile: int, scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    return tuple(torch.empty_like(x) for x in (q, k, values, z_before, lse_before))  # type: ignore[return-value]
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: State) -> None:
+    *tensors, ctx.window, ctx.block, ctx.stretch, ctx.open_tile, ctx.scale = inputs
+    ctx.save_for_backward(*tensors, *output)
+    ctx.set_materialize_grads(False)
+
+
+def _gradient(ctx: Any, dz: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+    saved = ctx.saved_tensors
+    z = saved[9]
+    dz = torch.zeros_like(z) if dz is None else dz.contiguous()
+    dlse = None if dlse is None else dlse.contiguous()
+    dq, dk, dvalues, dz_before, dlse_before = _hop_backward(
+        *saved, dz, dlse, ctx.window, ctx.block, ctx.stretch, ctx.open_tile, ctx.scale
+    )
+    nothing = [None] * 7
+    return dq, dk, dvalues, None, None, dz_before, dlse_before, *nothing
+
+
+_hop.register_autograd(_gradient, setup_context=_save)

@@ -1,0 +1,64 @@
+"""How the routed kernels are launched, measured on an H200 (`kernels/README.md` has the log)."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .launch import is_interpreted, padded
+from .routed_launch import TILE, Routed, can_bulk
+
+
+class Launch(NamedTuple):
+    """Warps and pipeline stages of a kernel; `bulk` has TMA load its tiles."""
+
+    warps: int
+    stages: int
+    bulk: bool
+
+
+def forward_launch(routed: Routed) -> Launch:
+    return _launch(routed, 3)
+
+
+def backward_query_launch(routed: Routed) -> Launch:
+    return _launch(routed, 2)
+
+
+def backward_key_launch(routed: Routed) -> Launch:
+    return _launch(routed, 2)
+
+
+def _launch(routed: Routed, stages: int) -> Launch:
+    if is_interpreted():
+        return Launch(4, 1, routed.allows_bulk)
+    wide = max(routed.q.shape[3], routed.values.shape[3])
+    rows = TILE * routed.padded_group
+    if routed.q.dtype == torch.float32 or wide > 128:
+        return Launch(8 if rows > 64 else 4, 1, False)
+    return Launch(8 if rows > 64 else 4, stages, routed.allows_bulk)
+
+
+def list_warps(routed: Routed) -> int:
+    """Warps of the kernel that sorts what a tile's tokens have chosen."""
+    return 1 if routed.capacity <= 1024 else 4
+
+
+class ChoiceLaunch(NamedTuple):
+    """Tokens and slots of a tile of scores, and how the kernel that chooses is launched."""
+
+    tokens: int
+    slots: int
+    warps: int
+    stages: int
+    bulk: bool
+
+
+def choice_launch(q: Tensor, top_k: int) -> ChoiceLaunch:
+    """More slots than top_k, or nothing bounds the choice."""
+    bulk = can_bulk(q)
+    if is_interpreted():
+        return ChoiceLaunch(16, 16, 4, 1, bulk)
+    if q.dtype == torch.float32 or padded(q.shape[3]) > 128:
+        return ChoiceLaunch(32, 32, 4, 1, False)
+    return ChoiceLaunch(64, 64, 4, 2, bulk) if top_k <= 32 else ChoiceLaunch(64, 128, 8, 2, bulk)

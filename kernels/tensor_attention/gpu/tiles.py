@@ -1,0 +1,110 @@
+"""Tile shapes of the Triton kernels, measured on an H100 (`kernels/README.md` has the log).
+
+A small fixed table rather than a run-time search: the first step is not slower than the others,
+and two runs of one program compute bit for bit the same.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+
+from .launch import Hop, Tiles, is_interpreted, padded
+
+# Windows of this many keys make rotating into a copy cheaper than rotating on every load.
+_REUSE = 256
+
+
+class LineTiles(NamedTuple):
+    """Rows of a tile that holds whole lines, and how its kernel is launched."""
+
+    block: int
+    warps: int
+    stages: int
+
+
+def forward_tiles(hop: Hop) -> Tiles:
+    """Tiles of the forward kernel."""
+    pack = _pack(hop)
+    if is_interpreted():
+        return Tiles(16 * pack, 16, 4, 1, pack, hop.window > 64, _bulk(hop, hop.window > 64))
+    wide = padded(max(hop.q.shape[3], hop.values.shape[3]))
+    reuse = hop.window > _REUSE
+    if hop.q.dtype == torch.float32:
+        return Tiles(64 if wide <= 128 else 32, 32 if wide <= 128 else 16, 4, 2, pack, reuse)
+    if wide > 128:
+        return Tiles(64, 32, 4, 2, pack, reuse)
+    if reuse and hop.allows_bulk:
+        return Tiles(64, 64, 4, 3, min(pack, 4), reuse, bulk=True)
+    if reuse:  # measured: sharing a tile between 4 heads wins up to 64k rows, between 2 above
+        return Tiles(64, 64, 4, 3, min(pack, 4 if hop.rows <= 1 << 16 else 2), reuse)
+    return Tiles(64, 64, 4, 1, min(pack, 2), reuse)
+
+
+def backward_query_tiles(hop: Hop) -> Tiles:
+    """Tiles of the kernel that owns queries."""
+    pack = _pack(hop)
+    if is_interpreted():
+        return Tiles(16 * pack, 16, 4, 1, pack, hop.window > 64, _bulk(hop, hop.window > 64))
+    wide = padded(max(hop.q.shape[3], hop.values.shape[3]))
+    reuse = hop.window > _REUSE
+    if hop.q.dtype == torch.float32:
+        return Tiles(32, 32 if wide <= 128 else 16, 4, 1, pack, reuse)
+    if wide > 128:
+        return Tiles(64, 32, 4, 1, pack, reuse)
+    if reuse and hop.allows_bulk:
+        return Tiles(64, 64, 4, 2, min(pack, 4), reuse, bulk=True)
+    if reuse:
+        return Tiles(64, 64, 4, 2, 1, reuse)
+    return Tiles(64, 32, 4, 1, 1, reuse)
+
+
+def backward_key_tiles(hop: Hop) -> Tiles:
+    """Tiles of the kernel that owns keys and values; block_n must be a multiple of the tokens
+    (block_m / pack) of a query tile.
+    """
+    pack = _pack(hop)
+    if is_interpreted():
+        return Tiles(16, 32, 4, 1, pack, hop.window > 64, _bulk(hop, hop.window > 64))
+    wide = padded(max(hop.q.shape[3], hop.values.shape[3]))
+    reuse = hop.window > _REUSE
+    if hop.q.dtype == torch.float32:
+        return Tiles(32, 32, 4, 1, pack, reuse)
+    if wide > 128:
+        return Tiles(32, 64, 4, 1, pack, reuse)
+    return Tiles(32, 64, 4, 2 if reuse else 1, pack, reuse, reuse and hop.allows_bulk)
+
+
+def forward_line_tiles(hop: Hop) -> LineTiles | None:
+    """Tiles of the forward kernel for short lines; None where the general kernel serves."""
+    values_are_state = hop.lse_before is None or hop.z_before is hop.values
+    if hop.values.shape[2] != hop.q.shape[2] or not values_are_state:
+        return None
+    if is_interpreted():
+        return LineTiles(16, 4, 1) if hop.steps <= 16 else None
+    narrow = padded(max(hop.q.shape[3], hop.values.shape[3])) <= 128
+    if hop.q.dtype == torch.float32 or not narrow or hop.steps > 128:
+        return None
+    return LineTiles(64, 4, 2) if hop.steps <= 64 else LineTiles(128, 8, 2)
+
+
+def backward_line_tiles(hop: Hop) -> LineTiles | None:
+    """Tiles of the kernel for short lines; None where the two general kernels serve better."""
+    if hop.values.shape[2] != hop.q.shape[2]:
+        return None
+    if is_interpreted():
+        return LineTiles(16, 4, 1) if hop.steps <= 16 else None
+    narrow = padded(max(hop.q.shape[3], hop.values.shape[3])) <= 128
+    if hop.q.dtype == torch.float32 or not narrow or hop.steps > 64:
+        return None
+    return LineTiles(64, 4, 1)
+
+
+def _bulk(hop: Hop, rotate_first: bool) -> bool:
+    """Whether tiles can be loaded as they lie in memory: rotated already, or not at all."""
+    return hop.allows_bulk and (rotate_first or hop.cos is None)
+
+
+def _pack(hop: Hop) -> int:
+    """Query heads per tile: the largest power of two up to 16 that divides the group."""
+    return math.gcd(hop.shared, 16)

@@ -1,0 +1,272 @@
+"""What a checkpoint is on disk, and how one is read without trusting it.
+
+    RUN/step-00001200/
+        rank-00000.safetensors ...   flat fp32 slices, `NAME/master`, `/exp_avg`, `/exp_avg_sq`
+        manifest.json                who holds what; size and sha256 of each file and of itself
+
+Any number of ranks reads what any number wrote: slices are addressed by parameter name and range.
+"""
+
+import hashlib
+import json
+import os
+import re
+import stat
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from tensorlm.config import Config, model_differences
+from tensorlm.runtime import disk
+from tensorlm.runtime.errors import UserError
+from tensorlm.runtime.progress import byte_bar
+from tensorlm.train.engine import STATE
+
+FORMAT = "tensorlm-checkpoint"
+VERSION = 1
+MANIFEST = "manifest.json"
+_MAX_MANIFEST_BYTES = 1 << 28
+_STEP_NAME = re.compile(r"step-(\d{8,})")
+
+
+class _File(BaseModel):
+    """One entry of `files`."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    name: str = Field(pattern=r"^rank-\d{5}\.safetensors$")
+    bytes: int = Field(ge=0)
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    slices: dict[str, Annotated[list[NonNegativeInt], Field(min_length=2, max_length=2)]]
+    shapes: dict[str, list[NonNegativeInt]]
+
+
+class _Manifest(BaseModel):
+    """What every manifest holds; what the run adds to it is not this module's business."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    format: str
+    version: int
+    step: int = Field(ge=0)
+    adam_state: bool = True
+    files: list[_File] = Field(min_length=1)
+
+
+def step_folder(run_dir: Path, step: int) -> Path:
+    """Folder of the checkpoint of `step`."""
+    return run_dir / f"step-{step:08d}"
+
+
+def list_steps(run_dir: Path) -> list[int]:
+    """Steps that have a published checkpoint folder, newest first (not verified)."""
+    matches = (_STEP_NAME.fullmatch(path.name) for path in run_dir.glob("step-*"))
+    return sorted((int(m[1]) for m in matches if m), reverse=True)
+
+
+def manifest_text(content: dict[str, Any]) -> str:
+    """A manifest as it stands in its file: sealed by a sha256 of itself."""
+    manifest = {"format": FORMAT, "version": VERSION, **content}
+    seal = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    return json.dumps({**manifest, "sha256": seal}, indent=1)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A published checkpoint whose manifest verified."""
+
+    folder: Path
+    manifest: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        return int(self.manifest["step"])
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every parameter by name."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        for entry in self.manifest["files"]:
+            shapes.update({name: tuple(shape) for name, shape in entry["shapes"].items()})
+        return shapes
+
+    def num_elements(self, name: str) -> int:
+        """Number of elements of one parameter."""
+        return torch.Size(self.shapes[name]).numel()
+
+    def bad_files(
+        self, part: int = 0, num_parts: int = 1, progress: Callable[[], None] = lambda: None
+    ) -> list[str]:
+        """What is wrong with the files (every `num_parts`-th, from `part`): size, sha256, links.
+
+        `progress` is called as they are read; the first part shows a bar.
+        """
+        entries, bad = self.manifest["files"][part::num_parts], []
+        total = sum(entry["bytes"] for entry in entries)
+        with byte_bar(total, f"verify {self.folder.name}", is_shown=part == 0) as show:
+
+            def moved(num_bytes: int) -> None:
+                show(num_bytes)
+                progress()
+
+            for entry in entries:
+                try:
+                    size, sha256 = disk.file_sha256(self.folder / entry["name"], moved)
+                except OSError as error:
+                    bad.append(f"{entry['name']}: {error.strerror}")
+                    continue
+                if size != entry["bytes"]:
+                    bad.append(f"{entry['name']}: {size} bytes, not {entry['bytes']}")
+                elif sha256 != entry["sha256"]:
+                    bad.append(f"{entry['name']}: checksum differs")
+        return bad
+
+    def has_adam_state(self) -> bool:
+        """False for imported weights, which start with fresh moments."""
+        return bool(self.manifest.get("adam_state", True))
+
+    def read(self, name: str, key: str, start: int, stop: int) -> Tensor:
+        """Elements [start, stop) of flattened parameter `name`, wherever ranks left them.
+
+        Raises:
+            UserError: a file does not hold what the manifest says.
+        """
+        result = torch.empty(stop - start)
+        for entry in self.manifest["files"]:
+            first, last = entry["slices"].get(name, (0, 0))
+            begin, end = max(first, start), min(last, stop)
+            if begin < end:
+                path = self.folder / entry["name"]
+                try:
+                    with safe_open(path, "pt") as file:
+                        part = file.get_slice(f"{name}/{key}")[begin - first : end - first]
+                    result[begin - start : end - start] = part
+                except (SafetensorError, RuntimeError, OSError, ValueError, LookupError) as error:
+                    problem = str(error).splitlines()[0][:120]
+                    raise UserError(f"{path}: {name}/{key} cannot be read ({problem})") from None
+        return result
+
+    def read_parameter(self, name: str) -> Tensor:
+        """A whole parameter in its shape, float32."""
+        shape = torch.Size(self.shapes[name])
+        return self.read(name, "master", 0, shape.numel()).view(shape)
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Read and verify a manifest, and that the folder holds its files and no others.
+
+    The content of the files is verified by `Checkpoint.bad_files`.
+
+    Raises:
+        UserError: no manifest, a damaged one, one of another format, or one that lies.
+    """
+    path = folder / MANIFEST
+    manifest = _read_manifest(path)
+    if folder.name != step_folder(folder.parent, manifest["step"]).name:
+        raise UserError(f"{path}: of step {manifest['step']}, in folder {folder.name}")
+    _check_slices(path, manifest)
+    names = {entry["name"] for entry in manifest["files"]} | {MANIFEST}
+    found = {name for name in os.listdir(folder) if not name.startswith(".nfs")}
+    if found != names:
+        odd = sorted(found - names) or sorted(names - found)
+        raise UserError(f"{folder}: {odd[0]} is {'strange' if found - names else 'missing'}")
+    return Checkpoint(folder, manifest)
+
+
+def check_resumable(checkpoint: Checkpoint, config: Config, data_fingerprint: str) -> None:
+    """The run of `config`, on data of this fingerprint, can go on from `checkpoint`.
+
+    Raises:
+        UserError: it is of another model, data, or other rows a step.
+    """
+    check_model(checkpoint, config)
+    try:
+        state, fingerprint = checkpoint.manifest["state"], checkpoint.manifest["data_fingerprint"]
+        step, rows = int(state["step"]), int(state["rows"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{checkpoint.folder}: not the manifest of a run ({error})") from None
+    if rows and fingerprint != data_fingerprint:
+        raise UserError(
+            f"{checkpoint.folder}: was trained on other data, or with another data section or seed "
+            "(restore them, or choose a new run.dir)"
+        )
+    # The last stage has no end: it may go on with other rows a step.
+    earlier = config.rows_after(sum(stage.steps for stage in config.train.earlier_stages))
+    expected = config.rows_after(step)
+    fits = rows >= earlier if expected >= earlier else rows == expected
+    if not fits:
+        raise UserError(
+            f"train.earlier_stages: {step} steps have {min(expected, earlier)} rows, "
+            f"{checkpoint.folder} has {rows} (set them back, or choose a new run.dir)"
+        )
+
+
+def check_model(checkpoint: Checkpoint, config: Config) -> None:
+    """The configured model is the one that was trained.
+
+    Raises:
+        UserError: a line for each setting that differs.
+    """
+    try:
+        differences = model_differences(checkpoint.manifest["config"], config)
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f"{checkpoint.folder}: not the checkpoint of a run") from None
+    if differences:
+        raise UserError(*(f"{checkpoint.folder}: {line}" for line in differences))
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    try:
+        if path.parent.is_symlink() or not stat.S_ISREG(path.lstat().st_mode):
+            raise UserError(f"{path}: a link or no file")
+        if path.stat().st_size > _MAX_MANIFEST_BYTES:
+            raise UserError(f"{path}: {path.stat().st_size:,} bytes are too many")
+        text = path.read_bytes().decode("ascii")
+        manifest: dict[str, Any] = json.loads(text)
+        seal = manifest.pop("sha256")
+        _Manifest.model_validate(manifest)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        reason = "not a manifest"
+        if isinstance(error, ValidationError):
+            first = error.errors()[0]
+            reason += f": {'.'.join(map(str, first['loc']))}: {first['msg']}"
+        raise UserError(f"{path}: {reason[:160]}") from None
+    if manifest["format"] != FORMAT or manifest["version"] != VERSION:
+        raise UserError(
+            f"{path}: format {manifest['format'][:40]} {manifest['version']} is not known"
+        )
+    # Byte for byte what was written, not merely something that means the same.
+    if text != manifest_text(manifest) or not isinstance(seal, str):
+        raise UserError(f"{path}: checksum differs")
+    return manifest
+
+
+def _check_slices(path: Path, manifest: dict[str, Any]) -> None:
+    """The files' slices cover each parameter once, and fit into the files."""
+    num_keys = len(STATE) if manifest.get("adam_state", True) else 1
+    shapes: dict[str, list[int]] = {}
+    ranges: dict[str, list[list[int]]] = {}
+    for entry in manifest["files"]:
+        size = sum(stop - start for start, stop in entry["slices"].values())
+        if size * 4 * num_keys > entry["bytes"] or entry["slices"].keys() != entry["shapes"].keys():
+            raise UserError(f"{path}: {entry['name']} cannot hold its slices")
+        for name, span in entry["slices"].items():
+            ranges.setdefault(name, []).append(span)
+            if shapes.setdefault(name, entry["shapes"][name]) != entry["shapes"][name]:
+                raise UserError(f"{path}: {name} has two shapes")
+    for name, spans in ranges.items():
+        at = 0
+        for start, stop in sorted(span for span in spans if span[0] != span[1]):
+            if start != at or stop < start:
+                raise UserError(f"{path}: elements {at} to {start} of {name} are not held once")
+            at = stop
+        if at != torch.Size(shapes[name]).numel():
+            raise UserError(f"{path}: {name} ends at element {at}")

@@ -1,0 +1,183 @@
+"""Writing a checkpoint: files, the manifest that seals them, the rename that publishes them.
+
+All is written into `RUN/.tmp-step-XXXXXXXX`, has reached the disk (fsync), and only then gets its
+name. A folder that goes away loses its name first. So no name ever stands for half a checkpoint.
+"""
+
+import json
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tensorlm.runtime import disk
+from tensorlm.runtime.errors import UserError
+from tensorlm.runtime.strict_json import json_text
+
+from .manifest import MANIFEST, list_steps, manifest_text, step_folder
+
+LEDGER = "checkpoints.jsonl"
+_WEIGHT_FILE_BYTES = 1 << 30  # of imported weights, so that one file at a time is in memory
+
+
+def write_safetensors(
+    path: Path,
+    tensors: dict[str, Tensor],
+    progress: Callable[[int], object] = lambda num_bytes: None,
+) -> tuple[int, str]:
+    """Write float32 tensors in safetensors format, one at a time; returns size and sha256.
+
+    Unlike `safetensors.torch.save_file` it hashes while it writes, and never holds a second copy of
+    all tensors. `progress` is called with the number of bytes just written.
+    """
+    header, offset = {}, 0
+    for name, tensor in tensors.items():
+        end = offset + tensor.numel() * 4
+        header[name] = {
+            "dtype": "F32", "shape": list(tensor.shape), "data_offsets": [offset, end],
+        }  # fmt: skip
+        offset = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+
+    def parts() -> Iterator[bytes | memoryview]:
+        yield len(text).to_bytes(8, "little") + text
+        for tensor in tensors.values():
+            yield tensor.detach().float().cpu().contiguous().view(torch.uint8).numpy().data
+
+    return disk.write_file(path, parts(), progress)
+
+
+def start_folder(temporary: Path) -> None:
+    disk.make_folder(temporary.parent)
+    if temporary.exists():  # of a save that was cut off
+        disk.remove_tree(temporary)
+    disk.make_folder(temporary)
+
+
+def write_manifest(folder: Path, content: dict[str, Any]) -> None:
+    disk.write_file(folder / MANIFEST, [manifest_text(content).encode()])
+
+
+def publish(temporary: Path, target: Path) -> None:
+    """The commit: a complete folder gets its final name in one step, and stays there."""
+    disk.sync_folder(temporary)
+    doomed = _doomed(target)
+    if target.exists():  # a damaged one of the same step, passed over when the run resumed
+        disk.rename(target, doomed)
+    disk.rename(temporary, target)
+    if doomed.exists():
+        disk.remove_tree(doomed)
+
+
+def note(run_dir: Path, step: int, num_bytes: int, stall: float, seconds: float) -> None:
+    """One more line in the run's list of what was published: that it ever was is remembered."""
+    record = {
+        "step": step,
+        "bytes": num_bytes,
+        "stall_seconds": round(stall, 4),
+        "seconds": round(seconds, 4),
+    }
+    with open(run_dir / LEDGER, "a") as file:
+        file.write(json_text(record) + "\n")
+
+
+def was_imported(run_dir: Path) -> bool:
+    """The first checkpoint of the run was imported weights, whether it is still there or not."""
+    ledger = run_dir / LEDGER
+    return ledger.exists() and ledger.read_text().startswith('{"step": 0,')
+
+
+def has_trained(run_dir: Path) -> bool:
+    """A checkpoint of a step after 0 was published, whether it is still there or not."""
+    ledger = run_dir / LEDGER
+    lines = ledger.read_text().splitlines() if ledger.exists() else []
+    return any(re.match(r'\{"step": [1-9]', line) for line in lines)
+
+
+def remove(folder: Path) -> None:
+    """Take the name away first: what is half removed does not look like a checkpoint."""
+    disk.rename(folder, _doomed(folder))
+    disk.remove_tree(_doomed(folder))
+
+
+def _doomed(folder: Path) -> Path:
+    return folder.with_name(f".del-{folder.name}")
+
+
+def sweep(run_dir: Path) -> None:
+    """Remove what saves and removals that were cut off left behind (one rank, before any save)."""
+    for path in [*run_dir.glob(".tmp-step-*"), *run_dir.glob(".del-step-*")]:
+        try:
+            disk.remove_tree(path)
+        except OSError as error:
+            raise UserError(
+                f"{describe_os_error(error, run_dir)} (left by a save that was cut off)"
+            ) from None
+
+
+def describe_os_error(error: OSError, default: Path) -> str:
+    return f"{error.filename or default}: {error.strerror}"
+
+
+def write_weights(
+    run_dir: Path,
+    parameters: Iterable[tuple[str, Tensor]],
+    info: dict[str, Any],
+    progress: Callable[[int], object] = lambda num_bytes: None,
+) -> Path:
+    """Publish whole parameters without Adam state as the checkpoint of step 0 (one process).
+
+    `progress` is called with the number of bytes just written.
+
+    Raises:
+        UserError: the run has checkpoints already, or the disk refused.
+    """
+    if list_steps(run_dir):
+        raise UserError(f"{run_dir}: has checkpoints already (choose a new run.dir)")
+    target = step_folder(run_dir, 0)
+    temporary = target.with_name(f".tmp-{target.name}")
+    entries: list[dict[str, Any]] = []
+    started = time.perf_counter()
+    try:
+        start_folder(temporary)
+        for index, group in enumerate(_groups(parameters, _WEIGHT_FILE_BYTES)):
+            path = temporary / f"rank-{index:05d}.safetensors"
+            tensors = {f"{name}/master": tensor.flatten() for name, tensor in group}
+            num_bytes, sha256 = write_safetensors(path, tensors, progress)
+            entries.append(
+                {
+                    "name": path.name,
+                    "bytes": num_bytes,
+                    "sha256": sha256,
+                    "slices": {name: [0, tensor.numel()] for name, tensor in group},
+                    "shapes": {name: list(tensor.shape) for name, tensor in group},
+                }
+            )
+        write_manifest(temporary, {"step": 0, **info, "files": entries})
+        publish(temporary, target)
+        seconds = time.perf_counter() - started
+        note(run_dir, 0, sum(e["bytes"] for e in entries), seconds, seconds)
+    except OSError as error:
+        raise UserError(describe_os_error(error, run_dir)) from None
+    return target
+
+
+def _groups(
+    parameters: Iterable[tuple[str, Tensor]], num_bytes: int
+) -> Iterator[list[tuple[str, Tensor]]]:
+    """Consecutive parameters of together about `num_bytes`."""
+    group: list[tuple[str, Tensor]] = []
+    size = 0
+    for name, tensor in parameters:
+        group.append((name, tensor))
+        size += tensor.numel() * 4
+        if size >= num_bytes:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group

@@ -1,0 +1,88 @@
+"""The `[eval]` section of the configuration."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from tensorlm.runtime.errors import UserError
+
+from .section import Section, raise_all
+
+GENERATION_TASKS = ("passkey", "niah", "ruler")
+RULER_TASKS = (
+    "niah_single_1", "niah_single_2", "niah_single_3", "niah_multikey_1", "niah_multikey_2",
+    "niah_multikey_3", "niah_multivalue", "niah_multiquery", "vt", "cwe", "fwe", "qa_1", "qa_2",
+)  # fmt: skip
+_BATCH_TOKENS = 32768
+
+
+def windows_at_once(span: int, length: int) -> int:
+    """How many windows of `length` tokens, of spans of `span`, go through the model together."""
+    return max(1, min(span, _BATCH_TOKENS) // length)
+
+
+class EvalConfig(Section):
+    """What an evaluation measures, in training (`every`) and by launcher/evaluate.py."""
+
+    every: int = Field(0, ge=0, description="training steps between evaluations; 0: none")
+    tasks: tuple[Literal["ppl", "passkey", "niah", "ruler"], ...] = Field(("ppl",), strict=False)
+    lengths: tuple[int, ...] = Field((), strict=False, description="in tokens; (): data.seq_len")
+    seed: int = Field(0, ge=0, description="of prompts and of the bootstrap, not of the run")
+    text: str = Field("", description="glob of held-out texts; empty: the data set's valid split")
+    text_field: str = Field(
+        "text", description="field of `text`'s records and tables that holds the text"
+    )
+    max_tokens: int = Field(1 << 20, gt=0, description="held-out tokens that are predicted")
+    segment: int = Field(
+        0, ge=0, description="tokens of the spans that every length predicts; 0: the longest length"
+    )
+    slide: int = Field(
+        2, ge=1, description="sliding windows move by length / slide; 1: none are measured"
+    )
+    near: int = Field(
+        4096,
+        ge=0,
+        description="context that attribution compares the whole one with, at least 4; 0: none",
+    )
+    depths: int = Field(11, ge=1, description="needle depths of the heat maps, 0 to 100 %")
+    repeats: int = Field(5, ge=1, description="prompts for each cell of the heat maps")
+    samples: int = Field(100, ge=1, description="prompts of each RULER task at each length")
+    ruler: tuple[str, ...] = Field(
+        (), strict=False, description="RULER tasks; (): all whose files are there"
+    )
+    qa: tuple[str, ...] = Field(
+        (), strict=False, description="SQuAD or HotpotQA JSON files, for RULER's qa_1 and qa_2"
+    )
+    prefill_chunk: int = Field(
+        65536, gt=0, description="prompt tokens that are read in one forward pass"
+    )
+
+    def span_length(self, lengths: Sequence[int]) -> int:
+        """Tokens of the spans whose tokens windows of all these lengths predict.
+
+        Raises:
+            UserError: `segment` is not a multiple of each.
+        """
+        longest = self.segment or max(lengths)
+        for length in lengths:
+            if longest % length:
+                raise UserError(f"eval.segment: {longest} is no multiple of length {length}")
+        return longest
+
+    @model_validator(mode="after")
+    def _names_and_lengths(self) -> "EvalConfig":
+        problems = [f"lengths: {n} is too short" for n in self.lengths if n < 2]
+        longest = self.segment or max(self.lengths, default=0)
+        problems += [
+            f"lengths: {n} does not divide {longest} (every length predicts the same tokens)"
+            for n in self.lengths
+            if "ppl" in self.tasks and n >= 2 and longest % n
+        ]
+        if 0 < self.near < 4:
+            problems.append(f"near: {self.near} is too short (at least 4, or 0: none)")
+        for name in set(self.ruler) - set(RULER_TASKS):
+            problems.append(f"ruler: no task {name} (tasks: {', '.join(RULER_TASKS)})")
+        if not self.qa and any(name.startswith("qa_") for name in self.ruler):
+            problems.append("ruler: qa_1 and qa_2 need files (eval.qa)")
+        return raise_all(self, problems)

@@ -1,0 +1,440 @@
+"""The configuration of one run: a TOML file plus `key.sub=value` overrides, checked as a whole.
+
+Nothing here changes after loading: sections are frozen, unknown keys are errors, and every problem
+is reported at once, each on its own line with the nearest valid key.
+"""
+
+import itertools
+import json
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tomli_w
+from pydantic import Field, model_validator
+
+from fold_parallel.grid import check_sizes, check_world
+from tensor_attention import Backend, validate_fold
+from tensorlm.model.fused import FusedLayers
+from tensorlm.runtime.errors import UserError
+
+from .evaluation import GENERATION_TASKS, EvalConfig
+from .section import Section, raise_all
+from .settings_errors import check_settings
+
+
+class RopeScaling(Section):
+    """Rotary frequencies of a model whose context was extended ("llama3" as in Llama 3.1)."""
+
+    rope_type: Literal["linear", "llama3"]
+    factor: float = Field(ge=1)
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+
+
+class ModelConfig(Section):
+    """Shape of the Llama decoder and of its folded attention."""
+
+    vocab_size: int = Field(gt=0)
+    hidden_size: int = Field(gt=0)
+    intermediate_size: int = Field(gt=0)
+    num_layers: int = Field(gt=0)
+    num_heads: int = Field(gt=0)
+    num_kv_heads: int = Field(gt=0)
+    head_dim: int = Field(0, ge=0, description="0: hidden_size / num_heads")
+    rope_theta: float = Field(500000.0, gt=0, description="base of the rotary frequencies")
+    rope_scaling: RopeScaling | None = Field(None, description="of an extended model")
+    rms_norm_eps: float = Field(1e-5, gt=0)
+    tie_embeddings: bool = Field(False, description="the embedding is the output head, too")
+    init_std: float = Field(0.02, gt=0, description="of random weights")
+    fold: tuple[int, ...] = Field((), strict=False, description="inner axes; () is full attention")
+    hop_bias_init: float = Field(-4.0, description="bias of hops 2, 3, ...; low: the window alone")
+    full_every: int = Field(0, ge=0, description="every k-th layer is full attention; 0: none")
+
+    @model_validator(mode="after")
+    def _shapes_agree(self) -> "ModelConfig":
+        problems = []
+        if self.head_dim == 0 and self.hidden_size % self.num_heads:
+            problems.append(
+                f"hidden_size = {self.hidden_size} is not a multiple of num_heads = "
+                f"{self.num_heads} (or set head_dim)"
+            )
+        elif self.head_size % 2:
+            problems.append(f"head size {self.head_size} is odd: rotary embedding needs it even")
+        if self.num_heads % self.num_kv_heads:
+            problems.append(
+                f"num_heads = {self.num_heads} is not a multiple of num_kv_heads = "
+                f"{self.num_kv_heads}"
+            )
+        try:
+            validate_fold(self.fold)
+        except ValueError as error:
+            problems.append(str(error))
+        return raise_all(self, problems)
+
+    @property
+    def head_size(self) -> int:
+        """Size of one attention head."""
+        return self.head_dim or self.hidden_size // self.num_heads
+
+    def layer_fold(self, layer: int) -> tuple[int, ...]:
+        """The fold of layer `layer` (from 0): () where it is a full-attention layer."""
+        is_full = self.full_every > 0 and (layer + 1) % self.full_every == 0
+        return () if is_full else self.fold
+
+    def check_sharing(self, seq_len: int, sp: int) -> None:
+        """Raise ValueError, naming legal sizes, unless `sp` ranks can share a row of `seq_len`."""
+        has_full_layers = not self.fold or self.full_every > 0
+        check_sizes(seq_len, sp, self.fold, self.num_heads if has_full_layers else None)
+
+
+class SourceConfig(Section):
+    """One of several prepared data sets."""
+
+    path: str
+    weight: float = Field(1.0, gt=0, description="its share of the rows, in any unit")
+    max_epochs: float = Field(0.0, ge=0, description="a run that takes more is refused; 0: none is")
+
+
+class DataConfig(Section):
+    """Which prepared data set, or sources, and how their documents become rows."""
+
+    path: str = Field(description="beside sources: whose held-out text is evaluated (the first's)")
+    sources: tuple[SourceConfig, ...] = Field((), strict=False, description="(): path alone")
+    seq_len: int = Field(gt=1, description="tokens in a packed row (of the last stage)")
+    packing: Literal["best_fit", "concat"] = Field(
+        "best_fit", description="cut few documents, or join them all end to end"
+    )
+    verify: bool = Field(True, description="read and check every byte of the data at start")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _path_of_first_source(cls, tree: Any) -> Any:
+        match tree:
+            case {"sources": [{"path": path}, *_]} if "path" not in tree:
+                return {**tree, "path": path}
+        return tree
+
+    @property
+    def all_sources(self) -> tuple[SourceConfig, ...]:
+        """The sources; one where only `path` is given."""
+        return self.sources or (SourceConfig(path=self.path),)
+
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+class OptimConfig(Section):
+    """AdamW and its learning-rate schedule."""
+
+    lr: float = Field(gt=0, description="learning rate after the warm-up")
+    min_lr: float = Field(0.0, ge=0, description="learning rate of the last step (cosine, wsd)")
+    schedule: Literal["cosine", "wsd", "constant"] = Field(
+        "cosine", description="wsd: constant, then linear over the last decay_steps"
+    )
+    warmup_steps: int = Field(0, ge=0, description="first steps, in which lr grows from 0")
+    decay_steps: int = Field(0, ge=0, description="last steps of schedule wsd")
+    betas: tuple[Beta, Beta] = Field((0.9, 0.95), strict=False)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.1, ge=0, description="of matrices; norms and biases have none")
+    state_dtype: Literal["fp32", "bf16"] = Field(
+        "fp32", description="of Adam's two moments; bf16 is rounded by chance, right in the mean"
+    )
+    grad_clip: float = Field(1.0, ge=0, description="largest gradient norm; 0: no clipping")
+
+
+class StageConfig(Section):
+    """Consecutive steps on rows of one length."""
+
+    steps: int = Field(gt=0)
+    seq_len: int = Field(gt=1, description="tokens in a packed row")
+    rows_per_step: int = Field(gt=0, description="packed rows in one optimizer step, all ranks")
+    micro_batch: int = Field(1, gt=0, description="rows in one forward pass of one rank")
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of all of its steps."""
+        return self.steps * self.rows_per_step
+
+
+class TrainConfig(Section):
+    """Length and batch of the run, precision, memory."""
+
+    steps: int = Field(gt=0, description="optimizer steps of the whole run; the schedule ends here")
+    stop_at: int = Field(0, ge=0, description="save and leave after this step; 0: at `steps`")
+    rows_per_step: int = Field(gt=0, description="packed rows in one optimizer step, all ranks")
+    micro_batch: int = Field(1, gt=0, description="rows in one forward pass of one rank")
+    earlier_stages: tuple[StageConfig, ...] = Field(
+        (), strict=False, description="first steps, with other rows than those of all the rest"
+    )
+    dtype: Literal["bf16", "fp32"] = Field("bf16", description="of working weights, activations")
+    attention: Backend = Field("auto", description="implementation of the operator (api.py)")
+    fused_layers: FusedLayers = Field("auto", description="of RMSNorm and SwiGLU (fused.py)")
+    activation_checkpointing: bool = Field(False, description="compute blocks again in backward")
+    activation_offload: bool = Field(False, description="keep their inputs in host memory")
+    mlp_chunk: int = Field(0, ge=0, description="tokens in SwiGLU at one time; 0: all")
+    loss_chunk: int = Field(2048, gt=0, description="tokens whose logits exist at one time")
+    max_skips: int = Field(10, gt=0, description="non-finite steps in a row before the run stops")
+    profile: tuple[int, int] | None = Field(
+        None, strict=False, description="trace rank 0's steps [start, stop) into RUN/profile/"
+    )
+
+
+class ParallelConfig(Section):
+    """How the ranks divide the work; dp = world size / sp."""
+
+    sp: int = Field(1, gt=0, description="sequence-parallel degree")
+
+
+class ZeroConfig(Section):
+    """DeepSpeed ZeRO over all ranks."""
+
+    stage: Literal[0, 1, 2, 3] = Field(
+        2, description="ranks divide 1: Adam's state, 2: gradients too, 3: weights too"
+    )
+    offload_optimizer: bool = Field(False, description="Adam's state in host memory")
+
+
+class CheckpointConfig(Section):
+    """When to save and how many to keep."""
+
+    every: int = Field(100, ge=0, description="steps between checkpoints; 0: none, even at the end")
+    keep_last: int = Field(
+        2, gt=0, description="how many of the newest are kept, beside imported weights (step 0)"
+    )
+    keep_every: int = Field(0, ge=0, description="keep multiples of it for ever; 0: none")
+    background: bool = Field(False, description="write a copy of the state while training goes on")
+
+
+class GuardsConfig(Section):
+    """What ends a bad step, or a run that no longer moves (docs/reliability.md)."""
+
+    spike: Literal["off", "skip", "stop"] = Field("off", description="at a loss far above others")
+    spike_threshold: float = Field(10.0, gt=0, description="deviations above the median loss")
+    spike_window: int = Field(128, ge=8, description="steps that median and deviation are of")
+    replica_every: int = Field(100, ge=0, description="steps between replica checks; 0: none")
+    hang_seconds: float = Field(30.0, gt=0, description="least limit for a step; 5 medians at most")
+    slow_phase_seconds: float = Field(900.0, gt=0, description="limit for start, resume and saves")
+
+
+class RunConfig(Section):
+    """Where the run lives and its one seed."""
+
+    dir: str = Field(description="folder of its checkpoints, metrics and reports")
+    seed: int = Field(0, ge=0, lt=2**63, description="of weights, and of the order of rows")
+
+
+class Config(Section):
+    """One run, as in one TOML file."""
+
+    run: RunConfig
+    model: ModelConfig
+    data: DataConfig
+    optim: OptimConfig
+    train: TrainConfig
+    parallel: ParallelConfig = ParallelConfig()
+    zero: ZeroConfig = ZeroConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    guards: GuardsConfig = GuardsConfig()
+    eval: EvalConfig = EvalConfig()
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> "Config":
+        problems = []
+        if self.zero.stage == 0 and self.train.dtype == "bf16":
+            problems.append("zero.stage: 0 keeps no fp32 weights for bf16 (use stage 1, 2 or 3)")
+        if self.zero.stage == 0 and self.zero.offload_optimizer:
+            problems.append("zero.offload_optimizer: needs zero.stage 1, 2 or 3")
+        if self.train.activation_offload and not self.train.activation_checkpointing:
+            problems.append("train.activation_offload: needs train.activation_checkpointing = true")
+        if self.optim.warmup_steps + self.optim.decay_steps > self.train.steps:
+            problems.append("optim: warmup_steps + decay_steps exceed train.steps")
+        if self.optim.min_lr > self.optim.lr:
+            problems.append("optim.min_lr: larger than optim.lr")
+        if self.optim.schedule == "wsd" and not self.optim.decay_steps:
+            problems.append("optim.decay_steps: schedule wsd needs them (a tenth of train.steps)")
+        if self.train.profile and not 0 <= self.train.profile[0] < self.train.profile[1]:
+            first, stop = self.train.profile
+            problems.append(f"train.profile: [{first}, {stop}] holds no step (like [10, 13])")
+        if self.train.stop_at > self.train.steps:
+            problems.append("train.stop_at: larger than train.steps")
+        generates = sorted(set(self.eval.tasks) & set(GENERATION_TASKS))
+        if self.eval.every and generates and self.zero.stage == 3:
+            problems.append(
+                f"eval.tasks: {generates[0]} in training needs zero.stage 0, 1 or 2 "
+                "(or run launcher/evaluate.py beside it)"
+            )
+        if self.eval.every and "ppl" in self.eval.tasks:
+            for length in self.eval.lengths:
+                try:
+                    self.model.check_sharing(length, self.parallel.sp)
+                except ValueError as error:
+                    problems.append(f"eval.lengths: {error}")
+        earlier_steps = sum(stage.steps for stage in self.train.earlier_stages)
+        if earlier_steps >= self.train.steps:
+            problems.append(
+                f"train.earlier_stages: take {earlier_steps} steps of train.steps = "
+                f"{self.train.steps} (leave some for the rows of [data])"
+            )
+            return raise_all(self, problems)
+        for number, stage in enumerate(self.stages):
+            is_last = number == len(self.train.earlier_stages)
+            where = "parallel.sp" if is_last else f"train.earlier_stages.{number}"
+            try:
+                self.model.check_sharing(stage.seq_len, self.parallel.sp)
+            except ValueError as error:
+                problems.append(f"{where}: {error}")
+        return raise_all(self, problems)
+
+    @property
+    def stages(self) -> tuple[StageConfig, ...]:
+        """All stages in order: the earlier ones, then what [data] and [train] say for the rest."""
+        train = self.train
+        last = StageConfig(
+            steps=train.steps - sum(stage.steps for stage in train.earlier_stages),
+            seq_len=self.data.seq_len,
+            rows_per_step=train.rows_per_step,
+            micro_batch=train.micro_batch,
+        )
+        return (*train.earlier_stages, last)
+
+    def stage_at(self, step: int) -> StageConfig:
+        """The stage of optimizer step `step` (from 0)."""
+        ends = itertools.accumulate(stage.steps for stage in self.stages)
+        return next(s for s, end in zip(self.stages, ends, strict=True) if step < end)
+
+    def rows_after(self, step: int) -> int:
+        """Packed rows of the first `step` steps."""
+        rows = 0
+        for stage in self.stages:
+            steps = min(step, stage.steps)
+            rows, step = rows + steps * stage.rows_per_step, step - steps
+        return rows
+
+    def check_ranks(self, world_size: int, lengths: Sequence[int] = ()) -> None:
+        """Raise UserError unless `parallel.sp` of so many ranks can share rows of these lengths."""
+        try:
+            check_world(world_size, self.parallel.sp)
+            for length in lengths:
+                self.model.check_sharing(length, self.parallel.sp)
+        except ValueError as error:
+            raise UserError(f"parallel.sp: {error}") from None
+
+    def check_world(self, world_size: int) -> None:
+        """Raise UserError unless `world_size` ranks can share the work of this configuration."""
+        if world_size < 1:
+            raise UserError(f"ranks: {world_size} is no number of ranks")
+        self.check_ranks(world_size)
+        dp = world_size // self.parallel.sp
+        problems = []
+        for number, stage in enumerate(self.stages):
+            rows, micro = stage.rows_per_step, stage.micro_batch
+            is_last = number == len(self.train.earlier_stages)
+            where = "train" if is_last else f"train.earlier_stages.{number}"
+            if rows % (dp * micro):
+                problems.append(
+                    f"{where}.rows_per_step: {rows} is not a multiple of dp {dp} x micro_batch "
+                    f"{micro} (nearest: {max(1, round(rows / (dp * micro))) * dp * micro})"
+                )
+        if problems:
+            raise UserError(*problems)
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = (), world_size: int = 0) -> Config:
+    """Read a TOML file, apply `key.sub=value` overrides, check everything.
+
+    Args:
+        path: the file.
+        overrides: settings that replace those of the file.
+        world_size: ranks that must be able to share the work; 0: not checked.
+
+    Raises:
+        UserError: one line per problem (unreadable file, unknown key, wrong value, contradiction).
+    """
+    tree, file = read_tree(path), read_tree(path)
+    problems: list[str] = []
+    for override in overrides:
+        try:
+            apply_override(tree, override)
+        except UserError as error:
+            problems += error.problems
+
+    def check(config: Config) -> None:
+        if world_size:
+            config.check_world(world_size)
+
+    return check_settings(Config, tree, str(path), base=file, check=check, problems=problems)
+
+
+def read_tree(path: str | Path) -> dict[str, Any]:
+    """The plain values of a TOML file, unchecked.
+
+    Raises:
+        UserError: it cannot be read, or is not TOML.
+    """
+    try:
+        return tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid TOML ({error})") from None
+
+
+def parse_config(tree: dict[str, Any], where: str) -> Config:
+    """Check a tree of plain values (from TOML or a checkpoint's manifest); `where` names it."""
+    return check_settings(Config, tree, where, base={}, check=lambda _: None, problems=[])
+
+
+def model_differences(trained: dict[str, Any], config: Config) -> list[str]:
+    """How the configured model differs from that of a checkpoint, one line for each setting.
+
+    Only initial values may differ, since a checkpoint has its own.
+
+    Args:
+        trained: `config` of the checkpoint's manifest.
+        config: the configuration of today.
+
+    Raises:
+        KeyError, ValueError: `trained` is not the configuration of a run.
+    """
+    models = ModelConfig.model_validate(trained["model"]), config.model
+    theirs, ours = (_architecture(model) for model in models)
+    if theirs["head_dim"] != ours["head_dim"]:  # one may spell out what 0 stands for
+        theirs["head_dim"], ours["head_dim"] = (model.head_size for model in models)
+    return [
+        f"model.{key}: is {json.dumps(ours[key])}, the checkpoint has {json.dumps(value)} "
+        "(set it back)"
+        for key, value in theirs.items()
+        if ours[key] != value
+    ]
+
+
+def _architecture(model: ModelConfig) -> dict[str, Any]:
+    """All settings that make a model what it is, written in one way."""
+    settings = model.model_dump(mode="json", exclude={"init_std", "hop_bias_init"})
+    settings["full_every"] = model.full_every if model.fold else 0
+    return settings
+
+
+def config_toml(config: Config) -> str:
+    """The whole resolved configuration as TOML, defaults included; `load_config` reads it back."""
+    return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
+
+
+def apply_override(tree: dict[str, Any], override: str) -> None:
+    """Set one `key.sub=value` in `tree`; the value is TOML, or a plain string where it is not."""
+    key, equals, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        raise UserError(f"{override}: not an override (write key.sub=value)")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    for part in parts[:-1]:
+        tree = tree.setdefault(part, {})
+        if not isinstance(tree, dict):
+            raise UserError(f"{override}: {part} is a value, not a section")
+    tree[parts[-1]] = value

@@ -1,0 +1,181 @@
+"""What is wrong with a tree of settings: all of it, although one mistake may hide others.
+
+Settings that depend on one another are only compared when each is right by itself. So what is wrong
+is reset, and the rest is checked again.
+"""
+
+import copy
+import difflib
+import re
+from collections.abc import Callable
+from typing import Any, TypeVar, get_args
+
+from pydantic import BaseModel, ValidationError
+
+from tensorlm.runtime.errors import UserError
+
+ModelT = TypeVar("ModelT", bound=BaseModel)
+Place = tuple[int | str, ...]
+
+
+def check_settings(
+    schema: type[ModelT],
+    tree: dict[str, Any],
+    where: str,
+    *,
+    base: dict[str, Any],
+    check: Callable[[ModelT], None],
+    problems: list[str],
+) -> ModelT:
+    """Make settings of plain values.
+
+    Args:
+        schema: the class of the settings.
+        tree: the values.
+        where: names their source.
+        base: values that stand for those of `tree` that are wrong, while the rest is checked.
+        check: what else must hold; it raises UserError.
+        problems: lines about the same settings that are known already.
+
+    Raises:
+        UserError: one line for each problem, `problems` first.
+    """
+    lines, doubtful, seen = list(problems), set[str](), set[Place]()
+
+    def add(found: list[str]) -> None:
+        """What mentions a setting that was reset may be wrong because of that alone."""
+        words = [set(re.findall(r"\w+", line.removeprefix(where))) for line in found]
+        lines.extend(
+            line
+            for line, named in zip(found, words, strict=True)
+            if line not in lines and not named & doubtful
+        )
+
+    settings: ModelT | None = None
+    tree = copy.deepcopy(tree)
+    is_changed = True
+    while settings is None and is_changed:
+        try:
+            settings = schema.model_validate(tree)
+        except ValidationError as error:
+            add(problem_lines(error, where, schema))
+            places = {_there(tree, item["loc"]): None for item in error.errors()}
+            if not any(item["loc"] for item in error.errors()):  # each section is right by itself
+                settings = _unchecked(schema, tree)
+            reset = [_reset(tree, {} if place in seen else base, place, schema) for place in places]
+            seen.update(places)
+            doubtful.update(*reset)
+            is_changed = any(reset)
+    if settings is not None:
+        try:
+            check(settings)
+        except UserError as error:
+            add(list(error.problems))
+        except ValidationError:  # of what a check makes from contradictory settings
+            assert lines
+    if lines or settings is None:
+        raise UserError(*lines)
+    return settings
+
+
+def _unchecked(schema: type[ModelT], tree: dict[str, Any]) -> ModelT:
+    """Settings whose sections are right, without the checks of the whole."""
+    sections: dict[str, Any] = {
+        name: schema.model_fields[name].annotation for name in tree if name in schema.model_fields
+    }
+    values = {name: section.model_validate(tree[name]) for name, section in sections.items()}
+    return schema.model_construct(**values)
+
+
+def problem_lines(
+    error: ValidationError, where: str, schema: type[BaseModel] | None = None
+) -> list[str]:
+    """What pydantic found, a line per problem.
+
+    Args:
+        error: of settings of class `schema`.
+        where: names the file.
+        schema: where given, unknown keys come with the closest valid one.
+    """
+    lines = []
+    for item in error.errors():
+        path = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "extra_forbidden":
+            hint = _suggestion(schema, item["loc"]) if schema else ""
+            lines.append(f"{where}: {path}: unknown key{hint}")
+        elif item["type"] == "missing":
+            lines.append(f"{where}: {path}: missing")
+        elif item["type"] == "value_error":
+            prefix = f"{where}: {path}: " if path else f"{where}: "
+            lines += [prefix + line for line in str(item["ctx"]["error"]).splitlines()]
+        else:
+            message = item["msg"][0].lower() + item["msg"][1:]
+            lines.append(f"{where}: {path}: {message} (got {item['input']!r})")
+    return lines
+
+
+def _suggestion(schema: type[BaseModel], place: Place) -> str:
+    """` (did you mean ...?)`, the key of the same section that looks most alike."""
+    keys = _keys_beside(schema, place)
+    near = _nearest(str(place[-1]), keys)
+    return f" (did you mean {near}?)" if near else f" (valid: {', '.join(keys)})"
+
+
+def _nearest(key: str, keys: list[str]) -> str | None:
+    return next(iter(difflib.get_close_matches(key, keys, n=1, cutoff=0.5)), None)
+
+
+def _keys_beside(schema: type[BaseModel], place: Place) -> list[str]:
+    """The valid keys of the section that holds a place."""
+    section = schema
+    for part in place[:-1]:
+        if isinstance(part, int):  # a place in a list of sections
+            continue
+        annotation = section.model_fields[part].annotation
+        options = [annotation, *get_args(annotation)]
+        section = next(o for o in options if isinstance(o, type) and issubclass(o, BaseModel))
+    return list(section.model_fields)
+
+
+def _reset(
+    tree: dict[str, Any], base: dict[str, Any], place: Place, schema: type[BaseModel]
+) -> set[str]:
+    """Give a place its value in `base`, or nothing; returns the keys that this concerns."""
+    if not place or not _is_key(tree, place):
+        return set()
+    holder, other = _value(tree, place[:-1]), _value(base, place[:-1])
+    key = place[-1]
+    value, ours = holder.pop(key), other.get(key) if isinstance(other, dict) else None
+    if ours is not None and ours != value:
+        holder[key] = copy.deepcopy(ours)
+    if isinstance(value, dict):
+        before = ours if isinstance(ours, dict) and ours != value else {}
+        return {name for name in value if value[name] != before.get(name)} or {str(key)}
+    try:
+        near = _nearest(str(key), _keys_beside(schema, place))
+    except (KeyError, StopIteration):
+        near = None
+    return {str(key)} if near is None else {str(key), near}
+
+
+def _there(tree: dict[str, Any], place: Place) -> Place:
+    """The innermost key on the way to a place that is there; a list counts as a whole."""
+    while place and not _is_key(tree, place):
+        place = place[:-1]
+    return place
+
+
+def _is_key(tree: dict[str, Any], place: Place) -> bool:
+    holder = _value(tree, place[:-1])
+    return isinstance(holder, dict) and place[-1] in holder
+
+
+def _value(tree: Any, place: Place) -> Any:
+    """What is at a place; None where there is nothing."""
+    for key in place:
+        if isinstance(tree, list) and isinstance(key, int):
+            tree = dict(enumerate(tree))
+        if not isinstance(tree, dict) or key not in tree:
+            return None
+        tree = tree[key]
+    return tree

@@ -1,0 +1,65 @@
+"""All settings as the Markdown of docs/configuration.md: `python -m tensorlm.settings_table`."""
+
+from collections.abc import Iterator
+from typing import Any, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from .schema import Config
+
+
+def settings_table() -> str:
+    """A section for each of the configuration's, with a row for each setting."""
+    return "\n".join(line for name in Config.model_fields for line in _section(name))
+
+
+def _section(name: str) -> Iterator[str]:
+    section: Any = Config.model_fields[name].annotation
+    yield f"## [{name}]\n\n{section.__doc__}\n\n| setting | | default | |\n|---|---|---|---|"
+    for key, info in section.model_fields.items():
+        default = "" if info.is_required() else f"`{_toml(info.default)}`"
+        yield f"| `{key}` | {_kind(info)} | {default} | {_text(info)} |"
+        for inner in _inner(info):
+            for inner_key, part in inner.model_fields.items():
+                value = "" if part.is_required() else f"`{_toml(part.default)}`"
+                what = f"| `{key}`: `{inner_key}` | {_kind(part)} | {value} | "
+                yield f"{what}{_text(part)} |"
+    yield ""
+
+
+def _inner(info: FieldInfo) -> list[Any]:
+    """Sections that a setting holds, one or a list of them."""
+    kinds = [info.annotation, *get_args(info.annotation)]
+    return [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
+
+
+def _kind(info: FieldInfo) -> str:
+    """What may stand there, in a word."""
+    kind: Any = info.annotation
+    if get_origin(kind) is tuple:
+        items = get_args(get_args(kind)[0])
+        named = bool(items) and all(isinstance(item, str) for item in items)
+        return "tables" if _inner(info) else f"list of {', '.join(items)}" if named else "list"
+    if _inner(info):
+        return "table"
+    choices = [str(choice) for choice in get_args(kind) if choice is not type(None)]
+    if choices and all(isinstance(choice, str | int) for choice in get_args(kind)):
+        return ", ".join(choices)
+    return {int: "integer", float: "number", bool: "true, false", str: "text"}.get(kind, "list")
+
+
+def _text(info: FieldInfo) -> str:
+    return (info.description or "").replace("()", "`[]`")
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(_toml, value))}]"
+    return "none" if value is None else f'"{value}"' if isinstance(value, str) else str(value)
+
+
+if __name__ == "__main__":
+    print(settings_table())

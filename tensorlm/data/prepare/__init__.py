@@ -1,0 +1,1 @@
+"""Documents from files and hubs, encoded into shards."""

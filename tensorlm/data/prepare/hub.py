@@ -1,0 +1,42 @@
+"""`hf:` inputs: data sets of the hub, or local folders, that `datasets` loads."""
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from tensorlm.runtime.errors import UserError
+
+HUB = "hf:"
+
+
+def parse_hub_name(source: str) -> tuple[str, str, str]:
+    """(name, subset, split) of `hf:NAME[:SUBSET[:SPLIT]]`; the split is train by default."""
+    name, subset, split = (*source.removeprefix(HUB).split(":"), "", "")[:3]
+    return name, subset, split or "train"
+
+
+def dataset_identity(source: str) -> tuple[int, str]:
+    """Rows and fingerprint of an `hf:` source: equal in every process as long as it is unchanged.
+
+    Raises:
+        UserError: it cannot be loaded.
+    """
+    dataset = open_dataset(source)
+    return len(dataset), dataset._fingerprint
+
+
+@cache
+def open_dataset(source: str) -> Any:
+    """A `datasets` data set; once a process, since a hub name may be looked up over the network."""
+    import datasets
+
+    name, subset, split = parse_hub_name(source)
+    try:
+        if (Path(name) / "dataset_info.json").exists():
+            return datasets.load_from_disk(name)
+        if (Path(name) / "dataset_dict.json").exists():
+            return datasets.load_from_disk(name)[split]
+        return datasets.load_dataset(name, subset or None, split=split)
+    except Exception as error:  # each builder raises what it likes
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{source}: cannot be loaded by datasets ({reason})") from None

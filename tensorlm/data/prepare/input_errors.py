@@ -1,0 +1,54 @@
+"""What is wrong with an input, and how its user corrects it, in one line."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+
+import pyarrow as pa
+
+from tensorlm.runtime.errors import UserError
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What the user of an input can set, in the words of the command that reads it.
+
+    field: choose another text field; skip: read without this file; larger: allow longer documents.
+    """
+
+    field: str = "choose --text-field"
+    skip: str = "leave it out with --exclude"
+    larger: str = "raise --max-document-bytes"
+
+
+PREPARE = Advice()  # of launcher/prepare_data.py
+
+
+class InputError(Exception):
+    """A problem of one input, and its fix: text in which `{skip}` stands for `Advice.skip`."""
+
+    def __init__(self, problem: str, fix: str = "fix it, or {skip}") -> None:
+        super().__init__(problem)
+        self.problem, self.fix = problem, fix
+
+
+@contextmanager
+def problems_named(source: str, kind: str = "", advice: Advice = PREPARE) -> Iterator[None]:
+    """Turn what goes wrong while `source` is read (as `kind`) into one line that names it.
+
+    Raises:
+        UserError: for an InputError, and for what reading a file raises.
+    """
+    try:
+        yield
+    except InputError as error:
+        problem, fix = error.problem, error.fix
+    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        problem = f"cannot be read{f' as {kind}' if kind else ''}: {reason}"
+        fix = "fix it, or {skip}"
+    else:
+        return
+    for name, words in asdict(advice).items():
+        fix = fix.replace(f"{{{name}}}", words)
+    raise UserError(f"{source}: {problem} ({fix})")

@@ -1,0 +1,212 @@
+"""Writing shards so that each exists whole or not at all, whatever stops the writer.
+
+Files are written under temporary names, synced, and renamed: tokens, ends, then the header, without
+which a shard does not exist. The index comes last and makes the split readable.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tensorlm.runtime.disk import sync_folder
+from tensorlm.runtime.errors import UserError
+
+from ..shards import (
+    FORMAT,
+    INDEX,
+    VERSION,
+    FileEntry,
+    ShardHeader,
+    check_files,
+    read_header,
+    seal,
+    shard_name,
+)
+
+_BUFFER_BYTES = 1 << 20
+
+
+def token_dtype(vocab_size: int) -> str:
+    """Smallest of uint16 and uint32 that holds every id."""
+    return "uint16" if vocab_size <= 1 << 16 else "uint32"
+
+
+class _AtomicFile:
+    """A file that is hashed as it is written, and gets its name when `publish` is called."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self._hash, self._size = path, hashlib.sha256(), 0
+        self._file: IO[bytes] | None = None
+        with self._errors_named():
+            handle, name = tempfile.mkstemp(prefix=f"{path.name}.", suffix=".tmp", dir=path.parent)
+            self._temporary = Path(name)
+            self._file = os.fdopen(handle, "wb", _BUFFER_BYTES)
+            os.fchmod(handle, 0o644)
+
+    def write(self, content: bytes) -> None:
+        with self._errors_named():
+            assert self._file is not None
+            self._file.write(content)
+        self._hash.update(content)
+        self._size += len(content)
+
+    def publish(self) -> FileEntry:
+        with self._errors_named():
+            assert self._file is not None
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+            self._temporary.rename(self.path)
+        return FileEntry(bytes=self._size, sha256=self._hash.hexdigest())
+
+    def discard(self) -> None:
+        """Leave nothing behind (nothing happens after `publish`)."""
+        with contextlib.suppress(OSError):
+            if self._file is not None:
+                self._file.close()
+        self._temporary.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def _errors_named(self) -> Any:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"{self.path}: cannot be written: {error.strerror} (make room and run the same "
+                "command again: finished shards are kept)"
+            ) from None
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it.
+
+    Raises:
+        UserError: it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be made ({error.strerror})") from None
+
+
+def write_atomically(path: Path, content: bytes) -> FileEntry:
+    """Write a small file whole or not at all.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    file = _AtomicFile(path)
+    try:
+        file.write(content)
+        return file.publish()
+    finally:
+        file.discard()
+
+
+class ShardWriter:
+    """One shard of `folder`, written as its documents come; a context that publishes or discards.
+
+    Raises:
+        UserError: a token id outside the vocabulary, or a file that cannot be written.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        number: int,
+        *,
+        vocab_size: int,
+        bos_id: int,
+        eos_id: int,
+        tokenizer_sha256: str,
+    ) -> None:
+        self._path = folder / f"{shard_name(number)}.json"
+        self._header: dict[str, Any] = {
+            "dtype": token_dtype(vocab_size),
+            "vocab_size": vocab_size,
+            "bos_id": bos_id,
+            "eos_id": eos_id,
+            "tokenizer_sha256": tokenizer_sha256,
+        }
+        self._ends: list[int] = []
+        self._num_tokens = self._num_bytes = self._max_id = 0
+        self._tokens = _AtomicFile(self._path.with_suffix(".tokens"))
+
+    def add(self, documents: Sequence[NDArray[Any]], num_bytes: int = 0) -> None:
+        """Append documents, none of them empty, that are `num_bytes` bytes of text together."""
+        if not documents:
+            return
+        ids = np.concatenate(documents)
+        largest = int(ids.max())
+        if largest >= self._header["vocab_size"]:
+            raise UserError(
+                f"{self._path}: token id {largest} is outside the vocabulary of "
+                f"{self._header['vocab_size']} (check the tokenizer's files)"
+            )
+        self._tokens.write(ids.astype(self._header["dtype"]).tobytes())
+        self._max_id = max(self._max_id, largest)
+        self._ends += (self._num_tokens + np.cumsum([len(d) for d in documents])).tolist()
+        self._num_tokens += len(ids)
+        self._num_bytes += num_bytes
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                self._publish()
+        finally:
+            self._tokens.discard()
+
+    def _publish(self) -> None:
+        ends = np.array(self._ends, dtype=np.uint64).tobytes()
+        files = {
+            self._path.with_suffix(".tokens").name: self._tokens.publish(),
+            self._path.with_suffix(".ends").name: write_atomically(
+                self._path.with_suffix(".ends"), ends
+            ),
+        }
+        header = ShardHeader(
+            **self._header,
+            max_id=self._max_id,
+            num_tokens=self._num_tokens,
+            num_documents=len(self._ends),
+            num_bytes=self._num_bytes,
+            files=files,
+        )
+        sync_folder(self._path.parent)
+        write_atomically(self._path, header.model_dump_json(indent=1).encode())
+
+
+def write_index(folder: Path, num_shards: int) -> None:
+    """Seal a split of shards 0 ... num_shards - 1: from now on it can be opened.
+
+    An index that is there and right is left as it is.
+
+    Raises:
+        UserError: a shard is missing, lacks a file or its header is damaged.
+    """
+    digests = {}
+    for number in range(num_shards):
+        path = folder / f"{shard_name(number)}.json"
+        check_files(path, read_header(path))
+        digests[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    index: dict[str, Any] = {"format": FORMAT, "version": VERSION, "headers": digests}
+    index["sha256"] = seal(index)
+    content = json.dumps(index, indent=1).encode()
+    path = folder / INDEX
+    if not path.is_file() or path.read_bytes() != content:
+        sync_folder(folder)
+        write_atomically(path, content)

@@ -1,0 +1,1 @@
+"""Tokenizers: read, checked, trained, copied."""

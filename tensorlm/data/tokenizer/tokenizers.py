@@ -1,0 +1,146 @@
+"""Tokenizers: load any Hugging Face folder or sentencepiece model, copy it, hash it.
+
+The ids are those of `tokenizer.json`, which is read as it is. Beginning- and end-of-document ids
+are placed here by id, never by the tokenizer's own template.
+"""
+
+import hashlib
+from array import array
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tensorlm.runtime.errors import UserError
+
+from .chat_templates import copy_chat_templates
+from .files import TOKENIZER_FILES, has_tokenizer, read_files, tokenizer_files, write_files
+from .reading import difference, earlier_difference, read_tokenizer
+from .training import check_new_tokenizer, cut_line, train_tokenizer
+
+__all__ = [
+    "TOKENIZER_FILES",
+    "DocumentEncoder",
+    "check_new_tokenizer",
+    "check_tokenizer",
+    "compare_tokenizers",
+    "copy_tokenizer",
+    "cut_line",
+    "has_tokenizer",
+    "largest_text_id",
+    "load_tokenizer",
+    "tokenizer_files",
+    "tokenizer_sha256",
+    "train_tokenizer",
+]
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Write a tokenizer and its chat templates into the folder `target`, in place of another's."""
+    write_files(tokenizer_files(source), target)
+    copy_chat_templates(source, target)
+
+
+def check_tokenizer(
+    folder: Path, sha256: str, fix: str = "restore its files, or prepare the data again"
+) -> None:
+    """Make sure that `folder` holds the tokenizer that some shards were encoded with.
+
+    Args:
+        folder: of a tokenizer.
+        sha256: the shards' `tokenizer_sha256`.
+        fix: what else to do.
+
+    Raises:
+        UserError: there is another one, or none, or the shards are of an earlier version that read
+            other ids from it.
+    """
+    if tokenizer_sha256(folder) == sha256:
+        return
+    if _sha256(read_files(folder)) != sha256:
+        raise UserError(f"{folder}: is not the tokenizer that the data was encoded with ({fix})")
+    if (text := earlier_difference(folder, sha256)) is not None:
+        raise UserError(
+            f"{folder}: the data must have the ids of tokenizer.json, got those of another class "
+            f"from an earlier version, for example for {text[:40]!r} (encode the data again)"
+        )
+
+
+def tokenizer_sha256(source: Path) -> str:
+    """sha256 over the tokenizer's files, names and contents: equal for a folder and its copy."""
+    return _sha256(tokenizer_files(source))
+
+
+def _sha256(files: dict[str, bytes]) -> str:
+    digest = hashlib.sha256()
+    for name in TOKENIZER_FILES:
+        if name in files:
+            digest.update(name.encode() + b"\0" + files[name])
+    return digest.hexdigest()
+
+
+def load_tokenizer(folder: str | Path, named: Path | None = None) -> Any:
+    """Load a tokenizer for `transformers`: a folder, or a sentencepiece `.model` file.
+
+    Args:
+        folder: what to load.
+        named: what the user calls it, where `folder` is a copy.
+
+    Raises:
+        UserError: as `read_tokenizer`.
+    """
+    return read_tokenizer(Path(folder), named or Path(folder))[1]
+
+
+def compare_tokenizers(one: Path, other: Path) -> str | None:
+    """How two tokenizers differ, in words; None where their files are the same.
+
+    Raises:
+        UserError: one of them cannot be loaded.
+    """
+    if tokenizer_sha256(one) == tokenizer_sha256(other):
+        return None
+    (first, reader), (second, other_reader) = (read_tokenizer(f, f) for f in (one, other))
+    if first.get_vocab() != second.get_vocab():
+        return "their vocabularies differ"
+    ends = [(t.bos_token_id, t.eos_token_id) for t in (reader, other_reader)]
+    if ends[0] != ends[1]:
+        return "the ids of BOS and EOS differ"
+    text = difference(first, second)
+    if text is None:
+        return "their files differ, their ids are the same on all texts that were compared"
+    return f"their ids differ, for example for {text[:40]!r}"
+
+
+def largest_text_id(tokenizer: Any) -> int:
+    """The largest id in an encoded document.
+
+    Special tokens other than its beginning and end, such as one for padding, are not in one.
+    """
+    added = tokenizer.added_tokens_decoder
+    ids = tokenizer.get_vocab().values()
+    ends = (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    return max(*ends, *(i for i in ids if i not in added or not added[i].special))
+
+
+class DocumentEncoder:
+    """Turns texts into documents: BOS, the ids of the text, EOS.
+
+    Text that looks like a special token ("</s>") is encoded as the text that it is.
+    """
+
+    def __init__(self, folder: Path, named: Path | None = None) -> None:
+        self._backend, tokenizer = read_tokenizer(folder, named or folder)
+        self._backend.encode_special_tokens = True
+        self.bos_id: int = tokenizer.bos_token_id
+        self.eos_id: int = tokenizer.eos_token_id
+        ids = self._backend.get_vocab().values()  # some may be unused
+        self.vocab_size = max(self.bos_id, self.eos_id, *ids) + 1
+
+    def __call__(self, texts: list[str]) -> list[NDArray[np.uint32]]:
+        """Encode documents; the same ids for any grouping of them."""
+        encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
+        # An array of the standard library takes a list three times as fast as one of numpy.
+        lists = (array("I", [self.bos_id, *e.ids, self.eos_id]) for e in encodings)
+        return [np.frombuffer(ids, np.uint32) for ids in lists]

@@ -1,0 +1,133 @@
+"""Floating-point operations of the model, counted from its real folds and documents."""
+
+import functools
+import re
+import time
+
+import torch
+from torch import Tensor
+
+from tensor_attention import fold_axes
+from tensorlm.config import ModelConfig
+
+# Dense bf16 FLOP/s by the words of a device's name; vendors' data sheets, no sparsity. The first
+# entry whose words are all in the name counts, so variants stand before the boards they vary.
+GPU_PEAKS = {
+    "GB200": 2500e12, "B200": 2250e12, "GH200": 989e12,
+    "H200 NVL": 835e12, "H200": 989e12,
+    "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12,
+    "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12, "MI300X": 1307e12,
+}  # fmt: skip
+# Words that make another device of a known name: a slice of it, or a smaller chip.
+_OTHER_DEVICES = {"mig", "laptop", "d"}
+
+
+def linear_flops_per_token(config: ModelConfig) -> int:
+    """Forward FLOPs of all matrix products with weights, for one token (2 per weight)."""
+    c, d = config.hidden_size, config.head_size
+    attention = c * d * (2 * config.num_heads + 2 * config.num_kv_heads)
+    mlp = 3 * c * config.intermediate_size
+    return 2 * (config.num_layers * (attention + mlp) + c * config.vocab_size)
+
+
+def attention_flops(config: ModelConfig, depth: Tensor) -> int:
+    """Forward FLOPs of all attention layers for tokens that `depth` [...] others precede.
+
+    Each visited (query, key) pair costs 2 D for the score and 2 D for the value, per query head.
+    """
+    pairs = {fold: attention_pairs(fold, depth) for fold in {(), config.fold}}
+    folds = [config.layer_fold(layer) for layer in range(config.num_layers)]
+    return sum(4 * config.num_heads * config.head_size * pairs[fold] for fold in folds)
+
+
+def attention_pairs(fold: tuple[int, ...], depth: Tensor) -> int:
+    """(query, key) pairs that one layer visits: each hop's window, cut off by the document."""
+    total = depth.numel()  # every token visits itself, once
+    if not total:
+        return 0
+    for axis in fold_axes(fold, int(depth.max()) + 1):
+        total += int((depth // axis.stride).clamp(max=axis.length - 1).sum())
+    return total
+
+
+def train_flops(config: ModelConfig, depth: Tensor) -> int:
+    """Model FLOPs of forward and backward (recomputation not counted).
+
+    Args:
+        config: shape of the model.
+        depth: [...] integer, how many tokens of its document precede each token that counts.
+    """
+    forward = linear_flops_per_token(config) * depth.numel()
+    return 3 * (forward + attention_flops(config, depth))
+
+
+def recomputed_flops(
+    config: ModelConfig, depth: Tensor, activation_checkpointing: bool, mlp_chunk: int = 0
+) -> int:
+    """FLOPs that the backward pass spends on computing again; other arguments as in `train_flops`.
+
+    With activation checkpointing, all of each layer but its last product (tiles of the MLP are
+    computed no oftener); without, the first two products of an MLP that is tiled.
+    """
+    is_tiled = 0 < mlp_chunk < depth.numel()
+    linear = recomputed_linear_flops_per_token(config, activation_checkpointing, is_tiled)
+    attention = attention_flops(config, depth) if activation_checkpointing else 0
+    return linear * depth.numel() + attention
+
+
+def recomputed_linear_flops_per_token(
+    config: ModelConfig, activation_checkpointing: bool, is_tiled: bool
+) -> int:
+    """Of `recomputed_flops`, those of products with weights, for one token."""
+    product = 2 * config.num_layers * config.hidden_size * config.intermediate_size
+    if not activation_checkpointing:
+        return 2 * product if is_tiled else 0
+    head = 2 * config.hidden_size * config.vocab_size
+    return linear_flops_per_token(config) - head - product
+
+
+def num_parameters(model: torch.nn.Module) -> int:
+    """Number of distinct parameters (tied ones count once), whole where ZeRO 3 divides them."""
+    return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
+
+
+def peak_flops(device: torch.device) -> float:
+    """Peak FLOP/s of one device: bf16 by the data sheet of known GPUs, else as measured here."""
+    if device.type == "cuda":
+        peak = sheet_peak(torch.cuda.get_device_name(device))
+        return peak or _measured_flops(device, torch.bfloat16, size=8192)
+    return _measured_flops(device, torch.float32, size=1024)
+
+
+def sheet_peak(name: str) -> float | None:
+    """Dense bf16 FLOP/s of the GPU that CUDA calls `name`; None where no data sheet applies."""
+    board = find_board(name)
+    return GPU_PEAKS[board] if board else None
+
+
+def find_board(name: str) -> str | None:
+    """The board of GPU_PEAKS that CUDA calls `name`."""
+    words = _words(name)
+    if words & _OTHER_DEVICES:
+        return None
+    return next((board for board in GPU_PEAKS if words >= _words(board)), None)
+
+
+def _words(name: str) -> set[str]:
+    return set(re.split(r"[\s-]+", name.lower()))
+
+
+@functools.cache
+def _measured_flops(device: torch.device, dtype: torch.dtype, size: int, repeats: int = 5) -> float:
+    """Best of a few matrix products [size, size]: a fair ceiling where no data sheet applies.
+
+    A GPU trains in bf16 and needs products this large to be busy; a CPU is measured in float32.
+    """
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    best = float("inf")
+    for _ in range(repeats + 1):  # the first one on a GPU loads its kernel
+        start = time.perf_counter()
+        product = a @ a
+        product[0, 0].item()  # waits for it
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best

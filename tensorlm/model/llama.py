@@ -1,0 +1,181 @@
+"""The Llama decoder with tensorized attention.
+
+Module names are those of Hugging Face's Llama, so that weights move both ways by name alone; the
+only parameters of our own are `self_attn.hop_bias`. Shape letters: B batch, T tokens of this rank,
+C hidden size, V vocabulary.
+"""
+
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from fold_parallel import Grid
+from tensor_attention import Backend, Rotary
+from tensorlm.config import ModelConfig, TrainConfig
+
+from .attention import Attention
+from .fused import FusedLayers, check_layers
+from .layers import RMSNorm, SwiGLU, rotary_table
+from .offload import HostOffload
+from .output_head import OutputHead, Reduction
+
+# Random weights that exist in float32 at one time. In memory that is used again they take half as
+# long as in a new tensor for each parameter. A multiple of 16 changes none of them.
+_DRAWN_AT_ONCE = 1 << 22
+
+
+def create_llama(
+    shape: ModelConfig, train: TrainConfig, grid: Grid, device: torch.device
+) -> "Llama":
+    """A model with the settings of a run, on `device` in its dtype from the start.
+
+    (An fp32 model that is cast later would need twice the memory.) What its weights are is up to
+    the caller: `init_weights`, or a checkpoint.
+
+    Raises:
+        UserError: kernels for `train.fused_layers` are not installed.
+    """
+    check_layers(train.fused_layers)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16 if train.dtype == "bf16" else torch.float32)
+    try:
+        with device:
+            return Llama(
+                shape,
+                grid,
+                attention=train.attention,
+                activation_checkpointing=train.activation_checkpointing,
+                activation_offload=train.activation_offload,
+                loss_chunk=train.loss_chunk,
+                mlp_chunk=train.mlp_chunk,
+                fused_layers=train.fused_layers,
+            )
+    finally:
+        torch.set_default_dtype(before)
+
+
+class Block(nn.Module):
+    """One decoder layer: attention and SwiGLU, each behind a norm and a residual."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        layer: int,
+        grid: Grid,
+        attention: Backend,
+        mlp_chunk: int = 0,
+        fused_layers: FusedLayers = "auto",
+    ) -> None:
+        super().__init__()
+        size, eps = config.hidden_size, config.rms_norm_eps
+        self.input_layernorm = RMSNorm(size, eps, fused_layers)
+        self.self_attn = Attention(config, layer, grid, attention)
+        self.post_attention_layernorm = RMSNorm(size, eps, fused_layers)
+        self.mlp = SwiGLU(config, mlp_chunk, fused_layers)
+
+    def forward(self, x: Tensor, doc_start: Tensor, rotary: Rotary) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), doc_start, rotary)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Llama(nn.Module):
+    """Token ids in, logits or summed loss out."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        grid: Grid = Grid(),  # noqa: B008 (frozen)
+        *,
+        attention: Backend = "auto",
+        activation_checkpointing: bool = False,
+        activation_offload: bool = False,
+        loss_chunk: int = 2048,
+        mlp_chunk: int = 0,
+        fused_layers: FusedLayers = "auto",
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.grid = grid
+        self.activation_checkpointing = activation_checkpointing
+        self.offload = HostOffload() if activation_offload else None
+        self.loss_chunk = loss_chunk
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(
+            Block(config, i, grid, attention, mlp_chunk, fused_layers)
+            for i in range(config.num_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, fused_layers)
+        self.lm_head = OutputHead(config.hidden_size, config.vocab_size)
+        if config.tie_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
+
+    def forward(
+        self,
+        tokens: Tensor,
+        doc_start: Tensor | None = None,
+        labels: Tensor | None = None,
+        reduction: Reduction = "sum",
+    ) -> Tensor:
+        """Run the decoder on packed rows, or on this rank's slice of them (`grid.sp` > 1).
+
+        Args:
+            tokens: [B, T] int64.
+            doc_start: [B, T] int32, index in the row of the first token of each token's document;
+                None: one document.
+            labels: [B, T] int64, the token to predict at each position, IGNORED where none is.
+            reduction: "sum" of the losses at the labels, or "none": each of them.
+
+        Returns:
+            Logits [B, T, V]; with labels, their cross-entropy: a float64 sum, or float32 [B, T].
+        """
+        if doc_start is None:
+            doc_start = torch.zeros_like(tokens, dtype=torch.int32)
+        rotary = rotary_table(self.config, tokens.shape[1] * self.grid.sp, tokens.device)
+        x = self.embed_tokens(tokens)
+        recompute = self.activation_checkpointing and torch.is_grad_enabled()
+        with self.offload.saving() if recompute and self.offload else nullcontext():
+            for block in self.layers:
+                if recompute:
+                    x = checkpoint(block, x, doc_start, rotary, use_reentrant=False)
+                else:
+                    x = block(x, doc_start, rotary)
+        x = self.norm(x)
+        if labels is None:
+            return self.lm_head(x)
+        return self.lm_head(x, labels, self.loss_chunk, reduction)
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> None:
+        """Normal weights of `init_std`, output projections smaller by sqrt(2 x layers).
+
+        Depends on `seed` and the order of the parameters only, not on ranks or ZeRO stage.
+        """
+        init = WeightInit(self.config, seed)
+        for name, parameter in self.named_parameters():
+            init.fill(name, parameter)
+
+
+class WeightInit:
+    """Random weights, drawn parameter by parameter in the model's order (`Llama.init_weights`)."""
+
+    def __init__(self, config: ModelConfig, seed: int) -> None:
+        self._config = config
+        self._generator = torch.Generator().manual_seed(seed)
+        self._drawn = torch.empty(_DRAWN_AT_ONCE)
+
+    @torch.no_grad()
+    def fill(self, name: str, parameter: Tensor) -> None:
+        """Give `parameter` its weights; those before it in the model must have theirs already."""
+        config = self._config
+        if name.endswith("hop_bias"):
+            parameter.fill_(config.hop_bias_init)
+        elif parameter.dim() == 1:
+            parameter.fill_(1.0)
+        else:
+            is_output = name.endswith(("o_proj.weight", "down_proj.weight"))
+            std = config.init_std / ((2 * config.num_layers) ** 0.5 if is_output else 1)
+            for part in parameter.view(-1).split(_DRAWN_AT_ONCE):
+                drawn = self._drawn[: len(part)].normal_(generator=self._generator)
+                part.copy_(drawn.mul_(std))

@@ -1,0 +1,1 @@
+"""The ground: processes, files, errors and exit codes. Imports nothing else of tensorlm."""

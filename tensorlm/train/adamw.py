@@ -1,0 +1,115 @@
+"""AdamW whose moments are stored in bfloat16: 8 bytes a parameter instead of 12 with fp32 weights.
+
+Everything is computed in float32; only what is kept is rounded. A moment moves by the share
+1 - beta of its distance at every step, which for a beta of 0.999 is less than bfloat16 can tell:
+rounded to the nearest it would stand still. So it is rounded up or down by chance (rounding.py).
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tensorlm.runtime.stochastic_rounding import random_words, round_into
+
+# Elements updated at one time: four tensors of 4 bytes each exist meanwhile.
+CHUNK = 1 << 24
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Elements [begin, begin + size) of a tensor that AdamW was given are those of the parameter
+    `name` from element `first` on.
+    """
+
+    name: str
+    first: int
+    begin: int
+    size: int
+
+
+class LowMemoryAdamW(torch.optim.Optimizer):
+    """`torch.optim.AdamW` (Loshchilov, Hutter, 2019) with `exp_avg`, `exp_avg_sq` in bfloat16.
+
+    The rounding of an element depends on the seed, the step, its parameter's name and its place in
+    it: not on ranks or on how ZeRO divides parameters, if `name_pieces` says what is where.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[dict[str, Any]],
+        *,
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
+        self._seed = seed
+        self._pieces: Mapping[Tensor, Sequence[Piece]] = {}
+
+    def name_pieces(self, pieces: Mapping[Tensor, Sequence[Piece]]) -> None:
+        """Say which parameters the tensors hold that will be updated; what no piece holds stays."""
+        self._pieces = pieces
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Update every parameter that has a gradient."""
+        assert closure is None
+        for number, group in enumerate(self.param_groups):
+            for index, parameter in enumerate(group["params"]):
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                if not state:
+                    state.update(new_state(parameter, torch.bfloat16, torch.device("cpu")))
+                state["step"] += 1
+                whole = [Piece(f"{number}.{index}", 0, 0, parameter.numel())]
+                for piece in self._pieces.get(parameter, whole):
+                    self._update_piece(piece, parameter, group)
+
+    def _update_piece(self, piece: Piece, parameter: Tensor, group: dict[str, Any]) -> None:
+        state, grad = self.state[parameter], parameter.grad
+        assert grad is not None
+        tensors = (parameter, grad, state["exp_avg"], state["exp_avg_sq"])
+        parts = [tensor.view(-1).narrow(0, piece.begin, piece.size) for tensor in tensors]
+        step = int(state["step"])
+        key, first = f"{self._seed} {step} {piece.name}", piece.first
+        chunks = (part.split(CHUNK) for part in parts)
+        for weight, change, mean, square in zip(*chunks, strict=True):
+            words = random_words(key, first, len(weight), weight.device)
+            _update(weight, change, mean, square, words, group, step)
+            first += len(weight)
+
+
+def _update(
+    weight: Tensor,
+    grad: Tensor,
+    mean: Tensor,
+    square: Tensor,
+    words: Tensor,
+    group: dict[str, Any],
+    step: int,
+) -> None:
+    beta1, beta2 = group["betas"]
+    grad = grad.float()
+    new_mean = mean.float().lerp_(grad, 1 - beta1)
+    new_square = square.float().mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+    round_into(mean, new_mean, words & 0xFFFF)
+    round_into(square, new_square, (words >> 16).bitwise_and_(0xFFFF))
+    divisor = new_square.sqrt_().div_((1 - beta2**step) ** 0.5).add_(group["eps"])
+    weight.mul_(1 - group["lr"] * group["weight_decay"])
+    weight.addcdiv_(new_mean, divisor, value=-group["lr"] / (1 - beta1**step))
+
+
+def new_state(
+    parameter: Tensor, dtype: torch.dtype, step_device: torch.device
+) -> dict[str, Tensor]:
+    """Adam's state before its first step."""
+    return {
+        "step": torch.zeros((), device=step_device),
+        "exp_avg": torch.zeros_like(parameter, dtype=dtype, requires_grad=False),
+        "exp_avg_sq": torch.zeros_like(parameter, dtype=dtype, requires_grad=False),
+    }

@@ -1,0 +1,363 @@
+"""DeepSpeed, and nothing else: the one module that imports it.
+
+All ranks form one ZeRO group. DeepSpeed computes, reduces and steps; the learning rate, counters,
+loss scaling and checkpoints are ours. `parameter_slices` is the door through which checkpoints read
+and write this rank's share of the fp32 weights and Adam state, for every ZeRO stage.
+"""
+
+import io
+import logging
+import math
+import os
+import socket
+import warnings
+from collections.abc import Iterator
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import deepspeed
+import deepspeed.ops
+import torch
+import torch.distributed as dist
+from deepspeed.utils import logger as deepspeed_logger
+from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
+
+from fold_parallel import Grid
+from tensorlm.config import Config
+from tensorlm.model import Llama, WeightInit, create_llama
+from tensorlm.runtime.errors import UserError
+from tensorlm.runtime.launch_env import LaunchEnv, grow_memory_segments, launch_attempt
+
+from .adamw import LowMemoryAdamW, Piece, new_state
+from .optim import create_optimizer
+
+ADAM_STATE = ("exp_avg", "exp_avg_sq")
+STATE = ("master", *ADAM_STATE)
+# Ranks of one job start within a minute or two, even where all import from one slow file system.
+_MEETING_LIMIT = timedelta(minutes=5)
+# Only the watchdog ends what hangs: these limits go on while a job is suspended.
+EXCHANGE_LIMIT = timedelta(days=30)
+
+
+@dataclass(frozen=True)
+class ParameterSlice:
+    """This rank's share [start, stop) of one flattened parameter, as live views."""
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+    state: dict[str, Tensor]  # by the names in STATE, each [stop - start]; fp32, moments maybe bf16
+    is_owned: bool = True  # False where another rank holds, and saves, the same values
+
+
+def init_distributed(launch: LaunchEnv) -> torch.device:
+    """Join the job's process group (NCCL on GPUs, gloo on CPUs); returns this rank's device."""
+    launch.export()
+    # DeepSpeed calls these by the names that older versions of torch know too.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\..*` is deprecated", FutureWarning)
+    deepspeed_logger.setLevel(logging.WARNING)
+    if torch.cuda.is_available():
+        grow_memory_segments()
+        device = own_gpu(launch.local_rank, launch.local_world_size, torch.cuda.device_count())
+        torch.cuda.set_device(device)
+        # What DeepSpeed takes for the number of the GPU.
+        for name in {"LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"} & os.environ.keys():
+            os.environ[name] = str(device.index)
+    else:
+        device = torch.device("cpu")
+        # Used for inference only, and compiled from source at start where this is not said.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        torch.set_num_threads(max(1, torch.get_num_threads() // launch.local_world_size))
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if not dist.is_initialized():
+        dist.init_process_group(
+            backend,
+            store=_meet(launch),
+            rank=launch.rank,
+            world_size=launch.world_size,
+            timeout=EXCHANGE_LIMIT,
+            device_id=device if backend == "nccl" and launch.world_size > 1 else None,
+        )
+    deepspeed.init_distributed(dist_backend=backend, verbose=False)
+    return device
+
+
+def own_gpu(local_rank: int, local_world_size: int, num_gpus: int) -> torch.device:
+    """The GPU of a rank: its own among those of its node, or the only one it is allowed to see.
+
+    Ranks share GPUs where NCCL is told to allow that (from 2.30 on), to try things out.
+
+    Raises:
+        UserError: there are fewer GPUs than ranks, and not one alone that each was given.
+    """
+    is_shared = os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") == "1"
+    is_bound = num_gpus == 1 and "CUDA_VISIBLE_DEVICES" in os.environ  # as srun --gpus-per-task=1
+    if num_gpus < local_world_size and not (is_shared or is_bound):
+        raise UserError(
+            f"{local_world_size} ranks, {num_gpus} GPUs on this machine (start one rank a GPU)"
+        )
+    return torch.device("cuda", local_rank % num_gpus)
+
+
+def _meet(launch: LaunchEnv) -> dist.Store:
+    """Where all ranks find one another; none of them is missing.
+
+    Raises:
+        UserError: they do not, within _MEETING_LIMIT or soon after.
+    """
+    if launch.world_size == 1:
+        return dist.HashStore()
+    try:
+        socket.getaddrinfo(launch.master_addr, launch.master_port)
+        place = rendezvous("env://", launch.rank, launch.world_size, timeout=_MEETING_LIMIT)
+        store, _, _ = next(place)
+    except (OSError, dist.DistError) as error:
+        reason = str(error.strerror if isinstance(error, OSError) else error).splitlines()[0]
+        raise UserError(
+            f"MASTER_ADDR, MASTER_PORT: {launch.master_addr}:{launch.master_port}: {reason[:150]} "
+            f"(an address of rank 0, a free port there, and {launch.world_size} ranks are needed)"
+        ) from None
+    store.set_timeout(EXCHANGE_LIMIT)
+    return dist.PrefixStore(launch_attempt(), store)
+
+
+def leave_distributed() -> None:
+    """Wait until every rank is done: one that left earlier could abort another's last exchange.
+
+    The process group is not taken down; the process is to end next (`run_launcher`).
+    """
+    dist.barrier()
+
+
+def deepspeed_config(config: Config) -> dict[str, Any]:
+    """DeepSpeed's JSON, generated from ours; every value that matters is stated."""
+    zero: dict[str, Any] = {
+        "stage": config.zero.stage,
+        "overlap_comm": False,
+        "contiguous_gradients": True,
+        "reduce_scatter": True,
+        "memory_efficient_linear": False,  # it would replace F.linear for the whole process
+    }
+    if config.zero.offload_optimizer:
+        pin_memory = torch.cuda.is_available()
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": pin_memory}
+    return {
+        "train_micro_batch_size_per_gpu": config.train.micro_batch,
+        "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": False,
+        "gradient_clipping": config.optim.grad_clip if config.zero.stage else 0.0,
+        "steps_per_print": 10**9,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        # Stage 1: gradients become fp32 one by one, not all at the end of backward.
+        "bf16": {"enabled": config.train.dtype == "bf16", "immediate_grad_update": True},
+        "communication_data_type": "fp32",
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "zero_optimization": zero,
+    }
+
+
+def create_model(config: Config, grid: Grid, device: torch.device, seed: int | None) -> Llama:
+    """The model of a run, for an `Engine`: with the random weights of `seed`, or (None) with any.
+
+    At ZeRO stage 3 it never is in memory as a whole: each parameter in turn is made, given its
+    weights and divided among the ranks; collective then.
+    """
+    if config.zero.stage < 3:
+        model = create_llama(config.model, config.train, grid, device)
+        if seed is not None:
+            model.init_weights(seed)
+        return model
+    model = create_llama(config.model, config.train, grid, torch.device("meta"))
+    weights = None if seed is None else WeightInit(config.model, seed)
+    holders: dict[Tensor, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for key, parameter in module.named_parameters(recurse=False):
+            holders.setdefault(parameter, []).append((module, key))  # tied ones have two
+    divide = deepspeed.zero.Init(config_dict_or_path=deepspeed_config(config))
+    for name, abstract in list(model.named_parameters()):
+        parameter = nn.Parameter(torch.empty_like(abstract, device=device))
+        if weights:
+            weights.fill(name, parameter)
+        else:  # finite, as those that PyTorch begins with: a benchmark trains on them
+            nn.init.normal_(parameter, std=config.model.init_std)
+        for module, key in holders[abstract]:
+            setattr(module, key, parameter)
+        divide._convert_to_zero_parameters([parameter])
+    return model
+
+
+class Engine:
+    """A model, its AdamW and DeepSpeed, driven one optimizer step at a time."""
+
+    def __init__(self, model: nn.Module, config: Config) -> None:
+        # DeepSpeed adds fields to parameters: Any.
+        self._names: dict[Any, str] = {p: name for name, p in model.named_parameters()}
+        self._stage = config.zero.stage
+        self._grad_clip = config.optim.grad_clip
+        self._unsharded_norm = float("nan")
+        self._moment_dtype = torch.bfloat16 if config.optim.state_dtype == "bf16" else torch.float32
+        adamw = create_optimizer(model, config)
+        if self._stage == 0:
+            adamw.register_step_pre_hook(self._clip_unsharded)
+        with redirect_stdout(io.StringIO()):  # stage 1 prints what memory it takes, in passing
+            self._engine, self._optimizer, _, _ = deepspeed.initialize(
+                model=model,
+                optimizer=adamw,
+                config=deepspeed_config(config),
+                dist_init_required=False,
+            )
+        self._adamw = adamw if self._stage == 0 else self._optimizer.optimizer
+        if isinstance(adamw, LowMemoryAdamW):
+            adamw.name_pieces(self._pieces())
+
+    @property
+    def module(self) -> nn.Module:
+        """The model, for evaluation."""
+        return self._engine.module
+
+    @property
+    def adam_step(self) -> int:
+        """Updates that Adam has made (skipped steps are none)."""
+        return max((int(state["step"]) for state in self._adamw.state.values()), default=0)
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """The model's summed loss of one micro-batch; `backward` must follow."""
+        loss_sum: Tensor = self._engine(*inputs)
+        return loss_sum
+
+    def backward(self, scaled_loss: Tensor) -> None:
+        """Accumulate the gradient of the last micro-batch.
+
+        Gradients are averaged over ranks: a loss sum scaled by world size / labels of the whole
+        step makes them those of the mean loss over the step's labels.
+        """
+        self._engine.backward(scaled_loss, scale_wrt_gas=False)
+
+    def step(self, lr: float) -> float:
+        """Clip and apply the accumulated gradients; returns their norm before clipping.
+
+        A norm that is not finite means that no rank applied the step.
+        """
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        self._engine.step()
+        if self._stage == 0:
+            return self._unsharded_norm
+        norm = self._engine.get_global_grad_norm()
+        return float(norm) if self._engine.was_step_applied() else float("nan")
+
+    def _clip_unsharded(self, *_: Any) -> None:
+        """Just before AdamW steps at stage 0, where DeepSpeed neither tells nor checks the norm."""
+        gradients = [p.grad for p in self._names if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        self._unsharded_norm = float(norm)
+        if not math.isfinite(self._unsharded_norm):
+            for parameter in self._names:
+                parameter.grad = None  # AdamW passes over parameters without a gradient
+        elif self._grad_clip:
+            torch.nn.utils.clip_grads_with_norm_(list(self._names), self._grad_clip, norm)
+
+    def parameter_slices(self) -> Iterator[ParameterSlice]:
+        """This rank's slices; what is written into them takes effect with `refresh_weights`."""
+        self._ensure_adam_state()
+        for index, (parameter, name) in enumerate(self._names.items()):
+            if self._stage == 0:
+                yield self._unsharded_slice(parameter, name, index)
+            elif self._stage == 3:
+                yield self._stage3_slice(parameter, name)
+            elif getattr(parameter, "_hp_mapping", None) is not None:
+                yield self._flat_slice(parameter, name)
+
+    def _pieces(self) -> dict[Tensor, list[Piece]]:
+        """What each tensor that AdamW updates holds of which parameters."""
+        slices = list(self.parameter_slices())
+        held = {state["exp_avg"].data_ptr(): p for p, state in self._adamw.state.items()}
+        pieces: dict[Tensor, list[Piece]] = {tensor: [] for tensor in held.values()}
+        for part in slices:
+            view, size = part.state["exp_avg"], part.stop - part.start
+            if size:
+                begin = int(view.storage_offset())
+                tensor = held[view.data_ptr() - begin * view.element_size()]
+                pieces[tensor].append(Piece(part.name, part.start, begin, size))
+        return pieces
+
+    def refresh_weights(self, adam_step: int) -> None:
+        """After slices were written: rebuild the working weights and set Adam's step count."""
+        for state in self._adamw.state.values():
+            state["step"].fill_(adam_step)
+        if self._stage in (1, 2):
+            self._optimizer.update_lp_params()
+        elif self._stage == 3:
+            for group in range(len(self._optimizer.fp16_groups)):
+                self._optimizer._reassign_or_swap_out_partitioned_parameters(group)
+            persistent = self._optimizer.persistent_parameters
+            if persistent:
+                persistent[0].partition(persistent)
+                persistent[0].all_gather(persistent)
+
+    def replicas(self) -> dict[str, Tensor]:
+        """Working weights that every rank holds whole, and that must be equal everywhere."""
+        return {
+            name: parameter.data
+            for parameter, name in self._names.items()
+            if self._stage < 3 or getattr(parameter, "ds_persist", False)
+        }
+
+    def kept(self) -> dict[str, Tensor]:
+        """Working weights and Adam state that this rank holds from one step to the next.
+
+        Only `step` and `refresh_weights` change them.
+        """
+        tensors = {
+            name: parameter.ds_tensor if self._stage == 3 else parameter.data
+            for parameter, name in self._names.items()
+        }
+        for piece in self.parameter_slices():
+            tensors |= {f"{piece.name}/{key}": value for key, value in piece.state.items()}
+        return tensors
+
+    def _ensure_adam_state(self) -> None:
+        """torch creates Adam's state at the first step; a checkpoint may need it before."""
+        if self._stage == 3:
+            held = self._optimizer.fp32_partitioned_groups_flat
+        else:
+            held = [p for group in self._adamw.param_groups for p in group["params"]]
+        for p in held:
+            if not self._adamw.state[p]:
+                step_device = p.device if self._adamw.defaults.get("fused") else torch.device("cpu")
+                self._adamw.state[p].update(new_state(p, self._moment_dtype, step_device))
+
+    def _unsharded_slice(self, parameter: nn.Parameter, name: str, index: int) -> ParameterSlice:
+        """Stage 0: every rank holds all of it, and the ranks take turns in owning parameters."""
+        state = {"master": parameter.data, **self._adamw.state[parameter]}
+        views = {key: state[key].view(-1) for key in STATE}
+        is_owned = index % dist.get_world_size() == dist.get_rank()
+        return ParameterSlice(name, parameter.shape, 0, parameter.numel(), views, is_owned)
+
+    def _flat_slice(self, parameter: Any, name: str) -> ParameterSlice:
+        """Stages 1 and 2: a window of this rank's partition of one flat buffer per group."""
+        mapping = parameter._hp_mapping
+        held, window = mapping.lp_fragment_address, mapping.hp_fragment_address
+        (flat,) = self._adamw.param_groups[mapping.param_group_index]["params"]
+        state = {"master": flat.detach(), **self._adamw.state[flat]}
+        views = {key: state[key].narrow(0, window.start, window.numel) for key in STATE}
+        return ParameterSlice(name, parameter.shape, held.start, held.start + held.numel, views)
+
+    def _stage3_slice(self, parameter: Any, name: str) -> ParameterSlice:
+        """Stage 3: each parameter is cut into equal parts, the last ones padded."""
+        size = parameter.ds_tensor.ds_numel
+        start = min(dist.get_rank() * size, parameter.ds_numel)
+        stop = min(start + size, parameter.ds_numel)
+        views = {}
+        for key in STATE:
+            which = None if key == "master" else key
+            view, _ = self._optimizer._get_fp32_opt_state_partition(
+                parameter, release_swap_buffers=False, optim_state_key=which
+            )
+            views[key] = view.detach()[: stop - start]
+        return ParameterSlice(name, parameter.ds_shape, start, stop, views)

@@ -1,0 +1,397 @@
+"""The training run, in order, on one page."""
+
+import hashlib
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from fold_parallel import Grid, create_grid
+from tensorlm.checkpoint import Checkpoint, check_resumable
+from tensorlm.checkpoint import saver as checkpoint
+from tensorlm.checkpoint.publish import sweep, was_imported
+from tensorlm.config import Config
+from tensorlm.data.loader import PackedRows, open_rows
+from tensorlm.data.prefetch import Feed
+from tensorlm.model.flops import num_parameters, peak_flops, recomputed_flops, train_flops
+from tensorlm.model.fused import runs_liger
+from tensorlm.runtime.errors import EXIT_DONE, EXIT_PREEMPTED, UserError
+from tensorlm.runtime.launch_env import LaunchEnv
+from tensorlm.runtime.preemption import StopRequest
+from tensorlm.runtime.watchdog import FOLDER, Watchdog
+
+from .engine import EXCHANGE_LIMIT, Engine, create_model, init_distributed, leave_distributed
+from .guards import MemoryGuard, StepGuard, check_data, check_disk_space, check_replicas, lock_run
+from .metrics import Metrics, git_commit, peak_memory_gib
+from .optim import learning_rate
+from .profiler import start_profiler
+
+# In the run's directory: asks rank 0, at the end of a step, for a checkpoint and an end. Once it is
+# obeyed it is renamed. Launchers do not pass every signal on; a file needs none of them.
+STOP_FILE, OBEYED_FILE = "STOP", "STOPPED"
+
+
+@dataclass
+class TrainState:
+    """All that a run is, besides its weights, Adam state and the window of its step guard."""
+
+    step: int = 0
+    rows: int = 0
+    tokens: int = 0  # of documents; padding is none
+    data_hash: str = ""  # of all rows so far, their tokens and their order
+
+
+@dataclass
+class Run:
+    """What this rank works with."""
+
+    config: Config
+    device: torch.device
+    grid: Grid
+    rows: PackedRows
+    feed: Feed
+    engine: Engine
+    guard: StepGuard
+    memory: MemoryGuard
+    watchdog: Watchdog
+    state: TrainState
+
+    @property
+    def dir(self) -> Path:
+        return Path(self.config.run.dir)
+
+
+def train(config: Config, launch: LaunchEnv, stop: StopRequest) -> int:
+    """Train from the newest checkpoint in `config.run.dir`, or from scratch where there is none.
+
+    Returns:
+        The exit code: EXIT_DONE, or EXIT_PREEMPTED after a signal or a stop file (saved, to be
+        continued).
+
+    Raises:
+        UserError: what the user can mend.
+    """
+    if launch.rank == 0:
+        lock_run(Path(config.run.dir))
+    if config.eval.every:
+        from tensorlm.evaluation.launch import check_held_out  # see evaluate_run
+
+        check_held_out(config)
+    run = start(config, launch)
+    state, watchdog = run.state, run.watchdog
+    saver = checkpoint.Saver(run.dir, config.checkpoint, state.step, watchdog.progress)
+    metrics = Metrics(config, state.step, git_commit()) if launch.rank == 0 else None
+    if metrics:
+        sweep(run.dir)
+        metrics.announce(describe_run(run))
+    stop_file = run.dir / STOP_FILE
+
+    def is_asked() -> bool:
+        """This rank knows a reason to end the run."""
+        return stop.is_asked or saver.has_failed or (launch.rank == 0 and stop_file.exists())
+
+    traced = config.train.profile if launch.rank == 0 else None
+    profiler = start_profiler(run.dir, traced, state.step) if traced else None
+
+    peak = peak_flops(run.device) * launch.world_size
+    last_step = config.train.stop_at or config.train.steps
+    stopping = lacks_evaluation(run) and evaluate_run(run, metrics, is_asked)
+    while state.step < last_step and not stopping:
+        started = time.perf_counter()
+        must_stop = is_asked()
+        if must_stop:
+            print(describe_stop(config, saver.has_failed), flush=True)
+        record, stopping = train_step(run, must_stop)
+        watchdog.enter("log", state.step)
+        if profiler:
+            profiler.step()
+        if metrics:
+            seconds = time.perf_counter() - started
+            record["perf/tokens_per_second"] = record.pop("step_tokens") / seconds
+            record["perf/mfu"] = record.pop("step_flops") / seconds / peak
+            record["perf/hfu"] = record.pop("computed_flops") / seconds / peak
+            record["perf/memory_gib"] = peak_memory_gib(run.device)
+            metrics.log_step(state.step, record)
+        save_every, check_every = config.checkpoint.every, config.guards.replica_every
+        is_last = stopping or state.step == last_step
+        is_evaluating = is_evaluated(config, state.step) and not stopping
+        # Before an evaluation, too: it takes long, and whatever ends it costs no step then.
+        is_due = is_last or is_evaluating or (save_every > 0 and state.step % save_every == 0)
+        is_saving = save_every > 0 and is_due
+        if check_every and (is_saving or state.step % check_every == 0):
+            check_replicas(run.engine.replicas(), state.step)
+        if is_saving:
+            watchdog.enter("save", state.step)
+            saver.save(state.step, run.engine.parameter_slices(), describe_state(run))
+        if is_evaluating:
+            stopping = evaluate_run(run, metrics, is_asked)
+
+    watchdog.enter("save", state.step)
+    saver.wait()
+    if profiler:
+        profiler.stop()
+    if metrics:
+        metrics.close()
+        if stop_file.exists():
+            stop_file.replace(stop_file.with_name(OBEYED_FILE))
+    leave_distributed()
+    watchdog.stop()
+    return EXIT_PREEMPTED if stopping and state.step < last_step else EXIT_DONE
+
+
+def describe_stop(config: Config, save_has_failed: bool) -> str:
+    """Why this start of the run ends with the step that is about to be done, and what is kept."""
+    if save_has_failed:
+        return "a save in the background has failed: ending after this step"
+    if not config.checkpoint.every:
+        return "stop requested: ending after this step, nothing is saved (checkpoint.every = 0)"
+    return "stop requested: saving after this step"
+
+
+def is_evaluated(config: Config, step: int) -> bool:
+    """Whether the model is evaluated after step `step`."""
+    return step > 0 and config.eval.every > 0 and step % config.eval.every == 0
+
+
+def lacks_evaluation(run: Run) -> bool:
+    """Whether an earlier start of the run saved this step and ended before it was evaluated."""
+    step = run.state.step
+    if not is_evaluated(run.config, step):
+        return False
+    from tensorlm.evaluation.launch import run_output
+
+    is_there = (run_output(run.config, step) / "report.json").exists()
+    return sum_over_ranks(run.device, run.grid.rank == 0 and not is_there)[0] > 0
+
+
+def evaluate_run(run: Run, metrics: Metrics | None, is_asked: Callable[[], bool]) -> bool:
+    """Evaluate the model as it is now, all ranks together.
+
+    Returns:
+        Whether they left between two passes, since `is_asked` said on any rank that the run is to
+        end; the next start evaluates this step then.
+    """
+    # They import transformers: a quarter of the time that a rank takes to start.
+    from tensorlm.evaluation.launch import evaluate_in_training
+    from tensorlm.evaluation.model import wrap_training_model
+    from tensorlm.evaluation.ranks import LeaveRequest, LeftError
+
+    step = run.state.step
+    run.watchdog.enter("eval", step)
+    leave = LeaveRequest(is_asked, run.device, step)
+    model = wrap_training_model(
+        run.config, run.engine.module, step, run.device, run.grid,
+        run.watchdog.progress, leave, run.state.tokens,
+    )  # fmt: skip
+    try:
+        evaluate_in_training(run.config, model, metrics.writer if metrics else None)
+    except LeftError:
+        if run.grid.rank == 0:
+            print(f"stop requested: leaving the evaluation of step {step}", flush=True)
+        return True
+    return False
+
+
+def start(config: Config, launch: LaunchEnv, before: int | None = None) -> Run:
+    """Set everything up, and load the newest checkpoint (older than step `before`)."""
+    config.check_world(launch.world_size)
+    run_dir = Path(config.run.dir)
+    # A replay may run beside the run itself, whose watchdogs must not take its reports for theirs.
+    reports = run_dir / (FOLDER if before is None else f"{FOLDER}-replay")
+    watchdog = Watchdog(config.guards, reports, launch.rank, launch.world_size)
+    rows = open_rows(config, "train", verify=False)
+    device = init_distributed(launch)
+    if config.train.attention == "triton" and device.type == "cpu":
+        raise UserError("train.attention: triton needs a GPU (auto, blocked and dense do not)")
+    if config.train.fused_layers == "liger" and device.type == "cpu":
+        raise UserError("train.fused_layers: liger needs a GPU (auto and torch do not)")
+    grid = create_grid(config.parallel.sp, EXCHANGE_LIMIT)
+    watchdog.enter("resume", 0)
+    if config.data.verify:
+        check_data(rows, launch.rank, launch.world_size, watchdog.progress)
+    found = checkpoint.newest_checkpoint(
+        run_dir, launch.rank, launch.world_size, before=before, progress=watchdog.progress
+    )
+    seed = config.run.seed if found is None else None
+    engine = Engine(create_model(config, grid, device, seed), config)
+    feed = Feed(rows, config, grid, pin=device.type == "cuda")
+    guard, memory = StepGuard(config), MemoryGuard(config.guards.replica_every)
+    run = Run(config, device, grid, rows, feed, engine, guard, memory, watchdog, TrainState())
+    if before is None and config.checkpoint.every:
+        check_room(run)
+    if found is not None:
+        resume(run, found)
+    return run
+
+
+def train_step(run: Run, must_stop: bool) -> tuple[dict[str, Any], bool]:
+    """One optimizer step: advances the state, returns what to log and whether any rank must stop.
+
+    Raises:
+        UserError: one of the guards ends the run.
+    """
+    config, grid, device, state = run.config, run.grid, run.device, run.state
+    run.watchdog.enter("data", state.step + 1)
+    stage = config.stage_at(state.step)
+    if state.step and config.stage_at(state.step - 1) != stage:
+        run.watchdog.expect_other_steps()
+    batches = run.feed.batches(state.step, state.rows)
+    run.watchdog.enter("forward", state.step + 1)
+    digest = sum(batch.digest for batch in batches)
+    recompute, chunk = config.train.activation_checkpointing, config.train.mlp_chunk
+    num_labels, num_tokens, num_flops, num_computed, num_stopping, *digest_parts = sum_over_ranks(
+        device,
+        sum(batch.num_labels for batch in batches),
+        sum(batch.num_tokens for batch in batches),
+        sum(train_flops(config.model, batch.text_depth) for batch in batches),
+        sum(
+            train_flops(config.model, batch.depth)
+            + recomputed_flops(config.model, batch.depth, recompute, chunk)
+            for batch in batches
+        ),
+        must_stop,
+        *(digest >> shift & 0xFFFF_FFFF for shift in (0, 32)),  # exact in float64
+    )
+
+    num_losses = max(1, num_labels)  # rows of single-token documents have no label
+    # DeepSpeed averages gradients over ranks; this makes them those of the mean over all labels.
+    loss_scale = torch.full((), grid.world_size / num_losses, device=device)
+    total_loss = torch.zeros((), device=device, dtype=torch.float64)
+    for index, batch in enumerate(batches, start=1):
+        loss = run.engine.forward(*batch.to(device))
+        total_loss += loss.detach()
+        if index == len(batches):
+            dist.all_reduce(total_loss)
+            # All ranks agree on the loss before the last backward pass. Gradients of a bad step
+            # become non-finite there, and DeepSpeed applies no such step, on any rank.
+            is_bad = ~(total_loss / num_losses <= run.guard.loss_limit())
+            loss_scale.masked_fill_(is_bad, torch.nan)
+        run.engine.backward(loss * loss_scale)
+    run.watchdog.enter("step", state.step + 1)
+    lr = learning_rate(state.step, config.train.steps, config.optim)
+    run.memory.check(state.step + 1, run.engine.kept)
+    grad_norm = run.engine.step(lr)
+    run.memory.remember(state.step + 1, run.engine.kept)
+    mean_loss = total_loss.item() / num_losses
+
+    state.step += 1
+    state.rows += stage.rows_per_step
+    state.tokens += int(num_tokens)
+    low, high = (int(part) for part in digest_parts)
+    consumed = f"{state.data_hash} {(low + (high << 32)) % (1 << 64)}"
+    state.data_hash = hashlib.sha256(consumed.encode()).hexdigest()[:16]
+    skipped = run.guard.judge(
+        state.step, mean_loss, grad_norm, lambda: run.rows.documents(last_rows(run))
+    )
+    if skipped and dist.get_rank() == 0:
+        print(f"skipped {skipped}", flush=True)
+    record = {
+        "train/loss": mean_loss,
+        "train/grad_norm": grad_norm,
+        "train/lr": lr,
+        "train/tokens": state.tokens,
+        "train/skipped": float(skipped is not None),
+        "data/labels": num_labels,
+        "data/seq_len": stage.seq_len,
+        "data/hash": state.data_hash,
+        "step_tokens": num_tokens,
+        "step_flops": num_flops,
+        "computed_flops": num_computed,
+    }
+    return record, num_stopping > 0
+
+
+def last_rows(run: Run) -> range:
+    """Global indices of the rows of the step that was done last."""
+    num_rows = run.config.stage_at(run.state.step - 1).rows_per_step
+    return range(run.state.rows - num_rows, run.state.rows)
+
+
+def check_room(run: Run) -> None:
+    """Raise UserError unless the disk has room for the checkpoints that are to be kept."""
+    slices = run.engine.parameter_slices()
+    own_bytes = sum(4 * t.numel() for s in slices if s.is_owned for t in s.state.values())
+    (num_bytes,) = sum_over_ranks(run.device, own_bytes)
+    check_disk_space(run.dir, int(num_bytes), run.config.checkpoint.keep_last)
+
+
+def resume(run: Run, found: Checkpoint) -> None:
+    """Continue from a whole checkpoint.
+
+    Raises:
+        UserError: it is of another model or data.
+    """
+    check_resumable(found, run.config, run.rows.fingerprint)
+    try:
+        run.state = TrainState(**found.manifest["state"])
+        # Earlier versions counted padding, too.
+        run.state.tokens = run.rows.num_tokens(run.state.rows)
+        run.guard.restore(found.manifest.get("guard", run.guard.state()))
+        adam_step = found.manifest["adam_step"]
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{found.folder}: not the manifest of a run ({error})") from None
+    checkpoint.check_names(found, (name for name, _ in run.engine.module.named_parameters()))
+    checkpoint.load(found, run.engine.parameter_slices())
+    run.engine.refresh_weights(adam_step)
+
+
+def describe_state(run: Run) -> dict[str, Any]:
+    """What the manifest of a checkpoint says besides who holds which slice."""
+    return {
+        "state": asdict(run.state),
+        "guard": run.guard.state(),
+        "adam_step": run.engine.adam_step,
+        "config": run.config.model_dump(mode="json", exclude_none=True),
+        "data_fingerprint": run.rows.fingerprint,
+        "tokenizer_sha256": run.rows.tokenizer_sha256,
+        "world_size": run.grid.world_size,
+    }
+
+
+def sum_over_ranks(device: torch.device, *values: float) -> list[float]:
+    """Each value summed over all ranks, in float64."""
+    total = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+def describe_run(run: Run) -> list[str]:
+    """What runs where, for the first lines of the log."""
+    config, grid = run.config, run.grid
+    fold = list(config.model.fold) or "none (full attention)"
+    begin = f"resumed after step {run.state.step}" if run.state.step else "from scratch"
+    if not run.state.step and was_imported(run.dir):
+        begin = "from imported weights"
+    is_gpu = run.device.type == "cuda"
+    name = torch.cuda.get_device_name(run.device) if is_gpu else "CPU"
+    num = num_parameters(run.engine.module)
+    layers = "Liger" if runs_liger(config.train.fused_layers, is_gpu) else "torch"
+    return [
+        f"run {config.run.dir}: {begin}, {config.train.steps} steps, commit {git_commit()}",
+        f"model: {num:,} parameters, fold {fold}, {config.train.dtype}, layers by {layers}",
+        *run.rows.describe(),
+        "steps: "
+        + ", then ".join(
+            f"{stage.steps:,} of {stage.rows_per_step:,} rows of {stage.seq_len:,} tokens"
+            for stage in config.stages
+        ),
+        f"ranks: {grid.world_size} x {name} (dp {grid.dp} x sp {grid.sp}), "
+        f"ZeRO stage {config.zero.stage}",
+        *_notes_on_tokenizers(run),
+    ]
+
+
+def _notes_on_tokenizers(run: Run) -> list[str]:
+    """A note where the run's weights were imported with another tokenizer than the data's."""
+    if not was_imported(run.dir):  # what follows imports transformers, which takes seconds
+        return []
+    from tensorlm.hf.import_folder import imported_folder
+    from tensorlm.hf.imported_tokenizer import describe_another_tokenizer
+
+    data = run.config.data.all_sources[0].path
+    note = describe_another_tokenizer(imported_folder(run.dir), Path(data) / "tokenizer", data)
+    return [note] if note else []

@@ -1,0 +1,130 @@
+"""What a person watches: the progress line, metrics.jsonl and TensorBoard, written by rank 0."""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.tensorboard import SummaryWriter
+
+from tensorlm.config import Config, config_toml
+from tensorlm.runtime.strict_json import json_text
+
+SETTINGS = "config.toml"  # in the run's folder: those of the newest start
+# TensorBoard sorts its other pages by tag, data/ before train/. Tags here are regular expressions.
+_LAYOUT = {
+    "training": {
+        "loss": ["Multiline", ["train/loss"]],
+        "gradient norm": ["Multiline", ["train/grad_norm"]],
+        "learning rate": ["Multiline", ["train/lr"]],
+    },
+    "held-out text": {"perplexity by length": ["Multiline", ["eval/ppl/.*"]]},
+    "speed": {
+        "tokens per second": ["Multiline", ["perf/tokens_per_second"]],
+        "share of the peak": ["Multiline", ["perf/mfu", "perf/hfu"]],
+        "memory in GiB": ["Multiline", ["perf/memory_gib"]],
+    },
+}
+
+
+class Metrics:
+    """One per run, on rank 0; the other ranks have none.
+
+    A resumed run continues all three outputs: records of steps that will be done again are dropped.
+    """
+
+    def __init__(self, config: Config, resumed_step: int, commit: str) -> None:
+        self.num_steps = config.train.steps
+        self.run_dir = Path(config.run.dir)
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        _drop_later_steps(self.run_dir / "metrics.jsonl", resumed_step)
+        (self.run_dir / SETTINGS).write_text(f"# commit {commit}\n{config_toml(config)}")
+        self._file = open(self.run_dir / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115
+        self.writer = SummaryWriter(
+            str(self.run_dir / "tensorboard"), purge_step=resumed_step + 1, flush_secs=10
+        )
+        self.writer.add_text("config", f"```toml\n{config_toml(config)}```", resumed_step)
+        self.writer.add_custom_scalars(_LAYOUT)
+        self._started = time.perf_counter()
+        self._first_step = resumed_step
+
+    def announce(self, lines: list[str]) -> None:
+        """Print the head of the log."""
+        print("\n".join(lines), f"watch: tensorboard --logdir {self.writer.log_dir}", sep="\n")
+
+    def log_step(self, step: int, record: dict[str, Any]) -> None:
+        """Record optimizer step `step` (from 1); keys are TensorBoard tags, where it takes them."""
+        self._file.write(json_text({"step": step, **record}) + "\n")
+        for tag, value in record.items():
+            if not isinstance(value, str):
+                self.writer.add_scalar(tag, value, step)
+        per_step = (time.perf_counter() - self._started) / (step - self._first_step)
+        print(
+            f"step {step:>{len(str(self.num_steps))}}/{self.num_steps} | "
+            f"loss {record['train/loss']:.4f} | grad norm {record['train/grad_norm']:.3f} | "
+            f"lr {record['train/lr']:.2e} | {record['perf/tokens_per_second']:,.0f} tokens/s | "
+            f"MFU {record['perf/mfu']:.1%} | {record['perf/memory_gib']:.2f} GiB | "
+            f"ETA {format_duration(per_step * (self.num_steps - step))}",
+            flush=True,
+        )
+
+    def close(self) -> None:
+        """Flush and close both files."""
+        self._file.close()
+        self.writer.close()
+
+
+def git_commit() -> str:
+    """Commit of the checkout that this code runs from, `-dirty` with changes; else `unknown`."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        result = subprocess.run(
+            command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+    return result.stdout.strip() or "unknown"
+
+
+def format_duration(seconds: float) -> str:
+    """`1d02h`, `3h07m`, `4m05s` or `12s`."""
+    minutes, s = divmod(round(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    days, h = divmod(hours, 24)
+    if days:
+        return f"{days}d{h:02d}h"
+    if hours:
+        return f"{h}h{m:02d}m"
+    return f"{m}m{s:02d}s" if minutes else f"{s}s"
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Peak memory of this rank: allocated on its GPU, or resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """The records of metrics.jsonl; a last line cut off by a kill is left out."""
+    path = run_dir / "metrics.jsonl"
+    records = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+def _drop_later_steps(path: Path, step: int) -> None:
+    kept = [record for record in read_metrics(path.parent) if record["step"] <= step]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(json_text(record) + "\n" for record in kept))
+    os.replace(temporary, path)

@@ -1,0 +1,60 @@
+"""AdamW, its parameter groups, and the learning-rate schedule, a pure function of the step."""
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from tensorlm.config import Config, OptimConfig
+
+from .adamw import LowMemoryAdamW
+
+
+def create_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
+    """AdamW over `model`, before DeepSpeed partitions it."""
+    groups, optim = parameter_groups(model, config.optim), config.optim
+    if optim.state_dtype == "bf16":
+        return LowMemoryAdamW(
+            groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, seed=config.run.seed
+        )
+    on_gpu = torch.cuda.is_available() and not config.zero.offload_optimizer
+    return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=on_gpu)
+
+
+def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
+    """Matrices decay; norms and hop biases do not."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    decayed = [p for p in parameters if not _is_undecayed(model, p)]
+    undecayed = [p for p in parameters if _is_undecayed(model, p)]
+    return [
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": undecayed, "weight_decay": 0.0},
+    ]
+
+
+def _is_undecayed(model: nn.Module, parameter: nn.Parameter) -> bool:
+    shape = getattr(parameter, "ds_shape", parameter.shape)  # whole, where ZeRO 3 divides it
+    return len(shape) < 2 or any(
+        p is parameter for name, p in model.named_parameters() if name.endswith("hop_bias")
+    )
+
+
+def learning_rate(step: int, num_steps: int, config: OptimConfig) -> float:
+    """Learning rate of optimizer step `step` (from 0) in a run of `num_steps`.
+
+    All schedules reach `lr` at the last step of the linear warm-up, or at the first step without
+    one. `cosine` then falls to `min_lr`, which the last step has; `wsd` (warm-up-stable-decay, Hu
+    et al. 2024, MiniCPM) stays and falls linearly over the last `decay_steps`, again to `min_lr`
+    at the last one; `constant` stays.
+    """
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    last = num_steps - 1
+    share = 1.0  # of the way from min_lr up to lr
+    if config.schedule == "cosine":
+        peak = max(0, config.warmup_steps - 1)
+        share = (1 + math.cos(math.pi * (step - peak) / max(1, last - peak))) / 2
+    elif config.schedule == "wsd":
+        share = min(1.0, (last - step) / max(1, config.decay_steps))
+    return config.min_lr * (1 - share) + config.lr * share

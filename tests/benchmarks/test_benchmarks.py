@@ -1,0 +1,111 @@
+"""Benchmarks compare like with like."""
+
+import json
+import math
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tensorlm.benchmarks import train
+from tensorlm.config import Config, load_config
+from tensorlm.model import Llama
+from tests.support.launching import ROOT, launch_environment
+
+
+@pytest.fixture
+def tiny(config: Path) -> Config:
+    return load_config(config, ["train.dtype=fp32"])
+
+
+def test_all_methods_train_the_same_model_where_one_window_holds_the_row(tiny: Config) -> None:
+    length = tiny.model.fold[0]  # the first hop sees it whole, so folding changes nothing
+    tokens = torch.randint(0, tiny.model.vocab_size, (1, length))
+    ours = train.build(tiny, "tensorized", length, torch.device("cpu"))
+    full = train.build(tiny, "full", length, torch.device("cpu"))
+    theirs = train.build(tiny, "huggingface", length, torch.device("cpu"))
+    weights = {
+        n.replace("self_attn.attention", "self_attn"): p for n, p in full.state_dict().items()
+    }
+    missing, unexpected = ours.load_state_dict(weights, strict=False)
+    assert not unexpected
+    assert all(name.endswith("hop_bias") for name in missing)
+    heads = {n if n.startswith("lm_head") else f"model.{n}": p for n, p in weights.items()}
+    theirs.load_state_dict(heads)
+    expected = ours(tokens, None, tokens) / length
+    torch.testing.assert_close(full(tokens, None, tokens) / length, expected)
+    logits = theirs(tokens).logits
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens.flatten())
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
+
+
+def test_every_method_is_measured_at_every_length(tiny: Config) -> None:
+    rows = list(train.measure(tiny, [32, 64], train.METHODS, 1))
+    assert {(row.method, row.length) for row in rows} == {
+        (method, length) for method in train.METHODS for length in (32, 64)
+    }
+    assert all(math.isfinite(row.mfu) and row.seconds > 0 for row in rows)
+    table = train.format_table(rows)
+    assert len(table.splitlines()) == 2 + len(rows)
+    assert "| full |" in table
+
+
+@pytest.mark.parametrize("limit", [0, 15, 16, 100, 1000, 123_456])
+def test_the_longest_length_is_found(limit: int) -> None:
+    found = train.longest(lambda length: length <= limit, 16)
+    assert found % 16 == 0
+    assert found <= limit < found + max(16, found / 32) + 16
+
+
+def test_launcher_writes_numbers_and_a_plot(tmp_path: Path, config: Path) -> None:
+    command = [
+        sys.executable, "launcher/benchmark.py", "train", "--config", str(config),
+        "--lengths", "32,64", "--methods", "tensorized,full", "--repeats", "1",
+        "--json", str(tmp_path / "rows.json"), "--plot", str(tmp_path / "rows.png"),
+    ]  # fmt: skip
+    done = subprocess.run(
+        command, cwd=ROOT, env=launch_environment(), capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    content = json.loads((tmp_path / "rows.json").read_text())
+    assert [row["length"] for row in content["rows"]] == [32, 64, 32, 64]
+    assert (tmp_path / "rows.png").read_bytes().startswith(b"\x89PNG")
+    longest = subprocess.run(
+        [*command, "--longest"], cwd=ROOT, env=launch_environment(), capture_output=True, text=True
+    )
+    assert longest.returncode == 2
+    assert longest.stderr.splitlines() == ["error: --longest: needs a CUDA device"]
+
+
+def test_methods_of_our_own_follow_the_memory_settings(config: Path) -> None:
+    saving = ["train.activation_offload=true", "train.mlp_chunk=16"]
+    settings = load_config(config, ["train.activation_checkpointing=true", *saving])
+    for method in ("tensorized", "full"):
+        model = train.build(settings, method, 64, torch.device("cpu"))
+        assert isinstance(model, Llama)
+        assert model.offload is not None
+        assert model.layers[0].mlp.chunk == 16
+
+
+def test_data_is_prepared_planned_and_served(
+    data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("tensorlm.benchmarks.data._SERVE_SECONDS", 0.01)
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")  # which the launcher sets for good
+    size = ["--documents", "1000", "--max-bytes", "300000"]
+    command = ["benchmark.py", "data", *size, "--tokenizer", str(data / "tokenizer")]
+    monkeypatch.setattr(sys, "argv", command)
+    assert runpy.run_path(str(ROOT / "launcher/benchmark.py"))["main"]() == 0
+    lines = capsys.readouterr().out.splitlines()
+    plans, (prepared,), served = (
+        [line for line in lines if line.startswith(kind)]
+        for kind in ("plan: ", "prepare: ", "serve: ")
+    )
+    assert [re.findall(r"[\d,]+", line)[0] for line in plans] == ["1,000"] * 3
+    assert re.search(r"tokenizer alone [\d.]+ MB/s, a worker [\d.]+ MB/s", prepared)
+    assert all(re.search(r"rows of [\d,]+: [1-9]\d* M tokens/s", line) for line in served)
+    assert len(served) == 3

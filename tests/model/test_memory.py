@@ -1,0 +1,193 @@
+"""What saves memory: the same losses and gradients, and less of it."""
+
+import sys
+import threading
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tensorlm.benchmarks.accounting import PeakMemory
+from tensorlm.config import ModelConfig
+from tensorlm.model import Llama
+from tensorlm.model.layers import SwiGLU
+from tensorlm.model.output_head import OutputHead
+
+LAYERS = 4
+
+
+def small(**changes: Any) -> ModelConfig:
+    shape: dict[str, Any] = {
+        "vocab_size": 97, "hidden_size": 48, "intermediate_size": 160, "num_layers": LAYERS,
+        "num_heads": 4, "num_kv_heads": 2, "fold": (8,),
+    }  # fmt: skip
+    return ModelConfig.model_validate({**shape, **changes})
+
+
+def build(config: ModelConfig, **options: Any) -> Llama:
+    model = Llama(config, **options).double()
+    model.init_weights(seed=3)
+    return model
+
+
+def batch(length: int = 64) -> tuple[Tensor, None, Tensor]:
+    tokens, labels = torch.randint(97, (2, 2, length), generator=torch.Generator().manual_seed(1))
+    return tokens, None, labels
+
+
+def train_twice(model: Llama) -> tuple[float, list[Tensor | None]]:
+    """Loss and gradients of two micro-batches, after a pass without gradients."""
+    with torch.no_grad():
+        model(*batch())
+    for length in (64, 32):
+        loss = model(*batch(length))
+        (loss * 0.3).backward()
+    return loss.item(), [p.grad for p in model.parameters()]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"activation_checkpointing": True},
+        {"activation_checkpointing": True, "activation_offload": True},
+        {"mlp_chunk": 24},
+        {"activation_checkpointing": True, "mlp_chunk": 24, "loss_chunk": 40},
+        {"activation_checkpointing": True, "activation_offload": True, "mlp_chunk": 1},
+    ],
+    ids=lambda options: " ".join(options),
+)
+def test_saving_memory_changes_no_gradient(options: dict[str, Any], tied: bool) -> None:
+    config = small(tie_embeddings=tied)
+    expected, gradients = train_twice(build(config))
+    loss, found = train_twice(build(config, **options))
+    assert loss == pytest.approx(expected, rel=1e-13)
+    for ours, plain in zip(found, gradients, strict=True):
+        assert plain is not None
+        torch.testing.assert_close(ours, plain, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_hidden_states_leave_the_device_until_backward(offload: bool) -> None:
+    model = build(small(), activation_checkpointing=True, activation_offload=offload)
+    inputs: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
+    for block in model.layers:
+        block.register_forward_pre_hook(lambda _, args: inputs.add(args[0].untyped_storage()))
+    loss = model(*batch())
+    assert len(inputs) == (1 if offload else LAYERS)  # backward begins with the last one
+    loss.backward()
+    assert not inputs
+
+
+def test_host_buffers_are_used_again() -> None:
+    model = build(small(), activation_checkpointing=True, activation_offload=True)
+    assert model.offload is not None
+    free = model.offload.free_buffers
+    model(*batch()).backward()
+    first = {buffer.data_ptr() for buffer in free}
+    assert len(first) == LAYERS
+    model(*batch())  # its backward never comes
+    model(*batch()).backward()
+    assert {buffer.data_ptr() for buffer in free} == first
+    model(*batch(32)).backward()  # rows of another stage
+    assert [buffer.shape for buffer in free] == [(2, 32, 48)] * LAYERS
+
+
+def peak_of(module: torch.nn.Module, *inputs: Any) -> int:
+    with PeakMemory() as memory:
+        module(*inputs).sum().backward()
+    return memory.peak
+
+
+def test_no_tensor_that_another_thread_frees_is_missed() -> None:
+    memory, interval = PeakMemory(), sys.getswitchinterval()
+    with memory:
+        given = [torch.empty(25) for _ in range(20_000)]
+    own = [torch.empty(25).untyped_storage() for _ in range(20_000)]
+
+    def free() -> None:
+        while given:
+            given.pop()
+
+    other = threading.Thread(target=free)
+    sys.setswitchinterval(1e-6)
+    try:
+        other.start()
+        for storage in own:
+            memory._count(storage)
+        other.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert memory.live == 100 * len(own)
+
+
+def test_tiles_of_the_mlp_take_the_memory_of_one_tile() -> None:
+    config = small(intermediate_size=1000)
+    x = torch.randn(1, 4096, 48, requires_grad=True)
+    whole, tiled = (peak_of(SwiGLU(config, chunk), x) for chunk in (0, 256))
+    weights = 3 * 4 * 48 * 1000
+    assert whole > 6 * 4096 * 1000 * 4
+    # Input and output, their gradients; those of the weights, twice; 8 intermediates of a tile.
+    assert tiled < 5 * x.nbytes + 3 * weights + 8 * 256 * 1000 * 4
+
+
+def test_chunks_of_the_head_take_the_memory_of_one_chunk() -> None:
+    head, hidden = OutputHead(48, 5000), torch.randn(1024, 48, requires_grad=True)
+    labels = torch.randint(5000, (1024,))
+    whole, chunked = (peak_of(head, hidden, labels, chunk) for chunk in (0, 64))
+    assert whole > 2 * 1024 * 5000 * 4
+    assert chunked < 3 * 64 * 5000 * 4 + 3 * head.weight.nbytes + 2 * hidden.nbytes
+
+
+@pytest.mark.parametrize("part", ["head", "mlp"])
+def test_gradients_in_bf16_are_no_worse_for_many_chunks(part: str) -> None:
+    x = torch.randn(512, 48, generator=torch.Generator().manual_seed(2)).bfloat16()
+    labels = torch.arange(512) % 97
+    layer = OutputHead(48, 97) if part == "head" else SwiGLU(small())
+    exact, few, many = (
+        gradients(layer, dtype, x, labels, chunk)
+        for dtype, chunk in ((torch.float64, 256), (torch.bfloat16, 256), (torch.bfloat16, 4))
+    )
+    for weight, found in enumerate(many):
+        error = (found - exact[weight]).norm()
+        assert 0 < error < 1.5 * (few[weight] - exact[weight]).norm()
+
+
+def gradients(
+    layer: OutputHead | SwiGLU, dtype: torch.dtype, x: Tensor, labels: Tensor, chunk: int
+) -> list[Tensor]:
+    """Of a sum of losses with respect to all weights, which are rounded to bf16 before."""
+    layer = layer.bfloat16().to(dtype)
+    layer.zero_grad()
+    if isinstance(layer, OutputHead):
+        loss = layer(x.to(dtype), labels, chunk)
+    else:
+        layer.chunk = chunk
+        loss = layer(x.to(dtype)).double().square().sum()
+    loss.backward()
+    return [p.grad.double() for p in layer.parameters() if p.grad is not None]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_offload_on_a_gpu_changes_the_peak_and_nothing_else() -> None:
+    config = small(hidden_size=1024, num_heads=8, intermediate_size=1024, num_layers=12, fold=(64,))
+    inputs = [torch.randint(97, (1, 16384), device="cuda") for _ in range(4)]
+    gradients, peaks = [], []
+    for offload in (False, True):
+        model = Llama(config, activation_checkpointing=True, activation_offload=offload)
+        model.init_weights(seed=3)
+        model = model.to("cuda", torch.bfloat16)
+        torch.cuda.reset_peak_memory_stats()
+        for tokens in inputs:  # no synchronization between them
+            model(tokens, None, tokens).backward()
+        gradients.append([p.grad.cpu() for p in model.parameters() if p.grad is not None])
+        peaks.append(torch.cuda.max_memory_allocated())
+        if model.offload:
+            assert len(model.offload.free_buffers) == 12
+        del model
+    assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))
+    hidden_state = 16384 * 1024 * 2
+    assert peaks[1] < peaks[0] - 8 * hidden_state

@@ -1,0 +1,70 @@
+"""Command lines: settings anywhere, what cannot be measured refused, a reader that has left."""
+
+import argparse
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tensorlm.runtime.arguments import parse_arguments
+from tensorlm.runtime.errors import EXIT_BROKEN_PIPE, EXIT_USER_ERROR
+from tests.support.launching import ROOT, launch_environment
+
+
+def parse(monkeypatch: pytest.MonkeyPatch, *words: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    commands = parser.add_subparsers()
+    convert, other = commands.add_parser("convert"), commands.add_parser("other")
+    convert.add_argument("--dtype")
+    convert.add_argument("overrides", nargs="*")
+    other.add_argument("--dtype")
+    monkeypatch.setattr(sys, "argv", ["launcher", *words])
+    return parse_arguments(parser)
+
+
+def test_settings_may_stand_anywhere_behind_their_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    args = parse(monkeypatch, "convert", "a.b=1", "--dtype", "bf16", "c.d=2", "e.f=3")
+    assert (args.dtype, args.overrides) == ("bf16", ["a.b=1", "c.d=2", "e.f=3"])
+
+
+@pytest.mark.parametrize("words", [("convert", "a.b=1", "--strange"), ("other", "a.b=1")])
+def test_what_is_no_setting_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: tuple[str, ...]
+) -> None:
+    with pytest.raises(SystemExit):
+        parse(monkeypatch, *words)
+    assert f"unrecognized arguments: {words[-1]}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        ("data --documents 0", "--documents: must be positive"),
+        ("train --config configs/demo.toml --repeats 0", "--repeats: must be positive"),
+        ("train --config configs/demo.toml --lengths 8,0", "--lengths: 8,0 is not a list"),
+        ("train --config configs/demo.toml --plot x.svgz", "--plot: x.svgz is no PNG"),
+        ("sp --config configs/demo.toml --overlap 2 --only-project", "--overlap: must be from 0"),
+    ],
+)
+def test_benchmarks_refuse_what_they_cannot_measure(words: str, problem: str) -> None:
+    command = [sys.executable, "launcher/benchmark.py", *words.split()]
+    result = subprocess.run(
+        command, cwd=ROOT, env=launch_environment(), capture_output=True, text=True, timeout=60
+    )
+    assert result.returncode == EXIT_USER_ERROR
+    assert result.stderr.splitlines()[-1].startswith(f"error: {problem}")
+
+
+@pytest.mark.parametrize("size", [10, 1_000_000])
+def test_a_reader_that_has_left_is_no_error(size: int) -> None:
+    ours, theirs = os.pipe()
+    os.close(ours)
+    code = "from tensorlm.runtime.errors import run_launcher\n"
+    code += f"run_launcher(lambda: print('x' * {size}))"
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=theirs, stderr=subprocess.PIPE, timeout=60
+    )
+    os.close(theirs)
+    assert result.returncode == EXIT_BROKEN_PIPE
+    assert result.stderr == b""

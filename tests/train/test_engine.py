@@ -1,0 +1,53 @@
+"""The model that an engine is made of, divided while it is made."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from fold_parallel import Grid
+from tensorlm.config import Config
+from tensorlm.model import create_llama
+from tensorlm.runtime.launch_env import LaunchEnv
+from tensorlm.train.engine import create_model, init_distributed
+from tensorlm.train.optim import parameter_groups
+from tests.support.counted import small
+from tests.support.distributed import run_distributed
+
+
+def divided_weights(config: Config, seed: int) -> tuple[dict[str, torch.Tensor], list[list[str]]]:
+    """Every parameter put together from the ranks' shards, and names by the optimizer's group."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    device = init_distributed(LaunchEnv(rank, size, rank, size, "127.0.0.1", 0))
+    model = create_model(config, Grid(size, rank), device, seed)
+    whole, names = {}, {}
+    parameter: Any  # DeepSpeed adds fields
+    for name, parameter in model.named_parameters():
+        assert parameter.numel() == 0  # nothing is left of it but its shard
+        shards = [torch.empty_like(parameter.ds_tensor) for _ in range(size)]
+        dist.all_gather(shards, parameter.ds_tensor.data)
+        whole[name] = torch.cat(shards)[: parameter.ds_numel].view(parameter.ds_shape)
+        names[parameter] = name
+    groups = [[names[p] for p in g["params"]] for g in parameter_groups(model, config.optim)]
+    return whole, groups
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_zero_3_makes_the_weights_of_any_other_stage(dtype: str, tied: bool) -> None:
+    config = small(
+        zero__stage=3, train__dtype=dtype, model__tie_embeddings=tied, model__fold="[16]",
+        train__rows_per_step=2,
+    )  # fmt: skip
+    model = create_llama(config.model, config.train, Grid(), torch.device("cpu"))
+    model.init_weights(7)
+    expected = dict(model.named_parameters())
+    names = {p: name for name, p in expected.items()}
+    groups = [[names[p] for p in g["params"]] for g in parameter_groups(model, config.optim)]
+    for whole, own_groups in run_distributed(divided_weights, 2, config, 7, time_limit=120):
+        assert list(whole) == list(expected)
+        for name, parameter in expected.items():
+            assert whole[name].dtype == parameter.dtype
+            assert torch.equal(whole[name], parameter), name
+        assert own_groups == groups
