@@ -20,7 +20,8 @@ from pathlib import Path
 
 from tensorlm.config import load_config
 from tensorlm.runtime.arguments import check_plot, check_positive, parse_arguments, parse_lengths
-from tensorlm.runtime.errors import UserError, run_launcher
+from tensorlm.runtime.errors import UserError
+from tensorlm.runtime.exit import run_launcher
 from tensorlm.runtime.launch_env import grow_memory_segments, read_launch_env
 from tensorlm.runtime.strict_json import json_text
 

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from tensorlm.config import Config, load_config, parse_config
 from tensorlm.runtime.arguments import parse_arguments
-from tensorlm.runtime.errors import UserError, run_launcher
+from tensorlm.runtime.errors import UserError
+from tensorlm.runtime.exit import run_launcher
 
 
 def main() -> int:

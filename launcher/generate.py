@@ -9,7 +9,8 @@ import os
 import sys
 from pathlib import Path
 
-from tensorlm.runtime.errors import UserError, run_launcher
+from tensorlm.runtime.errors import UserError
+from tensorlm.runtime.exit import run_launcher
 
 
 def main() -> int:

@@ -12,7 +12,8 @@ from tensorlm.plan.gpus import find_gpu
 from tensorlm.plan.planning import make_plan
 from tensorlm.plan.proposals import propose
 from tensorlm.plan.report import format_plan, plan_json
-from tensorlm.runtime.errors import UserError, run_launcher
+from tensorlm.runtime.errors import UserError
+from tensorlm.runtime.exit import run_launcher
 from tensorlm.runtime.strict_json import json_text
 
 

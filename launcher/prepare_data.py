@@ -25,7 +25,8 @@ from tensorlm.data.tokenizer.tokenizers import (
     load_tokenizer,
     train_tokenizer,
 )
-from tensorlm.runtime.errors import UserError, run_launcher
+from tensorlm.runtime.errors import UserError
+from tensorlm.runtime.exit import run_launcher
 from tensorlm.runtime.launch_env import launched_world_size
 
 

@@ -5,7 +5,8 @@ Works the same under deepspeed, torchrun, srun, mpirun and plain python.
 
 import argparse
 
-from tensorlm.runtime.errors import EXIT_DONE, EXIT_PREEMPTED, run_launcher
+from tensorlm.runtime.errors import EXIT_DONE, EXIT_PREEMPTED
+from tensorlm.runtime.exit import run_launcher
 from tensorlm.runtime.preemption import StopRequest
 
 

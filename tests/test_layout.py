@@ -40,6 +40,88 @@ def test_imports_run_one_way(package: str) -> None:
             assert not forbidden & {name.split(".")[0] for name in names}, path
 
 
+# The rooms of tensorlm, from the ground up: each imports from floors below its own, rooms of one
+# floor do not know one another.
+FLOORS = [
+    ["runtime"],
+    ["config"],
+    ["batch"],
+    ["data", "model", "checkpoint"],
+    ["hf", "plan"],
+    ["evaluation"],
+    ["train"],
+    ["benchmarks"],
+]
+
+
+def rooms_imported(path: Path) -> set[str]:
+    """The rooms of tensorlm that a module of it imports, also inside functions."""
+    package = ("tensorlm", *path.relative_to(ROOT / "tensorlm").parts[:-1])
+    rooms = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) + 1 - node.level] if node.level else ()
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            names = [f"{module}.{alias.name}" for alias in node.names]
+        parts = [name.split(".") for name in names]
+        rooms |= {part[1] for part in parts if part[0] == "tensorlm" and len(part) > 1}
+    return rooms - {"__version__"}
+
+
+def test_rooms_import_only_from_floors_below() -> None:
+    floor_of = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+    rooms = {path.stem for path in (ROOT / "tensorlm").glob("[!_]*") if path.suffix in ("", ".py")}
+    assert rooms == floor_of.keys()
+    assert len(rooms) <= 12
+    arrows = {
+        (path.relative_to(ROOT / "tensorlm").parts[0].removesuffix(".py"), other, path.name)
+        for path in (ROOT / "tensorlm").rglob("*.py")
+        for other in rooms_imported(path)
+    }
+    seen = {room for room, _, _ in arrows}
+    assert seen >= floor_of.keys() - {"runtime", "batch"}
+    wrong = [
+        f"{room}/{name} imports {other}"
+        for room, other, name in sorted(arrows)
+        if room != other and room != "__init__" and floor_of[other] >= floor_of[room]
+    ]
+    assert wrong == []
+
+
+def test_the_ground_needs_torch_and_tqdm_only() -> None:
+    allowed = {*sys.stdlib_module_names, "tensorlm", "torch", "tqdm", "mpi4py"}  # under mpirun
+    used = {
+        name.split(".")[0]
+        for path in (ROOT / "tensorlm/runtime").glob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Import) or (isinstance(node, ast.ImportFrom) and not node.level)
+        for name in (
+            [alias.name for alias in node.names]
+            if isinstance(node, ast.Import)
+            else [node.module or ""]
+        )
+    }
+    assert used <= allowed
+
+
+WITHOUT_DEEPSPEED = """
+import pkgutil, importlib, sys
+
+for room in ("hf", "evaluation", "checkpoint", "data", "model", "plan"):
+    package = importlib.import_module(f"tensorlm.{room}")
+    for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+        importlib.import_module(module.name)
+assert "deepspeed" not in sys.modules
+"""
+
+
+def test_only_training_loads_deepspeed() -> None:
+    subprocess.run([sys.executable, "-c", WITHOUT_DEEPSPEED], cwd=ROOT, check=True)
+
+
 def test_only_the_engine_imports_deepspeed() -> None:
     users = [
         path.relative_to(ROOT).as_posix()

@@ -21,7 +21,8 @@ from tensorlm.config import Config
 from tensorlm.model import Block
 from tensorlm.model.layers import rotary_table
 from tensorlm.runtime.launch_env import LaunchEnv
-from tensorlm.train.engine import init_distributed, leave_distributed
+from tensorlm.runtime.ranks import leave_distributed
+from tensorlm.train.engine import init_distributed
 
 LAYER, ATTENTION = "decoder layer", "its attention"
 SERIAL, SWAP = "attention, swap of q and k before hop 1", "swap of q and k alone"

@@ -1,35 +1,25 @@
 """A run's state becomes files, and files a state again; knows no engine."""
 
-from .manifest import (
-    Checkpoint,
-    check_model,
-    check_resumable,
-    list_steps,
-    manifest_text,
-    open_checkpoint,
-    step_folder,
-)
-from .saver import (
-    Saver,
-    check_names,
-    gather_json,
-    load,
-    load_weights,
-    newest_checkpoint,
-    select_checkpoint,
-)
+from .compatible import check_model, check_resumable, model_differences
+from .load import check_names, load_slices, load_weights, newest_checkpoint, select_checkpoint
+from .manifest import Checkpoint, list_steps, manifest_text, open_checkpoint, step_folder
+from .saver import Saver, check_disk_space
+from .slices import STATE, ParameterSlice
 
 __all__ = [
+    "STATE",
     "Checkpoint",
+    "ParameterSlice",
     "Saver",
+    "check_disk_space",
     "check_model",
     "check_names",
     "check_resumable",
-    "gather_json",
     "list_steps",
-    "load",
+    "load_slices",
     "load_weights",
     "manifest_text",
+    "model_differences",
     "newest_checkpoint",
     "open_checkpoint",
     "select_checkpoint",

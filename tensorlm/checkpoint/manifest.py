@@ -22,11 +22,11 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationErr
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from tensorlm.config import Config, model_differences
 from tensorlm.runtime import disk
 from tensorlm.runtime.errors import UserError
 from tensorlm.runtime.progress import byte_bar
-from tensorlm.train.engine import STATE
+
+from .slices import STATE
 
 FORMAT = "tensorlm-checkpoint"
 VERSION = 1
@@ -177,48 +177,6 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         odd = sorted(found - names) or sorted(names - found)
         raise UserError(f"{folder}: {odd[0]} is {'strange' if found - names else 'missing'}")
     return Checkpoint(folder, manifest)
-
-
-def check_resumable(checkpoint: Checkpoint, config: Config, data_fingerprint: str) -> None:
-    """The run of `config`, on data of this fingerprint, can go on from `checkpoint`.
-
-    Raises:
-        UserError: it is of another model, data, or other rows a step.
-    """
-    check_model(checkpoint, config)
-    try:
-        state, fingerprint = checkpoint.manifest["state"], checkpoint.manifest["data_fingerprint"]
-        step, rows = int(state["step"]), int(state["rows"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{checkpoint.folder}: not the manifest of a run ({error})") from None
-    if rows and fingerprint != data_fingerprint:
-        raise UserError(
-            f"{checkpoint.folder}: was trained on other data, or with another data section or seed "
-            "(restore them, or choose a new run.dir)"
-        )
-    # The last stage has no end: it may go on with other rows a step.
-    earlier = config.rows_after(sum(stage.steps for stage in config.train.earlier_stages))
-    expected = config.rows_after(step)
-    fits = rows >= earlier if expected >= earlier else rows == expected
-    if not fits:
-        raise UserError(
-            f"train.earlier_stages: {step} steps have {min(expected, earlier)} rows, "
-            f"{checkpoint.folder} has {rows} (set them back, or choose a new run.dir)"
-        )
-
-
-def check_model(checkpoint: Checkpoint, config: Config) -> None:
-    """The configured model is the one that was trained.
-
-    Raises:
-        UserError: a line for each setting that differs.
-    """
-    try:
-        differences = model_differences(checkpoint.manifest["config"], config)
-    except (KeyError, TypeError, ValueError):
-        raise UserError(f"{checkpoint.folder}: not the checkpoint of a run") from None
-    if differences:
-        raise UserError(*(f"{checkpoint.folder}: {line}" for line in differences))
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:

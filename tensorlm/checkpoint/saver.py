@@ -6,7 +6,7 @@ how it is read, `publish.py` the order of writing.
 """
 
 import contextlib
-import json
+import shutil
 import time
 import traceback
 from collections.abc import Callable, Iterable
@@ -16,30 +16,26 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from tensorlm.config import CheckpointConfig
 from tensorlm.runtime import disk
 from tensorlm.runtime.errors import UserError
-from tensorlm.train.engine import EXCHANGE_LIMIT, STATE, ParameterSlice
+from tensorlm.runtime.ranks import EXCHANGE_LIMIT, gather_json
 
-from .manifest import Checkpoint, list_steps, open_checkpoint, step_folder
+from .manifest import list_steps, step_folder
 from .publish import (
-    LEDGER,
     describe_os_error,
-    has_trained,
     note,
     publish,
     remove,
     start_folder,
-    was_imported,
     write_manifest,
     write_safetensors,
 )
+from .slices import ParameterSlice
 
 _Result = TypeVar("_Result")
-_SHOWN_STEPS = 8  # where one is asked for that is not there
-_STALE_SECONDS = 90.0  # NFS may show a folder as it was a minute ago
 
 # ------------------------------------------------------------------------------------------- write
 
@@ -223,179 +219,21 @@ class Saver:
 # -------------------------------------------------------------------------------------------- read
 
 
-def newest_checkpoint(
-    run_dir: Path,
-    rank: int = 0,
-    world_size: int = 1,
-    *,
-    before: int | None = None,
-    progress: Callable[[], None] = lambda: None,
-) -> Checkpoint | None:
-    """The newest checkpoint (older than step `before`) that verifies; None in a run without any.
-
-    Collective where `world_size` > 1: rank 0 lists the folder and decides what is there, every rank
-    checks its share of the files, and all agree.
+def check_disk_space(run_dir: Path, num_bytes: int, num_kept: int) -> None:
+    """A checkpoint of `num_bytes` fits; a warning where not all that will be kept do.
 
     Raises:
-        UserError: there are, or were, checkpoints and none is good: a run never starts over by
-            itself, from imported weights either, nor is a run that began with imported weights
-            replayed from others.
+        UserError: it does not fit.
     """
-    steps = [s for s in list_steps(run_dir) if before is None or s < before]
-    if before is None and has_trained(run_dir):
-        steps = [s for s in steps if s > 0]
-    had_some = (run_dir / LEDGER).exists() if before is None else was_imported(run_dir)
-    if world_size > 1:
-        steps, had_some = gather_json([steps, had_some])[0]
-    reasons = []
-    for step in steps:
-        folder = step_folder(run_dir, step)
-        try:
-            return _verify(folder, rank, world_size, progress)
-        except UserError as error:
-            reasons.append(f"{folder.name}: {error.problems[0].removeprefix(f'{folder}/')}")
-        if rank == 0:
-            print(f"checkpoint passed over: {reasons[-1]}", flush=True)
-    if reasons:
+    free = shutil.disk_usage(run_dir).free
+    if free < num_bytes:
         raise UserError(
-            f"{run_dir}: no checkpoint is whole ({'; '.join(reasons[:3])}) "
-            "(restore one, or choose a new run.dir)"
+            f"run.dir: {free / 2**30:.2f} GiB are free, one checkpoint takes "
+            f"{num_bytes / 2**30:.2f} GiB (free some, or choose another run.dir)"
         )
-    if had_some:
-        raise UserError(
-            f"{run_dir}: its checkpoints are gone, {LEDGER} lists them "
-            "(restore one, or choose a new run.dir)"
-            if before is None
-            else f"--replay: no checkpoint before step {before} is left, and the run began with "
-            "imported weights (import them again, into another run.dir, and train)"
+    if free < num_bytes * (num_kept + 1):
+        print(
+            f"warning: {run_dir}: {free / 2**30:.2f} GiB are free, {num_kept} checkpoints and one "
+            f"in the making take {num_bytes * (num_kept + 1) / 2**30:.2f} GiB",
+            flush=True,
         )
-    return None
-
-
-def select_checkpoint(
-    run_dir: Path, step: int | None, rank: int = 0, world_size: int = 1
-) -> Checkpoint:
-    """The verified checkpoint of `step`, or the newest one.
-
-    Collective where `world_size` > 1: every rank checks its share of the files.
-
-    Raises:
-        UserError: there is none, or it is damaged.
-    """
-    if step is not None:
-        steps = list_steps(run_dir)
-        if world_size > 1:
-            steps = gather_json(steps)[0]
-        if step not in steps:
-            shown = ", ".join(map(str, steps[:_SHOWN_STEPS]))
-            if len(steps) > _SHOWN_STEPS:
-                shown += ", ..."
-            fix = f"choose one of {shown}" if steps else "train first, or set run.dir"
-            raise UserError(f"{run_dir}: no checkpoint of step {step} ({fix})")
-        return _verify(step_folder(run_dir, step), rank, world_size)
-    newest = newest_checkpoint(run_dir, rank, world_size)
-    if newest is None:
-        raise UserError(f"{run_dir}: no checkpoint (train first, or set run.dir)")
-    return newest
-
-
-def _verify(
-    folder: Path, rank: int, world_size: int, progress: Callable[[], None] = lambda: None
-) -> Checkpoint:
-    """The checkpoint in `folder`: rank 0 opens it first, then every rank checks its share.
-
-    Raises:
-        UserError: on all ranks, with all that is wrong for any of them.
-    """
-    share = gather_json if world_size > 1 else lambda problems: [problems]
-    checkpoint, problems = _open(folder, rank, progress) if rank == 0 else (None, [])
-    problems = share(problems)[0]
-    if not problems:
-        if rank > 0:
-            checkpoint, problems = _open(folder, rank, progress)
-        if checkpoint is not None:
-            bad = checkpoint.bad_files(rank, world_size, progress)
-            problems = [f"{folder}/{problem}" for problem in bad]
-        problems = [problem for part in share(problems) for problem in part]
-    if problems or checkpoint is None:
-        raise UserError(*problems)
-    return checkpoint
-
-
-def _open(
-    folder: Path, rank: int, progress: Callable[[], None]
-) -> tuple[Checkpoint | None, list[str]]:
-    """The checkpoint, or what is wrong with it. Ranks above 0 know that it is there, and wait."""
-    deadline = time.monotonic() + (_STALE_SECONDS if rank else 0)
-    while True:
-        try:
-            return open_checkpoint(folder), []
-        except UserError as error:
-            if time.monotonic() >= deadline:
-                whose = f"rank {rank}: " if rank else ""
-                return None, [f"{whose}{problem}" for problem in error.problems]
-        progress()
-        time.sleep(0.5)
-
-
-def load(checkpoint: Checkpoint, slices: Iterable[ParameterSlice]) -> None:
-    """Fill this rank's slices from a checkpoint; `Engine.refresh_weights` must follow.
-
-    Raises:
-        UserError: names or shapes are not those of this model.
-    """
-    shapes = checkpoint.shapes
-    keys = STATE if checkpoint.has_adam_state() else ("master",)
-    for piece in slices:
-        found = shapes.get(piece.name)
-        if found != tuple(piece.shape):
-            raise UserError(
-                f"{checkpoint.folder}: {piece.name} is {found or 'absent'}, "
-                f"the model has {tuple(piece.shape)}"
-            )
-        for key in keys:
-            piece.state[key].copy_(checkpoint.read(piece.name, key, piece.start, piece.stop))
-
-
-def check_names(checkpoint: Checkpoint, names: Iterable[str]) -> None:
-    """Every parameter of a checkpoint is one of the model's, `names`.
-
-    Raises:
-        UserError: naming one that is not.
-    """
-    strange = sorted(checkpoint.shapes.keys() - set(names))
-    if strange:
-        raise UserError(f"{checkpoint.folder}: holds {strange[0]}, which the model has not")
-
-
-def load_weights(checkpoint: Checkpoint, model: nn.Module) -> None:
-    """Copy the fp32 weights of a checkpoint into a plain model (no engine, one process).
-
-    Raises:
-        UserError: names or shapes are not those of this model.
-    """
-    check_names(checkpoint, (name for name, _ in model.named_parameters()))
-    shapes = checkpoint.shapes
-    for name, parameter in model.named_parameters():
-        if shapes.get(name) != tuple(parameter.shape):
-            raise UserError(f"{checkpoint.folder}: {name} is {shapes.get(name) or 'absent'}")
-        with torch.no_grad():
-            parameter.copy_(checkpoint.read_parameter(name))
-
-
-def gather_json(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
-    """`value` of every rank, in order, on every rank; as JSON bytes, since pickles execute."""
-    device = torch.device("cuda" if dist.get_backend(group) == "nccl" else "cpu")
-    content = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
-    size = torch.tensor([content.numel()], device=device)
-    sizes = [torch.zeros_like(size) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(sizes, size, group=group)
-    longest = int(max(sizes))
-    padded = torch.zeros(longest, dtype=torch.uint8, device=device)
-    padded[: content.numel()] = content.to(device)
-    parts = [torch.zeros_like(padded) for _ in sizes]
-    dist.all_gather(parts, padded, group=group)
-    return [
-        json.loads(part[: int(n)].cpu().numpy().tobytes())
-        for part, n in zip(parts, sizes, strict=True)
-    ]

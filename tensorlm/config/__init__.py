@@ -1,21 +1,17 @@
 """The one form that everyone fills in: a TOML file plus `key.sub=value` overrides."""
 
+from .load import apply_override, config_toml, load_config, parse_config, read_tree
 from .schema import (
     CheckpointConfig,
     Config,
     DataConfig,
+    FusedLayers,
     GuardsConfig,
     ModelConfig,
     OptimConfig,
     RopeScaling,
     StageConfig,
     TrainConfig,
-    apply_override,
-    config_toml,
-    load_config,
-    model_differences,
-    parse_config,
-    read_tree,
 )
 from .section import Section, raise_all
 
@@ -23,6 +19,7 @@ __all__ = [
     "CheckpointConfig",
     "Config",
     "DataConfig",
+    "FusedLayers",
     "GuardsConfig",
     "ModelConfig",
     "OptimConfig",
@@ -33,7 +30,6 @@ __all__ = [
     "apply_override",
     "config_toml",
     "load_config",
-    "model_differences",
     "parse_config",
     "raise_all",
     "read_tree",

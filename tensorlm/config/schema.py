@@ -5,23 +5,19 @@ is reported at once, each on its own line with the nearest valid key.
 """
 
 import itertools
-import json
-import tomllib
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import tomli_w
 from pydantic import Field, model_validator
 
 from fold_parallel.grid import check_sizes, check_world
 from tensor_attention import Backend, validate_fold
-from tensorlm.model.fused import FusedLayers
 from tensorlm.runtime.errors import UserError
 
 from .evaluation import GENERATION_TASKS, EvalConfig
 from .section import Section, raise_all
-from .settings_errors import check_settings
+
+FusedLayers = Literal["auto", "liger", "torch"]
 
 
 class RopeScaling(Section):
@@ -340,101 +336,3 @@ class Config(Section):
                 )
         if problems:
             raise UserError(*problems)
-
-
-def load_config(path: str | Path, overrides: Sequence[str] = (), world_size: int = 0) -> Config:
-    """Read a TOML file, apply `key.sub=value` overrides, check everything.
-
-    Args:
-        path: the file.
-        overrides: settings that replace those of the file.
-        world_size: ranks that must be able to share the work; 0: not checked.
-
-    Raises:
-        UserError: one line per problem (unreadable file, unknown key, wrong value, contradiction).
-    """
-    tree, file = read_tree(path), read_tree(path)
-    problems: list[str] = []
-    for override in overrides:
-        try:
-            apply_override(tree, override)
-        except UserError as error:
-            problems += error.problems
-
-    def check(config: Config) -> None:
-        if world_size:
-            config.check_world(world_size)
-
-    return check_settings(Config, tree, str(path), base=file, check=check, problems=problems)
-
-
-def read_tree(path: str | Path) -> dict[str, Any]:
-    """The plain values of a TOML file, unchecked.
-
-    Raises:
-        UserError: it cannot be read, or is not TOML.
-    """
-    try:
-        return tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid TOML ({error})") from None
-
-
-def parse_config(tree: dict[str, Any], where: str) -> Config:
-    """Check a tree of plain values (from TOML or a checkpoint's manifest); `where` names it."""
-    return check_settings(Config, tree, where, base={}, check=lambda _: None, problems=[])
-
-
-def model_differences(trained: dict[str, Any], config: Config) -> list[str]:
-    """How the configured model differs from that of a checkpoint, one line for each setting.
-
-    Only initial values may differ, since a checkpoint has its own.
-
-    Args:
-        trained: `config` of the checkpoint's manifest.
-        config: the configuration of today.
-
-    Raises:
-        KeyError, ValueError: `trained` is not the configuration of a run.
-    """
-    models = ModelConfig.model_validate(trained["model"]), config.model
-    theirs, ours = (_architecture(model) for model in models)
-    if theirs["head_dim"] != ours["head_dim"]:  # one may spell out what 0 stands for
-        theirs["head_dim"], ours["head_dim"] = (model.head_size for model in models)
-    return [
-        f"model.{key}: is {json.dumps(ours[key])}, the checkpoint has {json.dumps(value)} "
-        "(set it back)"
-        for key, value in theirs.items()
-        if ours[key] != value
-    ]
-
-
-def _architecture(model: ModelConfig) -> dict[str, Any]:
-    """All settings that make a model what it is, written in one way."""
-    settings = model.model_dump(mode="json", exclude={"init_std", "hop_bias_init"})
-    settings["full_every"] = model.full_every if model.fold else 0
-    return settings
-
-
-def config_toml(config: Config) -> str:
-    """The whole resolved configuration as TOML, defaults included; `load_config` reads it back."""
-    return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
-
-
-def apply_override(tree: dict[str, Any], override: str) -> None:
-    """Set one `key.sub=value` in `tree`; the value is TOML, or a plain string where it is not."""
-    key, equals, text = override.partition("=")
-    parts = key.strip().split(".")
-    if not equals or not all(parts):
-        raise UserError(f"{override}: not an override (write key.sub=value)")
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text
-    for part in parts[:-1]:
-        tree = tree.setdefault(part, {})
-        if not isinstance(tree, dict):
-            raise UserError(f"{override}: {part} is a value, not a section")
-    tree[parts[-1]] = value

@@ -6,9 +6,10 @@ It keeps no place of its own: the caller says which rows come next. A wrong gues
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from fold_parallel import Grid
+from tensorlm.batch import Batch
 from tensorlm.config import Config
 
-from .loader import Batch, PackedRows
+from .loader import PackedRows
 
 
 class Feed:

@@ -14,6 +14,7 @@ from tensorlm.data.tokenizer.tokenizers import load_tokenizer
 from tensorlm.hf.llama_config import describe_unused
 from tensorlm.runtime.errors import EXIT_DONE, UserError
 from tensorlm.runtime.launch_env import LaunchEnv
+from tensorlm.runtime.ranks import join_ranks, leave_distributed
 from tensorlm.runtime.watchdog import Watchdog
 
 from .describe import describe_call
@@ -63,7 +64,13 @@ def evaluate_on_ranks(
         model = open_checkpoint_model(config, step, device, grid)
     output = output or run_output(config, model.step)
     if launch.world_size > 1:
-        watchdog = Watchdog(config.guards, output, launch.rank, launch.world_size)
+        watchdog = Watchdog(
+            output,
+            launch.rank,
+            launch.world_size,
+            hang_seconds=config.guards.hang_seconds,
+            slow_phase_seconds=config.guards.slow_phase_seconds,
+        )
         dist.barrier()  # now rank 0 has removed the reports of an earlier hang
         watchdog.enter("eval", model.step or 0)
         model.on_progress = watchdog.progress
@@ -81,8 +88,6 @@ def evaluate_on_ranks(
         print(format_report([report]))
         print(*report.notes, f"report: {output / 'report.html'}", sep="\n", flush=True)
     if launch.world_size > 1:
-        from tensorlm.train.engine import leave_distributed
-
         leave_distributed()
     if report.problems:
         raise UserError(*report.problems)
@@ -145,6 +150,4 @@ def _join_ranks(config: Config, launch: LaunchEnv, is_sharded: bool) -> tuple[to
     lengths = config.eval.lengths or (config.data.seq_len,)
     if is_sharded:
         config.check_ranks(launch.world_size, lengths if "ppl" in config.eval.tasks else ())
-    from tensorlm.train.engine import init_distributed
-
-    return init_distributed(launch), create_grid(config.parallel.sp if is_sharded else 1)
+    return join_ranks(launch), create_grid(config.parallel.sp if is_sharded else 1)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from tensorlm.config.evaluation import EvalConfig
-from tensorlm.train.metrics import git_commit
+from tensorlm.runtime.commit import git_commit
 
 from .attribution import attribute, near_losses
 from .describe import weights_digest

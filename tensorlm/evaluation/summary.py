@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from tensorlm.train.metrics import format_duration
+from tensorlm.runtime.progress import format_duration
 
 from .names import label
 from .results import Report

@@ -22,8 +22,8 @@ from tensorlm.data.tokenizer.chat_templates import copy_chat_templates
 from tensorlm.data.tokenizer.tokenizers import TOKENIZER_FILES
 from tensorlm.model import Llama
 from tensorlm.runtime.errors import UserError
+from tensorlm.runtime.lock import lock_run
 from tensorlm.runtime.progress import byte_bar
-from tensorlm.train.guards import lock_run
 
 from .export_folder import hf_name
 from .llama_config import check_config

@@ -2,14 +2,12 @@
 
 import importlib.util
 from functools import cache
-from typing import Literal
 
 import torch.nn.functional as F
 from torch import Tensor
 
+from tensorlm.config import FusedLayers
 from tensorlm.runtime.errors import UserError
-
-FusedLayers = Literal["auto", "liger", "torch"]
 
 
 @cache

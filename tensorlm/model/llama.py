@@ -13,10 +13,10 @@ from torch.utils.checkpoint import checkpoint
 
 from fold_parallel import Grid
 from tensor_attention import Backend, Rotary
-from tensorlm.config import ModelConfig, TrainConfig
+from tensorlm.config import FusedLayers, ModelConfig, TrainConfig
 
 from .attention import Attention
-from .fused import FusedLayers, check_layers
+from .fused import check_layers
 from .layers import RMSNorm, SwiGLU, rotary_table
 from .offload import HostOffload
 from .output_head import OutputHead, Reduction

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-IGNORED = -100
+from tensorlm.batch import IGNORED
 
 Reduction = Literal["sum", "none"]
 

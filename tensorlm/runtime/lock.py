@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from . import disk
 from .errors import UserError
 from .launch_env import slurm_job
 
@@ -101,3 +102,23 @@ def _is_at(descriptor: int, path: Path) -> bool:
         return os.path.samestat(os.fstat(descriptor), os.lstat(path))
     except FileNotFoundError:
         return False
+
+
+_LOCK = "lock"
+
+
+def lock_run(run_dir: Path) -> int:
+    """Make this process the one that writes to a run; ends with the process, however it ends.
+
+    Returns:
+        The descriptor that holds the lock.
+
+    Raises:
+        UserError: another job, or another process of this one, holds it, or the folder cannot be
+            written.
+    """
+    try:
+        disk.make_folder(run_dir)
+        return take_lock(run_dir / _LOCK, f"run.dir: {run_dir}", PATIENCE_SECONDS)
+    except OSError as error:
+        raise UserError(f"run.dir: {error.filename or run_dir}: {error.strerror}") from None

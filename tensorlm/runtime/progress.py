@@ -43,3 +43,15 @@ def byte_bar(total: int, title: str, *, is_shown: bool = True) -> Iterator[Calla
     """Yields what takes the number of bytes just moved, headers included, which `total` has not."""
     with progress_bar(total, "B", title, is_shown=is_shown, delay=DELAY_SECONDS) as bar:
         yield lambda num_bytes: bar.update(min(num_bytes, total - bar.n))
+
+
+def format_duration(seconds: float) -> str:
+    """`1d02h`, `3h07m`, `4m05s` or `12s`."""
+    minutes, s = divmod(round(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    days, h = divmod(hours, 24)
+    if days:
+        return f"{days}d{h:02d}h"
+    if hours:
+        return f"{h}h{m:02d}m"
+    return f"{m}m{s:02d}s" if minutes else f"{s}s"

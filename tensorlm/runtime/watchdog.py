@@ -20,8 +20,6 @@ from collections import Counter, deque
 from pathlib import Path
 from typing import Any
 
-from tensorlm.config import GuardsConfig
-
 from .errors import EXIT_INTERNAL
 from .strict_json import json_text
 
@@ -40,9 +38,21 @@ _COLLECTIVES = os.path.join("torch", "distributed")
 class Watchdog:
     """Ends this process with EXIT_INTERNAL after too long a time without `enter` or `progress`."""
 
-    def __init__(self, config: GuardsConfig, folder: Path, rank: int, world_size: int) -> None:
-        """`folder` is where the ranks leave their reports."""
-        self._config = config
+    def __init__(
+        self,
+        folder: Path,
+        rank: int,
+        world_size: int,
+        *,
+        hang_seconds: float,
+        slow_phase_seconds: float,
+    ) -> None:
+        """`folder` is where the ranks leave their reports.
+
+        A step may take `hang_seconds`, or five medians of the steps before it where that is more;
+        start, resume, saves and evaluations may stand still for `slow_phase_seconds`.
+        """
+        self._hang_seconds, self._slow_phase_seconds = hang_seconds, slow_phase_seconds
         self._folder = folder
         self._rank = rank
         self._world_size = world_size
@@ -52,7 +62,7 @@ class Watchdog:
         self._progress_at = self._step_began_at = self._now()
         self._step_seconds: deque[float] = deque(maxlen=64)
         self._is_done, self._is_reported = threading.Event(), threading.Event()
-        self._period = min(1.0, config.hang_seconds / 10)
+        self._period = min(1.0, hang_seconds / 10)
         if rank == 0:  # reports of an earlier start, perhaps of more ranks, are none of this one
             for path in folder.glob("rank-*.json"):
                 path.unlink(missing_ok=True)
@@ -88,8 +98,8 @@ class Watchdog:
         """Seconds without progress that are too many now."""
         slow = self._phase in _SLOW_PHASES or len(self._step_seconds) < _FEWEST_STEPS
         if slow:
-            return max(self._config.slow_phase_seconds, self._config.hang_seconds)
-        return max(self._config.hang_seconds, _MEDIANS * statistics.median(self._step_seconds))
+            return max(self._slow_phase_seconds, self._hang_seconds)
+        return max(self._hang_seconds, _MEDIANS * statistics.median(self._step_seconds))
 
     def _now(self) -> float:
         """Seconds on a clock that stands still while this process is stopped."""

@@ -13,9 +13,8 @@ from tensorlm.checkpoint import (
 )
 from tensorlm.config import Config, config_toml
 from tensorlm.data.loader import open_rows
+from tensorlm.runtime.commit import git_commit
 from tensorlm.runtime.errors import UserError
-
-from .metrics import git_commit
 
 
 def check_run(config: Config, num_ranks: int) -> list[str]:

@@ -9,12 +9,9 @@ import io
 import logging
 import math
 import os
-import socket
 import warnings
 from collections.abc import Iterator
 from contextlib import redirect_stdout
-from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any
 
 import deepspeed
@@ -23,114 +20,33 @@ import torch
 import torch.distributed as dist
 from deepspeed.utils import logger as deepspeed_logger
 from torch import Tensor, nn
-from torch.distributed.rendezvous import rendezvous
 
 from fold_parallel import Grid
+from tensorlm.checkpoint import STATE, ParameterSlice
 from tensorlm.config import Config
 from tensorlm.model import Llama, WeightInit, create_llama
-from tensorlm.runtime.errors import UserError
-from tensorlm.runtime.launch_env import LaunchEnv, grow_memory_segments, launch_attempt
+from tensorlm.runtime.launch_env import LaunchEnv
+from tensorlm.runtime.ranks import join_ranks
 
 from .adamw import LowMemoryAdamW, Piece, new_state
 from .optim import create_optimizer
 
-ADAM_STATE = ("exp_avg", "exp_avg_sq")
-STATE = ("master", *ADAM_STATE)
-# Ranks of one job start within a minute or two, even where all import from one slow file system.
-_MEETING_LIMIT = timedelta(minutes=5)
-# Only the watchdog ends what hangs: these limits go on while a job is suspended.
-EXCHANGE_LIMIT = timedelta(days=30)
-
-
-@dataclass(frozen=True)
-class ParameterSlice:
-    """This rank's share [start, stop) of one flattened parameter, as live views."""
-
-    name: str
-    shape: tuple[int, ...]
-    start: int
-    stop: int
-    state: dict[str, Tensor]  # by the names in STATE, each [stop - start]; fp32, moments maybe bf16
-    is_owned: bool = True  # False where another rank holds, and saves, the same values
-
 
 def init_distributed(launch: LaunchEnv) -> torch.device:
     """Join the job's process group (NCCL on GPUs, gloo on CPUs); returns this rank's device."""
-    launch.export()
     # DeepSpeed calls these by the names that older versions of torch know too.
     warnings.filterwarnings("ignore", r"`torch\.distributed\..*` is deprecated", FutureWarning)
     deepspeed_logger.setLevel(logging.WARNING)
-    if torch.cuda.is_available():
-        grow_memory_segments()
-        device = own_gpu(launch.local_rank, launch.local_world_size, torch.cuda.device_count())
-        torch.cuda.set_device(device)
+    device = join_ranks(launch)
+    if device.type == "cuda":
         # What DeepSpeed takes for the number of the GPU.
         for name in {"LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"} & os.environ.keys():
             os.environ[name] = str(device.index)
     else:
-        device = torch.device("cpu")
         # Used for inference only, and compiled from source at start where this is not said.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        torch.set_num_threads(max(1, torch.get_num_threads() // launch.local_world_size))
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    if not dist.is_initialized():
-        dist.init_process_group(
-            backend,
-            store=_meet(launch),
-            rank=launch.rank,
-            world_size=launch.world_size,
-            timeout=EXCHANGE_LIMIT,
-            device_id=device if backend == "nccl" and launch.world_size > 1 else None,
-        )
-    deepspeed.init_distributed(dist_backend=backend, verbose=False)
+    deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
     return device
-
-
-def own_gpu(local_rank: int, local_world_size: int, num_gpus: int) -> torch.device:
-    """The GPU of a rank: its own among those of its node, or the only one it is allowed to see.
-
-    Ranks share GPUs where NCCL is told to allow that (from 2.30 on), to try things out.
-
-    Raises:
-        UserError: there are fewer GPUs than ranks, and not one alone that each was given.
-    """
-    is_shared = os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") == "1"
-    is_bound = num_gpus == 1 and "CUDA_VISIBLE_DEVICES" in os.environ  # as srun --gpus-per-task=1
-    if num_gpus < local_world_size and not (is_shared or is_bound):
-        raise UserError(
-            f"{local_world_size} ranks, {num_gpus} GPUs on this machine (start one rank a GPU)"
-        )
-    return torch.device("cuda", local_rank % num_gpus)
-
-
-def _meet(launch: LaunchEnv) -> dist.Store:
-    """Where all ranks find one another; none of them is missing.
-
-    Raises:
-        UserError: they do not, within _MEETING_LIMIT or soon after.
-    """
-    if launch.world_size == 1:
-        return dist.HashStore()
-    try:
-        socket.getaddrinfo(launch.master_addr, launch.master_port)
-        place = rendezvous("env://", launch.rank, launch.world_size, timeout=_MEETING_LIMIT)
-        store, _, _ = next(place)
-    except (OSError, dist.DistError) as error:
-        reason = str(error.strerror if isinstance(error, OSError) else error).splitlines()[0]
-        raise UserError(
-            f"MASTER_ADDR, MASTER_PORT: {launch.master_addr}:{launch.master_port}: {reason[:150]} "
-            f"(an address of rank 0, a free port there, and {launch.world_size} ranks are needed)"
-        ) from None
-    store.set_timeout(EXCHANGE_LIMIT)
-    return dist.PrefixStore(launch_attempt(), store)
-
-
-def leave_distributed() -> None:
-    """Wait until every rank is done: one that left earlier could abort another's last exchange.
-
-    The process group is not taken down; the process is to end next (`run_launcher`).
-    """
-    dist.barrier()
 
 
 def deepspeed_config(config: Config) -> dict[str, Any]:

@@ -1,68 +1,48 @@
 """The training run, in order, on one page."""
 
-import hashlib
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
-from fold_parallel import Grid, create_grid
-from tensorlm.checkpoint import Checkpoint, check_resumable
-from tensorlm.checkpoint import saver as checkpoint
+from fold_parallel import create_grid
+from tensorlm.checkpoint import (
+    Checkpoint,
+    Saver,
+    check_disk_space,
+    check_names,
+    check_resumable,
+    load_slices,
+    newest_checkpoint,
+)
 from tensorlm.checkpoint.publish import sweep, was_imported
 from tensorlm.config import Config
-from tensorlm.data.loader import PackedRows, open_rows
+from tensorlm.data.loader import open_rows
 from tensorlm.data.prefetch import Feed
-from tensorlm.model.flops import num_parameters, peak_flops, recomputed_flops, train_flops
+from tensorlm.data.verify import check_data
+from tensorlm.model.flops import num_parameters, peak_flops
 from tensorlm.model.fused import runs_liger
+from tensorlm.runtime.commit import git_commit
 from tensorlm.runtime.errors import EXIT_DONE, EXIT_PREEMPTED, UserError
 from tensorlm.runtime.launch_env import LaunchEnv
+from tensorlm.runtime.lock import lock_run
 from tensorlm.runtime.preemption import StopRequest
+from tensorlm.runtime.ranks import EXCHANGE_LIMIT, leave_distributed, sum_over_ranks
 from tensorlm.runtime.watchdog import FOLDER, Watchdog
 
-from .engine import EXCHANGE_LIMIT, Engine, create_model, init_distributed, leave_distributed
-from .guards import MemoryGuard, StepGuard, check_data, check_disk_space, check_replicas, lock_run
-from .metrics import Metrics, git_commit, peak_memory_gib
-from .optim import learning_rate
+from .engine import Engine, create_model, init_distributed
+from .guards import StepGuard
+from .metrics import Metrics, peak_memory_gib
 from .profiler import start_profiler
+from .replicas import MemoryGuard, check_replicas
+from .step import Run, TrainState, train_step
 
 # In the run's directory: asks rank 0, at the end of a step, for a checkpoint and an end. Once it is
 # obeyed it is renamed. Launchers do not pass every signal on; a file needs none of them.
 STOP_FILE, OBEYED_FILE = "STOP", "STOPPED"
-
-
-@dataclass
-class TrainState:
-    """All that a run is, besides its weights, Adam state and the window of its step guard."""
-
-    step: int = 0
-    rows: int = 0
-    tokens: int = 0  # of documents; padding is none
-    data_hash: str = ""  # of all rows so far, their tokens and their order
-
-
-@dataclass
-class Run:
-    """What this rank works with."""
-
-    config: Config
-    device: torch.device
-    grid: Grid
-    rows: PackedRows
-    feed: Feed
-    engine: Engine
-    guard: StepGuard
-    memory: MemoryGuard
-    watchdog: Watchdog
-    state: TrainState
-
-    @property
-    def dir(self) -> Path:
-        return Path(self.config.run.dir)
 
 
 def train(config: Config, launch: LaunchEnv, stop: StopRequest) -> int:
@@ -83,7 +63,7 @@ def train(config: Config, launch: LaunchEnv, stop: StopRequest) -> int:
         check_held_out(config)
     run = start(config, launch)
     state, watchdog = run.state, run.watchdog
-    saver = checkpoint.Saver(run.dir, config.checkpoint, state.step, watchdog.progress)
+    saver = Saver(run.dir, config.checkpoint, state.step, watchdog.progress)
     metrics = Metrics(config, state.step, git_commit()) if launch.rank == 0 else None
     if metrics:
         sweep(run.dir)
@@ -202,7 +182,13 @@ def start(config: Config, launch: LaunchEnv, before: int | None = None) -> Run:
     run_dir = Path(config.run.dir)
     # A replay may run beside the run itself, whose watchdogs must not take its reports for theirs.
     reports = run_dir / (FOLDER if before is None else f"{FOLDER}-replay")
-    watchdog = Watchdog(config.guards, reports, launch.rank, launch.world_size)
+    watchdog = Watchdog(
+        reports,
+        launch.rank,
+        launch.world_size,
+        hang_seconds=config.guards.hang_seconds,
+        slow_phase_seconds=config.guards.slow_phase_seconds,
+    )
     rows = open_rows(config, "train", verify=False)
     device = init_distributed(launch)
     if config.train.attention == "triton" and device.type == "cpu":
@@ -213,7 +199,7 @@ def start(config: Config, launch: LaunchEnv, before: int | None = None) -> Run:
     watchdog.enter("resume", 0)
     if config.data.verify:
         check_data(rows, launch.rank, launch.world_size, watchdog.progress)
-    found = checkpoint.newest_checkpoint(
+    found = newest_checkpoint(
         run_dir, launch.rank, launch.world_size, before=before, progress=watchdog.progress
     )
     seed = config.run.seed if found is None else None
@@ -226,89 +212,6 @@ def start(config: Config, launch: LaunchEnv, before: int | None = None) -> Run:
     if found is not None:
         resume(run, found)
     return run
-
-
-def train_step(run: Run, must_stop: bool) -> tuple[dict[str, Any], bool]:
-    """One optimizer step: advances the state, returns what to log and whether any rank must stop.
-
-    Raises:
-        UserError: one of the guards ends the run.
-    """
-    config, grid, device, state = run.config, run.grid, run.device, run.state
-    run.watchdog.enter("data", state.step + 1)
-    stage = config.stage_at(state.step)
-    if state.step and config.stage_at(state.step - 1) != stage:
-        run.watchdog.expect_other_steps()
-    batches = run.feed.batches(state.step, state.rows)
-    run.watchdog.enter("forward", state.step + 1)
-    digest = sum(batch.digest for batch in batches)
-    recompute, chunk = config.train.activation_checkpointing, config.train.mlp_chunk
-    num_labels, num_tokens, num_flops, num_computed, num_stopping, *digest_parts = sum_over_ranks(
-        device,
-        sum(batch.num_labels for batch in batches),
-        sum(batch.num_tokens for batch in batches),
-        sum(train_flops(config.model, batch.text_depth) for batch in batches),
-        sum(
-            train_flops(config.model, batch.depth)
-            + recomputed_flops(config.model, batch.depth, recompute, chunk)
-            for batch in batches
-        ),
-        must_stop,
-        *(digest >> shift & 0xFFFF_FFFF for shift in (0, 32)),  # exact in float64
-    )
-
-    num_losses = max(1, num_labels)  # rows of single-token documents have no label
-    # DeepSpeed averages gradients over ranks; this makes them those of the mean over all labels.
-    loss_scale = torch.full((), grid.world_size / num_losses, device=device)
-    total_loss = torch.zeros((), device=device, dtype=torch.float64)
-    for index, batch in enumerate(batches, start=1):
-        loss = run.engine.forward(*batch.to(device))
-        total_loss += loss.detach()
-        if index == len(batches):
-            dist.all_reduce(total_loss)
-            # All ranks agree on the loss before the last backward pass. Gradients of a bad step
-            # become non-finite there, and DeepSpeed applies no such step, on any rank.
-            is_bad = ~(total_loss / num_losses <= run.guard.loss_limit())
-            loss_scale.masked_fill_(is_bad, torch.nan)
-        run.engine.backward(loss * loss_scale)
-    run.watchdog.enter("step", state.step + 1)
-    lr = learning_rate(state.step, config.train.steps, config.optim)
-    run.memory.check(state.step + 1, run.engine.kept)
-    grad_norm = run.engine.step(lr)
-    run.memory.remember(state.step + 1, run.engine.kept)
-    mean_loss = total_loss.item() / num_losses
-
-    state.step += 1
-    state.rows += stage.rows_per_step
-    state.tokens += int(num_tokens)
-    low, high = (int(part) for part in digest_parts)
-    consumed = f"{state.data_hash} {(low + (high << 32)) % (1 << 64)}"
-    state.data_hash = hashlib.sha256(consumed.encode()).hexdigest()[:16]
-    skipped = run.guard.judge(
-        state.step, mean_loss, grad_norm, lambda: run.rows.documents(last_rows(run))
-    )
-    if skipped and dist.get_rank() == 0:
-        print(f"skipped {skipped}", flush=True)
-    record = {
-        "train/loss": mean_loss,
-        "train/grad_norm": grad_norm,
-        "train/lr": lr,
-        "train/tokens": state.tokens,
-        "train/skipped": float(skipped is not None),
-        "data/labels": num_labels,
-        "data/seq_len": stage.seq_len,
-        "data/hash": state.data_hash,
-        "step_tokens": num_tokens,
-        "step_flops": num_flops,
-        "computed_flops": num_computed,
-    }
-    return record, num_stopping > 0
-
-
-def last_rows(run: Run) -> range:
-    """Global indices of the rows of the step that was done last."""
-    num_rows = run.config.stage_at(run.state.step - 1).rows_per_step
-    return range(run.state.rows - num_rows, run.state.rows)
 
 
 def check_room(run: Run) -> None:
@@ -334,8 +237,8 @@ def resume(run: Run, found: Checkpoint) -> None:
         adam_step = found.manifest["adam_step"]
     except (KeyError, TypeError) as error:
         raise UserError(f"{found.folder}: not the manifest of a run ({error})") from None
-    checkpoint.check_names(found, (name for name, _ in run.engine.module.named_parameters()))
-    checkpoint.load(found, run.engine.parameter_slices())
+    check_names(found, (name for name, _ in run.engine.module.named_parameters()))
+    load_slices(found, run.engine.parameter_slices())
     run.engine.refresh_weights(adam_step)
 
 
@@ -350,13 +253,6 @@ def describe_state(run: Run) -> dict[str, Any]:
         "tokenizer_sha256": run.rows.tokenizer_sha256,
         "world_size": run.grid.world_size,
     }
-
-
-def sum_over_ranks(device: torch.device, *values: float) -> list[float]:
-    """Each value summed over all ranks, in float64."""
-    total = torch.tensor(values, dtype=torch.float64, device=device)
-    dist.all_reduce(total)
-    return total.tolist()
 
 
 def describe_run(run: Run) -> list[str]:

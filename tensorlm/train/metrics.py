@@ -3,7 +3,6 @@
 import json
 import os
 import resource
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from tensorlm.config import Config, config_toml
+from tensorlm.runtime.progress import format_duration
 from tensorlm.runtime.strict_json import json_text
 
 SETTINGS = "config.toml"  # in the run's folder: those of the newest start
@@ -77,30 +77,6 @@ class Metrics:
         """Flush and close both files."""
         self._file.close()
         self.writer.close()
-
-
-def git_commit() -> str:
-    """Commit of the checkout that this code runs from, `-dirty` with changes; else `unknown`."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    try:
-        result = subprocess.run(
-            command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return "unknown"
-    return result.stdout.strip() or "unknown"
-
-
-def format_duration(seconds: float) -> str:
-    """`1d02h`, `3h07m`, `4m05s` or `12s`."""
-    minutes, s = divmod(round(seconds), 60)
-    hours, m = divmod(minutes, 60)
-    days, h = divmod(hours, 24)
-    if days:
-        return f"{days}d{h:02d}h"
-    if hours:
-        return f"{h}h{m:02d}m"
-    return f"{m}m{s:02d}s" if minutes else f"{s}s"
 
 
 def peak_memory_gib(device: torch.device) -> float:

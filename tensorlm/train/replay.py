@@ -7,11 +7,12 @@ from tensorlm.checkpoint.publish import was_imported
 from tensorlm.config import Config
 from tensorlm.runtime.errors import EXIT_DONE, UserError
 from tensorlm.runtime.launch_env import LaunchEnv
+from tensorlm.runtime.ranks import leave_distributed
 from tensorlm.runtime.strict_json import json_text
 
-from .engine import leave_distributed
-from .loop import last_rows, start, train_step
+from .loop import start
 from .metrics import SETTINGS, read_metrics
+from .step import last_rows, train_step
 
 
 def replay(config: Config, launch: LaunchEnv, step: int) -> int:

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tensorlm.config import Config, config_toml, load_config, model_differences
+from tensorlm.checkpoint import model_differences
+from tensorlm.config import Config, config_toml, load_config
 from tensorlm.config.settings_table import settings_table
 from tensorlm.model import Llama
 from tensorlm.runtime.errors import UserError

@@ -14,13 +14,13 @@ import pytest
 import torch
 
 from fold_parallel import Grid
+from tensorlm.batch import IGNORED, Batch
 from tensorlm.config import Config, parse_config
 from tensorlm.data import epochs as epoch_plans
-from tensorlm.data.loader import Batch, PackedRows, RowStage, open_rows
+from tensorlm.data.loader import PackedRows, RowStage, open_rows
 from tensorlm.data.prefetch import Feed
 from tensorlm.data.shards import Corpus
 from tensorlm.data.tokenizer.tokenizers import train_tokenizer
-from tensorlm.model.output_head import IGNORED
 from tensorlm.runtime.errors import UserError
 from tests.support.documents import rows_of, write_split
 

@@ -139,9 +139,9 @@ def test_reports_of_an_earlier_hang_end_no_rank(
     earlier.write_text('{"rank": 1, "phase": "eval", "step": 0, "waits": false, "seconds": 9.0}')
 
     def prepare(rank: int) -> None:
-        def late(*arguments: Any) -> watchdog.Watchdog:
+        def late(*arguments: Any, **limits: Any) -> watchdog.Watchdog:
             time.sleep(2.0)  # the other rank looks for reports ten times a second
-            return watchdog.Watchdog(*arguments)
+            return watchdog.Watchdog(*arguments, **limits)
 
         if rank == 0:
             launch.Watchdog = late  # type: ignore[assignment,misc]

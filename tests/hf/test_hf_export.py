@@ -13,7 +13,14 @@ import torch.distributed as dist
 from transformers import AutoModel, AutoModelForCausalLM, LlamaForCausalLM
 
 from fold_parallel import Grid
-from tensorlm.checkpoint import Saver, load_weights, open_checkpoint, select_checkpoint
+from tensorlm.checkpoint import (
+    STATE,
+    ParameterSlice,
+    Saver,
+    load_weights,
+    open_checkpoint,
+    select_checkpoint,
+)
 from tensorlm.config import CheckpointConfig, load_config
 from tensorlm.data.tokenizer.tokenizers import copy_tokenizer, load_tokenizer
 from tensorlm.evaluation.model import open_checkpoint_model
@@ -25,7 +32,6 @@ from tensorlm.runtime import disk
 from tensorlm.runtime.disk import Disk
 from tensorlm.runtime.errors import UserError
 from tensorlm.runtime.lock import locked
-from tensorlm.train.engine import STATE, ParameterSlice
 from tests.support.distributed import run_distributed
 from tests.support.hf_models import (
     assert_same_bytes,

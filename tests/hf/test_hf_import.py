@@ -18,7 +18,7 @@ from tensorlm.hf.export_folder import export_checkpoint
 from tensorlm.hf.import_folder import import_weights, imported_folder
 from tensorlm.model import Llama
 from tensorlm.runtime.errors import UserError
-from tensorlm.train.guards import lock_run
+from tensorlm.runtime.lock import lock_run
 from tests.support.hf_models import (
     assert_same_bytes,
     folder_weights,
@@ -258,7 +258,7 @@ def test_half_precision_becomes_the_same_numbers(tmp_path: Path, config: Path) -
 def test_run_that_is_in_use_takes_no_import(
     tmp_path: Path, config: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tensorlm.train.guards._LOCK_PATIENCE_SECONDS", 0.0)
+    monkeypatch.setattr("tensorlm.runtime.lock.PATIENCE_SECONDS", 0.0)
     tiny_llama().save_pretrained(tmp_path / "llama")
     settings = full_attention_run(config)
     descriptor = lock_run(tmp_path / "run")  # as training does, before its first checkpoint

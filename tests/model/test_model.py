@@ -4,9 +4,10 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from tensorlm.batch import IGNORED
 from tensorlm.config import ModelConfig, RopeScaling
 from tensorlm.model import Llama
-from tensorlm.model.output_head import IGNORED, OutputHead
+from tensorlm.model.output_head import OutputHead
 
 
 def small(**changes: object) -> ModelConfig:

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from fold_parallel import Grid, create_grid
+from tensorlm.batch import IGNORED
 from tensorlm.benchmarks.accounting import PeakMemory
 from tensorlm.config import ModelConfig
 from tensorlm.model import Llama
-from tensorlm.model.output_head import IGNORED
 from tests.fold_parallel.accounting import Log
 from tests.fold_parallel.backends import device, ranks_and_backends, require_equal_bits, result
 from tests.support.distributed import run_distributed

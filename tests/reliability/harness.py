@@ -23,7 +23,7 @@ import torch.distributed as dist
 from tensorlm.checkpoint import newest_checkpoint
 from tensorlm.config import Config
 from tensorlm.model.flops import peak_flops
-from tensorlm.runtime.errors import run_launcher
+from tensorlm.runtime.exit import run_launcher
 from tensorlm.runtime.launch_env import LaunchEnv
 from tensorlm.runtime.preemption import StopRequest
 from tests.support.launching import losses

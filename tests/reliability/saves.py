@@ -6,12 +6,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from tensorlm.checkpoint import Checkpoint, Saver, newest_checkpoint
+from tensorlm.checkpoint import STATE, Checkpoint, ParameterSlice, Saver, newest_checkpoint
 from tensorlm.checkpoint.publish import sweep
 from tensorlm.config import Config
 from tensorlm.runtime.launch_env import LaunchEnv
 from tensorlm.runtime.preemption import StopRequest
-from tensorlm.train.engine import STATE, ParameterSlice
 
 SHAPES = {"embedding": (7, 3), "norm": (5,)}
 LAST_STEP = 3

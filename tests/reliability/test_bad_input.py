@@ -22,12 +22,13 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 
 from tensorlm.checkpoint import manifest_text
 from tensorlm.config import Config, load_config
-from tensorlm.runtime.errors import EXIT_CRASH, EXIT_USER_ERROR, UserError, run_launcher
+from tensorlm.runtime import ranks
+from tensorlm.runtime.errors import EXIT_CRASH, EXIT_USER_ERROR, UserError
+from tensorlm.runtime.exit import run_launcher
 from tensorlm.runtime.launch_env import LaunchEnv, free_port, read_launch_env
+from tensorlm.runtime.lock import lock_run
 from tensorlm.runtime.preemption import StopRequest
-from tensorlm.train import engine
 from tensorlm.train import loop as train
-from tensorlm.train.guards import lock_run
 from tests.reliability.conftest import TINY, TinyRuns
 from tests.reliability.harness import Job
 
@@ -289,7 +290,7 @@ def test_unusable_environment_is_one_line(
 def test_ranks_that_do_not_meet_are_told_why_soon(
     tiny: TinyRuns, monkeypatch: pytest.MonkeyPatch, kind: str, reason: str
 ) -> None:
-    monkeypatch.setattr(engine, "_MEETING_LIMIT", timedelta(seconds=1))
+    monkeypatch.setattr(ranks, "_MEETING_LIMIT", timedelta(seconds=1))
 
     def prepare(rank: int) -> None:
         if rank == 1:
@@ -297,7 +298,7 @@ def test_ranks_that_do_not_meet_are_told_why_soon(
 
     def find(config: Config, launch: LaunchEnv, stop: StopRequest) -> int:
         host = "no.such.host.invalid" if kind == "host unknown" else launch.master_addr
-        engine.init_distributed(replace(launch, master_addr=host))
+        ranks.join_ranks(replace(launch, master_addr=host))
         return 0
 
     port = free_port()

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tensorlm.checkpoint import load as reading
 from tensorlm.checkpoint import newest_checkpoint, select_checkpoint
-from tensorlm.checkpoint import saver as checkpoint
 from tensorlm.config import Config
 from tensorlm.runtime.errors import EXIT_USER_ERROR, UserError
 from tensorlm.runtime.launch_env import LaunchEnv
@@ -184,7 +184,7 @@ def test_rank_that_sees_an_old_folder_waits_until_it_sees_what_rank_0_sees(
 
         if rank == 1:
             os.listdir = listdir  # type: ignore[assignment]
-            checkpoint._STALE_SECONDS = 3.0 if num_stale < 10 else 0.3
+            reading._STALE_SECONDS = 3.0 if num_stale < 10 else 0.3
 
     def find(config: Config, launch: LaunchEnv, stop: StopRequest) -> int:
         found = newest_checkpoint(saved, launch.rank, launch.world_size)

@@ -6,11 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from tensorlm.checkpoint import Checkpoint, Saver, newest_checkpoint
+from tensorlm.checkpoint import STATE, Checkpoint, Saver, newest_checkpoint
 from tensorlm.config import Config
 from tensorlm.runtime.launch_env import LaunchEnv
 from tensorlm.runtime.preemption import StopRequest
-from tensorlm.train.engine import STATE
 from tensorlm.train.loop import describe_state, start
 from tests.reliability.conftest import TinyRuns
 from tests.reliability.harness import Job, final_state

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from tensorlm.checkpoint import (
+    check_disk_space,
     list_steps,
     newest_checkpoint,
     open_checkpoint,
@@ -30,10 +31,10 @@ from tensorlm.model import Llama
 from tensorlm.runtime import disk
 from tensorlm.runtime.errors import EXIT_INTERNAL, EXIT_USER_ERROR, UserError
 from tensorlm.runtime.launch_env import LaunchEnv
+from tensorlm.runtime.lock import lock_run
 from tensorlm.runtime.preemption import StopRequest
-from tensorlm.train import guards
 from tensorlm.train.engine import Engine
-from tensorlm.train.guards import StepGuard, check_disk_space, lock_run
+from tensorlm.train.guards import StepGuard
 from tensorlm.train.metrics import read_metrics
 from tensorlm.train.replay import replay
 from tests.reliability.conftest import TinyRuns
@@ -323,7 +324,7 @@ def test_only_a_later_start_of_the_same_job_takes_a_run_over(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each lock has a descriptor of its own, as in processes that do not know one another."""
-    monkeypatch.setattr(guards, "_LOCK_PATIENCE_SECONDS", 0.0)
+    monkeypatch.setattr("tensorlm.runtime.lock.PATIENCE_SECONDS", 0.0)
 
     def lock_as(job: str, restarts: str) -> int:
         monkeypatch.setenv("SLURM_JOB_ID", job)

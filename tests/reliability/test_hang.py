@@ -14,7 +14,6 @@ from typing import Any
 import psutil
 import pytest
 
-from tensorlm.config import GuardsConfig
 from tensorlm.data.loader import PackedRows
 from tensorlm.runtime import disk
 from tensorlm.runtime.errors import EXIT_INTERNAL
@@ -186,7 +185,7 @@ def test_data_that_takes_longer_than_the_limit_to_verify_is_no_hang(tiny: TinyRu
 def test_limit_follows_the_median_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [1000.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    watchdog = Watchdog(GuardsConfig(hang_seconds=30, slow_phase_seconds=900), tmp_path, 0, 1)
+    watchdog = Watchdog(tmp_path, 0, 1, hang_seconds=30, slow_phase_seconds=900)
     watchdog.stop()
     assert watchdog.limit() == 900  # starting
     for step, seconds in enumerate([500.0, 2.0, 3.0, 2.5, 2.0, 50.0], 1):
@@ -256,11 +255,10 @@ def test_longer_rows_of_a_new_stage_are_no_hang(tiny: TinyRuns) -> None:
 SUSPENDED = """
 import sys, time
 from pathlib import Path
-from tensorlm.config import GuardsConfig
 from tensorlm.runtime.watchdog import Watchdog
 
-guards = GuardsConfig(hang_seconds=3.0, slow_phase_seconds=3.0)
-watchdog = Watchdog(guards, Path(sys.argv[1]), 0, 1)
+limits = {"hang_seconds": 3.0, "slow_phase_seconds": 3.0}
+watchdog = Watchdog(Path(sys.argv[1]), 0, 1, **limits)
 for step in range(1, 6):  # short ones first, so that their usual length is known
     watchdog.enter("data", step)
     watchdog.enter(sys.argv[2], step)
@@ -302,7 +300,7 @@ def test_hang_after_a_suspension_is_found_as_soon_as_any_other(
     now: list[float] = [1000.0]
     ended: list[float] = []
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    watchdog = Watchdog(GuardsConfig(hang_seconds=30, slow_phase_seconds=60), tmp_path, 0, 1)
+    watchdog = Watchdog(tmp_path, 0, 1, hang_seconds=30, slow_phase_seconds=60)
     watchdog.stop()
     ticks = [1.0] * 20 + [7200.0] + [1.0] * 60  # suspended for two hours in the 21st
 

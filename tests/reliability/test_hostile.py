@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from tensorlm.checkpoint import load, manifest_text, newest_checkpoint
+from tensorlm.checkpoint import load_slices, manifest_text, newest_checkpoint
 from tensorlm.runtime.errors import UserError
 from tensorlm.runtime.launch_env import free_port
 from tests.reliability.conftest import TinyRuns
@@ -193,7 +193,7 @@ def load_watched(run: Path) -> tuple[str, list[str]]:
     try:
         found = newest_checkpoint(run)
         assert found is not None
-        load(found, slices(LAST_STEP, 0, 1))
+        load_slices(found, slices(LAST_STEP, 0, 1))
     except UserError as error:
         said = str(error)
     else:

@@ -15,7 +15,7 @@ from tensorlm.runtime.launch_env import (
     read_launch_env,
     restarts_failed_ranks,
 )
-from tensorlm.train.engine import own_gpu
+from tensorlm.runtime.ranks import own_gpu
 from tests.support.launching import RunTraining, losses
 
 MASTER = {"MASTER_ADDR": "node1", "MASTER_PORT": "10042"}

@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 
 from tensorlm.runtime.errors import UserError
-from tensorlm.runtime.lock import locked, take_lock
-from tensorlm.train.guards import lock_run
+from tensorlm.runtime.lock import lock_run, locked, take_lock
 from tests.support.launching import ROOT
 
 HOLD = """
@@ -75,7 +74,7 @@ def test_a_lock_that_its_holder_removed_is_not_taken_for_one(tmp_path: Path) -> 
 def test_outside_slurm_the_holder_has_no_job(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tensorlm.train.guards._LOCK_PATIENCE_SECONDS", 0.0)
+    monkeypatch.setattr("tensorlm.runtime.lock.PATIENCE_SECONDS", 0.0)
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     descriptor = lock_run(tmp_path)
     with pytest.raises(UserError) as refused:

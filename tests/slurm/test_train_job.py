@@ -16,7 +16,7 @@ import pytest
 
 from tensorlm.checkpoint import newest_checkpoint
 from tensorlm.config import config_toml, load_config
-from tensorlm.train.metrics import git_commit
+from tensorlm.runtime.commit import git_commit
 from tests.slurm.conftest import Site
 from tests.support.launching import losses
 

@@ -17,27 +17,13 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from fold_parallel import Grid, create_grid, sharded_tensor_attention
-from tensor_attention.gpu import (
-    backward_key as triton_backward_key,
-)
-from tensor_attention.gpu import (
-    backward_line as triton_backward_line,
-)
-from tensor_attention.gpu import (
-    backward_query as triton_backward_query,
-)
-from tensor_attention.gpu import (
-    forward as triton_forward,
-)
-from tensor_attention.gpu import (
-    forward_line as triton_forward_line,
-)
-from tensor_attention.gpu import (
-    launch as triton_launch,
-)
-from tensor_attention.gpu import (
-    tiles as triton_tiles,
-)
+from tensor_attention.gpu import backward_key as triton_backward_key
+from tensor_attention.gpu import backward_line as triton_backward_line
+from tensor_attention.gpu import backward_query as triton_backward_query
+from tensor_attention.gpu import forward as triton_forward
+from tensor_attention.gpu import forward_line as triton_forward_line
+from tensor_attention.gpu import launch as triton_launch
+from tensor_attention.gpu import tiles as triton_tiles
 from tensorlm.benchmarks.accounting import PeakMemory
 from tensorlm.config import Config, load_config
 from tensorlm.evaluation.model import EvaluatedModel

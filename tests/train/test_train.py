@@ -15,9 +15,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from tensorlm.checkpoint import newest_checkpoint
 from tensorlm.config import load_config
+from tensorlm.runtime.commit import git_commit
 from tensorlm.runtime.errors import UserError
 from tensorlm.train.dry_run import check_run
-from tensorlm.train.metrics import git_commit, read_metrics
+from tensorlm.train.metrics import read_metrics
 from tests.support.launching import (
     ROOT,
     RunTraining,

@@ -1,0 +1,182 @@
+"""Reading a checkpoint: find one that verifies, fill slices or a model from it."""
+
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from tensorlm.runtime.errors import UserError
+from tensorlm.runtime.ranks import gather_json
+
+from .manifest import Checkpoint, list_steps, open_checkpoint, step_folder
+from .publish import (
+    LEDGER,
+    has_trained,
+    was_imported,
+)
+from .slices import STATE, ParameterSlice
+
+_SHOWN_STEPS = 8  # where one is asked for that is not there
+_STALE_SECONDS = 90.0  # NFS may show a folder as it was a minute ago
+
+
+def newest_checkpoint(
+    run_dir: Path,
+    rank: int = 0,
+    world_size: int = 1,
+    *,
+    before: int | None = None,
+    progress: Callable[[], None] = lambda: None,
+) -> Checkpoint | None:
+    """The newest checkpoint (older than step `before`) that verifies; None in a run without any.
+
+    Collective where `world_size` > 1: rank 0 lists the folder and decides what is there, every rank
+    checks its share of the files, and all agree.
+
+    Raises:
+        UserError: there are, or were, checkpoints and none is good: a run never starts over by
+            itself, from imported weights either, nor is a run that began with imported weights
+            replayed from others.
+    """
+    steps = [s for s in list_steps(run_dir) if before is None or s < before]
+    if before is None and has_trained(run_dir):
+        steps = [s for s in steps if s > 0]
+    had_some = (run_dir / LEDGER).exists() if before is None else was_imported(run_dir)
+    if world_size > 1:
+        steps, had_some = gather_json([steps, had_some])[0]
+    reasons = []
+    for step in steps:
+        folder = step_folder(run_dir, step)
+        try:
+            return _verify(folder, rank, world_size, progress)
+        except UserError as error:
+            reasons.append(f"{folder.name}: {error.problems[0].removeprefix(f'{folder}/')}")
+        if rank == 0:
+            print(f"checkpoint passed over: {reasons[-1]}", flush=True)
+    if reasons:
+        raise UserError(
+            f"{run_dir}: no checkpoint is whole ({'; '.join(reasons[:3])}) "
+            "(restore one, or choose a new run.dir)"
+        )
+    if had_some:
+        raise UserError(
+            f"{run_dir}: its checkpoints are gone, {LEDGER} lists them "
+            "(restore one, or choose a new run.dir)"
+            if before is None
+            else f"--replay: no checkpoint before step {before} is left, and the run began with "
+            "imported weights (import them again, into another run.dir, and train)"
+        )
+    return None
+
+
+def select_checkpoint(
+    run_dir: Path, step: int | None, rank: int = 0, world_size: int = 1
+) -> Checkpoint:
+    """The verified checkpoint of `step`, or the newest one.
+
+    Collective where `world_size` > 1: every rank checks its share of the files.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
+    if step is not None:
+        steps = list_steps(run_dir)
+        if world_size > 1:
+            steps = gather_json(steps)[0]
+        if step not in steps:
+            shown = ", ".join(map(str, steps[:_SHOWN_STEPS]))
+            if len(steps) > _SHOWN_STEPS:
+                shown += ", ..."
+            fix = f"choose one of {shown}" if steps else "train first, or set run.dir"
+            raise UserError(f"{run_dir}: no checkpoint of step {step} ({fix})")
+        return _verify(step_folder(run_dir, step), rank, world_size)
+    newest = newest_checkpoint(run_dir, rank, world_size)
+    if newest is None:
+        raise UserError(f"{run_dir}: no checkpoint (train first, or set run.dir)")
+    return newest
+
+
+def _verify(
+    folder: Path, rank: int, world_size: int, progress: Callable[[], None] = lambda: None
+) -> Checkpoint:
+    """The checkpoint in `folder`: rank 0 opens it first, then every rank checks its share.
+
+    Raises:
+        UserError: on all ranks, with all that is wrong for any of them.
+    """
+    share = gather_json if world_size > 1 else lambda problems: [problems]
+    checkpoint, problems = _open(folder, rank, progress) if rank == 0 else (None, [])
+    problems = share(problems)[0]
+    if not problems:
+        if rank > 0:
+            checkpoint, problems = _open(folder, rank, progress)
+        if checkpoint is not None:
+            bad = checkpoint.bad_files(rank, world_size, progress)
+            problems = [f"{folder}/{problem}" for problem in bad]
+        problems = [problem for part in share(problems) for problem in part]
+    if problems or checkpoint is None:
+        raise UserError(*problems)
+    return checkpoint
+
+
+def _open(
+    folder: Path, rank: int, progress: Callable[[], None]
+) -> tuple[Checkpoint | None, list[str]]:
+    """The checkpoint, or what is wrong with it. Ranks above 0 know that it is there, and wait."""
+    deadline = time.monotonic() + (_STALE_SECONDS if rank else 0)
+    while True:
+        try:
+            return open_checkpoint(folder), []
+        except UserError as error:
+            if time.monotonic() >= deadline:
+                whose = f"rank {rank}: " if rank else ""
+                return None, [f"{whose}{problem}" for problem in error.problems]
+        progress()
+        time.sleep(0.5)
+
+
+def load_slices(checkpoint: Checkpoint, slices: Iterable[ParameterSlice]) -> None:
+    """Fill this rank's slices from a checkpoint; `Engine.refresh_weights` must follow.
+
+    Raises:
+        UserError: names or shapes are not those of this model.
+    """
+    shapes = checkpoint.shapes
+    keys = STATE if checkpoint.has_adam_state() else ("master",)
+    for piece in slices:
+        found = shapes.get(piece.name)
+        if found != tuple(piece.shape):
+            raise UserError(
+                f"{checkpoint.folder}: {piece.name} is {found or 'absent'}, "
+                f"the model has {tuple(piece.shape)}"
+            )
+        for key in keys:
+            piece.state[key].copy_(checkpoint.read(piece.name, key, piece.start, piece.stop))
+
+
+def check_names(checkpoint: Checkpoint, names: Iterable[str]) -> None:
+    """Every parameter of a checkpoint is one of the model's, `names`.
+
+    Raises:
+        UserError: naming one that is not.
+    """
+    strange = sorted(checkpoint.shapes.keys() - set(names))
+    if strange:
+        raise UserError(f"{checkpoint.folder}: holds {strange[0]}, which the model has not")
+
+
+def load_weights(checkpoint: Checkpoint, model: nn.Module) -> None:
+    """Copy the fp32 weights of a checkpoint into a plain model (no engine, one process).
+
+    Raises:
+        UserError: names or shapes are not those of this model.
+    """
+    check_names(checkpoint, (name for name, _ in model.named_parameters()))
+    shapes = checkpoint.shapes
+    for name, parameter in model.named_parameters():
+        if shapes.get(name) != tuple(parameter.shape):
+            raise UserError(f"{checkpoint.folder}: {name} is {shapes.get(name) or 'absent'}")
+        with torch.no_grad():
+            parameter.copy_(checkpoint.read_parameter(name))

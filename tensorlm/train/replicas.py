@@ -1,0 +1,88 @@
+"""Memory that must not change or differ: replicas over the ranks, own state between steps."""
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from tensorlm.runtime.errors import MachineError
+from tensorlm.runtime.ranks import gather_json
+
+
+def check_replicas(replicas: dict[str, Tensor], step: int) -> None:
+    """All ranks hold the same bits of `replicas`; costs one pass over them and one small gather.
+
+    Raises:
+        MachineError: on all ranks, naming those that differ from the majority.
+    """
+    if not replicas or dist.get_world_size() == 1:
+        return
+    sums = _bit_sums(replicas)
+    gathered = [torch.empty_like(sums) for _ in range(dist.get_world_size())]
+    dist.all_gather(gathered, sums)
+    table = torch.stack(gathered).cpu()
+    is_odd = table != table.mode(dim=0).values
+    if not is_odd.any():
+        return
+    name = list(replicas)[int(is_odd.any(dim=0).nonzero()[0])]
+    odd = is_odd.any(dim=1).nonzero().flatten().tolist()
+    if len(odd) * 2 >= len(table):  # no majority says which of them is right
+        odd = list(range(len(table)))
+    raise MachineError(
+        f"rank {', '.join(map(str, odd))}: step {step}: weights differ between ranks, first in "
+        f"{name} (suspect that device)"
+    )
+
+
+class MemoryGuard:
+    """What a rank keeps from one step to the next must not change in between.
+
+    That is all that can be compared where no other rank holds the same, as at ZeRO stages 1 to 3.
+    """
+
+    def __init__(self, every: int) -> None:
+        """`every`: steps between two that are guarded; 0: none is."""
+        self._every = every
+        self._sums: Tensor | None = None
+
+    def remember(self, step: int, kept: Callable[[], dict[str, Tensor]]) -> None:
+        """Right after step `step`, if the next one is to be guarded; costs a pass over `kept`."""
+        is_next_guarded = self._every and (step + 1) % self._every == 0
+        self._sums = _bit_sums(kept()) if is_next_guarded else None
+
+    def check(self, step: int, kept: Callable[[], dict[str, Tensor]]) -> None:
+        """Just before step `step` is applied: nothing has changed since `remember`; collective.
+
+        Raises:
+            MachineError: on all ranks, naming those on which something has.
+        """
+        if self._sums is None:
+            return
+        tensors = kept()
+        changed = (_bit_sums(tensors) != self._sums).nonzero().flatten().tolist()
+        found = gather_json([list(tensors)[index] for index in changed[:1]])
+        odd = [rank for rank, names in enumerate(found) if names]
+        if odd:
+            raise MachineError(
+                f"rank {', '.join(map(str, odd))}: step {step}: {found[odd[0]][0]} changed in "
+                f"memory since step {step - 1} (suspect that device; if there is a checkpoint of "
+                f"step {step - 1}, it may hold the change)"
+            )
+
+
+def _bit_sums(tensors: dict[str, Tensor]) -> Tensor:
+    """[N] int64, where the first tensor is: the sum of each one's bit patterns, as integers.
+
+    Any one flipped bit changes it.
+    """
+    sums = []
+    for tensor in tensors.values():
+        flat = tensor.detach().reshape(-1)
+        words = 8 // flat.element_size()
+        if flat.numel() % words or flat.storage_offset() % words:
+            bits = flat.view({1: torch.int8, 2: torch.int16, 4: torch.int32}[flat.element_size()])
+        else:
+            bits = flat.view(torch.int64)  # many times faster on a CPU
+        sums.append(bits.sum(dtype=torch.int64))
+    return torch.stack([total.to(sums[0].device) for total in sums])
