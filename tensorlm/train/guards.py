@@ -1,4 +1,4 @@
-"""Guards of a run: bad steps, replicas, data and disk, and two jobs in one folder."""
+"""Guards around the steps of a run: bad steps, memory that changes, hangs."""
 
 import math
 import statistics
@@ -7,12 +7,16 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+import torch.distributed as dist
+
 from tensorlm.config import Config
 from tensorlm.runtime.errors import UserError
-from tensorlm.runtime.lock import PATIENCE_SECONDS
+from tensorlm.runtime.watchdog import Watchdog
+
+from .engine import Engine
+from .replicas import ParameterChecksums
 
 _DEVIATION_OF_MAD = 1.4826  # standard deviation of a normal distribution, in its MADs
-_LOCK_PATIENCE_SECONDS = PATIENCE_SECONDS
 
 
 class StepGuard:
@@ -79,3 +83,52 @@ class StepGuard:
         mad = statistics.median(abs(loss - median) for loss in self._losses)
         # Of losses that hardly move, any change would be a spike.
         return median, max(_DEVIATION_OF_MAD * mad, 1e-3 * abs(median))
+
+
+class Guards:
+    """All that watches over the steps: a judge of their losses, checksums, and the watchdog."""
+
+    def __init__(self, config: Config, watchdog: Watchdog) -> None:
+        self.watchdog = watchdog
+        self.step_guard = StepGuard(config)
+        self._config = config
+        self._checksums = ParameterChecksums(config.guards.replica_every)
+        self._step = 0  # that is being done, counted from 1
+
+    def begin_step(self, done: int) -> None:
+        """`done` steps are done, and the next one begins with its data."""
+        self._step = done + 1
+        self.enter("data")
+        if done and self._config.stage_at(done - 1) != self._config.stage_at(done):
+            self.watchdog.expect_other_steps()
+
+    def enter(self, phase: str) -> None:
+        """The step enters the next of its phases."""
+        self.watchdog.enter(phase, self._step)
+
+    def loss_limit(self) -> float:
+        """The largest loss whose step may be applied."""
+        return self.step_guard.loss_limit()
+
+    def apply_step(self, engine: Engine, lr: float) -> float:
+        """`engine.step(lr)` on weights and state that nothing has changed since the last one.
+
+        Raises:
+            MachineError: on all ranks, naming those on which something has.
+        """
+        self.enter("step")
+        self._checksums.check(self._step, engine.kept)
+        grad_norm = engine.step(lr)
+        self._checksums.remember(self._step, engine.kept)
+        return grad_norm
+
+    def judge(self, loss: float, grad_norm: float, documents: Callable[[], list[str]]) -> bool:
+        """Whether the step was skipped; rank 0 prints why.
+
+        Raises:
+            UserError: the run must end (`StepGuard.judge`).
+        """
+        reason = self.step_guard.judge(self._step, loss, grad_norm, documents)
+        if reason and dist.get_rank() == 0:
+            print(f"skipped {reason}", flush=True)
+        return reason is not None

@@ -34,10 +34,10 @@ from tensorlm.runtime.ranks import EXCHANGE_LIMIT, leave_distributed, sum_over_r
 from tensorlm.runtime.watchdog import FOLDER, Watchdog
 
 from .engine import Engine, create_model, init_distributed
-from .guards import StepGuard
+from .guards import Guards
 from .metrics import Metrics, peak_memory_gib
 from .profiler import start_profiler
-from .replicas import MemoryGuard, check_replicas
+from .replicas import check_replicas
 from .step import Run, TrainState, train_step
 
 # In the run's directory: asks rank 0, at the end of a step, for a checkpoint and an end. Once it is
@@ -62,7 +62,7 @@ def train(config: Config, launch: LaunchEnv, stop: StopRequest) -> int:
 
         check_held_out(config)
     run = start(config, launch)
-    state, watchdog = run.state, run.watchdog
+    state, watchdog = run.state, run.guards.watchdog
     saver = Saver(run.dir, config.checkpoint, state.step, watchdog.progress)
     metrics = Metrics(config, state.step, git_commit()) if launch.rank == 0 else None
     if metrics:
@@ -161,11 +161,11 @@ def evaluate_run(run: Run, metrics: Metrics | None, is_asked: Callable[[], bool]
     from tensorlm.evaluation.ranks import LeaveRequest, LeftError
 
     step = run.state.step
-    run.watchdog.enter("eval", step)
+    run.guards.watchdog.enter("eval", step)
     leave = LeaveRequest(is_asked, run.device, step)
     model = wrap_training_model(
         run.config, run.engine.module, step, run.device, run.grid,
-        run.watchdog.progress, leave, run.state.tokens,
+        run.guards.watchdog.progress, leave, run.state.tokens,
     )  # fmt: skip
     try:
         evaluate_in_training(run.config, model, metrics.writer if metrics else None)
@@ -205,8 +205,8 @@ def start(config: Config, launch: LaunchEnv, before: int | None = None) -> Run:
     seed = config.run.seed if found is None else None
     engine = Engine(create_model(config, grid, device, seed), config)
     feed = Feed(rows, config, grid, pin=device.type == "cuda")
-    guard, memory = StepGuard(config), MemoryGuard(config.guards.replica_every)
-    run = Run(config, device, grid, rows, feed, engine, guard, memory, watchdog, TrainState())
+    guards = Guards(config, watchdog)
+    run = Run(config, device, grid, rows, feed, engine, guards, TrainState())
     if before is None and config.checkpoint.every:
         check_room(run)
     if found is not None:
@@ -233,7 +233,8 @@ def resume(run: Run, found: Checkpoint) -> None:
         run.state = TrainState(**found.manifest["state"])
         # Earlier versions counted padding, too.
         run.state.tokens = run.rows.num_tokens(run.state.rows)
-        run.guard.restore(found.manifest.get("guard", run.guard.state()))
+        guard = run.guards.step_guard
+        guard.restore(found.manifest.get("guard", guard.state()))
         adam_step = found.manifest["adam_step"]
     except (KeyError, TypeError) as error:
         raise UserError(f"{found.folder}: not the manifest of a run ({error})") from None
@@ -246,7 +247,7 @@ def describe_state(run: Run) -> dict[str, Any]:
     """What the manifest of a checkpoint says besides who holds which slice."""
     return {
         "state": asdict(run.state),
-        "guard": run.guard.state(),
+        "guard": run.guards.step_guard.state(),
         "adam_step": run.engine.adam_step,
         "config": run.config.model_dump(mode="json", exclude_none=True),
         "data_fingerprint": run.rows.fingerprint,

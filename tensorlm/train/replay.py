@@ -43,7 +43,7 @@ def replay(config: Config, launch: LaunchEnv, step: int) -> int:
             now, then = json_text(record[key]), json_text(recorded[-1][key])
             print(f"{key}: {now}, then {then}: {'as recorded' if now == then else 'DIFFERS'}")
     leave_distributed()
-    run.watchdog.stop()
+    run.guards.watchdog.stop()
     return EXIT_DONE
 
 

@@ -35,7 +35,7 @@ def check_replicas(replicas: dict[str, Tensor], step: int) -> None:
     )
 
 
-class MemoryGuard:
+class ParameterChecksums:
     """What a rank keeps from one step to the next must not change in between.
 
     That is all that can be compared where no other rank holds the same, as at ZeRO stages 1 to 3.

@@ -7,19 +7,31 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from fold_parallel import Grid
+from tensorlm.batch import Batch
 from tensorlm.config import Config
 from tensorlm.data.loader import PackedRows
 from tensorlm.data.prefetch import Feed
 from tensorlm.model.flops import recomputed_flops, train_flops
 from tensorlm.runtime.ranks import sum_over_ranks
-from tensorlm.runtime.watchdog import Watchdog
 
 from .engine import Engine
-from .guards import StepGuard
+from .guards import Guards
 from .optim import learning_rate
-from .replicas import MemoryGuard
+
+
+@dataclass(frozen=True)
+class Totals:
+    """What the micro-batches of one step hold, on all ranks together."""
+
+    num_labels: int
+    num_tokens: int  # of documents; padding is none
+    model_flops: float  # of documents
+    computed_flops: float  # padding and recomputation included
+    must_stop: bool  # on any rank
+    digest: int  # of which tokens stood where in which rows, modulo 2^64
 
 
 @dataclass
@@ -30,6 +42,14 @@ class TrainState:
     rows: int = 0
     tokens: int = 0  # of documents; padding is none
     data_hash: str = ""  # of all rows so far, their tokens and their order
+
+    def advance(self, num_rows: int, totals: Totals) -> None:
+        """One more step is done, on so many rows."""
+        self.step += 1
+        self.rows += num_rows
+        self.tokens += totals.num_tokens
+        consumed = f"{self.data_hash} {totals.digest}"
+        self.data_hash = hashlib.sha256(consumed.encode()).hexdigest()[:16]
 
 
 @dataclass
@@ -42,9 +62,7 @@ class Run:
     rows: PackedRows
     feed: Feed
     engine: Engine
-    guard: StepGuard
-    memory: MemoryGuard
-    watchdog: Watchdog
+    guards: Guards
     state: TrainState
 
     @property
@@ -58,75 +76,82 @@ def train_step(run: Run, must_stop: bool) -> tuple[dict[str, Any], bool]:
     Raises:
         UserError: one of the guards ends the run.
     """
-    config, grid, device, state = run.config, run.grid, run.device, run.state
-    run.watchdog.enter("data", state.step + 1)
+    config, state, guards = run.config, run.state, run.guards
     stage = config.stage_at(state.step)
-    if state.step and config.stage_at(state.step - 1) != stage:
-        run.watchdog.expect_other_steps()
+    guards.begin_step(state.step)
     batches = run.feed.batches(state.step, state.rows)
-    run.watchdog.enter("forward", state.step + 1)
-    digest = sum(batch.digest for batch in batches)
-    recompute, chunk = config.train.activation_checkpointing, config.train.mlp_chunk
-    num_labels, num_tokens, num_flops, num_computed, num_stopping, *digest_parts = sum_over_ranks(
-        device,
-        sum(batch.num_labels for batch in batches),
-        sum(batch.num_tokens for batch in batches),
-        sum(train_flops(config.model, batch.text_depth) for batch in batches),
-        sum(
-            train_flops(config.model, batch.depth)
-            + recomputed_flops(config.model, batch.depth, recompute, chunk)
-            for batch in batches
-        ),
-        must_stop,
-        *(digest >> shift & 0xFFFF_FFFF for shift in (0, 32)),  # exact in float64
-    )
+    totals = count_over_ranks(run, batches, must_stop)
+    mean_loss = accumulate_gradients(run, batches, totals.num_labels)
+    lr = learning_rate(state.step, config.train.steps, config.optim)
+    grad_norm = guards.apply_step(run.engine, lr)
+    state.advance(stage.rows_per_step, totals)
+    loss = mean_loss.item()
+    is_skipped = guards.judge(loss, grad_norm, lambda: run.rows.documents(last_rows(run)))
+    record = {
+        "train/loss": loss,
+        "train/grad_norm": grad_norm,
+        "train/lr": lr,
+        "train/tokens": state.tokens,
+        "train/skipped": float(is_skipped),
+        "data/labels": float(totals.num_labels),
+        "data/seq_len": stage.seq_len,
+        "data/hash": state.data_hash,
+        "step_tokens": totals.num_tokens,
+        "step_flops": totals.model_flops,
+        "computed_flops": totals.computed_flops,
+    }
+    return record, totals.must_stop
 
+
+def accumulate_gradients(run: Run, batches: list[Batch], num_labels: int) -> Tensor:
+    """Forward and backward passes of this rank's micro-batches.
+
+    Returns:
+        The mean loss over all labels of the step, the same on all ranks: a float64 scalar.
+    """
     num_losses = max(1, num_labels)  # rows of single-token documents have no label
     # DeepSpeed averages gradients over ranks; this makes them those of the mean over all labels.
-    loss_scale = torch.full((), grid.world_size / num_losses, device=device)
-    total_loss = torch.zeros((), device=device, dtype=torch.float64)
+    loss_scale = torch.full((), run.grid.world_size / num_losses, device=run.device)
+    total_loss = torch.zeros((), device=run.device, dtype=torch.float64)
     for index, batch in enumerate(batches, start=1):
-        loss = run.engine.forward(*batch.to(device))
+        loss = run.engine.forward(*batch.to(run.device))
         total_loss += loss.detach()
         if index == len(batches):
             dist.all_reduce(total_loss)
             # All ranks agree on the loss before the last backward pass. Gradients of a bad step
             # become non-finite there, and DeepSpeed applies no such step, on any rank.
-            is_bad = ~(total_loss / num_losses <= run.guard.loss_limit())
+            is_bad = ~(total_loss / num_losses <= run.guards.loss_limit())
             loss_scale.masked_fill_(is_bad, torch.nan)
         run.engine.backward(loss * loss_scale)
-    run.watchdog.enter("step", state.step + 1)
-    lr = learning_rate(state.step, config.train.steps, config.optim)
-    run.memory.check(state.step + 1, run.engine.kept)
-    grad_norm = run.engine.step(lr)
-    run.memory.remember(state.step + 1, run.engine.kept)
-    mean_loss = total_loss.item() / num_losses
+    return total_loss / num_losses
 
-    state.step += 1
-    state.rows += stage.rows_per_step
-    state.tokens += int(num_tokens)
-    low, high = (int(part) for part in digest_parts)
-    consumed = f"{state.data_hash} {(low + (high << 32)) % (1 << 64)}"
-    state.data_hash = hashlib.sha256(consumed.encode()).hexdigest()[:16]
-    skipped = run.guard.judge(
-        state.step, mean_loss, grad_norm, lambda: run.rows.documents(last_rows(run))
+
+def count_over_ranks(run: Run, batches: list[Batch], must_stop: bool) -> Totals:
+    """What all ranks' micro-batches hold, and whether any rank must stop: one all-reduce."""
+    model, train = run.config.model, run.config.train
+    digest = sum(batch.digest for batch in batches)
+    run.guards.enter("forward")
+    num_labels, num_tokens, model_flops, computed_flops, num_stopping, low, high = sum_over_ranks(
+        run.device,
+        sum(batch.num_labels for batch in batches),
+        sum(batch.num_tokens for batch in batches),
+        sum(train_flops(model, batch.text_depth) for batch in batches),
+        sum(
+            train_flops(model, batch.depth)
+            + recomputed_flops(model, batch.depth, train.activation_checkpointing, train.mlp_chunk)
+            for batch in batches
+        ),
+        must_stop,
+        *(digest >> shift & 0xFFFF_FFFF for shift in (0, 32)),  # exact in float64
     )
-    if skipped and dist.get_rank() == 0:
-        print(f"skipped {skipped}", flush=True)
-    record = {
-        "train/loss": mean_loss,
-        "train/grad_norm": grad_norm,
-        "train/lr": lr,
-        "train/tokens": state.tokens,
-        "train/skipped": float(skipped is not None),
-        "data/labels": num_labels,
-        "data/seq_len": stage.seq_len,
-        "data/hash": state.data_hash,
-        "step_tokens": num_tokens,
-        "step_flops": num_flops,
-        "computed_flops": num_computed,
-    }
-    return record, num_stopping > 0
+    return Totals(
+        num_labels=int(num_labels),
+        num_tokens=int(num_tokens),
+        model_flops=model_flops,
+        computed_flops=computed_flops,
+        must_stop=num_stopping > 0,
+        digest=(int(low) + (int(high) << 32)) % (1 << 64),
+    )
 
 
 def last_rows(run: Run) -> range:
