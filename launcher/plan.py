@@ -1,40 +1,6 @@
-"""Predict memory and time: `python launcher/plan.py --config C --gpus 8 --gpu h100`.
+"""Predict memory and time: `python launcher/plan.py --config C --gpus 8 --gpu h100`."""
 
-Nothing is built and no GPU is needed. docs/planning.md has the formulas and what they were compared
-with.
-"""
-
-import argparse
-from pathlib import Path
-
-from tensorlm.config import load_config
-from tensorlm.plan.gpus import find_gpu
-from tensorlm.plan.planning import make_plan
-from tensorlm.plan.proposals import propose
-from tensorlm.plan.report import format_plan, plan_json
-from tensorlm.runtime.errors import UserError
-from tensorlm.runtime.exit import run_launcher
-from tensorlm.runtime.strict_json import json_text
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--config", required=True, help="TOML file of the run")
-    parser.add_argument("--gpus", type=int, required=True, help="ranks, one a GPU")
-    parser.add_argument("--gpu", default="h100", help="a100, h100, h200, b200, or GiB of memory")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every number")
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="replace a setting")
-    args = parser.parse_intermixed_args()  # settings may stand anywhere
-    config, gpu = load_config(args.config, args.overrides), find_gpu(args.gpu)
-    if args.gpus < 1:
-        raise UserError(f"--gpus: {args.gpus} must be positive")
-    plan = make_plan(config, args.gpus, gpu)
-    proposals = propose(plan)
-    print(format_plan(plan, proposals, args.config))
-    if args.json:
-        args.json.write_text(json_text(plan_json(plan, proposals), indent=1) + "\n")
-    return 0
-
+from tensorlm.commands.plan import run
 
 if __name__ == "__main__":
-    run_launcher(main)
+    run()

@@ -1,0 +1,62 @@
+"""The command `tensorlm`: one name for each thing that a user does.
+
+Each runs what a file of launcher/ runs, with the same settings, errors and exit codes. DeepSpeed
+and Slurm start files; people type names.
+"""
+
+import sys
+from importlib import import_module
+from typing import NamedTuple
+
+from tensorlm import __version__
+from tensorlm.runtime.errors import EXIT_DONE, EXIT_USER_ERROR
+
+
+class Command(NamedTuple):
+    """A module of this room, and the arguments that stand before the user's."""
+
+    module: str
+    help: str
+    arguments: tuple[str, ...] = ()
+
+
+COMMANDS = {
+    "prepare": Command("prepare", "encode documents into shards, verify and inspect them"),
+    "tokenizer": Command("prepare", "train a tokenizer", ("tokenizer",)),
+    "plan": Command("plan", "predict memory and time of a run"),
+    "train": Command("train", "train, or continue a run, on the ranks of this job"),
+    "replay": Command("train", "compute one step again: replay STEP --config C", ("--replay",)),
+    "evaluate": Command("evaluate", "perplexity, passkey, needles and RULER of a checkpoint"),
+    "compare": Command("evaluate", "join reports: compare DIR ... --output DIR", ("--compare",)),
+    "convert": Command("convert", "export to and import from Hugging Face folders"),
+    "generate": Command("generate", "write text with an exported folder"),
+}
+
+
+def main() -> None:
+    """Run the command that the first argument names, and end the process with its code."""
+    words = sys.argv[1:]
+    if words[:1] == ["--version"]:
+        print(f"tensorlm {__version__}")
+        sys.exit(EXIT_DONE)
+    if not words or words[0] in ("-h", "--help"):
+        print(usage(), file=sys.stdout if words else sys.stderr)
+        sys.exit(EXIT_DONE if words else EXIT_USER_ERROR)
+    name, *rest = words
+    if name not in COMMANDS:
+        names = ", ".join(COMMANDS)
+        print(f"error: tensorlm: {name}: must be one of {names}", file=sys.stderr)
+        sys.exit(EXIT_USER_ERROR)
+    command = COMMANDS[name]
+    is_help = rest[:1] in (["-h"], ["--help"])
+    sys.argv = [f"tensorlm {name}", *(() if is_help else command.arguments), *rest]
+    import_module(f"tensorlm.commands.{command.module}").run()
+
+
+def usage() -> str:
+    """All commands, a line each."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {command.help}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        ["usage: tensorlm NAME [arguments]", "", *lines, "", "tensorlm NAME --help says more."]
+    )

@@ -1,0 +1,164 @@
+"""Convert weights between checkpoints and Hugging Face folders.
+
+python launcher/convert.py export --config C --output DIR [--checkpoint STEP] [--dtype bf16]
+python launcher/convert.py import --config C --hf DIR
+python launcher/convert.py import --hf DIR --write-config C
+"""
+
+import argparse
+import shlex
+from pathlib import Path
+
+from tensorlm.config import Config, load_config, parse_config
+from tensorlm.runtime.arguments import parse_arguments
+from tensorlm.runtime.errors import UserError
+from tensorlm.runtime.exit import run_launcher
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--config", help="TOML file of the run")
+    common.add_argument("overrides", nargs="*", metavar="key.sub=value")
+    add_export(commands.add_parser("export", parents=[common], help="checkpoint -> Hugging Face"))
+    imported = commands.add_parser("import", parents=[common], help="Llama folder -> checkpoint 0")
+    imported.add_argument("--hf", type=Path, required=True, help="folder with Llama weights")
+    imported.add_argument(
+        "--write-config", type=Path, metavar="FILE",
+        help="import nothing: write a configuration whose [model] is that of the folder, with the "
+        "other sections of --config (default: values to start from)",
+    )  # fmt: skip
+    imported.set_defaults(run=import_)
+    args = parse_arguments(parser)
+    if args.command == "import":
+        _check_folder(args.hf)
+        if args.write_config:
+            return _write_config(args)
+    if not args.config:
+        raise UserError("--config: missing (the TOML file of the run)")
+    return int(args.run(args, load_config(args.config, args.overrides)))
+
+
+def add_export(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--output", type=Path, required=True, help="new folder")
+    parser.add_argument("--checkpoint", type=int, metavar="STEP", help="default: the newest")
+    parser.add_argument(
+        "--dtype", choices=("bf16", "fp32"), default="bf16",
+        help="of the exported weights (default: bf16)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--rounding", choices=("nearest", "stochastic"),
+        help="of weights to bf16 (default: stochastic if nearest would put much of the training "
+        "back to the imported weights)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--tokenizer", type=Path, help="default: that of the data set, or of the imported folder"
+    )
+    parser.add_argument(
+        "--push-to-hub", metavar="OWNER/NAME", help="upload the folder too (a private repository)"
+    )
+    parser.add_argument("--public", action="store_true", help="make a new repository public")
+    parser.set_defaults(run=export)
+
+
+def export(args: argparse.Namespace, config: Config) -> int:
+    from tensorlm.checkpoint import check_model, select_checkpoint
+    from tensorlm.checkpoint.publish import was_imported
+    from tensorlm.data.tokenizer.tokenizers import check_tokenizer, has_tokenizer
+    from tensorlm.hf import hub
+    from tensorlm.hf.export_folder import check_new_folder, export_checkpoint
+    from tensorlm.hf.export_tokenizer import describe_prompts
+    from tensorlm.hf.import_folder import imported_folder
+    from tensorlm.hf.imported_tokenizer import describe_another_tokenizer
+    from tensorlm.hf.rounding import (
+        choose_rounding,
+        describe_rounding,
+        imported_start,
+        share_put_back,
+    )
+    from tensorlm.hf.streamed_loss import describe_losses
+
+    check_new_folder(args.output)  # now: to verify a large checkpoint takes minutes
+    run_dir = Path(config.run.dir)
+    checkpoint = select_checkpoint(run_dir, args.checkpoint)
+    trained = parse_config(checkpoint.manifest["config"], str(checkpoint.folder))
+    check_model(checkpoint, config)
+    imported = imported_folder(run_dir)
+    sha256 = checkpoint.manifest.get("tokenizer_sha256")  # None: it was imported, not trained
+    data_tokenizer = Path(config.data.path) / "tokenizer"
+    candidates = [data_tokenizer, *([imported] if imported else [])]
+    if sha256 is None:
+        candidates.reverse()
+    tokenizer = args.tokenizer or next((c for c in candidates if has_tokenizer(c)), None)
+    if tokenizer and sha256:
+        fix = "as asked" if args.tokenizer else "choose one with --tokenizer DIR"
+        try:
+            check_tokenizer(tokenizer, sha256, fix)
+        except UserError as error:
+            if args.tokenizer is None:
+                raise
+            print(f"note: {error}")
+    if args.push_to_hub:  # before the work, since this is what may be refused
+        hub.create_repository(args.push_to_hub, public=args.public)
+    rounds = args.dtype == "bf16" and checkpoint.step > 0 and was_imported(run_dir)
+    start = imported_start(checkpoint) if rounds else None
+    put_back = share_put_back(checkpoint, start) if start else None
+    rounding = args.rounding or choose_rounding(put_back)
+    export_checkpoint(
+        checkpoint, trained, args.output, args.dtype, tokenizer, imported=imported,
+        rounding=rounding,
+    )  # fmt: skip
+    print(f"{args.output}: step {checkpoint.step} of {run_dir}, {args.dtype}", flush=True)
+    if rounds:
+        print(describe_rounding(put_back, rounding, is_asked=args.rounding is not None))
+        print(describe_losses(checkpoint, trained.model, Path(config.data.path), rounding))
+    if tokenizer is None:
+        print("note: no tokenizer goes along (--tokenizer DIR)")
+    else:
+        if note := describe_another_tokenizer(imported, data_tokenizer, config.data.path):
+            print(note)
+        if prompts := describe_prompts(args.output):
+            print(f"note: {prompts}")
+    if args.push_to_hub:
+        message = f"Step {checkpoint.step} of {run_dir.name}"
+        print(hub.upload(args.output, args.push_to_hub, message))
+    return 0
+
+
+def _check_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        raise UserError(f"--hf {folder}: no such folder (download the model first)")
+
+
+def _write_config(args: argparse.Namespace) -> int:
+    from tensorlm.hf.write_config import write_config
+
+    base = Path(args.config) if args.config else None
+    write_config(args.hf, base, args.overrides, args.write_config)
+    command = shlex.join(["--config", str(args.write_config), "--hf", str(args.hf)])
+    print(
+        f"{args.write_config}: a configuration for {args.hf}; set [data], [optim] and [train], "
+        f"then: python launcher/convert.py import {command}"
+    )
+    return 0
+
+
+def import_(args: argparse.Namespace, config: Config) -> int:
+    from tensorlm.hf.import_folder import import_weights
+    from tensorlm.hf.imported_tokenizer import describe_another_tokenizer
+
+    folder = import_weights(args.hf, config)
+    settings = shlex.join([args.config, *args.overrides])
+    print(f"{folder}: weights of {args.hf}; training with --config {settings} starts there")
+    tokenizer = Path(config.data.path) / "tokenizer"
+    if note := describe_another_tokenizer(args.hf, tokenizer, config.data.path):
+        print(note)
+    return 0
+
+
+def run() -> None:
+    """Run this command with the arguments of the process, and end the process."""
+    run_launcher(main)

@@ -1,0 +1,88 @@
+"""Write text with an exported folder: `python launcher/generate.py --model DIR --prompt TEXT`.
+
+The text appears as it is generated. A folder's own code is never run: this installation's is.
+"""
+
+import argparse
+import math
+import os
+import sys
+from pathlib import Path
+
+from tensorlm.runtime.errors import UserError
+from tensorlm.runtime.exit import run_launcher
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", type=Path, required=True, help="exported folder")
+    parser.add_argument("--prompt", required=True, help="text to continue; - reads standard input")
+    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy")
+    parser.add_argument("--top-p", type=float, default=0.95)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--prefill-chunk", type=int, metavar="TOKENS", help="read a long prompt in pieces"
+    )
+    args = parser.parse_args()
+    check_arguments(args)
+    prompt = read_prompt(args.prompt)
+
+    import torch
+    from transformers import TextStreamer
+    from transformers.utils import logging
+
+    from tensorlm.data.tokenizer.tokenizers import load_tokenizer
+    from tensorlm.hf.load_folder import load_folder
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    torch.manual_seed(args.seed)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tokenizer = load_tokenizer(args.model)
+    model = load_folder(args.model).to(device)
+    ids = tokenizer.encode(prompt, add_special_tokens=False)
+    if ids[:1] != [tokenizer.bos_token_id]:  # as documents began in training
+        ids.insert(0, tokenizer.bos_token_id)
+    tokens = torch.tensor([ids], device=device)
+    settings = {"do_sample": args.temperature > 0, "prefill_chunk_size": args.prefill_chunk}
+    if args.temperature > 0:
+        settings |= {"temperature": args.temperature, "top_p": args.top_p}
+    streamer = TextStreamer(tokenizer, skip_special_tokens=True)
+    settings |= {"max_new_tokens": args.max_new_tokens, "streamer": streamer}
+    model.generate(input_ids=tokens, attention_mask=torch.ones_like(tokens), **settings)
+    return 0
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Raise UserError, a line for each option that makes no sense."""
+    if not (args.model / "config.json").exists():
+        raise UserError(f"{args.model}: no config.json (make it with launcher/convert.py export)")
+    chunk = 1 if args.prefill_chunk is None else args.prefill_chunk
+    checks = [
+        ("max-new-tokens", args.max_new_tokens >= 1, "at least 1"),
+        ("temperature", args.temperature == 0 or 1e-6 <= args.temperature < math.inf,
+         "0 (greedy), or at least 1e-6"),
+        ("top-p", 0 < args.top_p <= 1, "above 0 and at most 1"),
+        ("seed", 0 <= args.seed < 2**64, "at least 0 and below 2**64"),
+        ("prefill-chunk", chunk >= 1, "at least 1"),
+    ]  # fmt: skip
+    problems = [f"--{name}: must be {what}" for name, is_good, what in checks if not is_good]
+    if problems:
+        raise UserError(*problems)
+
+
+def read_prompt(argument: str) -> str:
+    """The text of `--prompt`, or of standard input."""
+    content = sys.stdin.buffer.read() if argument == "-" else os.fsencode(argument)
+    if not content:
+        raise UserError("--prompt: is empty")
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"--prompt: not UTF-8 text ({error.reason} at {error.start})") from None
+
+
+def run() -> None:
+    """Run this command with the arguments of the process, and end the process."""
+    run_launcher(main)

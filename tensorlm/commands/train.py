@@ -1,0 +1,57 @@
+"""Train a model: `deepspeed launcher/train.py --config configs/demo.toml [key.sub=value ...]`.
+
+Works the same under deepspeed, torchrun, srun, mpirun and plain python.
+"""
+
+import argparse
+
+from tensorlm.runtime.errors import EXIT_DONE, EXIT_PREEMPTED
+from tensorlm.runtime.exit import run_launcher
+from tensorlm.runtime.preemption import StopRequest
+
+
+def main(stop: StopRequest) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--config", required=True, help="TOML file of the run")
+    parser.add_argument("--replay", type=int, metavar="STEP", help="compute one step again")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="replace a setting")
+    parser.add_argument(
+        "--dry-run", type=int, metavar="RANKS", help="check all settings for so many ranks, and end"
+    )
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it
+    args = parser.parse_intermixed_args()  # settings may stand anywhere
+    # What imports torch takes seconds, in which signals are listened to already.
+    from tensorlm.config import load_config
+    from tensorlm.runtime.launch_env import (
+        launched_world_size,
+        read_launch_env,
+        restarts_failed_ranks,
+    )
+
+    ranks = launched_world_size() if args.dry_run is None else args.dry_run
+    config = load_config(args.config, args.overrides, ranks)
+    if args.dry_run is not None:
+        from tensorlm.train.dry_run import check_run
+
+        print("\n".join(check_run(config, args.dry_run)))
+        return 0
+    launch = read_launch_env()
+
+    from tensorlm.train.loop import train
+    from tensorlm.train.replay import replay
+
+    if args.replay is not None:
+        return replay(config, launch, args.replay)
+    code = train(config, launch, stop)
+    if code == EXIT_PREEMPTED and restarts_failed_ranks():
+        if launch.rank == 0:
+            print("leaving with 0, not 75: torchrun --max-restarts would start again", flush=True)
+        return EXIT_DONE
+    return code
+
+
+def run() -> None:
+    """Run this command with the arguments of the process, and end the process."""
+    stop = StopRequest().listen()
+    # Launchers end all ranks when one has left: a request to stop may mean that it has told why.
+    run_launcher(lambda: main(stop), leave_at_once=True, is_told=lambda: stop.is_asked)
