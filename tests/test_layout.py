@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.rooms import FLOORS, PACKAGE, arrows, drawn_picture, picture
+
 ROOT = Path(__file__).parents[1]
 # A package may import those that stand after it.
 ORDER = ["tensorlm", "fold_parallel", "tensor_attention"]
@@ -40,56 +42,18 @@ def test_imports_run_one_way(package: str) -> None:
             assert not forbidden & {name.split(".")[0] for name in names}, path
 
 
-# The rooms of tensorlm, from the ground up: each imports from floors below its own, rooms of one
-# floor do not know one another.
-FLOORS = [
-    ["runtime"],
-    ["config"],
-    ["batch"],
-    ["data", "model", "checkpoint"],
-    ["hf", "plan"],
-    ["evaluation"],
-    ["train"],
-    ["benchmarks"],
-    ["commands"],
-]
-
-
-def rooms_imported(path: Path) -> set[str]:
-    """The rooms of tensorlm that a module of it imports, also inside functions."""
-    package = ("tensorlm", *path.relative_to(ROOT / "tensorlm").parts[:-1])
-    rooms = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        names: list[str] = []
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            base = package[: len(package) + 1 - node.level] if node.level else ()
-            module = ".".join([*base, *([node.module] if node.module else [])])
-            names = [f"{module}.{alias.name}" for alias in node.names]
-        parts = [name.split(".") for name in names]
-        rooms |= {part[1] for part in parts if part[0] == "tensorlm" and len(part) > 1}
-    return rooms - {"__version__"}
-
-
 def test_rooms_import_only_from_floors_below() -> None:
     floor_of = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-    rooms = {path.stem for path in (ROOT / "tensorlm").glob("[!_]*") if path.suffix in ("", ".py")}
+    rooms = {path.stem for path in PACKAGE.glob("[!_]*") if path.suffix in ("", ".py")}
     assert rooms == floor_of.keys()
     assert len(rooms) <= 12
-    arrows = {
-        (path.relative_to(ROOT / "tensorlm").parts[0].removesuffix(".py"), other, path.name)
-        for path in (ROOT / "tensorlm").rglob("*.py")
-        for other in rooms_imported(path)
-    }
-    seen = {room for room, _, _ in arrows}
-    assert seen >= floor_of.keys() - {"runtime", "batch"}
-    wrong = [
-        f"{room}/{name} imports {other}"
-        for room, other, name in sorted(arrows)
-        if room != other and room in floor_of and floor_of[other] >= floor_of[room]
-    ]
-    assert wrong == []
+    found = arrows()
+    assert {room for room, _ in found} == floor_of.keys() - {"runtime", "batch"}
+    assert [(a, b) for a, b in sorted(found) if floor_of[b] >= floor_of[a]] == []
+
+
+def test_the_picture_of_the_rooms_is_that_of_the_imports() -> None:
+    assert drawn_picture() == picture()  # else: python -m tests.support.rooms
 
 
 def test_the_ground_needs_torch_and_tqdm_only() -> None:
