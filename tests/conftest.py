@@ -14,7 +14,8 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from tensorlm.config import load_config
-from tensorlm.data.prepare.encode import encode, find_files, read_documents
+from tensorlm.data.prepare.encode import encode
+from tensorlm.data.prepare.inputs import find_files, read_documents
 from tensorlm.data.tokenizer.tokenizers import train_tokenizer
 from tests.reliability.harness import Job, warm_up
 from tests.support.launching import (

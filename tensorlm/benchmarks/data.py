@@ -15,15 +15,8 @@ import numpy as np
 
 from tensorlm.data.loader import PackedRows, RowStage
 from tensorlm.data.packing import plan_rows
-from tensorlm.data.prepare.encode import (
-    ShardJob,
-    batches,
-    encode,
-    encode_shard,
-    find_files,
-    read_documents,
-)
-from tensorlm.data.prepare.inputs import plan_shards
+from tensorlm.data.prepare.encode import ShardJob, batches, encode, encode_shard
+from tensorlm.data.prepare.inputs import find_files, plan_shards, read_documents
 from tensorlm.data.prepare.resume import Settings
 from tensorlm.data.prepare.workers import Progress
 from tensorlm.data.shards import Corpus

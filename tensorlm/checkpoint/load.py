@@ -11,11 +11,7 @@ from tensorlm.runtime.errors import UserError
 from tensorlm.runtime.ranks import gather_json
 
 from .manifest import Checkpoint, list_steps, open_checkpoint, step_folder
-from .publish import (
-    LEDGER,
-    has_trained,
-    was_imported,
-)
+from .publish import LEDGER, has_trained, was_imported
 from .slices import STATE, ParameterSlice
 
 _SHOWN_STEPS = 8  # where one is asked for that is not there

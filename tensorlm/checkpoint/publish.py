@@ -4,7 +4,6 @@ All is written into `RUN/.tmp-step-XXXXXXXX`, has reached the disk (fsync), and 
 name. A folder that goes away loses its name first. So no name ever stands for half a checkpoint.
 """
 
-import json
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -19,37 +18,21 @@ from tensorlm.runtime.errors import UserError
 from tensorlm.runtime.strict_json import json_text
 
 from .manifest import MANIFEST, list_steps, manifest_text, step_folder
+from .safetensors_file import write_safetensors
 
 LEDGER = "checkpoints.jsonl"
 _WEIGHT_FILE_BYTES = 1 << 30  # of imported weights, so that one file at a time is in memory
 
 
-def write_safetensors(
+def write_tensors(
     path: Path,
     tensors: dict[str, Tensor],
     progress: Callable[[int], object] = lambda num_bytes: None,
 ) -> tuple[int, str]:
-    """Write float32 tensors in safetensors format, one at a time; returns size and sha256.
-
-    Unlike `safetensors.torch.save_file` it hashes while it writes, and never holds a second copy of
-    all tensors. `progress` is called with the number of bytes just written.
-    """
-    header, offset = {}, 0
-    for name, tensor in tensors.items():
-        end = offset + tensor.numel() * 4
-        header[name] = {
-            "dtype": "F32", "shape": list(tensor.shape), "data_offsets": [offset, end],
-        }  # fmt: skip
-        offset = end
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-
-    def parts() -> Iterator[bytes | memoryview]:
-        yield len(text).to_bytes(8, "little") + text
-        for tensor in tensors.values():
-            yield tensor.detach().float().cpu().contiguous().view(torch.uint8).numpy().data
-
-    return disk.write_file(path, parts(), progress)
+    """Write tensors as float32, one at a time; returns the file's size and sha256."""
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    pieces = (tensor.detach().float().cpu().contiguous() for tensor in tensors.values())
+    return write_safetensors(path, shapes, torch.float32, pieces, progress)
 
 
 def start_folder(temporary: Path) -> None:
@@ -148,7 +131,7 @@ def write_weights(
         for index, group in enumerate(_groups(parameters, _WEIGHT_FILE_BYTES)):
             path = temporary / f"rank-{index:05d}.safetensors"
             tensors = {f"{name}/master": tensor.flatten() for name, tensor in group}
-            num_bytes, sha256 = write_safetensors(path, tensors, progress)
+            num_bytes, sha256 = write_tensors(path, tensors, progress)
             entries.append(
                 {
                     "name": path.name,

@@ -31,7 +31,7 @@ from .publish import (
     remove,
     start_folder,
     write_manifest,
-    write_safetensors,
+    write_tensors,
 )
 from .slices import ParameterSlice
 
@@ -143,7 +143,7 @@ class Saver:
 
         def write_slices() -> dict[str, Any]:
             path = temporary / name
-            size, sha256 = write_safetensors(path, tensors, lambda _: self._progress("save"))
+            size, sha256 = write_tensors(path, tensors, lambda _: self._progress("save"))
             return {"name": name, "bytes": size, "sha256": sha256, **layout}
 
         def seal() -> None:

@@ -11,13 +11,8 @@ import argparse
 import os
 from pathlib import Path
 
-from tensorlm.data.prepare.encode import (
-    LONGEST_DOCUMENT,
-    SHARD_BYTES,
-    encode,
-    find_files,
-    read_documents,
-)
+from tensorlm.data.prepare.encode import SHARD_BYTES, encode
+from tensorlm.data.prepare.inputs import LONGEST_DOCUMENT, find_files, read_documents
 from tensorlm.data.shards import open_shards, verify_shards
 from tensorlm.data.tokenizer.tokenizers import (
     check_new_tokenizer,

@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from tensorlm.checkpoint import Checkpoint
+from tensorlm.checkpoint.safetensors_file import write_safetensors
 from tensorlm.config import Config, ModelConfig
 from tensorlm.runtime import disk
 from tensorlm.runtime.errors import UserError
@@ -32,7 +34,6 @@ from .rounding import Rounding, round_part
 SHARD_BYTES = 5 * 10**9
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _HF_DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
-_SAFETENSORS_DTYPES = {torch.bfloat16: "BF16", torch.float32: "F32"}
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _CHUNK = 1 << 25  # elements of a parameter in memory at one time
 
@@ -251,26 +252,13 @@ def _write_shard(
     rounding: Rounding,
     progress: Callable[[int], object],
 ) -> None:
-    """One safetensors file: 8 bytes of header size, JSON header, tensors.
+    """One safetensors file; no tensor is ever in memory whole."""
 
-    No tensor is ever in memory whole; `safetensors.torch.save_file` would take all of them.
-    """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, shape in shapes.items():
-        start, end = end, end + shape.numel() * dtype.itemsize
-        header[hf_name(name)] = {
-            "dtype": _SAFETENSORS_DTYPES[dtype], "shape": list(shape), "data_offsets": [start, end],
-        }  # fmt: skip
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-
-    def parts() -> Iterator[bytes | memoryview]:
-        yield len(text).to_bytes(8, "little") + text
+    def pieces() -> Iterator[Tensor]:
         for name, shape in shapes.items():
             for start in range(0, shape.numel(), _CHUNK):
                 part = checkpoint.read(name, "master", start, min(start + _CHUNK, shape.numel()))
-                rounded = round_part(part, dtype, rounding, name, start)
-                yield rounded.view(torch.uint8).numpy().data
+                yield round_part(part, dtype, rounding, name, start)
 
-    disk.write_file(path, parts(), progress)
+    named = {hf_name(name): shape for name, shape in shapes.items()}
+    write_safetensors(path, named, dtype, pieces(), progress, metadata={"format": "pt"})

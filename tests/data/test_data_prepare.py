@@ -15,7 +15,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import PreTrainedTokenizerFast
 
 from tensorlm.data.inspect import length_histogram, lengths_figure
-from tensorlm.data.prepare.encode import encode, find_files, read_documents
+from tensorlm.data.prepare.encode import encode
+from tensorlm.data.prepare.inputs import find_files, read_documents
 from tensorlm.data.shards import Corpus, verify_shards
 from tensorlm.data.tokenizer.tokenizers import load_tokenizer, tokenizer_sha256, train_tokenizer
 from tensorlm.runtime.errors import UserError

@@ -22,12 +22,10 @@ from tensorlm.runtime.progress import progress_bar
 from ..shards import is_complete, read_header, shard_name
 from ..tokenizer.reading import check_plain_reading
 from ..tokenizer.tokenizers import DocumentEncoder, copy_tokenizer, tokenizer_sha256
-from .inputs import LONGEST_DOCUMENT, Part, find_files, read_documents, read_part
+from .inputs import LONGEST_DOCUMENT, Part, read_part
 from .resume import Settings, begin, output_locked
 from .shard_writer import ShardWriter, write_index
 from .workers import Progress, Ranks, run_tasks
-
-__all__ = ["LONGEST_DOCUMENT", "encode", "find_files", "read_documents"]
 
 SHARD_BYTES = 1 << 26
 _BATCH_DOCUMENTS, _BATCH_CHARACTERS = 64, 1 << 21
