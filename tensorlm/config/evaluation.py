@@ -25,38 +25,49 @@ def windows_at_once(span: int, length: int) -> int:
 class EvalConfig(Section):
     """What an evaluation measures, in training (`every`) and by launcher/evaluate.py."""
 
-    every: int = Field(0, ge=0, description="training steps between evaluations; 0: none")
-    tasks: tuple[Literal["ppl", "passkey", "niah", "ruler"], ...] = Field(("ppl",), strict=False)
-    lengths: tuple[int, ...] = Field((), strict=False, description="in tokens; (): data.seq_len")
-    seed: int = Field(0, ge=0, description="of prompts and of the bootstrap, not of the run")
-    text: str = Field("", description="glob of held-out texts; empty: the data set's valid split")
-    text_field: str = Field(
-        "text", description="field of `text`'s records and tables that holds the text"
+    every: int = Field(0, ge=0, description="training steps between evaluations (0: none)")
+    tasks: tuple[Literal["ppl", "passkey", "niah", "ruler"], ...] = Field(
+        ("ppl",), strict=False, description="what to measure: perplexity, passkey, needles, RULER"
     )
-    max_tokens: int = Field(1 << 20, gt=0, description="held-out tokens that are predicted")
+    lengths: tuple[int, ...] = Field(
+        (), strict=False, description="context lengths in tokens (default: data.seq_len)"
+    )
+    seed: int = Field(0, ge=0, description="seed of the prompts and of the bootstrap")
+    text: str = Field(
+        "", description="glob of held-out text files (default: the data set's valid split)"
+    )
+    text_field: str = Field(
+        "text", description="field that holds the text, where `text` names JSON or table files"
+    )
+    max_tokens: int = Field(
+        1 << 20, gt=0, description="maximum number of held-out tokens to predict"
+    )
     segment: int = Field(
-        0, ge=0, description="tokens of the spans that every length predicts; 0: the longest length"
+        0, ge=0, description="tokens in the spans that all lengths predict (0: the longest length)"
     )
     slide: int = Field(
-        2, ge=1, description="sliding windows move by length / slide; 1: none are measured"
+        2, ge=1, description="sliding windows move by length / slide tokens (1: no sliding windows)"
     )
     near: int = Field(
         4096,
         ge=0,
-        description="context that attribution compares the whole one with, at least 4; 0: none",
+        description="context in tokens, at least 4, to compare the full context with "
+        "(0: not measured)",
     )
-    depths: int = Field(11, ge=1, description="needle depths of the heat maps, 0 to 100 %")
-    repeats: int = Field(5, ge=1, description="prompts for each cell of the heat maps")
-    samples: int = Field(100, ge=1, description="prompts of each RULER task at each length")
+    depths: int = Field(
+        11, ge=1, description="number of needle depths in the heat maps, from 0 to 100 %"
+    )
+    repeats: int = Field(5, ge=1, description="prompts per cell of the heat maps")
+    samples: int = Field(100, ge=1, description="prompts per RULER task and length")
     ruler: tuple[str, ...] = Field(
-        (), strict=False, description="RULER tasks; (): all whose files are there"
+        (), strict=False, description="RULER tasks to run (default: all whose files are available)"
     )
     qa: tuple[str, ...] = Field(
-        (), strict=False, description="SQuAD or HotpotQA JSON files, for RULER's qa_1 and qa_2"
+        (),
+        strict=False,
+        description="SQuAD or HotpotQA JSON files, which RULER's qa_1 and qa_2 need",
     )
-    prefill_chunk: int = Field(
-        65536, gt=0, description="prompt tokens that are read in one forward pass"
-    )
+    prefill_chunk: int = Field(65536, gt=0, description="prompt tokens per forward pass")
 
     def span_length(self, lengths: Sequence[int]) -> int:
         """Tokens of the spans whose tokens windows of all these lengths predict.

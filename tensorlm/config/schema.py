@@ -23,28 +23,62 @@ FusedLayers = Literal["auto", "liger", "torch"]
 class RopeScaling(Section):
     """Rotary frequencies of a model whose context was extended ("llama3" as in Llama 3.1)."""
 
-    rope_type: Literal["linear", "llama3"]
-    factor: float = Field(ge=1)
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position_embeddings: int = 8192
+    rope_type: Literal["linear", "llama3"] = Field(
+        description="how frequencies are scaled: linear (all divided by factor), or llama3 (Llama "
+        "3.1: only low ones)",
+    )
+    factor: float = Field(ge=1, description="how many times longer the context became")
+    low_freq_factor: float = Field(
+        1.0,
+        description="llama3: context lengths per wavelength below which a frequency is divided by "
+        "factor",
+    )
+    high_freq_factor: float = Field(
+        4.0,
+        description="llama3: context lengths per wavelength above which a frequency stays",
+    )
+    original_max_position_embeddings: int = Field(
+        8192,
+        description="llama3: context length, in tokens, before the extension",
+    )
 
 
 class ModelConfig(Section):
     """Shape of the Llama decoder and of its folded attention."""
 
-    vocab_size: int = Field(gt=0)
-    hidden_size: int = Field(gt=0)
-    intermediate_size: int = Field(gt=0)
-    num_layers: int = Field(gt=0)
-    num_heads: int = Field(gt=0)
-    num_kv_heads: int = Field(gt=0)
-    head_dim: int = Field(0, ge=0, description="0: hidden_size / num_heads")
+    vocab_size: int = Field(
+        gt=0,
+        description="number of token ids: at least the largest id of the tokenizer plus 1",
+    )
+    hidden_size: int = Field(gt=0, description="width of the hidden states")
+    intermediate_size: int = Field(gt=0, description="width of the SwiGLU layers")
+    num_layers: int = Field(gt=0, description="number of decoder layers")
+    num_heads: int = Field(gt=0, description="number of query heads")
+    num_kv_heads: int = Field(
+        gt=0,
+        description="number of key and value heads; must divide num_heads",
+    )
+    head_dim: int = Field(
+        0,
+        ge=0,
+        description="size of one attention head (0: hidden_size / num_heads)",
+    )
     rope_theta: float = Field(500000.0, gt=0, description="base of the rotary frequencies")
-    rope_scaling: RopeScaling | None = Field(None, description="of an extended model")
-    rms_norm_eps: float = Field(1e-5, gt=0)
-    tie_embeddings: bool = Field(False, description="the embedding is the output head, too")
-    init_std: float = Field(0.02, gt=0, description="of random weights")
+    rope_scaling: RopeScaling | None = Field(
+        None,
+        description="scaling of the rotary frequencies, for a model whose context was extended "
+        "(default: none)",
+    )
+    rms_norm_eps: float = Field(
+        1e-5,
+        gt=0,
+        description="epsilon of RMSNorm, added to the mean square",
+    )
+    tie_embeddings: bool = Field(
+        False,
+        description="use the token embedding as the output head too",
+    )
+    init_std: float = Field(0.02, gt=0, description="standard deviation of random initial weights")
     fold: tuple[int, ...] = Field((), strict=False, description="inner axes; () is full attention")
     hop_bias_init: float = Field(-4.0, description="bias of hops 2, 3, ...; low: the window alone")
     full_every: int = Field(0, ge=0, description="every k-th layer is full attention; 0: none")
@@ -89,21 +123,46 @@ class ModelConfig(Section):
 class SourceConfig(Section):
     """One of several prepared data sets."""
 
-    path: str
-    weight: float = Field(1.0, gt=0, description="its share of the rows, in any unit")
-    max_epochs: float = Field(0.0, ge=0, description="a run that takes more is refused; 0: none is")
+    path: str = Field(description="folder of a prepared data set")
+    weight: float = Field(
+        1.0,
+        gt=0,
+        description="share of the rows that come from this source, relative to the other sources' "
+        "weights",
+    )
+    max_epochs: float = Field(
+        0.0,
+        ge=0,
+        description="maximum passes over this source; the run is rejected if it needs more (0: "
+        "unlimited)",
+    )
 
 
 class DataConfig(Section):
     """Which prepared data set, or sources, and how their documents become rows."""
 
-    path: str = Field(description="beside sources: whose held-out text is evaluated (the first's)")
-    sources: tuple[SourceConfig, ...] = Field((), strict=False, description="(): path alone")
-    seq_len: int = Field(gt=1, description="tokens in a packed row (of the last stage)")
-    packing: Literal["best_fit", "concat"] = Field(
-        "best_fit", description="cut few documents, or join them all end to end"
+    path: str = Field(
+        description="folder of the prepared data set; with `sources`, the one whose held-out "
+        "split is evaluated (default: the first source)",
     )
-    verify: bool = Field(True, description="read and check every byte of the data at start")
+    sources: tuple[SourceConfig, ...] = Field(
+        (),
+        strict=False,
+        description="data sets to mix, instead of `path` alone (default: `path` alone)",
+    )
+    seq_len: int = Field(
+        gt=1,
+        description="tokens in a packed row, of the last phase if train.earlier_stages are given",
+    )
+    packing: Literal["best_fit", "concat"] = Field(
+        "best_fit",
+        description="how documents become rows: best_fit cuts as few as possible, concat joins "
+        "them end to end",
+    )
+    verify: bool = Field(
+        True,
+        description="read all data at the start of the run and compare it with its checksums",
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -126,28 +185,64 @@ class OptimConfig(Section):
     """AdamW and its learning-rate schedule."""
 
     lr: float = Field(gt=0, description="learning rate after the warm-up")
-    min_lr: float = Field(0.0, ge=0, description="learning rate of the last step (cosine, wsd)")
+    min_lr: float = Field(
+        0.0,
+        ge=0,
+        description="learning rate of the last step (schedules cosine and wsd)",
+    )
     schedule: Literal["cosine", "wsd", "constant"] = Field(
-        "cosine", description="wsd: constant, then linear over the last decay_steps"
+        "cosine",
+        description="learning rate after the warm-up: cosine decay; wsd (constant, then linear "
+        "decay over the last decay_steps); or constant",
     )
-    warmup_steps: int = Field(0, ge=0, description="first steps, in which lr grows from 0")
-    decay_steps: int = Field(0, ge=0, description="last steps of schedule wsd")
-    betas: tuple[Beta, Beta] = Field((0.9, 0.95), strict=False)
-    eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.1, ge=0, description="of matrices; norms and biases have none")
+    warmup_steps: int = Field(
+        0,
+        ge=0,
+        description="steps over which the learning rate grows from 0 to lr (0: no warm-up)",
+    )
+    decay_steps: int = Field(
+        0,
+        ge=0,
+        description="last steps, over which schedule wsd decays to min_lr; must be set for wsd",
+    )
+    betas: tuple[Beta, Beta] = Field(
+        (0.9, 0.95),
+        strict=False,
+        description="AdamW's decay rates of the first and second moment",
+    )
+    eps: float = Field(
+        1e-8,
+        gt=0,
+        description="AdamW's epsilon, added to the root of the second moment",
+    )
+    weight_decay: float = Field(
+        0.1,
+        ge=0,
+        description="AdamW's weight decay, on matrices only: norms and biases have none",
+    )
     state_dtype: Literal["fp32", "bf16"] = Field(
-        "fp32", description="of Adam's two moments; bf16 is rounded by chance, right in the mean"
+        "fp32",
+        description="dtype of AdamW's two moments; bf16 halves their memory and is rounded "
+        "stochastically, so that the mean is right",
     )
-    grad_clip: float = Field(1.0, ge=0, description="largest gradient norm; 0: no clipping")
+    grad_clip: float = Field(
+        1.0,
+        ge=0,
+        description="maximum norm of the gradient; longer gradients are scaled down to it (0: no "
+        "clipping)",
+    )
 
 
 class StageConfig(Section):
     """Consecutive steps on rows of one length."""
 
-    steps: int = Field(gt=0)
+    steps: int = Field(gt=0, description="optimizer steps of this phase")
     seq_len: int = Field(gt=1, description="tokens in a packed row")
-    rows_per_step: int = Field(gt=0, description="packed rows in one optimizer step, all ranks")
-    micro_batch: int = Field(1, gt=0, description="rows in one forward pass of one rank")
+    rows_per_step: int = Field(
+        gt=0,
+        description="packed rows in one optimizer step, over all ranks",
+    )
+    micro_batch: int = Field(1, gt=0, description="packed rows in one forward pass of one rank")
 
     @property
     def num_rows(self) -> int:
@@ -158,68 +253,164 @@ class StageConfig(Section):
 class TrainConfig(Section):
     """Length and batch of the run, precision, memory."""
 
-    steps: int = Field(gt=0, description="optimizer steps of the whole run; the schedule ends here")
-    stop_at: int = Field(0, ge=0, description="save and leave after this step; 0: at `steps`")
-    rows_per_step: int = Field(gt=0, description="packed rows in one optimizer step, all ranks")
-    micro_batch: int = Field(1, gt=0, description="rows in one forward pass of one rank")
-    earlier_stages: tuple[StageConfig, ...] = Field(
-        (), strict=False, description="first steps, with other rows than those of all the rest"
+    steps: int = Field(
+        gt=0,
+        description="optimizer steps of the whole run, at which the learning-rate schedule ends",
     )
-    dtype: Literal["bf16", "fp32"] = Field("bf16", description="of working weights, activations")
-    attention: Backend = Field("auto", description="implementation of the operator (api.py)")
-    fused_layers: FusedLayers = Field("auto", description="of RMSNorm and SwiGLU (fused.py)")
-    activation_checkpointing: bool = Field(False, description="compute blocks again in backward")
-    activation_offload: bool = Field(False, description="keep their inputs in host memory")
-    mlp_chunk: int = Field(0, ge=0, description="tokens in SwiGLU at one time; 0: all")
-    loss_chunk: int = Field(2048, gt=0, description="tokens whose logits exist at one time")
-    max_skips: int = Field(10, gt=0, description="non-finite steps in a row before the run stops")
+    stop_at: int = Field(
+        0,
+        ge=0,
+        description="save and exit after this step (0: train up to `steps`)",
+    )
+    rows_per_step: int = Field(
+        gt=0,
+        description="packed rows in one optimizer step, over all ranks",
+    )
+    micro_batch: int = Field(1, gt=0, description="packed rows in one forward pass of one rank")
+    earlier_stages: tuple[StageConfig, ...] = Field(
+        (),
+        strict=False,
+        description="phases before the last one, with rows of other lengths; the last phase is "
+        "what [data] and [train] say",
+    )
+    dtype: Literal["bf16", "fp32"] = Field(
+        "bf16",
+        description="dtype of the working weights and activations; AdamW always updates float32 "
+        "weights",
+    )
+    attention: Backend = Field(
+        "auto",
+        description="implementation of the attention operators: auto (triton on GPUs, else "
+        "blocked), dense, blocked or triton",
+    )
+    fused_layers: FusedLayers = Field(
+        "auto",
+        description="implementation of RMSNorm and SwiGLU: auto (Liger's kernels on GPUs if "
+        "installed), liger or torch",
+    )
+    activation_checkpointing: bool = Field(
+        False,
+        description="keep only each layer's input, and recompute the layer in the backward pass",
+    )
+    activation_offload: bool = Field(
+        False,
+        description="keep the layers' inputs in host memory; needs activation_checkpointing",
+    )
+    mlp_chunk: int = Field(
+        0,
+        ge=0,
+        description="tokens that pass through SwiGLU at a time, to bound its memory (0: all)",
+    )
+    loss_chunk: int = Field(2048, gt=0, description="tokens whose logits are in memory at a time")
+    max_skips: int = Field(
+        10,
+        gt=0,
+        description="consecutive skipped steps after which the run stops",
+    )
     profile: tuple[int, int] | None = Field(
-        None, strict=False, description="trace rank 0's steps [start, stop) into RUN/profile/"
+        None,
+        strict=False,
+        description="steps [start, stop) of rank 0 to trace into RUN/profile/, e.g. [10, 13] "
+        "(default: no trace)",
     )
 
 
 class ParallelConfig(Section):
     """How the ranks divide the work; dp = world size / sp."""
 
-    sp: int = Field(1, gt=0, description="sequence-parallel degree")
+    sp: int = Field(
+        1,
+        gt=0,
+        description="sequence-parallel degree: ranks that share each row (context parallelism, "
+        "CP, elsewhere); 1: none",
+    )
 
 
 class ZeroConfig(Section):
     """DeepSpeed ZeRO over all ranks."""
 
     stage: Literal[0, 1, 2, 3] = Field(
-        2, description="ranks divide 1: Adam's state, 2: gradients too, 3: weights too"
+        2,
+        description="DeepSpeed ZeRO stage; ranks divide AdamW's state from 1, gradients from 2, "
+        "weights at 3; 0: nothing is divided",
     )
-    offload_optimizer: bool = Field(False, description="Adam's state in host memory")
+    offload_optimizer: bool = Field(
+        False,
+        description="keep AdamW's state in host memory, and update there",
+    )
 
 
 class CheckpointConfig(Section):
     """When to save and how many to keep."""
 
-    every: int = Field(100, ge=0, description="steps between checkpoints; 0: none, even at the end")
-    keep_last: int = Field(
-        2, gt=0, description="how many of the newest are kept, beside imported weights (step 0)"
+    every: int = Field(
+        100,
+        ge=0,
+        description="steps between checkpoints (0: none at all, not even at the end)",
     )
-    keep_every: int = Field(0, ge=0, description="keep multiples of it for ever; 0: none")
-    background: bool = Field(False, description="write a copy of the state while training goes on")
+    keep_last: int = Field(
+        2,
+        gt=0,
+        description="newest checkpoints to keep; imported weights (step 0) are kept beside them",
+    )
+    keep_every: int = Field(
+        0,
+        ge=0,
+        description="keep checkpoints whose step is a multiple of this for good (0: none)",
+    )
+    background: bool = Field(
+        False,
+        description="copy the state to host memory and write it while training continues",
+    )
 
 
 class GuardsConfig(Section):
     """What ends a bad step, or a run that no longer moves (docs/reliability.md)."""
 
-    spike: Literal["off", "skip", "stop"] = Field("off", description="at a loss far above others")
-    spike_threshold: float = Field(10.0, gt=0, description="deviations above the median loss")
-    spike_window: int = Field(128, ge=8, description="steps that median and deviation are of")
-    replica_every: int = Field(100, ge=0, description="steps between replica checks; 0: none")
-    hang_seconds: float = Field(30.0, gt=0, description="least limit for a step; 5 medians at most")
-    slow_phase_seconds: float = Field(900.0, gt=0, description="limit for start, resume and saves")
+    spike: Literal["off", "skip", "stop"] = Field(
+        "off",
+        description="what to do with a step whose loss is far above the recent ones: apply it "
+        "(off), skip its update, or stop the run",
+    )
+    spike_threshold: float = Field(
+        10.0,
+        gt=0,
+        description="deviations above the median loss from which a loss is a spike",
+    )
+    spike_window: int = Field(
+        128,
+        ge=8,
+        description="recent steps over which the median and the deviation are taken",
+    )
+    replica_every: int = Field(
+        100,
+        ge=0,
+        description="steps between checks that all ranks hold the same weights (0: no checks)",
+    )
+    hang_seconds: float = Field(
+        30.0,
+        gt=0,
+        description="seconds without progress after which a step counts as hung, if that is more "
+        "than 5 times the median step",
+    )
+    slow_phase_seconds: float = Field(
+        900.0,
+        gt=0,
+        description="seconds without progress after which the start, a resume, a save or an "
+        "evaluation counts as hung",
+    )
 
 
 class RunConfig(Section):
     """Where the run lives and its one seed."""
 
-    dir: str = Field(description="folder of its checkpoints, metrics and reports")
-    seed: int = Field(0, ge=0, lt=2**63, description="of weights, and of the order of rows")
+    dir: str = Field(description="folder for checkpoints, metrics and reports of this run")
+    seed: int = Field(
+        0,
+        ge=0,
+        lt=2**63,
+        description="seed of the initial weights and of the order of rows",
+    )
 
 
 class Config(Section):

@@ -177,7 +177,14 @@ def test_launcher_prints_error_lines_and_exits_2() -> None:
 
 def test_the_page_of_settings_is_current() -> None:
     page = (ROOT / "docs/configuration.md").read_text()
-    assert page.endswith(f"\n\n{settings_table().strip()}\n"), "python -m tensorlm.settings_table"
+    table = f"\n\n{settings_table().strip()}\n"
+    assert page.endswith(table), "python -m tensorlm.config.settings_table"
+
+
+def test_every_setting_is_described() -> None:
+    rows = [line for line in settings_table().splitlines() if line.startswith("| `")]
+    assert len(rows) > 80
+    assert [row for row in rows if row.endswith("|  |")] == []
 
 
 HIDDEN: dict[str, tuple[list[str], list[str]]] = {
