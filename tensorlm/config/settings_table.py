@@ -1,4 +1,4 @@
-"""All settings as Markdown, for docs/configuration.md: `python -m tensorlm.config.settings_table`."""
+"""All settings as Markdown: `python -m tensorlm.config.settings_table`."""
 
 from collections.abc import Iterator
 from typing import Any, get_args, get_origin
