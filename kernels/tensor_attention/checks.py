@@ -19,22 +19,30 @@ State = tuple[Tensor, Tensor]
 _INTEGERS = (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8)
 
 
-def check_heads(q: Tensor, k: Tensor, values: Tensor, name: str, of_queries: bool) -> None:
+def check_heads(
+    q: Tensor, k: Tensor, values: Tensor, name: str, of_queries: bool, first: int | None = None
+) -> None:
     """Raise ValueError unless q, k and values belong together.
 
     Args:
         name: of the values in the messages.
         of_queries: whether there may be values for each of the H query heads.
+        first: the queries are the tokens from `first` on, of the row that k holds; None: all.
     """
     if q.ndim != 4 or not q.shape[2] or not q.shape[3]:
         raise ValueError(f"q must be [B, T, H, D] with at least one head, got {list(q.shape)}")
-    matches = k.ndim == 4 and k.shape[:2] == q.shape[:2] and k.shape[3] == q.shape[3]
+    rows = q.shape[:2] if first is None else (q.shape[0], *k.shape[1:2])
+    matches = k.ndim == 4 and k.shape[:2] == rows and k.shape[3] == q.shape[3]
     if not matches or not k.shape[2] or q.shape[2] % k.shape[2]:
         raise ValueError(f"k {list(k.shape)} does not match q {list(q.shape)} (H % K must be 0)")
     heads = (k.shape[2], q.shape[2]) if of_queries else (k.shape[2],)
     matches = values.ndim == 4 and values.shape[:2] == k.shape[:2] and values.shape[2] in heads
     if not matches or not values.shape[3]:
         raise ValueError(f"{name} {list(values.shape)} does not match k {list(k.shape)}")
+    if first is not None and not 0 <= first <= k.shape[1] - q.shape[1]:
+        raise ValueError(
+            f"first must be between 0 and T - Q = {k.shape[1] - q.shape[1]}, got {first}"
+        )
     dtypes = (q.dtype, k.dtype, values.dtype)
     if not q.is_floating_point() or len(set(dtypes)) > 1:
         raise ValueError(

@@ -80,22 +80,28 @@ def choose_blocks(
     stretch: int = 1,
     doc_start: Tensor | None = None,
     rotary: Rotary | None = None,
+    first: int = 0,
     backend: Backend = "auto",
 ) -> Tensor:
     """The blocks that each token and key head reads beyond its window; no gradient.
 
     A far block scores <sum over the group of R q_h(t), mean over the block of R k(u)>, R the rotary
     embedding at floor((t - d(t)) / stretch); sums and means are rounded to the dtype of q and k,
-    products are taken in float32 or wider. Arguments as in `routed_attention`.
+    products are taken in float32 or wider. Arguments as in `routed_attention`, but for:
+
+    Args:
+        q: [B, Q, H, D]: queries may be a slice of the row, the tokens first ... first + Q - 1.
+        k: [B, T, K, D] of the row, T at least first + Q; doc_start [B, T] is of the row too.
+        first: index in the row of the first query.
 
     Returns:
-        [B, T, K, top_k + 1] int32: indices of blocks in the document, ascending, -1 at the end
+        [B, Q, K, top_k + 1] int32: indices of blocks in the document, ascending, -1 at the end
         where fewer are far. Block 0 is chosen wherever it is far, beside the `top_k` best of the
         others; ties go to the earlier block.
     """
     validate_route(window, block, top_k, stretch, 1)
-    doc_start = _checked_starts(q, k, k, doc_start, rotary, None)
-    choice = _choice(q, k, window, block, top_k, stretch, doc_start, rotary, backend)
+    doc_start = _checked_starts(q, k, k, doc_start, rotary, None, first)
+    choice = _choice(q, k, window, block, top_k, stretch, doc_start, rotary, backend, first)
     nothing = torch.iinfo(torch.int32).max
     ordered = torch.where(choice < 0, nothing, choice).sort(dim=-1).values
     return torch.where(ordered == nothing, -1, ordered)
@@ -120,19 +126,20 @@ def _checked_starts(
     doc_start: Tensor | None,
     rotary: Rotary | None,
     scale: float | None,
+    first: int | None = None,
 ) -> Tensor:
     """Document starts [B, T] int32 within 0 ... t (zeros for None), after a check of all shapes.
 
     Raises:
         ValueError: arguments that do not belong together.
     """
-    check_heads(q, k, values, "values", of_queries=False)
-    check_rotary(rotary, q.shape[1], q)
+    check_heads(q, k, values, "values", of_queries=False, first=first)
+    check_rotary(rotary, k.shape[1], q)
     check_scale(scale)
     if doc_start is None:
-        return torch.zeros(q.shape[:2], dtype=torch.int32, device=q.device)
-    position = torch.arange(q.shape[1], dtype=torch.int32, device=q.device)
-    return position - document_reach(per_token("doc_start", doc_start, q), 1)
+        return torch.zeros(k.shape[:2], dtype=torch.int32, device=q.device)
+    position = torch.arange(k.shape[1], dtype=torch.int32, device=q.device)
+    return position - document_reach(per_token("doc_start", doc_start, k), 1)
 
 
 @torch.no_grad()
@@ -146,6 +153,7 @@ def _choice(
     doc_start: Tensor,
     rotary: Rotary | None,
     backend: Backend,
+    first: int = 0,
 ) -> Tensor:
     """`choose_blocks` as the hop takes it: unordered, which the kernels need not sort."""
     backend = _routed_backend(backend, q, k, k, block, 1)
@@ -155,7 +163,7 @@ def _choice(
         run = (routed_dense if backend == "dense" else routed_blocked).choose_blocks
     return run(
         q, k, window=window, block=block, top_k=top_k, stretch=stretch, doc_start=doc_start,
-        rotary=rotary,
+        rotary=rotary, first=first,
     )  # fmt: skip
 
 
@@ -173,6 +181,7 @@ def routed_hop(
     state: State,
     rotary: Rotary | None = None,
     scale: float | None = None,
+    first: int = 0,
     backend: Backend = "auto",
 ) -> State:
     """Read the blocks of `choice` as far as they lie before the window; starts from a state.
@@ -180,19 +189,30 @@ def routed_hop(
     Token t attends to u with u in an open block and u <= t - window, joined to the state of the
     window by one log-sum-exp.
 
+    Queries may be a slice of the row: the tokens first ... first + Q - 1. They read what they would
+    read in the whole row; the gradients of k and values are those of these queries.
+
     Args:
-        choice: [B, T, K, C] int32 as `choose_blocks` returns it; any order, -1 for none. Every
-            block must be full and begin at or before t - window, and a token names it once.
-        state: (z [B, T, H, E], lse [B, T, H]) of the window.
+        q: [B, Q, H, D].
+        k, values: [B, T, K, D], [B, T, K, E] of the row, T at least first + Q; doc_start [B, T].
+        choice: [B, P + Q, K, C] int32 as `choose_blocks` returns it; any order, -1 for none. Every
+            block must be full and begin at or before t - window, and a token names it once. The
+            last Q are of the queries. P tokens before them tell which blocks are open in the first
+            query's tile: at least min(first, open_tile - 1) of them.
+        state: (z [B, Q, H, E], lse [B, Q, H]) of the window.
+        first: index in the row of the first query.
         Others as in `routed_attention`.
 
     Returns:
-        (z [B, T, H, E] in the dtype of `values`, lse [B, T, H] in float32 or wider).
+        (z [B, Q, H, E] in the dtype of `values`, lse [B, Q, H] in float32 or wider).
+
+    Raises:
+        ValueError: arguments that do not belong together, or that the backend does not cover.
     """
     validate_route(window, block, 1, stretch, open_tile)
-    doc_start = _checked_starts(q, k, values, doc_start, rotary, scale)
+    doc_start = _checked_starts(q, k, values, doc_start, rotary, scale, first)
     check_state(state, q, values)
-    check_choice_of_blocks(choice, k)
+    check_choice_of_blocks(choice, k, q.shape[1], first, open_tile)
     backend = _routed_backend(backend, q, k, values, block, open_tile)
     if backend == "triton":
         from .gpu.routed_op import hop as run
@@ -201,5 +221,5 @@ def routed_hop(
     return run(
         q, k, values, choice, window=window, block=block, stretch=stretch, open_tile=open_tile,
         doc_start=doc_start, state=state, rotary=rotary,
-        scale=q.shape[3] ** -0.5 if scale is None else scale,
+        scale=q.shape[3] ** -0.5 if scale is None else scale, first=first,
     )  # fmt: skip

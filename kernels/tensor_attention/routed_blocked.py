@@ -6,6 +6,8 @@ memory grows with T (D + top_k) and not with T x T. This file has no imports fro
 `fold` and `routing`: it also travels inside exported Hugging Face folders.
 """
 
+import itertools
+
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -31,16 +33,17 @@ def choose_blocks(
     stretch: int,
     doc_start: Tensor,
     rotary: Rotary | None,
+    first: int = 0,
 ) -> Tensor:
     """Same contract as `routed.choose_blocks`."""
     work = torch.promote_types(q.dtype, torch.float32)
-    q = summed_queries(rotate_stretched(q, rotary, doc_start, stretch), k.shape[2]).to(work)
+    q = summed_queries(rotate_stretched(q, rotary, doc_start, stretch, first), k.shape[2]).to(work)
     starts = block_starts(doc_start, block)
     means = block_means(rotate_stretched(k, rotary, doc_start, stretch), starts, block).to(work)
     means = means.permute(0, 2, 3, 1)  # [B, K, D, N]
     parts = [
-        best_blocks(part.transpose(1, 2) @ means, starts, doc_start, first, window, block, top_k)
-        for first, part in _tiles(q, _CHOICE_TILE)
+        best_blocks(part.transpose(1, 2) @ means, starts, doc_start, at, window, block, top_k)
+        for at, part in _tiles(q, _CHOICE_TILE, first)
     ]
     return torch.cat(parts, dim=1)
 
@@ -59,24 +62,28 @@ def hop(
     state: State,
     rotary: Rotary | None,
     scale: float,
+    first: int = 0,
 ) -> State:
     """Same contract as `routed.routed_hop`; peak memory grows with T instead of T x T."""
     work = torch.promote_types(q.dtype, torch.float32)
-    q = rotate_stretched(q, rotary, doc_start, stretch).to(work) * scale
+    known, chosen = choice.shape[1], first + q.shape[1] - choice.shape[1]  # first token of a choice
+    q = rotate_stretched(q, rotary, doc_start, stretch, first).to(work) * scale
     k = rotate_stretched(k, rotary, doc_start, stretch).to(work)
     v = values.to(work)
-    starts = torch.where(choice >= 0, doc_start[:, :, None, None].long() + choice * block, -1)
+    document = doc_start[:, chosen : chosen + known, None, None].long()
+    starts = torch.where(choice >= 0, document + choice * block, -1)
     z_before, lse_before = state[0].to(work), state[1].to(work)
     rows = []
     for row in range(q.shape[0]):
         tiles = []
-        for first, q_tile in _tiles(q[row][None], _TILE):
-            token = torch.arange(first, first + q_tile.shape[1], device=q.device)
+        for at, q_tile in _tiles(q[row][None], _TILE, first):
+            token = torch.arange(at, at + q_tile.shape[1], device=q.device)
             begin = _first_of_open_tile(token, doc_start[row], open_tile)
+            opened = slice(int(begin.min()) - chosen, at + q_tile.shape[1] - chosen)
             heads = [
                 _tile_hop(
                     q_tile[0].unflatten(1, (k.shape[2], -1))[:, head], k[row, :, head],
-                    v[row, :, head], starts[row, :, head], token, begin, window, block,
+                    v[row, :, head], starts[row, opened, head], token, begin, window, block,
                 )
                 for head in range(k.shape[2])
             ]  # fmt: skip
@@ -106,18 +113,18 @@ def _tile_hop(
 ) -> State:
     """Softmax over the far keys alone of one tile and one key head: z [C, G, E], lse [C, G].
 
-    q [C, G, D] scaled; k [T, D], v [T, E]; starts [T, C'] of each token's blocks (-1: none).
+    q [C, G, D] scaled; k [T, D], v [T, E]; starts [S, C'] of the blocks (-1: none) of each token
+    from the first of `begin` to the last of `token`.
     """
     count = token.shape[0]
-    source = torch.arange(int(begin.min()), int(token[-1]) + 1, device=q.device)
-    opened = starts[source]
-    union = torch.unique(opened)
+    source = token[-1] - torch.arange(starts.shape[0] - 1, -1, -1, device=q.device)
+    union = torch.unique(starts)
     union = union[union >= 0]
     if union.numel() == 0:
         z = q.new_zeros(count, q.shape[1], v.shape[1])
         return z, q.new_full((count, q.shape[1]), MASKED)
     shares = (source[None] <= token[:, None]) & (source[None] >= begin[:, None])  # [C, S]
-    holds = (opened[:, :, None] == union).any(1)  # [S, U]
+    holds = (starts[:, :, None] == union).any(1)  # [S, U]
     reads = shares.to(q.dtype) @ holds.to(q.dtype) > 0
     keys = (union[:, None] + torch.arange(block, device=q.device)).flatten()
     seen = reads.repeat_interleave(block, dim=1) & (keys <= token[:, None] - window)
@@ -140,6 +147,10 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, seen: Tensor) -> Stat
     return z / total[..., None], lse
 
 
-def _tiles(x: Tensor, size: int) -> list[tuple[int, Tensor]]:
-    """(first token, part) of `x` [B, T, ...] in parts of at most `size` tokens."""
-    return [(first, x[:, first : first + size]) for first in range(0, x.shape[1], size)]
+def _tiles(x: Tensor, size: int, first: int) -> list[tuple[int, Tensor]]:
+    """(first token, part) of `x` [B, Q, ...], the tokens of a row from `first` on, in parts of at
+    most `size` tokens, cut where the whole row is cut: at multiples of `size`.
+    """
+    borders = [*range(first // size * size, first + x.shape[1], size), first + x.shape[1]]
+    borders[0] = first
+    return [(at, x[:, at - first : end - first]) for at, end in itertools.pairwise(borders)]

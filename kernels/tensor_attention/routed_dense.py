@@ -1,7 +1,8 @@
 """The definition of the routed axis, T x T, in any dtype: the oracle of its other implementations.
 
 Shape letters: B batch, T tokens, H query heads, K key/value heads, D head size, E value size,
-N slots (`routing.py`), C = top_k + 1 blocks of a choice.
+N slots (`routing.py`), C = top_k + 1 blocks of a choice, Q queries from token
+`first` on.
 """
 
 import torch
@@ -23,30 +24,36 @@ def choose_blocks(
     stretch: int,
     doc_start: Tensor,
     rotary: Rotary | None,
+    first: int = 0,
 ) -> Tensor:
     """Same contract as `routed.choose_blocks`."""
-    q = summed_queries(rotate_stretched(q, rotary, doc_start, stretch), k.shape[2])
+    q = summed_queries(rotate_stretched(q, rotary, doc_start, stretch, first), k.shape[2])
     starts = block_starts(doc_start, block)
     means = block_means(rotate_stretched(k, rotary, doc_start, stretch), starts, block)
     work = torch.promote_types(q.dtype, torch.float32)
     scores = torch.einsum("btkd,bnkd->bktn", q.to(work), means.to(work))
-    return best_blocks(scores, starts, doc_start, 0, window, block, top_k)
+    return best_blocks(scores, starts, doc_start, first, window, block, top_k)
 
 
-def opened_blocks(choice: Tensor, doc_start: Tensor, block: int, open_tile: int) -> Tensor:
-    """[B, K, T, N] bool: the slots that each token reads: its own choice, and what earlier tokens
+def opened_blocks(
+    choice: Tensor, doc_start: Tensor, block: int, open_tile: int, first: int, queries: int
+) -> Tensor:
+    """[B, K, Q, N] bool: the slots that each query reads: its own choice, and what earlier tokens
     of its tile of `open_tile` tokens (counted from the document's start) have chosen.
+
+    choice [B, P + Q, K, C] of the queries and the P tokens before them; doc_start [B, T].
     """
-    batch, num_tokens, num_key_heads, _ = choice.shape
-    slot = (doc_start.long() // block)[:, :, None, None] + choice
-    num_slots = -(-num_tokens // block)
-    chosen = torch.zeros(batch, num_tokens, num_key_heads, num_slots + 1, device=choice.device)
+    batch, known, num_key_heads, _ = choice.shape
+    num_slots = -(-doc_start.shape[1] // block)
+    position = torch.arange(first + queries - known, first + queries, device=choice.device)
+    document = doc_start[:, first + queries - known : first + queries].long()
+    slot = (document // block)[:, :, None, None] + choice
+    chosen = torch.zeros(batch, known, num_key_heads, num_slots + 1, device=choice.device)
     chosen.scatter_(3, torch.where(choice >= 0, slot, num_slots), 1.0)
     chosen = chosen[..., :num_slots].permute(0, 2, 1, 3)
-    position = torch.arange(num_tokens, device=choice.device)
-    tile = (position - doc_start) // open_tile
-    same = (tile[:, :, None] == tile[:, None, :]) & (doc_start[:, :, None] == doc_start[:, None, :])
-    same = same & (position[:, None] >= position[None, :])
+    tile = (position - document) // open_tile
+    same = (tile[:, :, None] == tile[:, None, :]) & (document[:, :, None] == document[:, None, :])
+    same = (same & (position[:, None] >= position[None, :]))[:, known - queries :]
     return same[:, None].float() @ chosen > 0
 
 
@@ -64,12 +71,14 @@ def hop(
     state: State,
     rotary: Rotary | None,
     scale: float,
+    first: int = 0,
 ) -> State:
     """Same contract as `routed.routed_hop`."""
-    num_tokens, num_heads = q.shape[1:3]
+    queries, num_heads = q.shape[1:3]
+    num_tokens = k.shape[1]
     group = num_heads // k.shape[2]
     work = torch.promote_types(q.dtype, torch.float32)
-    q = rotate_stretched(q, rotary, doc_start, stretch).to(work)
+    q = rotate_stretched(q, rotary, doc_start, stretch, first).to(work)
     k = rotate_stretched(k, rotary, doc_start, stretch).to(work).repeat_interleave(group, dim=2)
     v = values.to(work).repeat_interleave(group, dim=2)
     scores = torch.einsum("bthd,buhd->bhtu", q, k) * scale
@@ -77,10 +86,11 @@ def hop(
     position = torch.arange(num_tokens, device=q.device)
     document = doc_start.long()
     slot = document // block + (position - document) // block  # of each key [B, T]
-    opened = opened_blocks(choice, doc_start, block, open_tile)
+    query = slice(first, first + queries)
+    opened = opened_blocks(choice, doc_start, block, open_tile, first, queries)
     read = opened.gather(3, slot[:, None, None, :].expand(*opened.shape[:3], -1))
-    read = read & (document[:, :, None] == document[:, None, :])[:, None]
-    read = read & (position[None, :] <= position[:, None] - window)
+    read = read & (document[:, query, None] == document[:, None, :])[:, None]
+    read = read & (position[None, :] <= position[query, None] - window)
     scores = scores.masked_fill(~read.repeat_interleave(group, dim=1), float("-inf"))
 
     # The state is one more key: its score is its log-sum-exp and its value is its z.

@@ -28,11 +28,21 @@ def validate_route(window: int, block: int, top_k: int, stretch: int, open_tile:
         raise ValueError(f"open_tile must be at least 1, got {open_tile}")
 
 
-def check_choice_of_blocks(choice: Tensor, k: Tensor) -> None:
-    """Raise ValueError unless `choice` is [B, T, K, C] int32, C >= 1, where the keys are."""
-    shape = list(choice.shape)
-    if choice.ndim != 4 or shape[:3] != list(k.shape[:3]) or not shape[3]:
-        raise ValueError(f"choice must be [B, T, K, C] = {[*k.shape[:3], 'C']}, got {shape}")
+def check_choice_of_blocks(
+    choice: Tensor, k: Tensor, queries: int, first: int, open_tile: int
+) -> None:
+    """Raise ValueError unless `choice` is [B, P + Q, K, C] int32, C >= 1, where the keys are.
+
+    The P tokens before the Q queries are at least the open_tile - 1 that can share a tile with the
+    first query, as far as the row has them.
+    """
+    shape, least = list(choice.shape), min(first, open_tile - 1)
+    rows = [k.shape[0], k.shape[2]]
+    if choice.ndim != 4 or [shape[0], shape[2]] != rows or not shape[3]:
+        raise ValueError(f"choice must be [{rows[0]}, P + Q, {rows[1]}, C], got {shape}")
+    if not queries + least <= shape[1] <= queries + first:
+        need = f"{queries} queries" + (f" and of {least} to {first} tokens before" if first else "")
+        raise ValueError(f"choice must be of the {need}, got {shape[1]} tokens")
     if choice.dtype != torch.int32 or choice.device != k.device:
         expected = f"int32 on {k.device}"
         raise ValueError(f"choice must be {expected}, got {choice.dtype} on {choice.device}")
@@ -43,11 +53,16 @@ def positions_in_document(doc_start: Tensor) -> Tensor:
     return torch.arange(doc_start.shape[1], device=doc_start.device) - doc_start
 
 
-def rotate_stretched(x: Tensor, rotary: Rotary | None, doc_start: Tensor, stretch: int) -> Tensor:
-    """Rotate `x` [B, T, H, D] to floor((t - d(t)) / stretch); unchanged where rotary is None."""
+def rotate_stretched(
+    x: Tensor, rotary: Rotary | None, doc_start: Tensor, stretch: int, first: int = 0
+) -> Tensor:
+    """Rotate `x` [B, Q, H, D], of the tokens first, first + 1, ... of a row, to
+    floor((t - d(t)) / stretch); unchanged where rotary is None. doc_start [B, T].
+    """
     if rotary is None:
         return x
-    return apply_rotary(x, rotary, positions_in_document(doc_start) // stretch)
+    position = positions_in_document(doc_start)[:, first : first + x.shape[1]]
+    return apply_rotary(x, rotary, position // stretch)
 
 
 def block_starts(doc_start: Tensor, block: int) -> Tensor:

@@ -213,6 +213,51 @@ def test_the_operator_is_the_window_and_the_hop_on_inputs_that_are_not_contiguou
     assert torch.equal(out, expected)
 
 
+def check_slice(
+    shape: Shape, dtype: torch.dtype, route: dict[str, Any], here: slice, open_tile: int,
+    lengths: list[int],
+) -> None:  # fmt: skip
+    """A slice of a row chooses and yields what the row does, with the gradients of its outputs."""
+    batch, tokens, heads, key_heads, dim = shape
+    q, k = quarters((batch, tokens, heads, dim), 5), quarters((batch, tokens, key_heads, dim), 6)
+    q, k = q.to(dtype), k.to(dtype)
+    options = {n: x for n, x in route.items() if n != "top_k"}
+    options |= {"doc_start": documents(tokens, lengths, batch), "backend": "triton"}
+    choice = choose_blocks(q, k, top_k=route["top_k"], **options)
+    chosen = choose_blocks(q[:, here], k, top_k=route["top_k"], first=here.start, **options)
+    assert torch.equal(chosen, choice[:, here])
+
+    rotary = in_dtype(table(tokens, dim), dtype)
+    options |= {"rotary": rotary, "open_tile": open_tile}
+    leaves = {n: x.requires_grad_() for n, x in case(shape, dtype).items()}
+    names, earlier = list(leaves.values()), min(here.start, open_tile - 1)
+    q, k, v, z, lse = names
+    whole = routed_hop(q, k, v, choice, state=(z, lse), **options)
+    part = routed_hop(
+        q[:, here], k, v, choice[:, here.start - earlier : here.stop], first=here.start,
+        state=(z[:, here], lse[:, here]), **options,
+    )  # fmt: skip
+    cotangents = [cotangent_like_on(x) for x in part]
+    expected = torch.autograd.grad([x[:, here] for x in whole], names, cotangents)
+    ours = torch.autograd.grad(part, names, cotangents)
+    for x, y in zip((*part, *ours), (*(x[:, here] for x in whole), *expected), strict=True):
+        # Only the order of sums over tokens differs.
+        assert (x - y).abs().max() <= torch.finfo(dtype).eps * tokens**0.5 * y.abs().max()
+
+
+def test_a_slice_of_a_row() -> None:
+    route = {"window": 17, "block": 16, "top_k": 1, "stretch": 2}
+    check_slice((2, 44, 1, 1, 16), torch.float32, route, slice(37, 44), 6, [44, 9])
+
+
+@pytest.mark.gpu
+@needs_cuda
+@pytest.mark.parametrize(("first", "end"), [(0, 1), (1024, 2041), (700, 2040), (1999, 2000)])
+def test_a_slice_of_a_longer_row(first: int, end: int) -> None:
+    route = {"window": 128, "block": 64, "top_k": 5, "stretch": 4}
+    check_slice((2, 2041, 8, 2, 64), torch.float32, route, slice(first, end), 16, PACKED)
+
+
 def test_large_scores_overflow_neither_forward_nor_backward() -> None:
     tensors = case((1, 60, 2, 1, 16), torch.float32)
     tensors |= {"q": tensors["q"] * 1000, "k": tensors["k"] * 1000}

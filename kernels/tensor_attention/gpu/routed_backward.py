@@ -30,11 +30,14 @@ from .routed_launch import TILE, Routed
 from .routed_lists import Readers, TileLists
 from .routed_tiles import backward_key_launch, backward_query_launch
 
-_SIZES = ["num_tokens", "num_tiles", "num_slots", "window", "stretch", "readers_per_row"]
+_SIZES = [
+    "num_tokens", "num_keys", "first_token", "num_tiles", "num_slots", "window", "stretch",
+    "readers_per_row",
+]  # fmt: skip
 
 
 class RoutedGradients(NamedTuple):
-    """Gradients of a routed hop; dlse_before is [B, H, T] float32."""
+    """Gradients of a routed hop; dlse_before is [B, H, Q] float32."""
 
     dq: Tensor
     dk: Tensor
@@ -47,19 +50,23 @@ class RoutedGradients(NamedTuple):
 def routed_backward_query_kernel(
     q, k, values, doc_start, entries, counts, z, lse, z_before, lse_before, cos, sin,
     dz, dlse, dq, delta, dz_before, dlse_before,
-    num_tokens, num_tiles, window, stretch, scale, softmax_scale,
+    num_tokens, num_keys, first_token, num_tiles, window, stretch, scale, softmax_scale,
     H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_N: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr,
     CAPACITY: tl.constexpr, BULK: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq [B,T,H,D]; dz_before [B,T,H,E]; delta (less dlse), dlse_before [B,H,T]."""
+    """dq [B,Q,H,D]; dz_before [B,Q,H,E]; delta (less dlse), dlse_before [B,H,Q].
+
+    doc_start [B, Q] of the queries, the tokens of the row from `first_token` on.
+    """
     tile, key_head, batch, token, head, lane, exists = query_rows(
         tl.program_id(0), num_tiles, num_tokens, K, TILE, GROUP, H // K
     )
     row_zero = batch * num_tokens
+    key_zero = batch * num_keys
     document = tl.load(doc_start + row_zero + token, mask=exists, other=0)
-    position = (token - document) // stretch
+    position = (first_token + token - document) // stretch
     vector = (row_zero + token) * H + head
     scalar = (batch * H + head) * num_tokens + token
     b_q = load_rotated(q, vector * D, exists, position, cos, sin, D, BLOCK_D)
@@ -79,7 +86,7 @@ def routed_backward_query_kernel(
     tl.store(dlse_before + scalar, keep * (b_inner - b_delta), mask=exists)
     store_tile(keep[:, None] * b_dz.to(tl.float32), dz_before, vector * E, exists, E, BLOCK_E)
 
-    limit = tl.where(exists, token - window, -1)
+    limit = tl.where(exists, first_token + token - window, -1)
     listed = (batch * K + key_head) * num_tiles + tile
     count = tl.load(counts + listed)
     entries += listed * CAPACITY
@@ -90,8 +97,8 @@ def routed_backward_query_kernel(
         last = tl.where(((entry.to(tl.int32) & 0xFFFF) >> lane) & 1 != 0, limit, -1)
         for part in tl.static_range(BLOCK // BLOCK_N):
             start = first + part * BLOCK_N
-            b_k = load_keys(k, key_head, row_zero, start, K, D, BULK, BLOCK_N, BLOCK_D)
-            b_v = load_keys(values, key_head, row_zero, start, K, E, BULK, BLOCK_N, BLOCK_E)
+            b_k = load_keys(k, key_head, key_zero, start, K, D, BULK, BLOCK_N, BLOCK_D)
+            b_v = load_keys(values, key_head, key_zero, start, K, E, BULK, BLOCK_N, BLOCK_E)
             score = product(b_q, tl.trans(b_k), PRECISION)
             inner = product(b_dz, tl.trans(b_v), PRECISION)
             key = start + tl.arange(0, BLOCK_N)
@@ -108,7 +115,8 @@ def routed_backward_query_kernel(
 @triton.jit(do_not_specialize=_SIZES)
 def routed_backward_key_kernel(
     q, k, values, doc_start, readers, ends, lse, dz, delta, k_cos, k_sin, dk, dvalues,
-    num_tokens, num_tiles, num_slots, window, stretch, readers_per_row, scale, softmax_scale,
+    num_tokens, num_keys, first_token, num_tiles, num_slots, window, stretch, readers_per_row,
+    scale, softmax_scale,
     H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_N: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr,
     GROUPS: tl.constexpr, BULK: tl.constexpr,
@@ -116,6 +124,7 @@ def routed_backward_key_kernel(
 ):  # fmt: skip
     """dk [B,T,K,D], dvalues [B,T,K,E] of the tokens of one slot's block (others stay zero).
 
+    doc_start [B, T]; the queries are the tokens of the row from `first_token` on.
     The first programs own the first slot of every head: in a long document all tiles read it.
     """
     program = tl.program_id(0)
@@ -131,17 +140,18 @@ def routed_backward_key_kernel(
     key_head = cell % K
     batch = (cell // K).to(tl.int64)
     row_zero = batch * num_tokens
-    doc_start += row_zero
+    key_zero = batch * num_keys
+    doc_start += key_zero
 
     ends += (batch * K + key_head) * num_slots * GROUPS
     begin = tl.load(ends + slot * GROUPS - 1, mask=slot > 0, other=0)
     end = tl.load(ends + (slot + 1) * GROUPS - 1)
     if end > begin:
-        block, document = slot_start(doc_start, slot, num_tokens, True, BLOCK)
+        block, document = slot_start(doc_start, slot, num_keys, True, BLOCK)
         start = block + part * BLOCK_N
         key = start + tl.arange(0, BLOCK_N)
-        b_k = load_keys(k, key_head, row_zero, start, K, D, BULK, BLOCK_N, BLOCK_D)
-        b_v = load_keys(values, key_head, row_zero, start, K, E, BULK, BLOCK_N, BLOCK_E)
+        b_k = load_keys(k, key_head, key_zero, start, K, D, BULK, BLOCK_N, BLOCK_D)
+        b_v = load_keys(values, key_head, key_zero, start, K, E, BULK, BLOCK_N, BLOCK_E)
         acc_k = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
         acc_v = tl.zeros([BLOCK_N, BLOCK_E], tl.float32)
         row = tl.arange(0, TILE * GROUP)
@@ -167,13 +177,13 @@ def routed_backward_key_kernel(
             b_delta = tl.load(delta + scalar, mask=exists, other=0.0)
             score = product(b_k, tl.trans(b_q), PRECISION)
             inner = product(b_v, tl.trans(b_dz), PRECISION)
-            seen = key[:, None] <= tl.where(reads, token - window, -1)[None, :]
+            seen = key[:, None] <= tl.where(reads, first_token + token - window, -1)[None, :]
             weight, dscore = score_gradient(
                 score, inner, offset[None, :], b_delta[None, :], seen, scale, True
             )
             acc_v = add_product(acc_v, weight.to(b_dz.dtype), b_dz, PRECISION)
             acc_k = add_product(acc_k, dscore.to(b_q.dtype), b_q, PRECISION)
-        vector = (row_zero + key) * K + key_head
+        vector = (key_zero + key) * K + key_head
         store_tile(acc_v, dvalues, vector * E, key >= 0, E, BLOCK_E)
         store_gradient(
             acc_k * softmax_scale, dk, vector * D, key >= 0, (key - document) // stretch,
@@ -188,7 +198,7 @@ def routed_backward(
     """Gradients of one routed hop.
 
     Args:
-        state, result: (z [B, T, H, E], lse [B, H, T]) before and after the hop.
+        state, result: (z [B, Q, H, E], lse [B, H, Q]) before and after the hop.
         dz, dlse: gradients that arrive for the result; dlse None is zero.
     """
     q, k, values = routed.q, routed.k, routed.values
@@ -200,6 +210,7 @@ def routed_backward(
     )  # fmt: skip
     delta = torch.empty_like(lse)
     k_turned = rotate_stretched(k, routed.cos, routed.sin, routed.doc_start, routed.stretch)
+    query_starts = routed.query_starts
     batch, num_tokens = q.shape[:2]
     key_heads = k.shape[2]
     launch = backward_query_launch(routed)
@@ -209,16 +220,18 @@ def routed_backward(
         v_tiles = bulk_rows(values, routed.rows_of_block)
     with torch.cuda.device_of(q):
         routed_backward_query_kernel[(batch * key_heads * routed.tiles,)](
-            q, k_tiles, v_tiles, routed.doc_start, lists.entries, lists.counts, z, lse,
+            q, k_tiles, v_tiles, query_starts, lists.entries, lists.counts, z, lse,
             z_before, lse_before, routed.cos, routed.sin, dz, dlse,
             grads.dq, delta, grads.dz_before, grads.dlse_before,
-            num_tokens, routed.tiles, routed.window, routed.stretch, routed.score_scale,
-            routed.scale, CAPACITY=routed.capacity, BULK=launch.bulk,
+            num_tokens, k.shape[1], routed.first, routed.tiles, routed.window, routed.stretch,
+            routed.score_scale, routed.scale, CAPACITY=routed.capacity, BULK=launch.bulk,
             num_warps=launch.warps, num_stages=launch.stages, **routed.constants(),
         )  # fmt: skip
 
     launch = backward_key_launch(routed)
-    q_turned = rotate_stretched(q, routed.cos, routed.sin, routed.doc_start, routed.stretch)
+    q_turned = rotate_stretched(
+        q, routed.cos, routed.sin, query_starts, routed.stretch, routed.first
+    )
     q_tiles, dz_tiles, k_tiles, v_tiles = q_turned, dz, k_turned, values
     if launch.bulk:
         k_tiles = bulk_rows(k_turned, routed.rows_of_block)
@@ -230,8 +243,8 @@ def routed_backward(
         routed_backward_key_kernel[(batch * key_heads * routed.slots * parts,)](
             q_tiles, k_tiles, v_tiles, routed.doc_start, readers.readers, readers.ends,
             lse, dz_tiles, delta, routed.cos, routed.sin, grads.dk, grads.dvalues,
-            num_tokens, routed.tiles, routed.slots, routed.window, routed.stretch,
-            readers.readers.shape[1], routed.score_scale, routed.scale,
+            num_tokens, k.shape[1], routed.first, routed.tiles, routed.slots, routed.window,
+            routed.stretch, readers.readers.shape[1], routed.score_scale, routed.scale,
             GROUPS=routed.tile_groups, BULK=launch.bulk, num_warps=launch.warps,
             num_stages=launch.stages, **routed.constants(),
         )  # fmt: skip

@@ -15,31 +15,42 @@ from torch import Tensor
 
 from .common import MASKED, load_rotated, load_tile, product, store_tile
 from .launch import bulk_rows, padded, precision_of
+from .routed_launch import starts_of
 from .routed_tiles import choice_launch
 
-_SIZES = ["num_tokens", "num_slots", "num_blocks", "window", "num_rows"]
+_SIZES = ["num_tokens", "num_slots", "num_blocks", "window", "num_rows", "first", "first_token"]
 
 
 @triton.jit(do_not_specialize=_SIZES)
 def rotate_stretched_kernel(
     x, out, cos, sin, doc_start, num_rows, stretch,
     HEADS: tl.constexpr, SIZE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK: tl.constexpr,
-    num_tokens=0,
+    num_tokens=0, first=0,
 ):  # fmt: skip
-    """out[b, t, h] = x[b, t, h] rotated to floor((t - d(t)) / stretch); a row is one head."""
+    """out[b, i, h] = x[b, i, h] rotated to floor((t - d(t)) / stretch), t = first + i; a row is one
+    head. doc_start [B, num_tokens] of these tokens.
+    """
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS).to(tl.int64)
     exists = row < num_rows
     token = row // HEADS
     start = tl.load(doc_start + token, mask=exists, other=0)
-    position = (token % num_tokens - start) // stretch
+    position = (first + token % num_tokens - start) // stretch
     tile = load_rotated(x, row * SIZE, exists, position, cos, sin, SIZE, BLOCK)
     store_tile(tile, out, row * SIZE, exists, SIZE, BLOCK)
 
 
 def rotate_stretched(
-    x: Tensor, cos: Tensor | None, sin: Tensor | None, doc_start: Tensor, stretch: int
+    x: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    doc_start: Tensor,
+    stretch: int,
+    first: int = 0,
 ) -> Tensor:
-    """A copy of `x` [B, T, H, D] rotated along its documents; `x` itself without a table."""
+    """A copy of `x` [B, Q, H, D] rotated along its documents; `x` itself without a table.
+
+    doc_start [B, Q] of the tokens of `x`, which begin at `first`.
+    """
     if cos is None:
         return x
     out = torch.empty_like(x)
@@ -48,7 +59,7 @@ def rotate_stretched(
     with torch.cuda.device_of(x):
         rotate_stretched_kernel[(triton.cdiv(num_rows, block_rows),)](
             x, out, cos, sin, doc_start, num_rows, stretch, HEADS=heads, SIZE=size,
-            BLOCK_ROWS=block_rows, BLOCK=padded(size), num_tokens=num_tokens,
+            BLOCK_ROWS=block_rows, BLOCK=padded(size), num_tokens=num_tokens, first=first,
         )  # fmt: skip
     return out
 
@@ -83,14 +94,14 @@ def block_mean_kernel(
 def query_sum_kernel(
     q, out, cos, sin, doc_start, num_rows, stretch,
     GROUP: tl.constexpr, K: tl.constexpr, SIZE: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-    BLOCK: tl.constexpr, num_tokens=0,
+    BLOCK: tl.constexpr, num_tokens=0, first=0,
 ):  # fmt: skip
-    """out [B, T, K, D]: sum of the rotated queries q [B, T, K GROUP, D]; a row is one key head."""
+    """out [B, Q, K, D]: sum of the rotated queries q [B, Q, K GROUP, D]; a row is one key head."""
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS).to(tl.int64)
     exists = row < num_rows
     token = row // K
     start = tl.load(doc_start + token, mask=exists, other=0)
-    position = (token % num_tokens - start) // stretch
+    position = (first + token % num_tokens - start) // stretch
     total = tl.zeros([BLOCK_ROWS, BLOCK], tl.float32)
     for head in range(GROUP):
         tile = load_rotated(q, (row * GROUP + head) * SIZE, exists, position, cos, sin, SIZE, BLOCK)
@@ -141,14 +152,14 @@ def exchange(kept, ids, score, slot):
 
 @triton.jit(do_not_specialize=_SIZES)
 def choose_kernel(
-    q, means, doc_start, choice, num_tokens, num_slots, num_blocks, window,
+    q, means, doc_start, choice, num_tokens, num_slots, num_blocks, window, first_token,
     K: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, TOP: tl.constexpr,
     KEEP: tl.constexpr, BULK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """choice [B, T, K, TOP + 1] int32, unordered. Program: (batch, block of tokens, key head).
+    """choice [B, Q, K, TOP + 1] int32, unordered. Program: (batch, block of tokens, key head).
 
-    q [B, T, K, D] summed over groups; means [B, K, N, D].
+    q [B, Q, K, D] summed over groups, doc_start [B, Q]; means [B, K, N, D].
     """
     program = tl.program_id(0)
     block = num_blocks - 1 - program % num_blocks
@@ -160,9 +171,10 @@ def choose_kernel(
     vector = ((batch * num_tokens + token) * K + key_head) * D
     b_q = load_tile(q, vector, exists, D, BLOCK_D)
     # Far blocks of a document are neighbouring slots; its first one is not up for choice.
-    has_far = exists & (token - window >= document)
+    before = first_token + token - window
+    has_far = exists & (before >= document)
     lowest = document // BLOCK
-    highest = tl.where(has_far, lowest + (token - window - document) // BLOCK, -1)
+    highest = tl.where(has_far, lowest + (before - document) // BLOCK, -1)
     begin = tl.min(tl.where(has_far, lowest + 1, num_slots))
     end = tl.max(highest) + 1
     row_zero = program // num_blocks * num_slots
@@ -209,9 +221,9 @@ def choose_kernel(
 
 def summed_queries(
     q: Tensor, num_key_heads: int, cos: Tensor | None, sin: Tensor | None, doc_start: Tensor,
-    stretch: int,
+    stretch: int, first: int,
 ) -> Tensor:  # fmt: skip
-    """[B, T, K, D]: the sum of the rotated queries of each key head's group, rounded once."""
+    """[B, Q, K, D]: the sum of the rotated queries of each key head's group, rounded once."""
     batch, num_tokens, heads, size = q.shape
     out = q.new_empty(batch, num_tokens, num_key_heads, size)
     num_rows, block_rows = batch * num_tokens * num_key_heads, 32
@@ -219,20 +231,23 @@ def summed_queries(
         query_sum_kernel[(triton.cdiv(num_rows, block_rows),)](
             q, out, cos, sin, doc_start, num_rows, stretch, GROUP=heads // num_key_heads,
             K=num_key_heads, SIZE=size, BLOCK_ROWS=block_rows, BLOCK=padded(size),
-            num_tokens=num_tokens,
+            num_tokens=num_tokens, first=first,
         )  # fmt: skip
     return out
 
 
 def choose(
     q: Tensor, k: Tensor, doc_start: Tensor, cos: Tensor | None, sin: Tensor | None,
-    window: int, block: int, top_k: int, stretch: int,
+    window: int, block: int, top_k: int, stretch: int, first: int,
 ) -> Tensor:  # fmt: skip
-    """The choice [B, T, K, top_k + 1] int32, unordered; all tensors contiguous."""
-    batch, num_tokens, key_heads, size = k.shape
-    num_slots = triton.cdiv(num_tokens, block)
+    """The choice [B, Q, K, top_k + 1] int32 of the tokens from `first` on, unordered; all tensors
+    contiguous, k [B, T, K, D] and doc_start [B, T] of the row.
+    """
+    batch, num_keys, key_heads, size = k.shape
+    num_tokens, num_slots = q.shape[1], triton.cdiv(num_keys, block)
+    query_starts = starts_of(doc_start, first, num_tokens)
     k = rotate_stretched(k, cos, sin, doc_start, stretch)
-    q = summed_queries(q, key_heads, cos, sin, doc_start, stretch)
+    q = summed_queries(q, key_heads, cos, sin, query_starts, stretch, first)
     means = k.new_empty(batch, key_heads, num_slots, size)
     choice = torch.empty(
         batch, num_tokens, key_heads, top_k + 1, dtype=torch.int32, device=q.device
@@ -243,12 +258,12 @@ def choose(
     rows = bulk_rows(means.view(1, -1, 1, size), launch.slots) if launch.bulk else means
     with torch.cuda.device_of(q):
         block_mean_kernel[(num_slots, key_heads, batch)](
-            k, doc_start, means, num_tokens, num_slots,
+            k, doc_start, means, num_keys, num_slots,
             K=key_heads, D=size, BLOCK=block, BLOCK_D=padded(size), num_warps=4,
         )  # fmt: skip
         choose_kernel[(programs,)](
-            q, rows, doc_start, choice, num_tokens, num_slots, num_blocks,
-            window, K=key_heads, D=size, BLOCK=block, TOP=top_k,
+            q, rows, query_starts, choice, num_tokens, num_slots, num_blocks,
+            window, first, K=key_heads, D=size, BLOCK=block, TOP=top_k,
             KEEP=max(2, triton.next_power_of_2(top_k)), BULK=launch.bulk,
             BLOCK_M=launch.tokens, BLOCK_N=launch.slots, BLOCK_D=padded(size),
             PRECISION=precision_of(q.dtype), num_warps=launch.warps, num_stages=launch.stages,

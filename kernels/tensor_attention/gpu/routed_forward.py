@@ -28,7 +28,7 @@ from .routed_launch import Routed
 from .routed_lists import TileLists
 from .routed_tiles import forward_launch
 
-_SIZES = ["num_tokens", "num_tiles", "window", "stretch"]
+_SIZES = ["num_tokens", "num_keys", "first_token", "num_tiles", "window", "stretch"]
 
 
 @triton.jit
@@ -65,27 +65,32 @@ def load_keys(
 @triton.jit(do_not_specialize=_SIZES)
 def routed_forward_kernel(
     q, k, values, doc_start, entries, counts, z_before, lse_before, cos, sin, z, lse,
-    num_tokens, num_tiles, window, stretch, scale,
+    num_tokens, num_keys, first_token, num_tiles, window, stretch, scale,
     H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_N: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr,
     CAPACITY: tl.constexpr, BULK: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """q, z_before, z [B,T,H,.]; k, values [B,T,K,.]; lse_before, lse [B,H,T]. Program: a tile."""
+    """q, z_before, z [B,Q,H,.]; k, values [B,T,K,.]; lse_before, lse [B,H,Q]. Program: a tile.
+
+    doc_start [B, Q] of the queries, the tokens of the row from `first_token` on.
+    """
     tile, key_head, batch, token, head, lane, exists = query_rows(
         tl.program_id(0), num_tiles, num_tokens, K, TILE, GROUP, H // K
     )
     row_zero = batch * num_tokens
+    key_zero = batch * num_keys
     document = tl.load(doc_start + row_zero + token, mask=exists, other=0)
+    position = (first_token + token - document) // stretch
     vector = (row_zero + token) * H + head
     scalar = (batch * H + head) * num_tokens + token
-    b_q = load_rotated(q, vector * D, exists, (token - document) // stretch, cos, sin, D, BLOCK_D)
+    b_q = load_rotated(q, vector * D, exists, position, cos, sin, D, BLOCK_D)
     lse_zero = tl.load(lse_before + scalar, mask=exists, other=0.0) * LOG2E
     top = tl.maximum(lse_zero, FLOOR)
     total = tl.exp2(lse_zero - top)
     acc = load_tile(z_before, vector * E, exists, E, BLOCK_E).to(tl.float32) * total[:, None]
 
-    limit = tl.where(exists, token - window, -1)
+    limit = tl.where(exists, first_token + token - window, -1)
     listed = (batch * K + key_head) * num_tiles + tile
     count = tl.load(counts + listed)
     entries += listed * CAPACITY
@@ -95,7 +100,7 @@ def routed_forward_kernel(
         last = tl.where(((entry.to(tl.int32) & 0xFFFF) >> lane) & 1 != 0, limit, -1)
         for part in tl.static_range(BLOCK // BLOCK_N):
             start = first + part * BLOCK_N
-            b_k = load_keys(k, key_head, row_zero, start, K, D, BULK, BLOCK_N, BLOCK_D)
+            b_k = load_keys(k, key_head, key_zero, start, K, D, BULK, BLOCK_N, BLOCK_D)
             score = product(b_q, tl.trans(b_k), PRECISION)
             key = start + tl.arange(0, BLOCK_N)
             score = tl.where(key[None, :] <= last[:, None], score, MASKED)
@@ -104,7 +109,7 @@ def routed_forward_kernel(
             keep = tl.exp2(top - top_next)
             total = total * keep + tl.sum(weight, 1)
             acc = acc * keep[:, None]
-            b_v = load_keys(values, key_head, row_zero, start, K, E, BULK, BLOCK_N, BLOCK_E)
+            b_v = load_keys(values, key_head, key_zero, start, K, E, BULK, BLOCK_N, BLOCK_E)
             acc = add_product(acc, weight.to(b_v.dtype), b_v, PRECISION)
             top = top_next
 
@@ -116,7 +121,7 @@ def routed_forward_kernel(
 def routed_forward(
     routed: Routed, lists: TileLists, z_before: Tensor, lse_before: Tensor, z: Tensor, lse: Tensor
 ) -> None:
-    """Write z [B, T, H, E] and lse [B, H, T] float32 of the hop that starts from a state."""
+    """Write z [B, Q, H, E] and lse [B, H, Q] float32 of the hop that starts from a state."""
     launch = forward_launch(routed)
     k = rotate_stretched(routed.k, routed.cos, routed.sin, routed.doc_start, routed.stretch)
     values = routed.values
@@ -125,9 +130,10 @@ def routed_forward(
     batch, num_tokens = routed.q.shape[:2]
     with torch.cuda.device_of(routed.q):
         routed_forward_kernel[(batch * routed.k.shape[2] * routed.tiles,)](
-            routed.q, k, values, routed.doc_start, lists.entries, lists.counts,
+            routed.q, k, values, routed.query_starts, lists.entries, lists.counts,
             z_before, lse_before, routed.cos, routed.sin, z, lse,
-            num_tokens, routed.tiles, routed.window, routed.stretch, routed.score_scale,
+            num_tokens, routed.k.shape[1], routed.first, routed.tiles, routed.window,
+            routed.stretch, routed.score_scale,
             CAPACITY=routed.capacity, BULK=launch.bulk, num_warps=launch.warps,
             num_stages=launch.stages, **routed.constants(),
         )  # fmt: skip

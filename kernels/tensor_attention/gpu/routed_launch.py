@@ -17,8 +17,8 @@ _MOST_GROUPS = 128
 class Routed(NamedTuple):
     """The inputs of a routed hop as the kernels take them; all contiguous.
 
-    q [B, T, H, D], k [B, T, K, D], values [B, T, K, E], choice [B, T, K, C] and doc_start [B, T]
-    int32, cos and sin [P, D / 2] float32 or None.
+    q [B, Q, H, D] of the tokens from `first` on, k [B, T, K, D], values [B, T, K, E], choice
+    [B, P + Q, K, C] and doc_start [B, T] int32, cos and sin [positions, D / 2] float32 or None.
     """
 
     q: Tensor
@@ -33,6 +33,12 @@ class Routed(NamedTuple):
     stretch: int
     open_tile: int
     scale: float
+    first: int
+
+    @property
+    def query_starts(self) -> Tensor:
+        """doc_start [B, Q] of the queries."""
+        return starts_of(self.doc_start, self.first, self.q.shape[1])
 
     @property
     def tiles(self) -> int:
@@ -45,7 +51,7 @@ class Routed(NamedTuple):
 
     @property
     def slots(self) -> int:
-        return triton.cdiv(self.q.shape[1], self.block)
+        return triton.cdiv(self.k.shape[1], self.block)
 
     @property
     def group(self) -> int:
@@ -86,6 +92,11 @@ class Routed(NamedTuple):
     def score_scale(self) -> float:
         """The factor on scores in base 2."""
         return self.scale * LOG2E
+
+
+def starts_of(doc_start: Tensor, first: int, count: int) -> Tensor:
+    """doc_start [B, count] of the tokens first, first + 1, ...; contiguous."""
+    return doc_start[:, first : first + count].contiguous()
 
 
 def can_bulk(x: Tensor) -> bool:

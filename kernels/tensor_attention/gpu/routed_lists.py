@@ -14,20 +14,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .routed_launch import TILE, Routed
+from .routed_launch import TILE, Routed, starts_of
 from .routed_tiles import list_warps
 
-_SIZES = ["num_tokens", "num_tiles", "per_group", "num_slots"]
+_SIZES = ["num_tokens", "num_tiles", "per_group", "num_slots", "earlier", "first_known"]
 
 
 @triton.jit(do_not_specialize=_SIZES)
 def tile_list_kernel(
-    choice, doc_start, entries, counts, num_tokens, num_tiles,
+    choice, doc_start, entries, counts, num_tokens, num_tiles, earlier, first_known,
     K: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr, OPEN: tl.constexpr, TILE: tl.constexpr,
     TOKENS: tl.constexpr, CAPACITY: tl.constexpr, SORTED: tl.constexpr,
 ):  # fmt: skip
     """entries [B, K, tiles, CAPACITY] int64 = first token of a block << 32 | bits of its readers,
     ascending; counts [B, K, tiles]. TOKENS of the tile and, with open tiles, of the tile before.
+
+    choice [B, num_tokens, K, C] and doc_start [B, num_tokens] begin with token `first_known` of the
+    row; tiles begin `earlier` tokens later, with the queries.
 
     Sorting (block, bit) pairs brings readers of a block together; their bits are added up by a
     running sum, whose differences at the borders between blocks are the masks.
@@ -37,7 +40,7 @@ def tile_list_kernel(
     batch = tl.program_id(2).to(tl.int64)
     doc_start += batch * num_tokens
     entries += ((batch * K + key_head) * num_tiles + tile) * CAPACITY
-    first = tile * TILE
+    first = earlier + tile * TILE
     place = tl.arange(0, SORTED)
     token = first - (TOKENS - TILE) + place // C
     valid = (place < CAPACITY) & (token >= 0) & (token < num_tokens)
@@ -48,7 +51,8 @@ def tile_list_kernel(
     if OPEN > 1:  # what earlier tokens opened stays open for the tile's first token, if at all
         first_document = tl.load(doc_start + first)
         same = (document == first_document) & (
-            (token - document) // OPEN == (first - first_document) // OPEN
+            (first_known + token - document) // OPEN
+            == (first_known + first - first_document) // OPEN
         )
         valid = valid & ((token >= first) | same)
     bit = tl.maximum(token - first, 0)
@@ -81,7 +85,7 @@ def tile_list_kernel(
         known = here < num_tokens
         own = tl.load(doc_start + here, mask=known, other=0)
         previous = tl.load(doc_start + here - 1, mask=known & (lane > 0), other=-1)
-        joined = (own == previous) & ((here - own) % OPEN > 0)
+        joined = (own == previous) & ((first_known + here - own) % OPEN > 0)
         joins = tl.sum(joined.to(tl.int32) << lane)
         for step in tl.static_range(4):
             mask = mask | ((mask << (1 << step)) & joins)
@@ -170,9 +174,12 @@ def tile_lists(routed: Routed) -> TileLists:
     entries = torch.empty(*shape, routed.capacity, dtype=torch.int64, device=device)
     counts = torch.empty(shape, dtype=torch.int32, device=device)
     tokens = routed.capacity // width
+    earlier = num_tokens - routed.q.shape[1]
+    first_known = routed.first - earlier
     with torch.cuda.device_of(entries):
         tile_list_kernel[(tiles, key_heads, batch)](
-            routed.choice, routed.doc_start, entries, counts, num_tokens, tiles,
+            routed.choice, starts_of(routed.doc_start, first_known, num_tokens), entries, counts,
+            num_tokens, tiles, earlier, first_known,
             K=key_heads, C=width, BLOCK=routed.block, OPEN=routed.open_tile, TILE=TILE,
             TOKENS=tokens, CAPACITY=routed.capacity,
             SORTED=triton.next_power_of_2(routed.capacity), num_warps=list_warps(routed),

@@ -19,9 +19,9 @@ _BLOCKS = (16, 32, 64, 128)
 
 def choose_blocks(
     q: Tensor, k: Tensor, *, window: int, block: int, top_k: int, stretch: int,
-    doc_start: Tensor, rotary: Rotary | None,
+    doc_start: Tensor, rotary: Rotary | None, first: int = 0,
 ) -> Tensor:  # fmt: skip
-    """The choice [B, T, K, top_k + 1] int32 of `routed.choose_blocks`, unordered.
+    """The choice [B, Q, K, top_k + 1] int32 of `routed.choose_blocks`, unordered.
 
     Raises:
         ValueError: on inputs that the kernels do not cover.
@@ -30,14 +30,14 @@ def choose_blocks(
     _require_block(block, 1)
     return _choose(
         q.contiguous(), k.contiguous(), doc_start.to(torch.int32).contiguous(),
-        *rotary_tables(rotary), window, block, top_k, stretch,
+        *rotary_tables(rotary), window, block, top_k, stretch, first,
     )  # fmt: skip
 
 
 def hop(
     q: Tensor, k: Tensor, values: Tensor, choice: Tensor, *, window: int, block: int,
     stretch: int, open_tile: int, doc_start: Tensor, state: State, rotary: Rotary | None,
-    scale: float,
+    scale: float, first: int = 0,
 ) -> State:  # fmt: skip
     """Same contract as `routed.routed_hop`, on the GPU.
 
@@ -53,7 +53,7 @@ def hop(
         q.contiguous(), k.contiguous(), values.contiguous(), choice.contiguous(),
         doc_start.to(torch.int32).contiguous(), z_before.contiguous(),
         lse_before.float().transpose(1, 2).contiguous(), *rotary_tables(rotary),
-        window, block, stretch, open_tile, scale,
+        window, block, stretch, open_tile, scale, first,
     )  # fmt: skip
     return z, lse.transpose(1, 2)
 
@@ -76,21 +76,21 @@ def _require_block(block: int, open_tile: int) -> None:
 @torch.library.custom_op("tensor_attention::choose_blocks", mutates_args=())
 def _choose(
     q: Tensor, k: Tensor, doc_start: Tensor, cos: Tensor | None, sin: Tensor | None,
-    window: int, block: int, top_k: int, stretch: int,
+    window: int, block: int, top_k: int, stretch: int, first: int = 0,
 ) -> Tensor:  # fmt: skip
-    return choose(q, k, doc_start, cos, sin, window, block, top_k, stretch)
+    return choose(q, k, doc_start, cos, sin, window, block, top_k, stretch, first)
 
 
 @_choose.register_fake
 def _(
     q: Tensor, k: Tensor, doc_start: Tensor, cos: Tensor | None, sin: Tensor | None,
-    window: int, block: int, top_k: int, stretch: int,
+    window: int, block: int, top_k: int, stretch: int, first: int = 0,
 ) -> Tensor:  # fmt: skip
-    return q.new_empty(*k.shape[:3], top_k + 1, dtype=torch.int32)
+    return q.new_empty(*q.shape[:2], k.shape[2], top_k + 1, dtype=torch.int32)
 
 
 def _new_state(q: Tensor, values: Tensor) -> State:
-    """Uninitialised z [B, T, H, E] and lse [B, H, T]."""
+    """Uninitialised z [B, Q, H, E] and lse [B, H, Q]."""
     batch, num_tokens, heads, _ = q.shape
     z = values.new_empty(batch, num_tokens, heads, values.shape[3])
     return z, q.new_empty(batch, heads, num_tokens, dtype=torch.float32)
@@ -100,10 +100,10 @@ def _new_state(q: Tensor, values: Tensor) -> State:
 def _hop(
     q: Tensor, k: Tensor, values: Tensor, choice: Tensor, doc_start: Tensor,
     z_before: Tensor, lse_before: Tensor, cos: Tensor | None, sin: Tensor | None,
-    window: int, block: int, stretch: int, open_tile: int, scale: float,
+    window: int, block: int, stretch: int, open_tile: int, scale: float, first: int = 0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     routed = Routed(
-        q, k, values, choice, doc_start, cos, sin, window, block, stretch, open_tile, scale
+        q, k, values, choice, doc_start, cos, sin, window, block, stretch, open_tile, scale, first
     )
     z, lse = _new_state(q, values)
     routed_forward(routed, tile_lists(routed), z_before, lse_before, z, lse)
@@ -114,7 +114,7 @@ def _hop(
 def _(
     q: Tensor, k: Tensor, values: Tensor, choice: Tensor, doc_start: Tensor,
     z_before: Tensor, lse_before: Tensor, cos: Tensor | None, sin: Tensor | None,
-    window: int, block: int, stretch: int, open_tile: int, scale: float,
+    window: int, block: int, stretch: int, open_tile: int, scale: float, first: int = 0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     return _new_state(q, values)
 
@@ -124,13 +124,13 @@ def _hop_backward(
     q: Tensor, k: Tensor, values: Tensor, choice: Tensor, doc_start: Tensor,
     z_before: Tensor, lse_before: Tensor, cos: Tensor | None, sin: Tensor | None,
     z: Tensor, lse: Tensor, dz: Tensor, dlse: Tensor | None,
-    window: int, block: int, stretch: int, open_tile: int, scale: float,
+    window: int, block: int, stretch: int, open_tile: int, scale: float, first: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk, dvalues, dz_before, dlse_before. The lists are built again: they are larger than the
     choice, and take less than a hundredth of the time.
     """
     routed = Routed(
-        q, k, values, choice, doc_start, cos, sin, window, block, stretch, open_tile, scale
+        q, k, values, choice, doc_start, cos, sin, window, block, stretch, open_tile, scale, first
     )
     lists = tile_lists(routed)
     readers = readers_of_blocks(routed, lists)
@@ -142,13 +142,13 @@ def _(
     q: Tensor, k: Tensor, values: Tensor, choice: Tensor, doc_start: Tensor,
     z_before: Tensor, lse_before: Tensor, cos: Tensor | None, sin: Tensor | None,
     z: Tensor, lse: Tensor, dz: Tensor, dlse: Tensor | None,
-    window: int, block: int, stretch: int, open_tile: int, scale: float,
+    window: int, block: int, stretch: int, open_tile: int, scale: float, first: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     return tuple(torch.empty_like(x) for x in (q, k, values, z_before, lse_before))  # type: ignore[return-value]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: State) -> None:
-    *tensors, ctx.window, ctx.block, ctx.stretch, ctx.open_tile, ctx.scale = inputs
+    *tensors, ctx.window, ctx.block, ctx.stretch, ctx.open_tile, ctx.scale, ctx.first = inputs
     ctx.save_for_backward(*tensors, *output)
     ctx.set_materialize_grads(False)
 
@@ -159,9 +159,9 @@ def _gradient(ctx: Any, dz: Tensor | None, dlse: Tensor | None) -> tuple[Tensor 
     dz = torch.zeros_like(z) if dz is None else dz.contiguous()
     dlse = None if dlse is None else dlse.contiguous()
     dq, dk, dvalues, dz_before, dlse_before = _hop_backward(
-        *saved, dz, dlse, ctx.window, ctx.block, ctx.stretch, ctx.open_tile, ctx.scale
+        *saved, dz, dlse, ctx.window, ctx.block, ctx.stretch, ctx.open_tile, ctx.scale, ctx.first
     )
-    nothing = [None] * 7
+    nothing = [None] * 8
     return dq, dk, dvalues, None, None, dz_before, dlse_before, *nothing
 
 
