@@ -12,6 +12,7 @@ from .fold import (
     validate_fold,
 )
 from .routed import choose_blocks, routed_attention, routed_hop
+from .window import window_attention
 
 __all__ = [
     "Axis",
@@ -28,4 +29,5 @@ __all__ = [
     "routed_hop",
     "tensor_attention",
     "validate_fold",
+    "window_attention",
 ]

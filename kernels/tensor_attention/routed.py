@@ -81,6 +81,7 @@ def choose_blocks(
     doc_start: Tensor | None = None,
     rotary: Rotary | None = None,
     first: int = 0,
+    ordered: bool = True,
     backend: Backend = "auto",
 ) -> Tensor:
     """The blocks that each token and key head reads beyond its window; no gradient.
@@ -93,6 +94,7 @@ def choose_blocks(
         q: [B, Q, H, D]: queries may be a slice of the row, the tokens first ... first + Q - 1.
         k: [B, T, K, D] of the row, T at least first + Q; doc_start [B, T] is of the row too.
         first: index in the row of the first query.
+        ordered: False leaves the blocks of a token in any order, which costs less.
 
     Returns:
         [B, Q, K, top_k + 1] int32: indices of blocks in the document, ascending, -1 at the end
@@ -102,9 +104,11 @@ def choose_blocks(
     validate_route(window, block, top_k, stretch, 1)
     doc_start = _checked_starts(q, k, k, doc_start, rotary, None, first)
     choice = _choice(q, k, window, block, top_k, stretch, doc_start, rotary, backend, first)
+    if not ordered:
+        return choice
     nothing = torch.iinfo(torch.int32).max
-    ordered = torch.where(choice < 0, nothing, choice).sort(dim=-1).values
-    return torch.where(ordered == nothing, -1, ordered)
+    ascending = torch.where(choice < 0, nothing, choice).sort(dim=-1).values
+    return torch.where(ascending == nothing, -1, ascending)
 
 
 def _routed_backend(

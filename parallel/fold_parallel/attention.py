@@ -8,13 +8,12 @@ import math
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from tensor_attention import Rotary, fold_axes, hop, tensor_attention
 from tensor_attention.api import Backend, check_operator
 
-from .collectives import InFlight, start_halo
+from .collectives import start_halo
 from .grid import Grid, check_sizes
 from .swap import (
     columns_to_rows,
@@ -23,6 +22,7 @@ from .swap import (
     start_rows_to_columns,
     tokens_to_heads,
 )
+from .window import depth_in_document, first_hop
 
 
 def sharded_tensor_attention(
@@ -80,13 +80,13 @@ def sharded_tensor_attention(
         return _full_attention(q, k, v, doc_start, grid, rotary, scale, backend)
     assert grid.sp_group is not None
     assert grid.swap_group is not None
-    depth = _depth_in_document(doc_start, grid)
+    depth = depth_in_document(doc_start, grid)
 
     # Both exchanges are under way before hop 1 starts; only the halo is waited for.
     halo = start_halo((k, v), fold[0] - 1, grid.sp_group)
     swap = start_rows_to_columns((q, k, depth), fold[0], grid.swap_group)
     columns = None if overlap else swap.wait()
-    z, lse = _first_hop(q, k, v, depth, halo, fold[0], grid, rotary, scale, backend)
+    z, lse = first_hop(q, k, v, depth, halo, fold[0], grid, rotary, scale, backend)
     # In this order, backward sends the gradients of z first: those of q, k travel during hop 1.
     q, k, depth = columns or swap.wait()
     z, lse = rows_to_columns((z, lse), fold[0], grid.swap_group, left_out=fold[0])
@@ -126,50 +126,3 @@ def _full_attention(
     )
     (out,) = heads_to_tokens((out,), grid.swap_group)
     return out
-
-
-def _depth_in_document(doc_start: Tensor, grid: Grid) -> Tensor:
-    """[B, T/P] int32: t - d(t), how many tokens of its document precede each token."""
-    shard = doc_start.shape[1]
-    positions = torch.arange(shard, device=doc_start.device) + grid.sp_rank * shard
-    return torch.minimum((positions - doc_start).clamp(min=0), positions).to(torch.int32)
-
-
-def _first_hop(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    depth: Tensor,
-    halo: InFlight,
-    length: int,
-    grid: Grid,
-    rotary: Rotary | None,
-    scale: float | None,
-    backend: Backend,
-) -> tuple[Tensor, Tensor]:
-    """Hop 1 of this rank's tokens, with the tokens before them from the neighbour.
-
-    One whole inner row is put in front: a token that is never reached, then the halo. So blocks of
-    `length` tokens are those of the whole row. Nobody needs the outputs of that row.
-    """
-    halo_k, halo_v = (x[0] for x in halo.wait())
-    k = torch.cat((torch.zeros_like(k[:, :1]), halo_k, k), dim=1)
-    v = torch.cat((torch.zeros_like(v[:, :1]), halo_v, v), dim=1)
-    q = torch.cat((torch.zeros_like(q[:, :length]), q), dim=1)  # the gradient of F.pad is a copy
-    reach = F.pad(depth, (length, 0))
-    if rotary is not None:
-        rotary = _table_from(rotary, grid.sp_rank * depth.shape[1] - length, q.shape[1])
-    return hop(
-        q, k, v, stride=1, length=length, reach=reach, rotary=rotary, scale=scale, backend=backend
-    )
-
-
-def _table_from(rotary: Rotary, first: int, count: int) -> Rotary:
-    """The table for positions first ... first + count - 1, so that angles are those of the row.
-
-    Positions before the row (the padding in front of rank 0's tokens) take position 0: their
-    keys are zero and out of reach.
-    """
-    if first >= 0:
-        return Rotary(*(x[first : first + count] for x in rotary))
-    return Rotary(*(torch.cat((x[:1].expand(-first, -1), x[: first + count])) for x in rotary))

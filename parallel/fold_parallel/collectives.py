@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .layout import CHUNKS, Layout, contiguous, copy
+from .layout import CHUNKS, Copies, Layout, contiguous, copy
 
 # Sections of a message start at multiples of this, so that every dtype can view them in place.
 ALIGNMENT = 16
@@ -59,6 +59,23 @@ class _Route:
         return [message.numel() * (r == other) for r in range(dist.get_world_size(self.group))]
 
 
+@dataclass(frozen=True)
+class _GatherRoute:
+    """Each sends one row of bytes to all; the gradients of all come back, a row from each."""
+
+    group: dist.ProcessGroup
+
+    def reversed(self) -> _Route:
+        return _Route(self.group)
+
+    def launch(self, message: Tensor) -> tuple[Tensor, dist.Work]:
+        """Send `message` [1, bytes]; the answer [P, bytes] is valid after the work's wait."""
+        received = message.new_empty(dist.get_world_size(self.group), message.shape[1])
+        work = dist.all_gather_into_tensor(received, message, group=self.group, async_op=True)
+        # Gloo copies into `received` at its end: not a change in place of what autograd sees.
+        return received.data, work
+
+
 class _Flight:
     """The works under way, forward or backward, shared by the two ends of one exchange.
 
@@ -67,12 +84,14 @@ class _Flight:
     be the tensor itself that is sent: nobody changes that, or a gradient, before the wait.
     """
 
-    def __init__(self, route: _Route, sent: Layout, received: Layout) -> None:
+    def __init__(
+        self, route: _Route | _GatherRoute, sent: Layout | Copies, received: Layout
+    ) -> None:
         self.route = route
         self.sent, self.received = sent, received
         self.works: list[dist.Work] | None = None
 
-    def launch(self, route: _Route, chunks: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    def launch(self, route: _Route | _GatherRoute, chunks: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Send chunks [N, ...] of tensors; what arrives is shaped as they are."""
         arriving = dict[int, Tensor]()
         self.works = []
@@ -136,9 +155,9 @@ class InFlight:
 
     def __init__(
         self,
-        route: _Route,
+        route: _Route | _GatherRoute,
         tensors: Sequence[Tensor],
-        sent: Layout = CHUNKS,
+        sent: Layout | Copies = CHUNKS,
         received: Layout = CHUNKS,
     ) -> None:
         self._flight = _Flight(route, sent, received)
@@ -165,13 +184,45 @@ def start_all_to_all(
     return InFlight(_Route(group), tensors, sent, received)
 
 
-def start_halo(tensors: Sequence[Tensor], halo: int, group: dist.ProcessGroup) -> InFlight:
+def start_gather(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> InFlight:
+    """Send each tensor [B, T/P, ...] to all ranks; `wait` gives the whole row [B, T, ...] of each.
+
+    Backward, each rank gets the gradients that all ranks have for its tokens, and adds them up
+    in the order of the ranks, in float32 or wider: a reduce-scatter with the same bits every time.
+    """
+    row = Layout(axis=1, sizes=(dist.get_world_size(group), -1), place=1)
+    return InFlight(_GatherRoute(group), tensors, Copies(), row)
+
+
+class Halo:
+    """The tokens before this rank's, under way from as many ranks as hold them."""
+
+    def __init__(self, flights: Sequence[InFlight]) -> None:
+        self._flights = flights
+
+    def wait(self) -> tuple[Tensor, ...]:
+        """The tokens [B, halo, ...] just before this rank's, zeros where the row has not begun."""
+        parts = [flight.wait() for flight in self._flights]  # the nearest tokens first
+        return tuple(
+            torch.cat([x[0] for x in reversed(of_one)], dim=1) if len(of_one) > 1 else of_one[0][0]
+            for of_one in zip(*parts, strict=True)
+        )
+
+
+def start_halo(tensors: Sequence[Tensor], halo: int, group: dist.ProcessGroup) -> Halo:
     """Send the last `halo` tokens of each tensor [B, T/P, ...] to the next rank.
 
-    `wait` gives tensors [1, B, halo, ...], the tokens just before this rank's: zeros on rank 0.
-    Backward, their gradients travel to the rank that sent them and are added to its own.
+    A halo longer than a rank's tokens comes from several ranks, in one exchange each; none is
+    longer than the tokens of all other ranks. Backward, the gradients travel to the ranks that sent
+    the tokens and are added to their own.
     """
-    return InFlight(_Route(group, shift=1), [x[None, :, x.shape[1] - halo :] for x in tensors])
+    shard, flights = tensors[0].shape[1], []
+    for shift in range(1, dist.get_world_size(group)):
+        count = min(shard, halo - (shift - 1) * shard)
+        if count > 0:
+            sent = [x[None, :, shard - count :] for x in tensors]
+            flights.append(InFlight(_Route(group, shift), sent))
+    return Halo(flights)
 
 
 def _messages(chunks: Sequence[Tensor]) -> list[list[int]]:

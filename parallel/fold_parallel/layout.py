@@ -48,6 +48,22 @@ class Layout:
         return whole
 
 
+@dataclass(frozen=True)
+class Copies:
+    """Every rank is sent the tensor whole, as one chunk; what comes back is added up."""
+
+    def cut(self, whole: Tensor) -> Tensor:
+        """The one chunk [1, ...], in place."""
+        return whole[None]
+
+    def join(self, chunks: Tensor) -> Tensor:
+        """The sum of chunks [P, ...], rank after rank, in float32 or wider and rounded once."""
+        total = chunks[0].to(torch.promote_types(chunks.dtype, torch.float32), copy=True)
+        for chunk in chunks[1:]:
+            total += chunk
+        return total.to(chunks.dtype)
+
+
 CHUNKS = Layout(0, (-1,), 0)  # a tensor that is [P, ...] already
 
 

@@ -49,3 +49,49 @@ def layer_traffic(
         values=swapped * heads * (per_head + max(4, itemsize)),
         back=swapped * heads * per_head,
     )
+
+
+class RoutedTraffic(NamedTuple):
+    """As `Traffic`, of a routed layer; of a window layer, the halo alone."""
+
+    halo: float  # keys and values to the next ranks, before hop 1
+    gather: float  # keys, values and document starts to all ranks, during hop 1
+    choice: float  # the choices that later tokens of an open tile share, after hop 1
+
+
+def routed_traffic(
+    seq_len: int,
+    sp: int,
+    *,
+    window: int,
+    key_heads: int,
+    head_dim: int,
+    itemsize: int,
+    top_k: int = 0,
+    open_tile: int = 1,
+    backward: bool = False,
+) -> RoutedTraffic:
+    """Traffic of a routed layer's forward or backward (E = D; without the padding of messages).
+
+    Each rank sends its keys and values, and a 4-byte document start a token, to the P - 1 others.
+    Backward, each sends them its gradients of their keys and values.
+
+    Args:
+        seq_len, sp: P divides T.
+        window, top_k, open_tile: of the route; top_k = 0: a window layer.
+        key_heads, head_dim: K, D.
+        itemsize: bytes of one element of q, k, v.
+    """
+    keys_values = 2 * key_heads * head_dim * itemsize
+    halo = _halo_tokens(seq_len, sp, min(window, seq_len) - 1) * keys_values / seq_len
+    if not top_k:
+        return RoutedTraffic(halo, 0.0, 0.0)
+    gather = (sp - 1) * (keys_values + (0 if backward else 4))
+    chosen = 0 if backward else key_heads * (top_k + 1) * 4
+    choice = _halo_tokens(seq_len, sp, open_tile - 1) * chosen / seq_len
+    return RoutedTraffic(halo, gather, choice)
+
+
+def _halo_tokens(seq_len: int, sp: int, halo: int) -> int:
+    """Tokens that all ranks send: each gets the `halo` tokens before its own, as far as they go."""
+    return sum(min(halo, rank * (seq_len // sp)) for rank in range(sp))

@@ -52,12 +52,16 @@ class Log(TorchDispatchMode):
     ) -> Any:
         name = str(func)
         if name.startswith("c10d."):
-            message, splits = args[1], args[4]
+            message, event = args[1], name.split(".")[1]
             ranks = dist.ProcessGroup.unbox(args[2]).size()
-            self.events.append("neighbour" if splits else name.split(".")[1])
-            # In an all-to-all, what a rank sends to itself is not sent; to a neighbour, all is.
-            own = 0 if splits else message.numel() // ranks
-            self.messages.append((message.numel() - own) * message.element_size())
+            if event == "_allgather_base_":  # a copy to each other rank
+                self.events.append(event)
+                sent = (ranks - 1) * message.numel()
+            else:
+                # In an all-to-all, what a rank sends to itself is not sent; to a neighbour, all is.
+                self.events.append("neighbour" if args[4] else event)
+                sent = message.numel() - (0 if args[4] else message.numel() // ranks)
+            self.messages.append(sent * message.element_size())
             self.group_sizes.append(ranks)
         elif name.startswith("aten.bmm"):
             self.events.append("multiply")

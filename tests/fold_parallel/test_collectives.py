@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fold_parallel.collectives import start_all_to_all, start_halo
+from fold_parallel.collectives import start_all_to_all, start_gather, start_halo
 from tests.fold_parallel.backends import device, ranks_and_backends, result
 from tests.support.distributed import run_distributed
 
@@ -79,24 +79,54 @@ def exchange_halo(tokens: int, halo: int) -> dict[str, Tensor]:
 
 
 @ranks_and_backends(2, 4)
-@pytest.mark.parametrize("halo", [1, 4, 5])
+@pytest.mark.parametrize("halo", [1, 4, 5, 7, 13, 20])
 def test_halo_brings_the_tokens_before_and_takes_their_gradient_back(
     world_size: int, backend: str, halo: int
 ) -> None:
-    results = run_distributed(exchange_halo, world_size, 5, halo, backend=backend)
+    tokens = 5
+    results = run_distributed(exchange_halo, world_size, tokens, halo, backend=backend)
+    halo = min(halo, tokens * (world_size - 1))  # of all other ranks
+    rows = {name: torch.cat([r[name] for r in results], dim=1) for name in ("x", "y")}
+    gradients = {"x": torch.full_like(rows["x"], 1000), "y": torch.zeros_like(rows["y"])}
     for rank, r in enumerate(results):
-        for name in ("x", "y"):
-            if rank == 0:
-                assert (r[f"halo_{name}"] == 0).all()
-            else:
-                assert torch.equal(r[f"halo_{name}"][0], results[rank - 1][name][:, -halo:])
-        dx, dy = torch.full_like(r["x"], 1000), torch.zeros_like(r["y"])
-        if rank + 1 < world_size:
-            place = torch.arange(2 * halo * 3).reshape(2, halo, 3) + 3
-            dx[:, -halo:] += place % 50 + 50 * (rank + 1)
-            dy[:, -halo:] += 1
-        assert torch.equal(r["dx"], dx)
-        assert torch.equal(r["dy"], dy)
+        known = min(halo, rank * tokens)
+        before = slice(rank * tokens - known, rank * tokens)
+        for name, row in rows.items():
+            assert torch.equal(r[f"halo_{name}"][:, halo - known :], row[:, before])
+            assert (r[f"halo_{name}"][:, : halo - known] == 0).all()
+        place = torch.arange(2 * halo * 3).reshape(2, halo, 3) + 3
+        gradients["x"][:, before] += (place % 50 + 50 * rank)[:, halo - known :]
+        gradients["y"][:, before] += 1
+    for name, expected in gradients.items():
+        assert torch.equal(torch.cat([r[f"d{name}"] for r in results], dim=1), expected)
+
+
+def gather_row(tokens: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    rank = dist.get_rank()
+    x = numbers((2, tokens, 3), rank, dtype).requires_grad_()
+    places = numbers((2, tokens), rank, torch.int32)
+    row, row_of_places = start_gather((x, places), group()).wait()
+    # Gradients that bf16 cannot add up one by one: 256 + 1 = 256.
+    (row * torch.where(torch.tensor(rank == 0), 256, 1)).sum().backward()
+    assert x.grad is not None
+    results = {"x": x, "places": places, "row": row, "row_of_places": row_of_places, "dx": x.grad}
+    return {name: result(z) for name, z in results.items()}
+
+
+@ranks_and_backends(2, 4)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_a_gather_brings_the_row_and_adds_up_what_all_ranks_give_back(
+    world_size: int, backend: str, dtype: torch.dtype
+) -> None:
+    results = run_distributed(gather_row, world_size, 5, dtype, backend=backend)
+    for name in ("x", "places"):
+        row = torch.cat([r[name] for r in results], dim=1)
+        for r in results:
+            assert torch.equal(r["row" if name == "x" else "row_of_places"], row)
+    # Added in float32 and rounded once.
+    total = torch.tensor(256.0 + world_size - 1).to(dtype)
+    for r in results:
+        assert (r["dx"] == total).all()
 
 
 def two_under_way() -> tuple[Tensor, Tensor, Tensor]:

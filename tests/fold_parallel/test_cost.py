@@ -18,6 +18,7 @@ from fold_parallel import (
     create_grid,
     layer_traffic,
     sharded_tensor_attention,
+    window,
 )
 from tensor_attention import fold_axes, hop
 from tests.fold_parallel.accounting import Log
@@ -227,7 +228,8 @@ def visited_pairs(case: Case, sp: int) -> int:
         total += reach.numel() if state is None else 0  # the token itself
         return hop(q, k, values, **options)
 
-    with patch.object(attention, "hop", counted), torch.no_grad():
+    patches = (patch.object(module, "hop", counted) for module in (attention, window))
+    with next(patches), next(patches), torch.no_grad():
         layer(case, make_row(case, HEAD_DIM), create_grid(sp))
     return total
 

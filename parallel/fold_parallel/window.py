@@ -1,0 +1,119 @@
+"""Hop 1 over a shared row: each rank's tokens, and the halo of keys and values before them."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tensor_attention import Backend, Rotary, hop, window_attention
+from tensor_attention.api import check_operator
+
+from .collectives import Halo, start_halo
+from .grid import Grid
+
+
+def sharded_window_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    window: int,
+    grid: Grid,
+    doc_start: Tensor | None = None,
+    rotary: Rotary | None = None,
+    scale: float | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """`window_attention` of the whole row, this rank's T/P tokens of it; any P will do.
+
+    All ranks of the sequence group call it together, each with its contiguous slice. The last
+    window - 1 keys and values of a slice go to the next rank, or ranks where slices are shorter.
+
+    Args:
+        q: [B, T/P, H, D], not rotated when `rotary` is given.
+        k, v: [B, T/P, K, D], [B, T/P, K, E] with H a multiple of K.
+        window: tokens that are read, the token itself included.
+        grid: the rank grid; P is `grid.sp`.
+        doc_start: [B, T/P] (or [1, T/P]), as in `sharded_tensor_attention`.
+        rotary: table of at least T positions.
+        scale, backend: as in `window_attention`.
+
+    Returns:
+        [B, T/P, H, E] in the dtype of v.
+
+    Raises:
+        ValueError: arguments that do not belong together; before anything is sent.
+    """
+    if grid.sp == 1 or not q.numel():
+        return window_attention(
+            q, k, v, window=window, doc_start=doc_start, rotary=rotary, scale=scale, backend=backend
+        )
+    if window < 1:
+        raise ValueError(f"window must be at least 1, got {window}")
+    seq_len = q.shape[1] * grid.sp
+    doc_start = check_operator(q, k, v, (), doc_start, None, rotary, scale, backend, seq_len)
+    assert grid.sp_group is not None
+    window = min(window, seq_len)
+    halo = start_halo((k, v), window - 1, grid.sp_group)
+    depth = depth_in_document(doc_start, grid)
+    return first_hop(q, k, v, depth, halo, window, grid, rotary, scale, backend)[0][:, window:]
+
+
+def depth_in_document(doc_start: Tensor, grid: Grid) -> Tensor:
+    """[B, T/P] int32: t - d(t), how many tokens of its document precede each token."""
+    shard = doc_start.shape[1]
+    positions = torch.arange(shard, device=doc_start.device) + grid.sp_rank * shard
+    return torch.minimum((positions - doc_start).clamp(min=0), positions).to(torch.int32)
+
+
+def first_hop(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    depth: Tensor,
+    halo: Halo,
+    length: int,
+    grid: Grid,
+    rotary: Rotary | None,
+    scale: float | None,
+    backend: Backend,
+) -> tuple[Tensor, Tensor]:
+    """Hop 1 of this rank's tokens, with the halo of tokens before them from its neighbours.
+
+    `length` tokens are put in front: some that are never reached, then the halo. So blocks of
+    `length` tokens are those of the whole row, where slices are multiples of it. Nobody needs the
+    outputs of these tokens, the first of z and lse [B, length + T/P, ...].
+    """
+    k, v = (
+        _behind(x, before, length) for x, before in zip((k, v), _landed(halo, k, v), strict=True)
+    )
+    q = torch.cat((q.new_zeros(q.shape[0], length, *q.shape[2:]), q), dim=1)
+    reach = F.pad(depth, (length, 0))
+    if rotary is not None:
+        rotary = _table_from(rotary, grid.sp_rank * depth.shape[1] - length, q.shape[1])
+    return hop(
+        q, k, v, stride=1, length=length, reach=reach, rotary=rotary, scale=scale, backend=backend
+    )
+
+
+def _landed(halo: Halo, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """The keys and values of the halo: none where a window of one token needs none."""
+    landed = halo.wait()
+    return (landed[0], landed[1]) if landed else (k[:, :0], v[:, :0])
+
+
+def _behind(x: Tensor, before: Tensor, length: int) -> Tensor:
+    """`x` [B, T/P, ...] behind `length` tokens: the halo `before` it, and zeros in front."""
+    front = length - before.shape[1]
+    zeros = torch.zeros_like(x[:, :1]).expand(-1, front, *x.shape[2:])
+    return torch.cat((zeros, before, x), dim=1)
+
+
+def _table_from(rotary: Rotary, first: int, count: int) -> Rotary:
+    """The table for positions first ... first + count - 1, so that angles are those of the row.
+
+    Positions before the row (the padding in front of rank 0's tokens) take position 0: their
+    keys are zero and out of reach.
+    """
+    if first >= 0:
+        return Rotary(*(x[first : first + count] for x in rotary))
+    return Rotary(*(torch.cat((x[:1].expand(-first, -1), x[: first + count])) for x in rotary))
