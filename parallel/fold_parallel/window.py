@@ -83,9 +83,8 @@ def first_hop(
     `length` tokens are those of the whole row, where slices are multiples of it. Nobody needs the
     outputs of these tokens, the first of z and lse [B, length + T/P, ...].
     """
-    k, v = (
-        _behind(x, before, length) for x, before in zip((k, v), _landed(halo, k, v), strict=True)
-    )
+    before_k, before_v = _landed(halo, k, v)
+    k, v = _behind(k, before_k, length), _behind(v, before_v, length)
     q = torch.cat((q.new_zeros(q.shape[0], length, *q.shape[2:]), q), dim=1)
     reach = F.pad(depth, (length, 0))
     if rotary is not None:
