@@ -119,7 +119,7 @@ def _routed_backend(
     if backend == "auto" and chosen == "triton":
         from .gpu.routed_op import why_not
 
-        return "blocked" if why_not(block, open_tile) else "triton"
+        return "blocked" if why_not(q, k, values, block, open_tile) else "triton"
     return chosen
 
 

@@ -20,6 +20,7 @@ from tensor_attention import (
     routed_hop,
 )
 from tensor_attention.api import Backend
+from tensor_attention.gpu.routed_launch import SHARED_MEMORY, operand_bytes
 from tensor_attention.routing import best_blocks, block_means, block_starts
 from tests.tensor_attention.cases import (
     Results,
@@ -326,6 +327,28 @@ def test_errors_name_the_reason(change: dict[str, Any], message: str) -> None:
     options: dict[str, Any] = {"window": 32, "block": 16, "top_k": 1} | change
     with pytest.raises(ValueError, match=message):
         routed_attention(q, k, v, backend="triton", **options)
+
+
+# 4 heads of 256 in float32, blocks of 64: an H200 refused these as 262,144 bytes.
+@pytest.mark.parametrize(
+    ("group", "dim", "dtype", "fits"),
+    [
+        (4, 256, torch.float32, True), (8, 256, torch.float32, False),
+        (8, 256, torch.bfloat16, True), (8, 128, torch.float32, True),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("block", [32, 64, 128])
+def test_operands_fit_the_shared_memory_of_an_h200(
+    group: int, dim: int, dtype: torch.dtype, fits: bool, block: int
+) -> None:
+    q = torch.empty(1, 1, group, dim, dtype=dtype, device="meta")
+    assert (operand_bytes(q, q[:, :, :1], q[:, :, :1], block) <= SHARED_MEMORY) == fits
+
+
+def test_what_does_not_fit_shared_memory_is_refused() -> None:
+    q, k, v = (normal((1, 40, n, 256), n) for n in (8, 1, 1))
+    with pytest.raises(ValueError, match=r"must fit in 232448 bytes .* got 327680"):
+        routed_attention(q, k, v, window=32, block=32, top_k=1, backend="triton")
 
 
 # At size.

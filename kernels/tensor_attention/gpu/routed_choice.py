@@ -113,9 +113,11 @@ def query_sum_kernel(
 def slot_scores(
     b_q, means, row_zero, first, lowest, highest, num_slots,
     D: tl.constexpr, BULK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
-    """Scores [BLOCK_M, BLOCK_N] of slots first, first + 1, ...; -inf outside (lowest, highest]."""
+    """Scores [BLOCK_M, BLOCK_N] of slots first, first + 1, ...; with MASK, -inf outside
+    (lowest, highest].
+    """
     slot = first + tl.arange(0, BLOCK_N)
     if BULK:
         b_mean = means.load([row_zero + first, 0])
@@ -123,8 +125,10 @@ def slot_scores(
         listed = slot < num_slots
         b_mean = load_tile(means, (row_zero + slot).to(tl.int64) * D, listed, D, BLOCK_D)
     score = product(b_q, tl.trans(b_mean), PRECISION)
-    allowed = (slot[None, :] > lowest[:, None]) & (slot[None, :] <= highest[:, None])
-    return tl.where(allowed, score, float("-inf"))
+    if MASK:
+        allowed = (slot[None, :] > lowest[:, None]) & (slot[None, :] <= highest[:, None])
+        score = tl.where(allowed, score, float("-inf"))
+    return score
 
 
 @triton.jit
@@ -178,17 +182,26 @@ def choose_kernel(
     begin = tl.min(tl.where(has_far, lowest + 1, num_slots))
     end = tl.max(highest) + 1
     row_zero = program // num_blocks * num_slots
+    # Slots [begin, inner_end) are up for every token's choice: no mask.
+    shared_end = tl.min(highest) + 1
+    shared = (shared_end > begin) & (tl.max(lowest) < begin)
+    inner_end = begin + tl.where(shared, shared_end - begin, 0) // BLOCK_N * BLOCK_N
 
     # A bound that at least TOP scores reach: the TOP-th largest of the maxima of BLOCK_N groups.
     bound = tl.full([BLOCK_M], MASKED, tl.float32)
     if TOP < BLOCK_N:
         largest = tl.full([BLOCK_M, BLOCK_N], float("-inf"), tl.float32)
-        for first in range(begin, end, BLOCK_N):
-            score = slot_scores(
-                b_q, means, row_zero, first, lowest, highest, num_slots, D, BULK, BLOCK_N,
-                BLOCK_D, PRECISION,
-            )  # fmt: skip
-            largest = tl.maximum(largest, score)
+        for part in tl.static_range(2):
+            if part == 0:
+                part_begin, part_end = begin, inner_end
+            else:
+                part_begin, part_end = inner_end, end
+            for first in range(part_begin, part_end, BLOCK_N):
+                score = slot_scores(
+                    b_q, means, row_zero, first, lowest, highest, num_slots, D, BULK, BLOCK_N,
+                    BLOCK_D, PRECISION, part != 0,
+                )  # fmt: skip
+                largest = tl.maximum(largest, score)
         for _ in range(TOP - 1):
             largest = tl.where(largest == tl.max(largest, 1)[:, None], float("-inf"), largest)
         bound = tl.maximum(tl.max(largest, 1), bound)
@@ -204,7 +217,7 @@ def choose_kernel(
     for first in range(begin, end, BLOCK_N):
         score = slot_scores(
             b_q, means, row_zero, first, lowest, highest, num_slots, D, BULK, BLOCK_N,
-            BLOCK_D, PRECISION,
+            BLOCK_D, PRECISION, True,
         )  # fmt: skip
         score = tl.where(score >= bound[:, None], score, float("-inf"))
         kept, ids = exchange(kept, ids, score, first + tl.arange(0, BLOCK_N))

@@ -10,6 +10,8 @@ from .launch import LOG2E, is_interpreted, padded, precision_of
 
 # Tokens of a tile: its queries read the union of their blocks, each masked by one bit a token.
 TILE = 16
+# Shared memory of a program on Hopper, in bytes.
+SHARED_MEMORY = 227 * 1024
 # Tiles are counted in at most this many groups, in order, to list the tiles of each block.
 _MOST_GROUPS = 128
 
@@ -71,7 +73,7 @@ class Routed(NamedTuple):
     @property
     def rows_of_block(self) -> int:
         """Keys of a block that one product takes."""
-        return min(self.block, 64)
+        return rows_of_block(self.q, self.values, self.block)
 
     @property
     def allows_bulk(self) -> bool:
@@ -97,6 +99,19 @@ class Routed(NamedTuple):
 def starts_of(doc_start: Tensor, first: int, count: int) -> Tensor:
     """doc_start [B, count] of the tokens first, first + 1, ...; contiguous."""
     return doc_start[:, first : first + count].contiguous()
+
+
+def rows_of_block(q: Tensor, values: Tensor, block: int) -> int:
+    """Keys of a block that one product takes: 64, or 32 for long rows (see `operand_bytes`)."""
+    longest = max(padded(q.shape[3]), padded(values.shape[3])) * q.dtype.itemsize
+    return min(block, 64 if longest <= 512 else 32)
+
+
+def operand_bytes(q: Tensor, k: Tensor, values: Tensor, block: int) -> int:
+    """Shared memory of the backward kernels: a tile of q and dz, a block of keys and values."""
+    columns = padded(q.shape[3]) + padded(values.shape[3])
+    queries = TILE * triton.next_power_of_2(q.shape[2] // k.shape[2])
+    return (queries + rows_of_block(q, values, block)) * columns * q.dtype.itemsize
 
 
 def can_bulk(x: Tensor) -> bool:

@@ -10,7 +10,7 @@ from .op import require, rotary_tables
 from .routed_backward import routed_backward
 from .routed_choice import choose
 from .routed_forward import routed_forward
-from .routed_launch import TILE, Routed
+from .routed_launch import SHARED_MEMORY, TILE, Routed, operand_bytes
 from .routed_lists import readers_of_blocks, tile_lists
 
 State = tuple[Tensor, Tensor]
@@ -27,7 +27,7 @@ def choose_blocks(
         ValueError: on inputs that the kernels do not cover.
     """
     require(q, k, k, False)
-    _require_block(block, 1)
+    _require(_outside(block, 1))
     return _choose(
         q.contiguous(), k.contiguous(), doc_start.to(torch.int32).contiguous(),
         *rotary_tables(rotary), window, block, top_k, stretch, first,
@@ -45,7 +45,7 @@ def hop(
         ValueError: on inputs that the kernels do not cover.
     """
     require(q, k, values, False)
-    _require_block(block, open_tile)
+    _require(why_not(q, k, values, block, open_tile))
     if values.shape[2] != k.shape[2]:
         raise ValueError(f'backend = "triton": values must have {k.shape[2]} heads, as the keys')
     z_before, lse_before = state
@@ -58,8 +58,12 @@ def hop(
     return z, lse.transpose(1, 2)
 
 
-def why_not(block: int, open_tile: int) -> str | None:
-    """Why the routed kernels cannot take these numbers, or None if they can."""
+def why_not(q: Tensor, k: Tensor, values: Tensor, block: int, open_tile: int) -> str | None:
+    """Why the routed kernels cannot take these numbers and inputs, or None if they can."""
+    return _outside(block, open_tile) or _too_large(q, k, values, block)
+
+
+def _outside(block: int, open_tile: int) -> str | None:
     if block not in _BLOCKS:
         return f"block must be one of {_BLOCKS}, got {block}"
     if open_tile > TILE:
@@ -67,8 +71,18 @@ def why_not(block: int, open_tile: int) -> str | None:
     return None
 
 
-def _require_block(block: int, open_tile: int) -> None:
-    reason = why_not(block, open_tile)
+def _too_large(q: Tensor, k: Tensor, values: Tensor, block: int) -> str | None:
+    needed = operand_bytes(q, k, values, block)
+    if needed <= SHARED_MEMORY:
+        return None
+    group = q.shape[2] // k.shape[2]
+    return (
+        f"q with {group} heads of size {q.shape[3]} in {q.dtype} for each key head must fit in "
+        f"{SHARED_MEMORY} bytes of shared memory, got {needed} (use a smaller dtype or blocked)"
+    )
+
+
+def _require(reason: str | None) -> None:
     if reason is not None:
         raise ValueError(f'backend = "triton": {reason}')
 
