@@ -1,15 +1,15 @@
-"""Measure on this machine: `python launcher/benchmark.py attention --lengths 32768,131072`.
+"""Measure speed and memory on this machine, such as `python launcher/benchmark.py attention`.
 
-`attention` times tensorized attention against full attention and a window on one GPU.
-`train` times forward and backward of a model against full attention and Hugging Face's Llama.
-`data` times preparing, planning and serving data, one process on any machine.
-`sp` times one layer of a configuration, its rows shared by the ranks of this job (under deepspeed,
-torchrun or srun), and projects it to 8 ... 1,024 GPUs:
+attention   times tensorized and routed attention against full attention and a window, on one GPU
+train       times forward and backward of a model against full attention and Hugging Face's Llama
+data        times preparing, planning and serving data, with one process on any machine
+sp          times one layer whose rows are shared by the ranks of this job (under deepspeed,
+            torchrun or srun), and projects the time to 8 ... 1,024 GPUs
+memory      compares the memory and time that launcher/plan.py predicts with those of real steps
+conversion  imports and exports a model of a given shape, and reports the peak memory of both
 
-torchrun --nproc_per_node 4 launcher/benchmark.py sp --config C parallel.sp=4 data.seq_len=65536
-
-`memory` compares the memory and time that launcher/plan.py predicts with those of real steps.
-`conversion` takes a model's shape through import and export and tells their peak memory.
+Example for sp, on the 4 GPUs of one machine:
+  torchrun --nproc_per_node 4 launcher/benchmark.py sp --config C parallel.sp=4 data.seq_len=65536
 """
 
 import argparse
@@ -31,38 +31,94 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    add_attention(commands.add_parser("attention", help="the operator against full attention"))
-    add_train(commands.add_parser("train", help="a model, folded and not, and Hugging Face's"))
-    add_sp(commands.add_parser("sp", help="one layer whose rows are shared by ranks"))
-    add_conversion(commands.add_parser("conversion", help="memory of import and export"))
-    add_memory(commands.add_parser("memory", help="predictions against real training steps"))
-    add_data(commands.add_parser("data", help="preparing, planning and serving data"))
+    add_attention(
+        commands.add_parser("attention", help="time the attention operators against full attention")
+    )
+    add_train(
+        commands.add_parser("train", help="time a model against full attention and Hugging Face")
+    )
+    add_sp(commands.add_parser("sp", help="time one layer whose rows are shared by ranks"))
+    add_conversion(
+        commands.add_parser("conversion", help="measure the peak memory of import and export")
+    )
+    add_memory(
+        commands.add_parser("memory", help="compare a plan's predictions with real training steps")
+    )
+    add_data(commands.add_parser("data", help="time preparing, planning and serving data"))
     args = parse_arguments(parser)
     return int(args.run(args))
 
 
 def add_attention(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--lengths", default="4096,8192,16384,32768,65536,131072")
-    parser.add_argument("--folds", default="1024", help="inner axes, e.g. 1024;512;32x32;full")
     parser.add_argument(
-        "--routes", default="16x64", help="routed attention, TOP_KxBLOCK, e.g. 16x64;32x64"
+        "--lengths",
+        default="4096,8192,16384,32768,65536,131072",
+        metavar="LIST",
+        help="lengths in tokens, separated by commas (default: 4096, doubled up to 131072)",
     )
     parser.add_argument(
-        "--stretch", type=int, default=16, help="tokens per rotary position beyond the window"
+        "--folds",
+        default="1024",
+        metavar="LIST",
+        help="inner axes of tensorized attention, separated by semicolons, such as "
+        "1024;512;32x32;full (default: 1024)",
     )
     parser.add_argument(
-        "--full-limit", type=int, default=131072, help="longest full attention to time (0: any)"
+        "--routes",
+        default="16x64",
+        metavar="LIST",
+        help="sizes of routed attention, TOP_K x BLOCK, separated by semicolons, such as "
+        "16x64;32x64 (default: 16x64)",
     )
-    parser.add_argument("--documents", type=int, metavar="MEAN", help="packed documents")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every number")
-    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="plot time against length")
+    parser.add_argument(
+        "--stretch",
+        type=int,
+        default=16,
+        help="routed attention: tokens per rotary position beyond the window (default: 16)",
+    )
+    parser.add_argument(
+        "--full-limit",
+        type=int,
+        default=131072,
+        metavar="TOKENS",
+        help="longest length at which full attention is timed (default: 131072; 0: no limit)",
+    )
+    parser.add_argument(
+        "--documents",
+        type=int,
+        metavar="MEAN",
+        help="use packed documents of this mean length in tokens (default: one document)",
+    )
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="also write every number to this file"
+    )
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE.png", help="plot time against length into this file"
+    )
     parser.set_defaults(run=attention)
 
 
 def add_data(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--documents", type=int, default=10_000_000, help="to plan")
-    parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="default: one made for this")
-    parser.add_argument("--max-bytes", type=int, default=20_000_000, help="text to encode")
+    parser.add_argument(
+        "--documents",
+        type=int,
+        default=10_000_000,
+        metavar="N",
+        help="number of documents to plan into rows (default: 10,000,000)",
+    )
+    parser.add_argument(
+        "--tokenizer",
+        type=Path,
+        metavar="DIR",
+        help="folder of the tokenizer (default: one trained for the benchmark)",
+    )
+    parser.add_argument(
+        "--max-bytes",
+        type=int,
+        default=20_000_000,
+        metavar="BYTES",
+        help="bytes of text to encode (default: 20,000,000)",
+    )
     parser.set_defaults(run=data)
 
 
@@ -121,18 +177,64 @@ def attention(args: argparse.Namespace) -> int:
 
 
 def add_sp(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", required=True, help="TOML file of a run")
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="replace a setting")
-    parser.add_argument("--repeats", type=int, default=10)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every number")
-    parser.add_argument("--only-project", action="store_true", help="measure nothing")
-    # Without these the projection is for the machine of docs/sequence_parallelism.md.
-    parser.add_argument("--gpus-per-node", type=int, help="assumed by the projection,")
-    parser.add_argument("--nvlink", type=float, help="GB/s of a GPU inside a node,")
-    parser.add_argument("--network", type=float, help="GB/s of a GPU between nodes,")
-    parser.add_argument("--latency", type=float, help="microseconds a message,")
-    parser.add_argument("--tflops", type=float, help="what a GPU computes,")
-    parser.add_argument("--overlap", type=float, help="share of hop 1 that hides")
+    parser.add_argument("--config", required=True, help="TOML file of the run")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key.sub=value",
+        help="settings that replace those of the file, such as train.steps=100",
+    )
+    parser.add_argument(
+        "--repeats", type=int, default=10, metavar="N", help="number of timed repeats (default: 10)"
+    )
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="also write every number to this file"
+    )
+    parser.add_argument(
+        "--only-project", action="store_true", help="print the projection without measuring"
+    )
+    from tensorlm.plan.exchange import Machine
+
+    machine = Machine()  # that of docs/sequence_parallelism.md
+    parser.add_argument(
+        "--gpus-per-node",
+        type=int,
+        metavar="N",
+        help=f"projection: GPUs per node (default: {machine.gpus_per_node})",
+    )
+    parser.add_argument(
+        "--nvlink",
+        type=float,
+        metavar="GB/S",
+        help=f"projection: bandwidth of a GPU inside a node in GB/s "
+        f"(default: {machine.nvlink / 1e9:g})",
+    )
+    parser.add_argument(
+        "--network",
+        type=float,
+        metavar="GB/S",
+        help=f"projection: bandwidth of a GPU between nodes in GB/s "
+        f"(default: {machine.network / 1e9:g})",
+    )
+    parser.add_argument(
+        "--latency",
+        type=float,
+        metavar="US",
+        help=f"projection: time per message in microseconds (default: {machine.latency / 1e-6:g})",
+    )
+    parser.add_argument(
+        "--tflops",
+        type=float,
+        metavar="TFLOP/S",
+        help=f"projection: compute rate of a GPU in TFLOP/s (default: {machine.flops / 1e12:g})",
+    )
+    parser.add_argument(
+        "--overlap",
+        type=float,
+        metavar="SHARE",
+        help="projection: share of the possible overlap of hop 1 with the swap of q and k that is "
+        f"achieved (0: none, 1: all; default: {machine.overlap:g})",
+    )
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     parser.set_defaults(run=sp)
 
@@ -168,14 +270,46 @@ def sp(args: argparse.Namespace) -> int:
 
 
 def add_train(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", required=True, help="TOML file; its shape, fold and dtype")
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="replace a setting")
-    parser.add_argument("--lengths", default="32768,131072", help="tokens of the one document")
-    parser.add_argument("--methods", default="tensorized,full,huggingface")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--longest", action="store_true", help="find what fits each method, too")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every number")
-    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="speed, memory over length")
+    parser.add_argument(
+        "--config",
+        required=True,
+        help="TOML file of the run, for its shape, fold, dtype and memory settings",
+    )
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key.sub=value",
+        help="settings that replace those of the file, such as train.steps=100",
+    )
+    parser.add_argument(
+        "--lengths",
+        default="32768,131072",
+        metavar="LIST",
+        help="lengths of the document in tokens, separated by commas (default: 32768,131072)",
+    )
+    parser.add_argument(
+        "--methods",
+        default="tensorized,full,huggingface",
+        metavar="LIST",
+        help="methods to time, separated by commas (default: tensorized,full,huggingface)",
+    )
+    parser.add_argument(
+        "--repeats", type=int, default=3, metavar="N", help="number of timed repeats (default: 3)"
+    )
+    parser.add_argument(
+        "--longest",
+        action="store_true",
+        help="also find the longest document that fits with each method",
+    )
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="also write every number to this file"
+    )
+    parser.add_argument(
+        "--plot",
+        type=Path,
+        metavar="FILE.png",
+        help="plot speed and memory against length into this file",
+    )
     parser.set_defaults(run=train)
 
 
@@ -218,9 +352,18 @@ def train(args: argparse.Namespace) -> int:
 
 
 def add_conversion(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", type=Path, required=True, help="TOML file with the shape")
     parser.add_argument(
-        "--folder", type=Path, required=True, help="new folder, for 6 bytes a parameter; removed"
+        "--config",
+        type=Path,
+        required=True,
+        help="TOML file of the run, for the shape of the model",
+    )
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="new folder for temporary files, 6 bytes per parameter; removed at the end",
     )
     parser.set_defaults(run=conversion)
 
@@ -234,11 +377,27 @@ def conversion(args: argparse.Namespace) -> int:
 
 def add_memory(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--points", default="default", metavar="FILE", help="TOML with [[points]], or default"
+        "--points",
+        default="default",
+        metavar="FILE",
+        help="TOML file with [[points]] to measure (default: built-in points for this machine)",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every number")
-    parser.add_argument("--seconds", type=float, default=570, help="for all points together")
-    parser.add_argument("--each", type=float, default=180, help="seconds for one point")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="also write every number to this file"
+    )
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=570,
+        help="time limit in seconds for all points together (default: 570)",
+    )
+    parser.add_argument(
+        "--each",
+        type=float,
+        default=180,
+        metavar="SECONDS",
+        help="time limit in seconds for one point (default: 180)",
+    )
     parser.add_argument("--one", help=argparse.SUPPRESS)  # a point, in its own process
     parser.add_argument("--answer", type=Path, help=argparse.SUPPRESS)
     parser.set_defaults(run=memory)

@@ -21,15 +21,23 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "prepare": Command("prepare", "encode documents into shards, verify and inspect them"),
-    "tokenizer": Command("prepare", "train a tokenizer", ("tokenizer",)),
-    "plan": Command("plan", "predict memory and time of a run"),
-    "train": Command("train", "train, or continue a run, on the ranks of this job"),
-    "replay": Command("train", "compute one step again: replay STEP --config C", ("--replay",)),
-    "evaluate": Command("evaluate", "perplexity, passkey, needles and RULER of a checkpoint"),
-    "compare": Command("evaluate", "join reports: compare DIR ... --output DIR", ("--compare",)),
-    "convert": Command("convert", "export to and import from Hugging Face folders"),
-    "generate": Command("generate", "write text with an exported folder"),
+    "prepare": Command("prepare", "encode documents into token shards; verify and inspect shards"),
+    "tokenizer": Command("prepare", "train a sentencepiece BPE tokenizer", ("tokenizer",)),
+    "plan": Command("plan", "predict the memory and time of a run, without a GPU"),
+    "train": Command("train", "start or continue a training run on the ranks of this job"),
+    "replay": Command(
+        "train",
+        "recompute one step and compare it with the log: replay STEP --config C",
+        ("--replay",),
+    ),
+    "evaluate": Command(
+        "evaluate", "measure perplexity, passkey, needles and RULER of a checkpoint"
+    ),
+    "compare": Command(
+        "evaluate", "join evaluation reports into one: compare DIR ... --output DIR", ("--compare",)
+    ),
+    "convert": Command("convert", "export a checkpoint to a Hugging Face folder, or import one"),
+    "generate": Command("generate", "generate text with an exported folder"),
 }
 
 
@@ -58,5 +66,11 @@ def usage() -> str:
     width = max(map(len, COMMANDS))
     lines = [f"  {name:<{width}}  {command.help}" for name, command in COMMANDS.items()]
     return "\n".join(
-        ["usage: tensorlm NAME [arguments]", "", *lines, "", "tensorlm NAME --help says more."]
+        [
+            "usage: tensorlm NAME [arguments]",
+            "",
+            *lines,
+            "",
+            "Run `tensorlm NAME --help` for the arguments of a command.",
+        ]
     )

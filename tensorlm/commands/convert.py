@@ -1,8 +1,11 @@
 """Convert weights between checkpoints and Hugging Face folders.
 
-python launcher/convert.py export --config C --output DIR [--checkpoint STEP] [--dtype bf16]
-python launcher/convert.py import --config C --hf DIR
-python launcher/convert.py import --hf DIR --write-config C
+Export a checkpoint to a new folder:
+  python launcher/convert.py export --config C --output DIR [--checkpoint STEP] [--dtype bf16]
+Import a folder as checkpoint 0, from which training starts:
+  python launcher/convert.py import --config C --hf DIR
+Write a configuration that fits a folder:
+  python launcher/convert.py import --hf DIR --write-config C
 """
 
 import argparse
@@ -21,15 +24,34 @@ def main() -> int:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--config", help="TOML file of the run")
-    common.add_argument("overrides", nargs="*", metavar="key.sub=value")
-    add_export(commands.add_parser("export", parents=[common], help="checkpoint -> Hugging Face"))
-    imported = commands.add_parser("import", parents=[common], help="Llama folder -> checkpoint 0")
-    imported.add_argument("--hf", type=Path, required=True, help="folder with Llama weights")
+    common.add_argument(
+        "--config", help="TOML file of the run (required, except with import --write-config)"
+    )
+    common.add_argument(
+        "overrides", nargs="*", metavar="key.sub=value",
+        help="settings that replace those of the file, such as train.steps=100",
+    )  # fmt: skip
+    add_export(
+        commands.add_parser(
+            "export", parents=[common], help="write a checkpoint as a Hugging Face folder"
+        )
+    )
+    imported = commands.add_parser(
+        "import",
+        parents=[common],
+        help="write a Hugging Face Llama folder as checkpoint 0 of a run",
+    )
+    imported.add_argument(
+        "--hf",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="Hugging Face folder with Llama weights",
+    )
     imported.add_argument(
         "--write-config", type=Path, metavar="FILE",
-        help="import nothing: write a configuration whose [model] is that of the folder, with the "
-        "other sections of --config (default: values to start from)",
+        help="write a configuration to this file instead of importing weights; [model] is taken "
+        "from the folder, other sections from --config (default: values to start from)",
     )  # fmt: skip
     imported.set_defaults(run=import_)
     args = parse_arguments(parser)
@@ -43,24 +65,40 @@ def main() -> int:
 
 
 def add_export(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--output", type=Path, required=True, help="new folder")
-    parser.add_argument("--checkpoint", type=int, metavar="STEP", help="default: the newest")
+    parser.add_argument(
+        "--output", type=Path, required=True, metavar="DIR", help="new folder to write"
+    )
+    parser.add_argument(
+        "--checkpoint",
+        type=int,
+        metavar="STEP",
+        help="step of the checkpoint to export (default: the newest)",
+    )
     parser.add_argument(
         "--dtype", choices=("bf16", "fp32"), default="bf16",
-        help="of the exported weights (default: bf16)",
+        help="dtype of the exported weights (default: bf16)",
     )  # fmt: skip
     parser.add_argument(
         "--rounding", choices=("nearest", "stochastic"),
-        help="of weights to bf16 (default: stochastic if nearest would put much of the training "
-        "back to the imported weights)",
+        help="how weights are rounded to bf16 (default: stochastic if rounding to nearest would "
+        "undo much of the training from imported weights, otherwise nearest)",
     )  # fmt: skip
     parser.add_argument(
-        "--tokenizer", type=Path, help="default: that of the data set, or of the imported folder"
+        "--tokenizer",
+        type=Path,
+        metavar="DIR",
+        help="folder of the tokenizer to include (default: that of the data set or of the imported "
+        "folder)",
     )
     parser.add_argument(
-        "--push-to-hub", metavar="OWNER/NAME", help="upload the folder too (a private repository)"
+        "--push-to-hub",
+        metavar="OWNER/NAME",
+        help="also upload the folder to this repository of the Hugging Face Hub; a new repository "
+        "is private",
     )
-    parser.add_argument("--public", action="store_true", help="make a new repository public")
+    parser.add_argument(
+        "--public", action="store_true", help="with --push-to-hub: make a new repository public"
+    )
     parser.set_defaults(run=export)
 
 

@@ -1,9 +1,12 @@
 """Evaluate a checkpoint or a Hugging Face folder: perplexity, passkey, needles, RULER.
 
-launcher/evaluate.py --config C --lengths 4096,8192,131072 --tasks ppl,passkey,niah,ruler
-launcher/evaluate.py --compare DIR DIR ... --output DIR
+Evaluate:
+  launcher/evaluate.py --config C --lengths 4096,8192,131072 --tasks ppl,passkey,niah,ruler
+Join the reports of several evaluations:
+  launcher/evaluate.py --compare DIR DIR ... --output DIR
 
-Writes RUN/eval/step-N/report.{json,md,html}, the plots, and TensorBoard scalars into the run.
+An evaluation writes report.json, report.md, report.html and the plots into RUN/eval/step-N, and
+scalars into the run's TensorBoard.
 """
 
 import argparse
@@ -19,22 +22,52 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config", help="TOML file of the run")
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="replace a setting")
+    parser.add_argument("--config", help="TOML file of the run (required, except with --compare)")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key.sub=value",
+        help="settings that replace those of the file, such as train.steps=100",
+    )
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--checkpoint", type=int, metavar="STEP", help="default: the newest")
-    which.add_argument("--hf", type=Path, metavar="DIR", help="a Hugging Face folder instead")
     which.add_argument(
-        "--random-weights", action="store_true", help="no checkpoint: for time and memory only"
+        "--checkpoint",
+        type=int,
+        metavar="STEP",
+        help="step of the checkpoint to evaluate (default: the newest)",
+    )
+    which.add_argument(
+        "--hf",
+        type=Path,
+        metavar="DIR",
+        help="evaluate this Hugging Face folder instead of a checkpoint",
+    )
+    which.add_argument(
+        "--random-weights",
+        action="store_true",
+        help="evaluate without a checkpoint, to measure only time and memory",
     )
     which.add_argument(
         "--compare", type=Path, nargs="+", metavar="DIR",
-        help="join the reports found below these folders: lengths of one model into one report, "
-        "several models side by side",
+        help="join the reports below these folders instead of evaluating: lengths of one model "
+        "become one report, several models appear side by side",
     )  # fmt: skip
-    parser.add_argument("--lengths", help="eval.lengths, comma-separated")
-    parser.add_argument("--tasks", help="eval.tasks, comma-separated: ppl,passkey,niah,ruler")
-    parser.add_argument("--output", type=Path, help="folder for the report")
+    parser.add_argument(
+        "--lengths",
+        help="context lengths in tokens, separated by commas (default: eval.lengths, or else "
+        "data.seq_len)",
+    )
+    parser.add_argument(
+        "--tasks",
+        help="what to measure, separated by commas: ppl (perplexity), passkey, niah (needles), "
+        "ruler (default: eval.tasks)",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help="folder for the report (default: below RUN/eval; required with --compare)",
+    )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed adds it
     args = parser.parse_intermixed_args()  # settings may stand anywhere
     if args.compare:

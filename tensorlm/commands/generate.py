@@ -1,6 +1,7 @@
-"""Write text with an exported folder: `python launcher/generate.py --model DIR --prompt TEXT`.
+"""Generate text with an exported folder: `python launcher/generate.py --model DIR --prompt TEXT`.
 
-The text appears as it is generated. A folder's own code is never run: this installation's is.
+The text is printed while it is generated. Code in the folder is never run; the model is built by
+this installation.
 """
 
 import argparse
@@ -15,14 +16,46 @@ from tensorlm.runtime.exit import run_launcher
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", type=Path, required=True, help="exported folder")
-    parser.add_argument("--prompt", required=True, help="text to continue; - reads standard input")
-    parser.add_argument("--max-new-tokens", type=int, default=128)
-    parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy")
-    parser.add_argument("--top-p", type=float, default=0.95)
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--prefill-chunk", type=int, metavar="TOKENS", help="read a long prompt in pieces"
+        "--model", type=Path, required=True, metavar="DIR", help="exported folder to load"
+    )
+    parser.add_argument(
+        "--prompt", required=True, help="text to continue (-: read it from standard input)"
+    )
+    parser.add_argument(
+        "--max-new-tokens",
+        type=int,
+        default=128,
+        metavar="N",
+        help="maximum number of tokens to generate (default: 128)",
+    )
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        default=0.0,
+        metavar="T",
+        help="sampling temperature (default: 0, which always takes the most likely token)",
+    )
+    parser.add_argument(
+        "--top-p",
+        type=float,
+        default=0.95,
+        metavar="P",
+        help="sample from the most likely tokens whose probabilities add up to this share; used "
+        "if the temperature is above 0 (default: 0.95)",
+    )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="seed of the sampling; used if the temperature is above 0 (default: 0)",
+    )
+    parser.add_argument(
+        "--prefill-chunk",
+        type=int,
+        metavar="TOKENS",
+        help="read the prompt in pieces of this many tokens, to save memory (default: in one "
+        "piece)",
     )
     args = parser.parse_args()
     check_arguments(args)

@@ -1,7 +1,7 @@
-"""Predict memory and time: `python launcher/plan.py --config C --gpus 8 --gpu h100`.
+"""Predict the memory and time of a run: `python launcher/plan.py --config C --gpus 8 --gpu h100`.
 
-Nothing is built and no GPU is needed. docs/planning.md has the formulas and what they were compared
-with.
+The prediction needs no GPU and builds no model. docs/planning.md explains the formulas and how they
+compare with measurements.
 """
 
 import argparse
@@ -20,10 +20,21 @@ from tensorlm.runtime.strict_json import json_text
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config", required=True, help="TOML file of the run")
-    parser.add_argument("--gpus", type=int, required=True, help="ranks, one a GPU")
-    parser.add_argument("--gpu", default="h100", help="a100, h100, h200, b200, or GiB of memory")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every number")
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="replace a setting")
+    parser.add_argument("--gpus", type=int, required=True, help="number of GPUs, one rank each")
+    parser.add_argument(
+        "--gpu",
+        default="h100",
+        help="kind of GPU: a100, h100, h200, b200, or its memory in GiB (default: h100)",
+    )
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="also write every number to this file"
+    )
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key.sub=value",
+        help="settings that replace those of the file, such as train.steps=100",
+    )
     args = parser.parse_intermixed_args()  # settings may stand anywhere
     config, gpu = load_config(args.config, args.overrides), find_gpu(args.gpu)
     if args.gpus < 1:

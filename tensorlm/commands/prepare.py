@@ -1,10 +1,13 @@
-"""Prepare data: train a tokenizer, encode documents into shards, verify and inspect them.
+"""Prepare data: train a tokenizer, encode documents into token shards, verify and inspect shards.
 
-python launcher/prepare_data.py tokenizer --input 'texts/*.txt' --vocab-size 4096 --output TOKENIZER
-python launcher/prepare_data.py encode --input '*.parquet' --tokenizer TOKENIZER --output DATA
-mpirun -np 8 python launcher/prepare_data.py encode ...    # the same, over the ranks (also: srun)
-python launcher/prepare_data.py verify DATA
-python launcher/prepare_data.py inspect DATA --plot lengths.png
+Train a tokenizer:
+  python launcher/prepare_data.py tokenizer --input 'texts/*.txt' --vocab-size 4096 --output TOK
+Encode documents on all cores of this machine, or on all MPI ranks (mpirun or srun):
+  python launcher/prepare_data.py encode --input '*.parquet' --tokenizer TOK --output DATA
+  mpirun -np 8 python launcher/prepare_data.py encode ...
+Check every byte of a data set, and show what it contains:
+  python launcher/prepare_data.py verify DATA
+  python launcher/prepare_data.py inspect DATA --plot lengths.png
 """
 
 import argparse
@@ -37,62 +40,116 @@ def main() -> int:
         nargs="+",
         required=True,
         metavar="GLOB",
-        help="text files (one document each), .json, .jsonl, .ndjson (these also .gz, .zst), "
-        ".parquet, .arrow, or hf:NAME[:SUBSET[:SPLIT]] for a data set of the hub or a local folder "
-        "of `datasets`",
+        help="files to read: text (one document each), .json, .jsonl, .ndjson (all of these also "
+        "as .gz or .zst), .parquet, .arrow or .feather; or hf:NAME[:SUBSET[:SPLIT]] for a data set "
+        "of the Hugging Face Hub or a local folder of `datasets`",
     )
-    source.add_argument("--exclude", nargs="*", default=[], metavar="GLOB", help="files to skip")
+    source.add_argument(
+        "--exclude", nargs="*", default=[], metavar="GLOB",
+        help="files of --input to skip (default: none)",
+    )  # fmt: skip
     source.add_argument(
         "--text-field",
         default="text",
         metavar="NAME",
-        help="field that holds the text (default text); meta.text is field text inside field meta",
+        help="field that holds the text (default: text); meta.text is the field text inside meta",
     )
-    source.add_argument("--max-bytes", type=int, default=0, help="stop after this much input")
+    source.add_argument(
+        "--max-bytes", type=int, default=0, metavar="BYTES",
+        help="stop after this many bytes of input (default: 0, which reads all)",
+    )  # fmt: skip
     source.add_argument(
         "--max-document-bytes",
         type=int,
         default=LONGEST_DOCUMENT,
         metavar="BYTES",
-        help="largest document that is accepted, decompressed; of JSON files the largest record "
-        f"(default {LONGEST_DOCUMENT:,}); a larger one ends the call with an error",
+        help="maximum size of a document, or of a record of a JSON file, after decompression; a "
+        f"larger one ends the command with an error (default: {LONGEST_DOCUMENT:,})",
     )
 
-    tokenizer = commands.add_parser("tokenizer", parents=[source], help="train a sentencepiece BPE")
-    tokenizer.add_argument("--vocab-size", type=int, required=True)
-    tokenizer.add_argument("--output", type=Path, required=True, help="folder without a tokenizer")
+    tokenizer = commands.add_parser(
+        "tokenizer", parents=[source], help="train a sentencepiece BPE tokenizer"
+    )
+    tokenizer.add_argument(
+        "--vocab-size",
+        type=int,
+        required=True,
+        metavar="N",
+        help="number of pieces in the vocabulary",
+    )
+    tokenizer.add_argument(
+        "--output",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="folder to write; must not contain a tokenizer",
+    )
 
-    shards = commands.add_parser("encode", parents=[source], help="encode documents into shards")
+    shards = commands.add_parser(
+        "encode", parents=[source], help="encode documents into token shards"
+    )
     shards.add_argument(
         "--tokenizer",
         type=Path,
         required=True,
-        help="Hugging Face folder, or a sentencepiece BPE .model",
+        metavar="PATH",
+        help="tokenizer: a Hugging Face folder or a sentencepiece BPE .model file",
     )
-    shards.add_argument("--output", type=Path, required=True, help="folder of the data set")
+    shards.add_argument(
+        "--output",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="folder of the data set to write; an interrupted call continues there",
+    )
     shards.add_argument(
         "--holdout",
         type=float,
         default=0.01,
-        help="share of the documents kept for evaluation (default 0.01)",
+        metavar="SHARE",
+        help="share of the documents to hold out in the split valid/ (0: none; default: 0.01)",
     )
     shards.add_argument(
-        "--workers", type=int, default=0, help="processes (default: one a core; one an MPI rank)"
+        "--workers",
+        type=int,
+        default=0,
+        metavar="N",
+        help="number of processes (default: 0, which means one per core, or one per MPI rank)",
     )
     shards.add_argument(
-        "--shard-bytes", type=int, default=SHARD_BYTES, help="input bytes in one shard"
+        "--shard-bytes",
+        type=int,
+        default=SHARD_BYTES,
+        metavar="BYTES",
+        help=f"approximate bytes of input per shard (default: {SHARD_BYTES:,}; more for many "
+        "terabytes)",
     )
 
-    verify = commands.add_parser("verify", help="check every byte of a data set")
-    verify.add_argument("data", type=Path)
+    verify = commands.add_parser("verify", help="check every byte of a data set and its tokenizer")
+    verify.add_argument("data", type=Path, metavar="DATA", help="folder of the data set")
 
-    inspect = commands.add_parser("inspect", help="counts, document lengths, samples")
-    inspect.add_argument("data", type=Path)
-    inspect.add_argument("--samples", type=int, default=3, help="documents to show")
+    inspect = commands.add_parser(
+        "inspect", help="show counts, document lengths and samples of a data set"
+    )
+    inspect.add_argument("data", type=Path, metavar="DATA", help="folder of the data set")
     inspect.add_argument(
-        "--seq-len", type=int, nargs="+", default=[8192, 32768, 131072], help="rows to plan"
+        "--samples",
+        type=int,
+        default=3,
+        metavar="N",
+        help="number of documents to show (default: 3; 0: none)",
     )
-    inspect.add_argument("--plot", type=Path, metavar="FILE.png", help="plot document lengths")
+    inspect.add_argument(
+        "--seq-len",
+        type=int,
+        nargs="+",
+        default=[8192, 32768, 131072],
+        metavar="TOKENS",
+        help="row lengths for which to show how full packed rows are (default: 8192 32768 131072)",
+    )
+    inspect.add_argument(
+        "--plot", type=Path, metavar="FILE.png", help="plot document lengths into this file"
+    )
     args = parser.parse_args()
 
     _check(args)

@@ -1,6 +1,7 @@
 """Train a model: `deepspeed launcher/train.py --config configs/demo.toml [key.sub=value ...]`.
 
-Works the same under deepspeed, torchrun, srun, mpirun and plain python.
+Run the same command again to continue from the newest intact checkpoint. The command works the same
+under deepspeed, torchrun, srun, mpirun and plain python.
 """
 
 import argparse
@@ -13,10 +14,25 @@ from tensorlm.runtime.preemption import StopRequest
 def main(stop: StopRequest) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config", required=True, help="TOML file of the run")
-    parser.add_argument("--replay", type=int, metavar="STEP", help="compute one step again")
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="replace a setting")
     parser.add_argument(
-        "--dry-run", type=int, metavar="RANKS", help="check all settings for so many ranks, and end"
+        "--replay",
+        type=int,
+        metavar="STEP",
+        help="recompute this step from the checkpoint before it, compare it with the recorded "
+        "loss, and write nothing",
+    )
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key.sub=value",
+        help="settings that replace those of the file, such as train.steps=100",
+    )
+    parser.add_argument(
+        "--dry-run",
+        type=int,
+        metavar="RANKS",
+        help="check all settings, data and checkpoints for this number of ranks, and exit "
+        "without training",
     )
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     args = parser.parse_intermixed_args()  # settings may stand anywhere
