@@ -150,7 +150,7 @@ def test_moving_a_document_inside_its_row_changes_neither_choice_nor_outputs(
 @settings(max_examples=25)
 @given(route=routes, lengths=documents, groups=st.sampled_from([(1, 1), (4, 2), (3, 1)]))
 def test_the_choice_is_the_rule_computed_one_by_one(
-    backend: Backend, route: dict[str, int], lengths: list[int], groups: tuple[int, int]
+    backend: Backend, route: dict[str, Any], lengths: list[int], groups: tuple[int, int]
 ) -> None:
     num_tokens, (heads, key_heads) = sum(lengths), groups
     q, k, _ = inputs(num_tokens, heads, key_heads, batch=2, seed=num_tokens)
