@@ -5,6 +5,8 @@ is a function of its own, so that it can be inspected, kept, or replaced. Mathem
 `kernels/README.md`. Routing by mean keys follows MoBA (Lu et al., 2025) and InfLLM-V2 (2025).
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,9 @@ from .api import Backend, chosen_backend, hop
 from .checks import State, check_heads, check_rotary, check_scale, check_state, per_token
 from .fold import Rotary, document_reach
 from .routing import check_choice_of_blocks, validate_route
+
+# Given a function that chooses, returns its choice, or the same one if that has been kept.
+Keep = Callable[[Callable[[], Tensor]], Tensor]
 
 
 def routed_attention(
@@ -29,6 +34,7 @@ def routed_attention(
     rotary: Rotary | None = None,
     scale: float | None = None,
     backend: Backend = "auto",
+    keep: Keep | None = None,
 ) -> Tensor:
     """Attend to the last `window` tokens and to the chosen blocks before them, in one softmax.
 
@@ -49,6 +55,8 @@ def routed_attention(
         rotary: table of at least T positions.
         scale: factor on the scores, 1 / sqrt(D) by default.
         backend: as in `tensor_attention`.
+        keep: returns the choice that it is given the function for, or the same one from before: so
+            that a forward that is computed again need not choose again.
 
     Returns:
         [B, T, H, E] in the dtype of v.
@@ -62,7 +70,11 @@ def routed_attention(
         q, k, v, stride=1, length=window, reach=document_reach(doc_start, 1), rotary=rotary,
         scale=scale, backend=backend,
     )  # fmt: skip
-    choice = _choice(q, k, window, block, top_k, stretch, doc_start, rotary, backend)
+
+    def choose() -> Tensor:
+        return _choice(q, k, window, block, top_k, stretch, doc_start, rotary, backend)
+
+    choice = choose() if keep is None else keep(choose)
     return routed_hop(
         q, k, v, choice, window=window, block=block, stretch=stretch, open_tile=open_tile,
         doc_start=doc_start, state=state, rotary=rotary, scale=scale, backend=backend,

@@ -15,6 +15,10 @@ from torch import Tensor
 
 from .fold import Rotary, apply_rotary
 
+# What the GPU kernels take: tokens of a block, and tokens of a tile of queries.
+KERNEL_BLOCKS = (16, 32, 64, 128)
+KERNEL_TILE = 16
+
 
 def validate_route(window: int, block: int, top_k: int, stretch: int, open_tile: int) -> None:
     """Raise ValueError unless the numbers describe a routed axis."""
@@ -26,6 +30,15 @@ def validate_route(window: int, block: int, top_k: int, stretch: int, open_tile:
         raise ValueError(f"stretch must be at least 1, got {stretch}")
     if open_tile < 1:
         raise ValueError(f"open_tile must be at least 1, got {open_tile}")
+
+
+def why_no_kernels(block: int, open_tile: int) -> str | None:
+    """Why the GPU kernels cannot take these numbers, or None if they can."""
+    if block not in KERNEL_BLOCKS:
+        return f"block must be one of {KERNEL_BLOCKS}, got {block}"
+    if open_tile > KERNEL_TILE:
+        return f"open_tile must be at most {KERNEL_TILE}, got {open_tile}"
+    return None
 
 
 def check_choice_of_blocks(

@@ -24,7 +24,7 @@ from tensor_attention import Rotary, apply_rotary
 from tensorlm.config import Config, ModelConfig
 from tensorlm.hf.export_folder import hf_config
 from tensorlm.model import Block, create_llama
-from tensorlm.model.attention import Attention
+from tensorlm.model.attention import Attention, KeptChoice
 from tensorlm.model.flops import num_parameters, peak_flops, train_flops
 
 METHODS = ("tensorized", "full", "huggingface")
@@ -55,7 +55,9 @@ class SdpaAttention(nn.Module):
         super().__init__()
         self.attention = attention
 
-    def forward(self, x: Tensor, doc_start: Tensor, rotary: Rotary) -> Tensor:
+    def forward(
+        self, x: Tensor, doc_start: Tensor, rotary: Rotary, kept: KeptChoice | None = None
+    ) -> Tensor:
         projections = (self.attention.q_proj, self.attention.k_proj, self.attention.v_proj)
         q, k, v = (f(x).unflatten(-1, (-1, self.attention.head_dim)) for f in projections)
         position = torch.arange(x.shape[1], device=x.device)

@@ -63,20 +63,35 @@ def model_differences(trained: dict[str, Any], config: Config) -> list[str]:
     Raises:
         KeyError, ValueError: `trained` is not the configuration of a run.
     """
-    models = ModelConfig.model_validate(trained["model"]), config.model
-    theirs, ours = (_architecture(model) for model in models)
-    if theirs["head_dim"] != ours["head_dim"]:  # one may spell out what 0 stands for
-        theirs["head_dim"], ours["head_dim"] = (model.head_size for model in models)
+    before, now = ModelConfig.model_validate(trained["model"]), config.model
+    theirs, ours = _architecture(before), _architecture(now)
+    if before.layer_kinds == now.layer_kinds:  # there are several ways to say which is which
+        for settings, model in ((theirs, before), (ours, now)):
+            settings |= _of_equal_kinds(model)
     return [
-        f"model.{key}: is {json.dumps(ours[key])}, the checkpoint has {json.dumps(value)} "
-        "(set it back)"
-        for key, value in theirs.items()
-        if ours[key] != value
+        f"model.{key}: is {json.dumps(ours.get(key))}, the checkpoint has "
+        f"{json.dumps(theirs.get(key))} (set it back)"
+        for key in ours | theirs
+        if ours.get(key) != theirs.get(key)
     ]
 
 
 def _architecture(model: ModelConfig) -> dict[str, Any]:
     """All settings that make a model what it is, written in one way."""
     settings = model.model_dump(mode="json", exclude={"init_std", "hop_bias_init"})
-    settings["full_every"] = model.full_every if model.fold else 0
+    settings["head_dim"] = model.head_size  # one may spell out what 0 stands for
+    if model.fold:
+        settings["window"] = 0  # fold[0] says it
+    if not (model.fold or model.window or model.route):
+        settings["full_every"] = 0  # all layers are full without it
+    route = settings.pop("route") or {}
+    return settings | {f"route.{key}": value for key, value in route.items()}
+
+
+def _of_equal_kinds(model: ModelConfig) -> dict[str, Any]:
+    """Settings that say which layers are of which kind, where that is known to be the same."""
+    settings: dict[str, Any] = {"full_every": 0, "route_every": 0, "layers": []}
+    if "strided" not in model.layer_kinds:  # of a fold there is only the window
+        has_windows = bool({"window", "routed"} & set(model.layer_kinds))
+        settings |= {"fold": [], "window": model.window_size if has_windows else 0}
     return settings

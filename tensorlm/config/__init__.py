@@ -1,15 +1,16 @@
 """The one form that everyone fills in: a TOML file plus `key.sub=value` overrides."""
 
+from .layer_kinds import LayerKind
+from .layer_words import attention_in_words, layers_in_words, why_slow
 from .load import apply_override, config_toml, load_config, parse_config, read_tree
+from .model import ModelConfig, RopeScaling, RouteConfig
 from .schema import (
     CheckpointConfig,
     Config,
     DataConfig,
     FusedLayers,
     GuardsConfig,
-    ModelConfig,
     OptimConfig,
-    RopeScaling,
     StageConfig,
     TrainConfig,
 )
@@ -21,16 +22,21 @@ __all__ = [
     "DataConfig",
     "FusedLayers",
     "GuardsConfig",
+    "LayerKind",
     "ModelConfig",
     "OptimConfig",
     "RopeScaling",
+    "RouteConfig",
     "Section",
     "StageConfig",
     "TrainConfig",
     "apply_override",
+    "attention_in_words",
     "config_toml",
+    "layers_in_words",
     "load_config",
     "parse_config",
     "raise_all",
     "read_tree",
+    "why_slow",
 ]

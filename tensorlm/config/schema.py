@@ -10,114 +10,16 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from fold_parallel.grid import check_sizes, check_world
-from tensor_attention import Backend, validate_fold
+from fold_parallel.grid import check_world
+from tensor_attention import Backend
 from tensorlm.runtime.errors import UserError
 
 from .evaluation import GENERATION_TASKS, EvalConfig
+from .layer_words import why_slow
+from .model import ModelConfig
 from .section import Section, raise_all
 
 FusedLayers = Literal["auto", "liger", "torch"]
-
-
-class RopeScaling(Section):
-    """Rotary frequencies of a model whose context was extended ("llama3" as in Llama 3.1)."""
-
-    rope_type: Literal["linear", "llama3"] = Field(
-        description="how frequencies are scaled: linear (all divided by factor), or llama3 (Llama "
-        "3.1: only low ones)",
-    )
-    factor: float = Field(ge=1, description="how many times longer the context became")
-    low_freq_factor: float = Field(
-        1.0,
-        description="llama3: context lengths per wavelength below which a frequency is divided by "
-        "factor",
-    )
-    high_freq_factor: float = Field(
-        4.0,
-        description="llama3: context lengths per wavelength above which a frequency stays",
-    )
-    original_max_position_embeddings: int = Field(
-        8192,
-        description="llama3: context length, in tokens, before the extension",
-    )
-
-
-class ModelConfig(Section):
-    """Shape of the Llama decoder and of its folded attention."""
-
-    vocab_size: int = Field(
-        gt=0,
-        description="number of token ids: at least the largest id of the tokenizer plus 1",
-    )
-    hidden_size: int = Field(gt=0, description="width of the hidden states")
-    intermediate_size: int = Field(gt=0, description="width of the SwiGLU layers")
-    num_layers: int = Field(gt=0, description="number of decoder layers")
-    num_heads: int = Field(gt=0, description="number of query heads")
-    num_kv_heads: int = Field(
-        gt=0,
-        description="number of key and value heads; must divide num_heads",
-    )
-    head_dim: int = Field(
-        0,
-        ge=0,
-        description="size of one attention head (0: hidden_size / num_heads)",
-    )
-    rope_theta: float = Field(500000.0, gt=0, description="base of the rotary frequencies")
-    rope_scaling: RopeScaling | None = Field(
-        None,
-        description="scaling of the rotary frequencies, for a model whose context was extended "
-        "(default: none)",
-    )
-    rms_norm_eps: float = Field(
-        1e-5,
-        gt=0,
-        description="epsilon of RMSNorm, added to the mean square",
-    )
-    tie_embeddings: bool = Field(
-        False,
-        description="use the token embedding as the output head too",
-    )
-    init_std: float = Field(0.02, gt=0, description="standard deviation of random initial weights")
-    fold: tuple[int, ...] = Field((), strict=False, description="inner axes; () is full attention")
-    hop_bias_init: float = Field(-4.0, description="bias of hops 2, 3, ...; low: the window alone")
-    full_every: int = Field(0, ge=0, description="every k-th layer is full attention; 0: none")
-
-    @model_validator(mode="after")
-    def _shapes_agree(self) -> "ModelConfig":
-        problems = []
-        if self.head_dim == 0 and self.hidden_size % self.num_heads:
-            problems.append(
-                f"hidden_size = {self.hidden_size} is not a multiple of num_heads = "
-                f"{self.num_heads} (or set head_dim)"
-            )
-        elif self.head_size % 2:
-            problems.append(f"head size {self.head_size} is odd: rotary embedding needs it even")
-        if self.num_heads % self.num_kv_heads:
-            problems.append(
-                f"num_heads = {self.num_heads} is not a multiple of num_kv_heads = "
-                f"{self.num_kv_heads}"
-            )
-        try:
-            validate_fold(self.fold)
-        except ValueError as error:
-            problems.append(str(error))
-        return raise_all(self, problems)
-
-    @property
-    def head_size(self) -> int:
-        """Size of one attention head."""
-        return self.head_dim or self.hidden_size // self.num_heads
-
-    def layer_fold(self, layer: int) -> tuple[int, ...]:
-        """The fold of layer `layer` (from 0): () where it is a full-attention layer."""
-        is_full = self.full_every > 0 and (layer + 1) % self.full_every == 0
-        return () if is_full else self.fold
-
-    def check_sharing(self, seq_len: int, sp: int) -> None:
-        """Raise ValueError, naming legal sizes, unless `sp` ranks can share a row of `seq_len`."""
-        has_full_layers = not self.fold or self.full_every > 0
-        check_sizes(seq_len, sp, self.fold, self.num_heads if has_full_layers else None)
 
 
 class SourceConfig(Section):
@@ -436,6 +338,8 @@ class Config(Section):
             problems.append("zero.offload_optimizer: needs zero.stage 1, 2 or 3")
         if self.train.activation_offload and not self.train.activation_checkpointing:
             problems.append("train.activation_offload: needs train.activation_checkpointing = true")
+        if self.train.attention == "triton" and (reason := why_slow(self.model)):
+            problems.append(f"model.route: {reason} (or set train.attention = auto, which is slow)")
         if self.optim.warmup_steps + self.optim.decay_steps > self.train.steps:
             problems.append("optim: warmup_steps + decay_steps exceed train.steps")
         if self.optim.min_lr > self.optim.lr:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tensorlm.config import Config
+from tensorlm.config import Config, ModelConfig, attention_in_words, layers_in_words
 from tensorlm.model.flops import num_parameters
 
 _SAMPLED = 16  # elements of each parameter, evenly spaced
@@ -46,7 +46,22 @@ def describe_model(network: nn.Module, model_config: Any, tokens: int | None) ->
 
 
 def describe_attention(model_config: Any) -> str:
-    """`fold [256]`, `full attention`, or both where layers differ."""
+    """`fold [256]`, `full attention`, or each kind of layer where they differ.
+
+    Args:
+        model_config: as in `describe_model`; a folder of another model says nothing of kinds.
+    """
+    if isinstance(model_config, ModelConfig):
+        return attention_in_words(model_config)
+    if not hasattr(model_config, "layer_kind"):
+        return _describe_fold(model_config)
+    kinds = [model_config.layer_kind(i) for i in range(model_config.num_hidden_layers)]
+    fold, window = model_config.fold or (), model_config.window
+    return layers_in_words(kinds, fold, window or (fold[0] if fold else 0), model_config.route)
+
+
+def _describe_fold(model_config: Any) -> str:
+    """Of a configuration that knows folds and full attention at most."""
     fold, every = getattr(model_config, "fold", None), getattr(model_config, "full_every", 0)
     if not fold or every == 1:
         return "full attention"

@@ -1,24 +1,45 @@
-"""The attention layer: projections, then tensorized or full attention.
+"""The attention layer: projections, and between them the operator of the layer's kind.
 
 Shape letters: B batch, T tokens of this rank, H query heads, K key/value heads, D head size.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from fold_parallel import Grid, sharded_tensor_attention
-from tensor_attention import Backend, Rotary
+from tensor_attention import Backend, Rotary, routed_attention, window_attention
 from tensorlm.config import ModelConfig
 
 
+class KeptChoice:
+    """The blocks that one forward of one layer has chosen, for when it is computed again.
+
+    T K (top_k + 1) int32 a layer, a few percent of the hidden state that is kept beside it.
+    """
+
+    def __init__(self) -> None:
+        self._choice: Tensor | None = None
+
+    def __call__(self, choose: Callable[[], Tensor]) -> Tensor:
+        """The choice: the first time, what `choose` returns."""
+        if self._choice is None:
+            self._choice = choose()
+        return self._choice
+
+
 class Attention(nn.Module):
-    """Grouped-query attention over the folded sequence; `fold = ()` makes it full attention."""
+    """Grouped-query attention to a window, a folded sequence, chosen blocks, or all of the past."""
 
     def __init__(self, config: ModelConfig, layer: int, grid: Grid, backend: Backend) -> None:
         super().__init__()
         self.grid = grid
         self.backend = backend
+        self.kind = config.layer_kind(layer)
         self.fold = config.layer_fold(layer)
+        self.window = config.window_size
+        self.route = config.route
         self.head_dim = config.head_size
         q_size, kv_size = config.num_heads * self.head_dim, config.num_kv_heads * self.head_dim
         self.q_proj = nn.Linear(config.hidden_size, q_size, bias=False)
@@ -26,14 +47,41 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
         self.o_proj = nn.Linear(q_size, config.hidden_size, bias=False)
         bias = torch.zeros(len(self.fold), config.num_heads)
-        self.hop_bias = nn.Parameter(bias) if self.fold else None  # full attention has one hop
+        self.hop_bias = nn.Parameter(bias) if self.fold else None  # only a strided layer has hops
 
-    def forward(self, x: Tensor, doc_start: Tensor, rotary: Rotary) -> Tensor:
+    def forward(
+        self, x: Tensor, doc_start: Tensor, rotary: Rotary, kept: KeptChoice | None = None
+    ) -> Tensor:
         q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))
         k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))
         v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))
-        out = sharded_tensor_attention(
-            q, k, v, self.fold, grid=self.grid, doc_start=doc_start, hop_bias=self.hop_bias,
-            rotary=rotary, backend=self.backend,
-        )  # fmt: skip
-        return self.o_proj(out.flatten(-2))
+        return self.o_proj(self.attend(q, k, v, doc_start, rotary, kept).flatten(-2))
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        doc_start: Tensor,
+        rotary: Rotary,
+        kept: KeptChoice | None = None,
+    ) -> Tensor:
+        """The operator of this layer: q [B, T, H, D], k and v [B, T, K, D] to [B, T, H, D]."""
+        match self.kind:
+            case "window":
+                return window_attention(
+                    q, k, v, window=self.window, doc_start=doc_start, rotary=rotary,
+                    backend=self.backend,
+                )  # fmt: skip
+            case "routed":
+                assert self.route is not None
+                return routed_attention(
+                    q, k, v, window=self.window, block=self.route.block, top_k=self.route.top_k,
+                    stretch=self.route.stretch, open_tile=self.route.open_tile,
+                    doc_start=doc_start, rotary=rotary, backend=self.backend, keep=kept,
+                )  # fmt: skip
+            case "strided" | "full":
+                return sharded_tensor_attention(
+                    q, k, v, self.fold, grid=self.grid, doc_start=doc_start,
+                    hop_bias=self.hop_bias, rotary=rotary, backend=self.backend,
+                )  # fmt: skip

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tensor_attention import fold_axes
-from tensorlm.config import ModelConfig
+from tensorlm.config import LayerKind, ModelConfig
 
 # Dense bf16 FLOP/s by the words of a device's name; vendors' data sheets, no sparsity. The first
 # entry whose words are all in the name counts, so variants stand before the boards they vary.
@@ -34,14 +34,50 @@ def attention_flops(config: ModelConfig, depth: Tensor) -> int:
     """Forward FLOPs of all attention layers for tokens that `depth` [...] others precede.
 
     Each visited (query, key) pair costs 2 D for the score and 2 D for the value, per query head.
+    What routed layers spend on their choice is in `choice_flops`.
     """
-    pairs = {fold: attention_pairs(fold, depth) for fold in {(), config.fold}}
-    folds = [config.layer_fold(layer) for layer in range(config.num_layers)]
-    return sum(4 * config.num_heads * config.head_size * pairs[fold] for fold in folds)
+    pairs = {kind: layer_pairs(config, kind, depth) for kind in set(config.layer_kinds)}
+    per_pair = 4 * config.num_heads * config.head_size
+    return sum(per_pair * pairs[kind] for kind in config.layer_kinds)
+
+
+def choice_flops(config: ModelConfig, depth: Tensor) -> int:
+    """Forward FLOPs of choosing blocks in all routed layers; it has no backward.
+
+    A score costs 2 D per key head: of the sum of its group's queries with the mean key of a block.
+    """
+    if config.route is None:
+        return 0
+    window, block = config.window_size, config.route.block
+    # Of the blocks that begin before the window all but the document's first are up for choice.
+    scores = int(((depth - window).clamp(min=0) // block).sum())
+    layers = config.layer_kinds.count("routed")
+    return 2 * config.num_kv_heads * config.head_size * scores * layers
+
+
+def layer_pairs(config: ModelConfig, kind: LayerKind, depth: Tensor) -> int:
+    """(query, key) pairs that one layer of this kind visits.
+
+    A routed layer reads its window and top_k + 1 blocks, or all there is while that is less. The
+    newest block may reach into the window: a token that chooses it visits up to block - 1 pairs
+    less, which count, since they are computed. Blocks that earlier tokens of a tile have opened do
+    not count.
+    """
+    match kind:
+        case "full":
+            return attention_pairs((), depth)
+        case "strided":
+            return attention_pairs(config.fold, depth)
+        case "window":
+            return int((depth + 1).clamp(max=config.window_size).sum())
+        case "routed":
+            assert config.route is not None
+            most = config.window_size + (config.route.top_k + 1) * config.route.block
+            return int((depth + 1).clamp(max=most).sum())
 
 
 def attention_pairs(fold: tuple[int, ...], depth: Tensor) -> int:
-    """(query, key) pairs that one layer visits: each hop's window, cut off by the document."""
+    """(query, key) pairs of the hops of a fold: each hop's window, cut off by the document."""
     total = depth.numel()  # every token visits itself, once
     if not total:
         return 0
@@ -58,7 +94,7 @@ def train_flops(config: ModelConfig, depth: Tensor) -> int:
         depth: [...] integer, how many tokens of its document precede each token that counts.
     """
     forward = linear_flops_per_token(config) * depth.numel()
-    return 3 * (forward + attention_flops(config, depth))
+    return 3 * (forward + attention_flops(config, depth)) + choice_flops(config, depth)
 
 
 def recomputed_flops(
@@ -66,8 +102,9 @@ def recomputed_flops(
 ) -> int:
     """FLOPs that the backward pass spends on computing again; other arguments as in `train_flops`.
 
-    With activation checkpointing, all of each layer but its last product (tiles of the MLP are
-    computed no oftener); without, the first two products of an MLP that is tiled.
+    With activation checkpointing, all of each layer but its last product and the choice of blocks,
+    which is kept (tiles of the MLP are computed no more often); without, the first two products of
+    an MLP that is tiled.
     """
     is_tiled = 0 < mlp_chunk < depth.numel()
     linear = recomputed_linear_flops_per_token(config, activation_checkpointing, is_tiled)

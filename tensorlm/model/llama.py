@@ -15,7 +15,7 @@ from fold_parallel import Grid
 from tensor_attention import Backend, Rotary
 from tensorlm.config import FusedLayers, ModelConfig, TrainConfig
 
-from .attention import Attention
+from .attention import Attention, KeptChoice
 from .fused import check_layers
 from .layers import RMSNorm, SwiGLU, rotary_table
 from .offload import HostOffload
@@ -75,8 +75,10 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(size, eps, fused_layers)
         self.mlp = SwiGLU(config, mlp_chunk, fused_layers)
 
-    def forward(self, x: Tensor, doc_start: Tensor, rotary: Rotary) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), doc_start, rotary)
+    def forward(
+        self, x: Tensor, doc_start: Tensor, rotary: Rotary, kept: KeptChoice | None = None
+    ) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), doc_start, rotary, kept)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -138,7 +140,7 @@ class Llama(nn.Module):
         with self.offload.saving() if recompute and self.offload else nullcontext():
             for block in self.layers:
                 if recompute:
-                    x = checkpoint(block, x, doc_start, rotary, use_reentrant=False)
+                    x = checkpoint(block, x, doc_start, rotary, KeptChoice(), use_reentrant=False)
                 else:
                     x = block(x, doc_start, rotary)
         x = self.norm(x)

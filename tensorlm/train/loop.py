@@ -19,7 +19,7 @@ from tensorlm.checkpoint import (
     newest_checkpoint,
 )
 from tensorlm.checkpoint.publish import sweep, was_imported
-from tensorlm.config import Config
+from tensorlm.config import Config, attention_in_words, why_slow
 from tensorlm.data.loader import open_rows
 from tensorlm.data.prefetch import Feed
 from tensorlm.data.verify import check_data
@@ -259,7 +259,7 @@ def describe_state(run: Run) -> dict[str, Any]:
 def describe_run(run: Run) -> list[str]:
     """What runs where, for the first lines of the log."""
     config, grid = run.config, run.grid
-    fold = list(config.model.fold) or "none (full attention)"
+    attention = attention_in_words(config.model)
     begin = f"resumed after step {run.state.step}" if run.state.step else "from scratch"
     if not run.state.step and was_imported(run.dir):
         begin = "from imported weights"
@@ -269,7 +269,8 @@ def describe_run(run: Run) -> list[str]:
     layers = "Liger" if runs_liger(config.train.fused_layers, is_gpu) else "torch"
     return [
         f"run {config.run.dir}: {begin}, {config.train.steps} steps, commit {git_commit()}",
-        f"model: {num:,} parameters, fold {fold}, {config.train.dtype}, layers by {layers}",
+        f"model: {num:,} parameters, {attention}, {config.train.dtype}, layers by {layers}",
+        *_notes_on_speed(config, is_gpu),
         *run.rows.describe(),
         "steps: "
         + ", then ".join(
@@ -280,6 +281,12 @@ def describe_run(run: Run) -> list[str]:
         f"ZeRO stage {config.zero.stage}",
         *_notes_on_tokenizers(run),
     ]
+
+
+def _notes_on_speed(config: Config, is_gpu: bool) -> list[str]:
+    """A note where the GPU kernels do not cover the routed layers."""
+    reason = why_slow(config.model) if is_gpu and config.train.attention == "auto" else None
+    return [f"note: routed layers run in plain PyTorch, slowly: {reason}"] if reason else []
 
 
 def _notes_on_tokenizers(run: Run) -> list[str]:

@@ -21,6 +21,7 @@ NUM_PARAMETERS = {
     "llama8b_32k.toml": 8_030_261_248 + 32 * 32,
     "llama8b_32k_1gpu.toml": 8_030_261_248 + 32 * 32,
     "llama8b_128k.toml": 8_030_261_248 + 32 * 32,
+    "llama8b_routed_32k.toml": 8_030_261_248,
     "llama8b_hybrid_32k.toml": 8_030_261_248 + 28 * 32,  # full layers have no hop bias
 }
 

@@ -6,10 +6,11 @@ import torch
 import triton
 from torch import Tensor
 
+from ..routing import KERNEL_TILE
 from .launch import LOG2E, is_interpreted, padded, precision_of
 
 # Tokens of a tile: its queries read the union of their blocks, each masked by one bit a token.
-TILE = 16
+TILE = KERNEL_TILE
 # Shared memory of a program on Hopper, in bytes.
 SHARED_MEMORY = 227 * 1024
 # Tiles are counted in at most this many groups, in order, to list the tiles of each block.

@@ -6,15 +6,15 @@ import torch
 from torch import Tensor
 
 from ..fold import Rotary
+from ..routing import why_no_kernels
 from .op import require, rotary_tables
 from .routed_backward import routed_backward
 from .routed_choice import choose
 from .routed_forward import routed_forward
-from .routed_launch import SHARED_MEMORY, TILE, Routed, operand_bytes
+from .routed_launch import SHARED_MEMORY, Routed, operand_bytes
 from .routed_lists import readers_of_blocks, tile_lists
 
 State = tuple[Tensor, Tensor]
-_BLOCKS = (16, 32, 64, 128)
 
 
 def choose_blocks(
@@ -27,7 +27,7 @@ def choose_blocks(
         ValueError: on inputs that the kernels do not cover.
     """
     require(q, k, k, False)
-    _require(_outside(block, 1))
+    _require(why_no_kernels(block, 1))
     return _choose(
         q.contiguous(), k.contiguous(), doc_start.to(torch.int32).contiguous(),
         *rotary_tables(rotary), window, block, top_k, stretch, first,
@@ -60,15 +60,7 @@ def hop(
 
 def why_not(q: Tensor, k: Tensor, values: Tensor, block: int, open_tile: int) -> str | None:
     """Why the routed kernels cannot take these numbers and inputs, or None if they can."""
-    return _outside(block, open_tile) or _too_large(q, k, values, block)
-
-
-def _outside(block: int, open_tile: int) -> str | None:
-    if block not in _BLOCKS:
-        return f"block must be one of {_BLOCKS}, got {block}"
-    if open_tile > TILE:
-        return f"open_tile must be at most {TILE}, got {open_tile}"
-    return None
+    return why_no_kernels(block, open_tile) or _too_large(q, k, values, block)
 
 
 def _too_large(q: Tensor, k: Tensor, values: Tensor, block: int) -> str | None:

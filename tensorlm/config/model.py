@@ -1,0 +1,180 @@
+"""The shape of the model, and the kind of attention of each of its layers."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from fold_parallel.grid import check_sizes
+from tensor_attention import validate_fold
+
+from .layer_kinds import LayerKind, kind_of_layer, kind_problems
+from .section import Section, raise_all
+
+
+class RopeScaling(Section):
+    """Rotary frequencies of a model whose context was extended ("llama3" as in Llama 3.1)."""
+
+    rope_type: Literal["linear", "llama3"] = Field(
+        description="how frequencies are scaled: linear (all divided by factor), or llama3 (Llama "
+        "3.1: only low ones)",
+    )
+    factor: float = Field(ge=1, description="how many times longer the context became")
+    low_freq_factor: float = Field(
+        1.0,
+        description="llama3: context lengths per wavelength below which a frequency is divided by "
+        "factor",
+    )
+    high_freq_factor: float = Field(
+        4.0,
+        description="llama3: context lengths per wavelength above which a frequency stays",
+    )
+    original_max_position_embeddings: int = Field(
+        8192,
+        description="llama3: context length, in tokens, before the extension",
+    )
+
+
+class RouteConfig(Section):
+    """What a token of a routed layer reads beyond its window: blocks that it chooses."""
+
+    block: int = Field(gt=0, description="tokens of a block, at most the window")
+    top_k: int = Field(
+        gt=0,
+        description="blocks that each token chooses, beside the first block of its document",
+    )
+    stretch: int = Field(
+        gt=0,
+        description="divisor of rotary positions beyond the window, which keeps long contexts inside "
+        "the trained range (1: positions as they are)",
+    )
+    open_tile: int = Field(
+        16,
+        gt=0,
+        description="tokens of a tile, within which a chosen block stays open for later tokens (1: "
+        "each token reads its own choice alone)",
+    )
+
+
+class ModelConfig(Section):
+    """Shape of the Llama decoder and of the attention of its layers."""
+
+    vocab_size: int = Field(
+        gt=0,
+        description="number of token ids: at least the largest id of the tokenizer plus 1",
+    )
+    hidden_size: int = Field(gt=0, description="width of the hidden states")
+    intermediate_size: int = Field(gt=0, description="width of the SwiGLU layers")
+    num_layers: int = Field(gt=0, description="number of decoder layers")
+    num_heads: int = Field(gt=0, description="number of query heads")
+    num_kv_heads: int = Field(
+        gt=0,
+        description="number of key and value heads; must divide num_heads",
+    )
+    head_dim: int = Field(
+        0,
+        ge=0,
+        description="size of one attention head (0: hidden_size / num_heads)",
+    )
+    rope_theta: float = Field(500000.0, gt=0, description="base of the rotary frequencies")
+    rope_scaling: RopeScaling | None = Field(
+        None,
+        description="scaling of the rotary frequencies, for a model whose context was extended "
+        "(default: none)",
+    )
+    rms_norm_eps: float = Field(
+        1e-5,
+        gt=0,
+        description="epsilon of RMSNorm, added to the mean square",
+    )
+    tie_embeddings: bool = Field(
+        False,
+        description="use the token embedding as the output head too",
+    )
+    init_std: float = Field(0.02, gt=0, description="standard deviation of random initial weights")
+    window: int = Field(
+        0,
+        ge=0,
+        description="tokens that every window and routed layer reads, the token itself included (0: "
+        "fold[0] where fold is given)",
+    )
+    fold: tuple[int, ...] = Field(
+        (),
+        strict=False,
+        description="lengths of the inner axes of strided layers, innermost first (default (): no "
+        "strided layers)",
+    )
+    hop_bias_init: float = Field(
+        -4.0,
+        description="initial bias of hops 2, 3, ... of strided layers; a low one begins as a window",
+    )
+    full_every: int = Field(
+        0,
+        ge=0,
+        description="distance between layers with full attention: layers k, 2 k, ... (0: no layer)",
+    )
+    route: RouteConfig | None = Field(
+        None, description="routed layers and what they read (default: no routed layers)"
+    )
+    route_every: int = Field(
+        0,
+        ge=0,
+        description="distance between routed layers: layers k, 2 k, ... (0: every layer)",
+    )
+    layers: tuple[LayerKind, ...] = Field(
+        (),
+        strict=False,
+        description="kind of each layer by name, instead of full_every and route_every (default (): "
+        "the kinds follow from the other settings)",
+    )
+
+    @model_validator(mode="after")
+    def _shapes_agree(self) -> "ModelConfig":
+        problems = []
+        if self.head_dim == 0 and self.hidden_size % self.num_heads:
+            problems.append(
+                f"hidden_size = {self.hidden_size} is not a multiple of num_heads = "
+                f"{self.num_heads} (or set head_dim)"
+            )
+        elif self.head_size % 2:
+            problems.append(f"head size {self.head_size} is odd: rotary embedding needs it even")
+        if self.num_heads % self.num_kv_heads:
+            problems.append(
+                f"num_heads = {self.num_heads} is not a multiple of num_kv_heads = "
+                f"{self.num_kv_heads}"
+            )
+        try:
+            validate_fold(self.fold)
+        except ValueError as error:
+            problems.append(str(error))
+        return raise_all(self, problems + kind_problems(self))
+
+    @property
+    def head_size(self) -> int:
+        """Size of one attention head."""
+        return self.head_dim or self.hidden_size // self.num_heads
+
+    @property
+    def window_size(self) -> int:
+        """Tokens that window and routed layers always read; 0 where neither setting gives it."""
+        return self.window or (self.fold[0] if self.fold else 0)
+
+    def layer_kind(self, layer: int) -> LayerKind:
+        """The kind of layer `layer` (from 0)."""
+        return kind_of_layer(self, layer)
+
+    @property
+    def layer_kinds(self) -> tuple[LayerKind, ...]:
+        """The kind of every layer."""
+        return tuple(self.layer_kind(layer) for layer in range(self.num_layers))
+
+    def layer_fold(self, layer: int) -> tuple[int, ...]:
+        """The fold of layer `layer` (from 0): () unless it is strided."""
+        return self.fold if self.layer_kind(layer) == "strided" else ()
+
+    def check_sharing(self, seq_len: int, sp: int) -> None:
+        """Raise ValueError, naming legal sizes, unless `sp` ranks can share a row of `seq_len`."""
+        kinds = set(self.layer_kinds)
+        if sp > 1 and kinds & {"window", "routed"}:
+            raise ValueError(f"sp must be 1 for window and routed layers, got {sp}")
+        heads = self.num_heads if "full" in kinds else None
+        check_sizes(seq_len, sp, self.fold if "strided" in kinds else (), heads)

@@ -1,0 +1,42 @@
+"""Runs with routed and window layers: resumed = uninterrupted, whatever saves memory."""
+
+from pathlib import Path
+
+import pytest
+
+from tensorlm.checkpoint import newest_checkpoint
+from tests.support.launching import TrainRanks, losses
+
+MIXED = [
+    "model.fold=[]", "model.window=16", "model.route={block=8, top_k=2, stretch=2}",
+    "model.num_layers=3", "model.layers=['window', 'routed', 'full']",
+    "train.steps=4", "checkpoint.every=2",
+]  # fmt: skip
+SAVING = ["train.activation_checkpointing=true", "train.activation_offload=true"]
+
+
+def state_hashes(run_dir: Path) -> list[str]:
+    found = newest_checkpoint(run_dir)
+    assert found is not None
+    return [entry["sha256"] for entry in found.manifest["files"]]
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path, train_ranks: TrainRanks) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    said = train_ranks(*MIXED, f"run.dir={whole}")
+    assert "routed (window 16, 2 + 1 blocks of 8, stretch 2)" in said
+    for stop in (2, 4):
+        train_ranks(*MIXED, f"run.dir={broken}", f"train.stop_at={stop}")
+    assert losses(broken) == losses(whole)
+    assert state_hashes(broken) == state_hashes(whole)
+    assert losses(whole)[-1] < losses(whole)[0]
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_other_stages_and_what_saves_memory_have_the_same_losses(
+    tmp_path: Path, train_ranks: TrainRanks, stage: int
+) -> None:
+    train_ranks(*MIXED, f"run.dir={tmp_path / 'one'}", ranks=1)
+    saving = tmp_path / "saving"
+    train_ranks(*MIXED, *SAVING, "train.mlp_chunk=48", f"zero.stage={stage}", f"run.dir={saving}")
+    assert losses(saving) == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
