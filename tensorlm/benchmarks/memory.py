@@ -16,16 +16,15 @@ from dataclasses import dataclass
 import torch
 
 from fold_parallel import Grid, create_grid
-from tensor_attention import tensor_attention
-from tensorlm.config import Config
+from tensorlm.config import Config, LayerKind
+from tensorlm.model.attention import Attention
 from tensorlm.model.flops import find_board
 from tensorlm.model.layers import rotary_table
-from tensorlm.plan.activations import Fold
 from tensorlm.plan.gpus import GPUS, Gpu
 from tensorlm.plan.host import host_memory
 from tensorlm.plan.job import CUDA, Job, Platform, plan_jobs
 from tensorlm.plan.memory import gpu_memory
-from tensorlm.plan.operator import OperatorMemory
+from tensorlm.plan.operator import OperatorMemory, kept_choice
 from tensorlm.plan.speed import step_time
 from tensorlm.runtime.launch_env import LaunchEnv
 from tensorlm.train.engine import Engine, create_model, init_distributed
@@ -81,7 +80,7 @@ def measure(config: Config, launch: LaunchEnv, steps: int) -> Measurement:
     job = plan_jobs(config, launch.world_size, CUDA if device.type == "cuda" else CPU)[-1]
     operators = None
     if device.type == "cpu":
-        operators = {fold: count_operator(job, fold) for fold in set(job.folds)}
+        operators = {kind: count_operator(job, kind) for kind in set(job.kinds)}
     predicted = gpu_memory(job, operators)
     meter = _Meter(device)
     with meter.counter or nullcontext():
@@ -141,13 +140,13 @@ def _step(
     return time.perf_counter() - started, passes, meter.peak
 
 
-def count_operator(job: Job, fold: Fold) -> OperatorMemory:
+def count_operator(job: Job, kind: LayerKind) -> OperatorMemory:
     """`plan.operator.operator_memory` of the operator that this machine runs, counted."""
     model, stage = job.config.model, job.stage
     dtype = torch.bfloat16 if job.itemsize == 2 else torch.float32
     shape = (stage.micro_batch, stage.seq_len)
     rotary = rotary_table(model, stage.seq_len, torch.device("cpu"))
-    bias = torch.zeros(len(fold), model.num_heads, dtype=dtype, requires_grad=True)
+    layer = Attention(model, job.kinds.index(kind), Grid(), job.config.train.attention).to(dtype)
     with PeakMemory() as memory:
         q, k, v = (
             torch.zeros(*shape, heads, model.head_size, dtype=dtype, requires_grad=True)
@@ -155,12 +154,10 @@ def count_operator(job: Job, fold: Fold) -> OperatorMemory:
         )
         doc_start = torch.zeros(shape, dtype=torch.int32)
         given = doc_start.nbytes
-        out = tensor_attention(
-            q, k, v, fold, doc_start=doc_start, hop_bias=bias if fold else None, rotary=rotary,
-            backend=job.config.train.attention,
-        )  # fmt: skip
+        out = layer.attend(q, k, v, doc_start, rotary)
         saved, forward = memory.live - given, memory.peak - given
         gradient = torch.zeros_like(out)
         memory.restart()
         out.backward(gradient)
-        return OperatorMemory(saved, memory.peak - given - saved, forward)
+        kept = kept_choice(job) if kind == "routed" else 0
+        return OperatorMemory(saved, memory.peak - given - saved, forward, kept)

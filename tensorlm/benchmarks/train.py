@@ -98,7 +98,7 @@ def measure_longest(config: Config, method: str) -> int:
     def fits(length: int) -> bool:
         return not math.isnan(_time_step(model, method, config, length, 0, device)[0])
 
-    return longest(fits, config.model.fold[0] if config.model.fold else 1024)
+    return longest(fits, config.model.window_size or 1024)
 
 
 def longest(fits: Callable[[int], bool], unit: int) -> int:

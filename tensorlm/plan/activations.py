@@ -6,10 +6,10 @@ compare them with every tensor that PyTorch makes. One rule decides most of them
 what it has saved when its own backward is over.
 """
 
+from tensorlm.config import LayerKind
+
 from .job import FP32, Job
 from .operator import OperatorMemory, operator_memory
-
-Fold = tuple[int, ...]
 
 # Hidden states on their way to the host, or back, while the block before or after computes.
 OFFLOADS_IN_FLIGHT = 2
@@ -74,11 +74,13 @@ def saved_by_block(job: Job, operator: OperatorMemory) -> int:
 
 
 def kept_by_block(job: Job, operator: OperatorMemory) -> int:
-    """What a block keeps on the GPU until its backward: with recomputation, its input alone."""
+    """What a block keeps on the GPU until its backward: with recomputation, its input, and the
+    choice of a routed layer.
+    """
     if job.offloads_activations:
-        return 0
+        return operator.kept
     if job.recomputes:
-        return hidden_state(job)
+        return hidden_state(job) + operator.kept
     input_too = hidden_state(job) if keeps_own_input(job) else 0
     return input_too + saved_by_block(job, operator)
 
@@ -127,18 +129,21 @@ def held_by_tiles(job: Job) -> int:
 
 
 def block_peak(job: Job, operator: OperatorMemory, reduction: int = 0) -> int:
-    """One block's backward, with all that it keeps or has computed again, except its input.
+    """One block's backward, with all that it keeps or has computed again, except its input (and
+    a choice that recomputation has kept).
 
     `reduction`: bytes that gradients of weights need on their way to other ranks meanwhile.
     """
+    if job.recomputes:
+        operator = operator._replace(saved=operator.saved - operator.kept)
     return max(
         mlp_peak(job, operator, reduction), norm_peak(job, operator), attention_peak(job, operator)
     )
 
 
-def saved_activations(job: Job, operators: dict[Fold, OperatorMemory], blocks: int) -> int:
+def saved_activations(job: Job, operators: dict[LayerKind, OperatorMemory], blocks: int) -> int:
     """What the first `blocks` blocks keep."""
-    kept = sum(kept_by_block(job, operators[fold]) for fold in job.folds[:blocks])
+    kept = sum(kept_by_block(job, operators[kind]) for kind in job.kinds[:blocks])
     if job.offloads_activations:
         kept += min(blocks, OFFLOADS_IN_FLIGHT) * hidden_state(job)
     return kept
@@ -185,6 +190,6 @@ def batch(job: Job) -> int:
     return (8 + 8 + 4) * job.tokens
 
 
-def operators_of(job: Job) -> dict[Fold, OperatorMemory]:
+def operators_of(job: Job) -> dict[LayerKind, OperatorMemory]:
     """The attention operator of each kind of layer, on a GPU."""
-    return {fold: operator_memory(job, fold) for fold in set(job.folds)}
+    return {kind: operator_memory(job, kind) for kind in set(job.kinds)}

@@ -5,6 +5,7 @@ Windows are batched as in `tensorlm/evaluation/perplexity.py`.
 
 import dataclasses
 
+from tensorlm.config import LayerKind
 from tensorlm.config.evaluation import windows_at_once
 
 from . import activations as act
@@ -28,9 +29,9 @@ def window_jobs(job: Job) -> list[Job]:
     return [dataclasses.replace(job, stage=stage) for stage in stages]
 
 
-def pass_peak(job: Job, operators: dict[act.Fold, OperatorMemory]) -> int:
+def pass_peak(job: Job, operators: dict[LayerKind, OperatorMemory]) -> int:
     """Of one pass: its largest block, or the output head."""
-    return max(*(block_pass(job, operators[fold]) for fold in job.folds), head_pass(job))
+    return max(*(block_pass(job, operators[kind]) for kind in job.kinds), head_pass(job))
 
 
 def block_pass(job: Job, operator: OperatorMemory) -> int:

@@ -20,6 +20,12 @@ SWAP_SHARE = 0.44  # of NVLink, packing included: two H200 (docs/sequence_parall
 # kernels: both measured on H100 and H200 (kernels/README.md, "Measured").
 FOLDED_SHARE = (0.30, 0.21)  # forward, backward
 FULL_SHARE = (0.46, 0.37)
+# A window, a routed hop, and the scores of a choice: H200, 131,072 tokens, window 1,024, 16 blocks
+# of 64 (the same place; its 32,768 tokens follow to 2 %). Of the routed hop, the pairs of a token's
+# own choice count, and the time is of the union of a tile's.
+WINDOW_SHARE = (0.40, 0.29)
+ROUTED_SHARE = (0.17, 0.12)
+CHOICE_SHARE = 0.077
 
 # CPU and host of one rank: AdamW of PyTorch on its share of the cores, in bytes/s. An assumption.
 HOST_BANDWIDTH = 20e9

@@ -59,7 +59,7 @@ def offloaded_optimizer(job: Job) -> int:
 
 def offloaded_activations(job: Job) -> int:
     """The hidden state that each block keeps."""
-    return len(job.folds) * pinned(act.hidden_state(job)) if job.offloads_activations else 0
+    return job.layers * pinned(act.hidden_state(job)) if job.offloads_activations else 0
 
 
 def checkpoint_copy(job: Job) -> int:

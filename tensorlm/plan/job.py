@@ -8,7 +8,7 @@ N ranks, w bytes of a working weight or activation.
 from dataclasses import dataclass
 from functools import cached_property
 
-from tensorlm.config import Config, StageConfig
+from tensorlm.config import Config, LayerKind, StageConfig
 from tensorlm.model.fused import runs_liger
 
 FP32 = 4  # bytes of a float32
@@ -112,7 +112,7 @@ class Job:
         """Every parameter of the model."""
         m = self.config.model
         c, heads, key_heads = m.hidden_size, m.num_heads * m.head_size, m.num_kv_heads * m.head_size
-        folded = [fold for fold in self.folds if fold]
+        strided = self.kinds.count("strided")
         tables = 1 if m.tie_embeddings else 2
         return (
             Weight(m.vocab_size * c, tables, decays=True),
@@ -120,7 +120,7 @@ class Job:
             Weight(c * key_heads, 2 * m.num_layers, decays=True),  # k, v
             Weight(c * m.intermediate_size, 3 * m.num_layers, decays=True),  # gate, up, down
             Weight(c, 2 * m.num_layers + 1, decays=False),  # norms
-            *(Weight(len(fold) * m.num_heads, 1, decays=False) for fold in folded),  # hop biases
+            *[Weight(len(m.fold) * m.num_heads, 1, decays=False)] * strided,  # hop biases
         )
 
     @cached_property
@@ -129,9 +129,14 @@ class Job:
         return sum(weight.total for weight in self.weights)
 
     @cached_property
-    def folds(self) -> tuple[tuple[int, ...], ...]:
-        """The fold of each layer."""
-        return tuple(self.config.model.layer_fold(i) for i in range(self.config.model.num_layers))
+    def kinds(self) -> tuple[LayerKind, ...]:
+        """The kind of each layer."""
+        return self.config.model.layer_kinds
+
+    @property
+    def layers(self) -> int:
+        """L: layers of the model."""
+        return self.config.model.num_layers
 
     @property
     def table(self) -> int:

@@ -2,9 +2,10 @@
 
 from dataclasses import dataclass
 
+from tensorlm.config import LayerKind
+
 from . import activations as act
 from . import evaluation, prompts, state
-from .activations import Fold
 from .job import Job
 from .operator import OperatorMemory
 
@@ -57,14 +58,15 @@ class GpuMemory:
         return self.allocated + self.overhead
 
 
-def gpu_memory(job: Job, operators: dict[Fold, OperatorMemory] | None = None) -> GpuMemory:
+def gpu_memory(job: Job, operators: dict[LayerKind, OperatorMemory] | None = None) -> GpuMemory:
     """All phases of a step, and the start.
 
     Args:
-        operators: memory of the attention operator by fold; that of the Triton kernels by default.
+        operators: memory of the attention operator by kind of layer; that of the Triton kernels by
+            default.
     """
     operators = operators or act.operators_of(job)
-    layers = len(job.folds)
+    layers = job.layers
     phases = [
         Phase("start", {"initialisation": state.initialisation(job)}),
         _loss(job, operators),
@@ -141,7 +143,7 @@ def _inputs(job: Job) -> dict[str, int]:
     return {"rotary_table": act.rotary_table(job), "batch": act.batch(job)}
 
 
-def _loss(job: Job, operators: dict[Fold, OperatorMemory]) -> Phase:
+def _loss(job: Job, operators: dict[LayerKind, OperatorMemory]) -> Phase:
     parts = _with_gradients(job, 0) | _inputs(job)
     if job.zero != 3:
         parts["reduce_bucket"] = 0  # made with the first gradient
@@ -150,13 +152,13 @@ def _loss(job: Job, operators: dict[Fold, OperatorMemory]) -> Phase:
         parts
         | {
             "gathered_weights": state.gathered_weights(job, job.table),
-            "saved_activations": act.saved_activations(job, operators, len(job.folds)),
+            "saved_activations": act.saved_activations(job, operators, job.layers),
             "head_peak": act.head_peak(job),
         },
     )
 
 
-def _head_gradient(job: Job, operators: dict[Fold, OperatorMemory]) -> Phase:
+def _head_gradient(job: Job, operators: dict[LayerKind, OperatorMemory]) -> Phase:
     """The first gradient: it is cast, or reduced at once where the bucket is too small for it."""
     large = job.zero < 2 or job.table > job.limits.reduce_bucket
     reduction = state.reduction(job, job.table) if large else 0
@@ -166,15 +168,17 @@ def _head_gradient(job: Job, operators: dict[Fold, OperatorMemory]) -> Phase:
         | _inputs(job)
         | {
             "gathered_weights": state.gathered_weights(job, job.table),
-            "saved_activations": act.saved_activations(job, operators, len(job.folds)),
+            "saved_activations": act.saved_activations(job, operators, job.layers),
             "head_gradient": act.head_gradient(job, reduction),
         },
     )
 
 
-def _block(job: Job, operators: dict[Fold, OperatorMemory], left: int, reduced: int = 0) -> Phase:
+def _block(
+    job: Job, operators: dict[LayerKind, OperatorMemory], left: int, reduced: int = 0
+) -> Phase:
     """Backward of block `left` (from 1): `left - 1` blocks have theirs before them."""
-    layers = len(job.folds)
+    layers = job.layers
     computed = job.table + (layers - left) * job.block
     each = job.config.model.hidden_size * job.config.model.intermediate_size
     reduction = state.reduction(job, reduced or (each if job.zero < 2 else 0))
@@ -191,7 +195,7 @@ def _block(job: Job, operators: dict[Fold, OperatorMemory], left: int, reduced: 
             "saved_activations": act.saved_activations(job, operators, before),
             "held_by_tiles": (layers - left) * act.held_by_tiles(job),
             "block_peak": max(
-                act.block_peak(job, operators[fold], reduction) for fold in job.folds[:left]
+                act.block_peak(job, operators[kind], reduction) for kind in job.kinds[:left]
             ),
         },
     )
@@ -226,7 +230,5 @@ def _blocks_before_reductions(job: Job) -> list[int]:
     if job.zero < 2:
         return []
     head = 0 if job.table > job.limits.reduce_bucket else job.table
-    room = range(
-        job.limits.reduce_bucket - head, len(job.folds) * job.block, job.limits.reduce_bucket
-    )
+    room = range(job.limits.reduce_bucket - head, job.layers * job.block, job.limits.reduce_bucket)
     return [elements // job.block for elements in room]

@@ -9,7 +9,9 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from tensor_attention import fold_axes
+from tensor_attention import Axis, fold_axes
+from tensor_attention.routing import KERNEL_TILE
+from tensorlm.config import LayerKind, RouteConfig
 
 from .job import Job
 
@@ -19,27 +21,32 @@ STATE = 4  # bytes of a log-sum-exp, a row sum, or a token's reach: float32, int
 class OperatorMemory(NamedTuple):
     """`saved` lives from forward to backward, with q, k, v and the output. `backward` is what the
     backward adds at its peak, with the gradient that arrives. `forward` is the peak of a forward
-    that keeps nothing, with q, k, v.
+    that keeps nothing, with q, k, v. `kept` is the part of `saved` that recomputation keeps too.
     """
 
     saved: int
     backward: int
     forward: int
+    kept: int = 0
 
 
-def operator_memory(job: Job, fold: Sequence[int]) -> OperatorMemory:
-    """Of one layer with this fold."""
+def operator_memory(job: Job, kind: LayerKind) -> OperatorMemory:
+    """Of one layer of this kind."""
+    fold = job.config.model.fold if kind == "strided" else ()
+    if kind == "routed":
+        return routed(job)
+    if kind == "window":
+        return chain(job, [Axis(1, job.config.model.window_size)])
     if job.sp == 1:
-        return chain(job, fold)
+        return chain(job, fold_axes(fold, job.stage.seq_len))
     return shared(job, fold) if fold else shared_heads(job)
 
 
-def chain(job: Job, fold: Sequence[int]) -> OperatorMemory:
+def chain(job: Job, axes: Sequence[Axis]) -> OperatorMemory:
     """q, k, v, z of every hop, a log-sum-exp and a reach each; backward dq, dk, two dz, and q and k
     rotated where windows are long.
     """
     q, k, lse, token = sizes(job)
-    axes = fold_axes(fold, job.stage.seq_len)
     hops = len(axes)
     saved = q + 2 * k + hops * (q + lse + token)
     peaks = []
@@ -52,6 +59,58 @@ def chain(job: Job, fold: Sequence[int]) -> OperatorMemory:
         peaks.append(gradients + sum(_rotated(job, axis.stride, axis.length)) + rows * lse)
     keys = max(_rotated(job, axis.stride, axis.length)[1] for axis in axes)
     return OperatorMemory(saved, q + max(peaks), saved + keys)
+
+
+def routed(job: Job) -> OperatorMemory:
+    """The window's q, k, v, z, log-sum-exp and reach; those two of the routed hop, the documents'
+    starts and the choice. Lists of blocks are made anew in each direction (gpu/routed_lists.py).
+    """
+    q, k, lse, token = sizes(job)
+    model, route = job.config.model, job.config.model.route
+    assert route is not None
+    choice = kept_choice(job)
+    saved = q + 2 * k + 2 * (q + lse + token) + choice
+    window_q, window_k = _rotated(job, 1, model.window_size)
+    lists = _lists(job, route)
+    forward = q + 2 * k + token + q + lse + max(
+        token + window_k,
+        choice + 2 * k + k // route.block,  # keys rotated, queries summed, means
+        choice + q + lse + token + lists.entries + k,  # keys rotated; starts once more
+    )  # fmt: skip
+    backward = max(
+        # dz; dq, dk, dvalues, dz of the window; its dlse, <dz, z>; keys and queries rotated
+        q + 2 * lists.entries + lists.ends + (2 * q + 2 * k + 2 * lse) + k + q,
+        # The same of the window, while those of the routed hop, whose own results are gone, wait.
+        2 * (q + 2 * k) + lse + window_q + window_k - choice - token,
+    )
+    return OperatorMemory(saved, backward, forward, kept=choice)
+
+
+def kept_choice(job: Job) -> int:
+    """T K (top_k + 1) int32: the choice of a routed layer, which recomputation keeps."""
+    model = job.config.model
+    assert model.route is not None
+    return job.tokens * model.num_kv_heads * (model.route.top_k + 1) * STATE
+
+
+class _Lists(NamedTuple):
+    """Bytes of the open blocks of all tiles (and of the tiles that read each block), and of where
+    each block's readers end.
+    """
+
+    entries: int
+    ends: int
+
+
+def _lists(job: Job, route: RouteConfig) -> _Lists:
+    rows, length = job.stage.micro_batch, job.stage.seq_len
+    tiles = -(-length // KERNEL_TILE)
+    per_tile = KERNEL_TILE * (1 if route.open_tile == 1 else 2) * (route.top_k + 1)
+    heads = rows * job.config.model.num_kv_heads
+    groups = min(128, 1 << (tiles - 1).bit_length())
+    return _Lists(
+        heads * tiles * (8 * per_tile + STATE), heads * -(-length // route.block) * groups * STATE
+    )
 
 
 def shared(job: Job, fold: Sequence[int]) -> OperatorMemory:

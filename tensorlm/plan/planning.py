@@ -94,7 +94,7 @@ def longest_row(plan: Plan) -> int:
     A multiple of 1,024 that the ranks can share.
     """
     model, sp = plan.config.model, plan.config.parallel.sp
-    unit = math.lcm(_UNIT, sp * (model.fold[0] if model.fold else 1))
+    unit = math.lcm(_UNIT, sp * (model.window_size or 1))
 
     def fits(units: int) -> bool:
         data = plan.config.data.model_copy(update={"seq_len": units * unit})

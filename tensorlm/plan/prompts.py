@@ -9,6 +9,7 @@ but t is the tokens of a prompt with its answer, and n those of one pass.
 
 from dataclasses import dataclass
 
+from tensorlm.config import LayerKind
 from tensorlm.config.evaluation import GENERATION_TASKS
 
 from .job import FP32, Job
@@ -53,19 +54,22 @@ def prompt_lengths(job: Job) -> list[int]:
 def cache(prompt: PromptPass) -> int:
     """What all layers keep of a prompt.
 
-    A folded layer: keys and z of every hop but the last, of all tokens; values of the newest pass
-    and the inner axis in front of it, with a quarter to spare. A full layer: keys and values.
+    A strided layer: keys and z of every hop but the last, of all tokens; values of the newest pass
+    and the inner axis in front of it, with a quarter to spare. A full layer: keys and values. A
+    window layer: those of the newest pass and the window in front. A routed layer: keys and values
+    of all tokens, keys once more as a window layer, and the mean keys of its blocks.
     """
-    total = 0
-    for fold in prompt.job.folds:
-        total += prompt.keys(prompt.length)
-        if fold:
-            seen = prompt.tokens + (fold[0] if prompt.length > prompt.tokens else 0)
-            total += prompt.keys(seen + max(64, seen // 4))
-            total += len(fold) * prompt.queries(prompt.length)
-        else:
-            total += prompt.keys(prompt.length)
-    return total
+    model, everything = prompt.job.config.model, prompt.keys(prompt.length)
+    seen = prompt.tokens + (model.window_size if prompt.length > prompt.tokens else 0)
+    newest = prompt.keys(seen + max(64, seen // 4))
+    means = prompt.keys(prompt.length // model.route.block) if model.route else 0
+    sizes = {
+        "full": 2 * everything,
+        "window": 2 * newest,
+        "strided": everything + newest + len(model.fold) * prompt.queries(prompt.length),
+        "routed": 2 * everything + newest + means,
+    }
+    return sum(sizes[kind] for kind in prompt.job.kinds)
 
 
 def prompt_pass(prompt: PromptPass) -> int:
@@ -73,7 +77,7 @@ def prompt_pass(prompt: PromptPass) -> int:
 
     Three hidden states wait: the embeddings, the block's input, and the sum that follows attention.
     """
-    parts = [_norm(prompt), _mlp(prompt), *(_attention(prompt, fold) for fold in prompt.job.folds)]
+    parts = [_norm(prompt), _mlp(prompt), *(_attention(prompt, kind) for kind in prompt.job.kinds)]
     return 3 * prompt.hidden + max(parts)
 
 
@@ -88,14 +92,19 @@ def _mlp(prompt: PromptPass) -> int:
     return prompt.hidden + 3 * prompt.job.itemsize * model.intermediate_size * prompt.tokens
 
 
-def _attention(prompt: PromptPass, fold: tuple[int, ...]) -> int:
+def _attention(prompt: PromptPass, kind: LayerKind) -> int:
     """q and z beside one hop, which runs on all rows within reach where earlier passes have been.
 
-    A full layer: q and keys rotated, and z in the kernel's order and the model's.
+    A full layer: q and keys rotated, and z in the kernel's order and the model's. Of window and
+    routed layers an estimate: the same, and a choice's keys once more.
     """
     new, rows = prompt.queries(prompt.tokens), prompt.length
-    if not fold:
-        mask = prompt.tokens * rows if not prompt.job.config.model.fold else 0
+    if kind == "window":
+        return 4 * new + 2 * prompt.keys(rows)
+    if kind == "routed":
+        return 4 * new + 3 * prompt.keys(rows)
+    if kind == "full":
+        mask = prompt.tokens * rows if set(prompt.job.kinds) == {"full"} else 0
         return 4 * new + 2 * prompt.keys(rows) + (mask if rows > prompt.tokens else 0)
     padded = 2 * prompt.queries(rows) if rows > prompt.tokens else 0  # q, and z of the hop before
     return 2 * new + padded + prompt.queries(rows) + 2 * prompt.keys(rows)

@@ -83,6 +83,7 @@ def _options(plan: Plan) -> dict[str, list[Any]]:
     """Other values of each setting; fewer GPUs where the plan fits, more where it does not."""
     config, tokens = plan.config, plan.jobs[plan.largest].tokens
     train, zero, fold = config.train, config.zero, config.model.fold
+    kinds = config.model.layer_kinds
     if plan.fits:
         gpus = [plan.gpus // n for n in (2, 4, 8) if plan.gpus % n == 0]
     else:
@@ -97,7 +98,7 @@ def _options(plan: Plan) -> dict[str, list[Any]]:
         "zero.offload_optimizer": [not zero.offload_optimizer],
         "train.micro_batch": [n for n in (1, 2, 4, 8) if n != train.micro_batch],
         GPUS: gpus,
-        "model.fold": [fold[:1]] if len(fold) > 1 else [],
+        "model.fold": [fold[:1]] if len(fold) > 1 and "strided" in kinds else [],
     }
     return {key: values for key, values in options.items() if values}
 

@@ -9,8 +9,10 @@ from functools import cache
 
 import torch
 
+from tensorlm.config import LayerKind, ModelConfig
 from tensorlm.model.flops import (
-    attention_pairs,
+    choice_flops,
+    layer_pairs,
     linear_flops_per_token,
     recomputed_linear_flops_per_token,
 )
@@ -19,12 +21,15 @@ from . import activations as act
 from .exchange import Machine, project
 from .gpus import (
     BANDWIDTH_SHARE,
+    CHOICE_SHARE,
     FOLDED_SHARE,
     FULL_SHARE,
     HOST_BANDWIDTH,
     LINK_SHARE,
     MATMUL_SHARE,
+    ROUTED_SHARE,
     SWAP_SHARE,
+    WINDOW_SHARE,
     Gpu,
 )
 from .job import FP32, Job
@@ -69,11 +74,12 @@ class StepTime:
 def step_time(job: Job, gpu: Gpu) -> StepTime:
     """One optimizer step of one document a row."""
     model, tokens = job.config.model, job.micro_batches * job.tokens
-    attention = [_attention_flops(job, fold) for fold in job.folds]
+    attention, choice = sum(_attention_flops(job, kind) for kind in job.kinds), _choice_flops(job)
+    seconds = [_attention_seconds(job, kind, gpu) for kind in job.kinds]
     linear = linear_flops_per_token(model) * tokens
     parts = {
         "products": 3 * linear / (gpu.flops * MATMUL_SHARE),
-        "attention": sum(_attention_seconds(job, fold, gpu) for fold in job.folds),
+        "attention": sum(map(sum, seconds)) + choice / (gpu.flops * CHOICE_SHARE),
         "other_operations": _traffic(job) * tokens / (gpu.bandwidth * BANDWIDTH_SHARE),
         "recomputation": _recomputation(job, gpu),
         "activation_transfers": _activation_transfers(job, gpu),
@@ -84,28 +90,49 @@ def step_time(job: Job, gpu: Gpu) -> StepTime:
     return StepTime(
         parts,
         tokens=job.stage.rows_per_step * job.stage.seq_len,
-        model_flops=3.0 * (linear + sum(attention)) * job.gpus,
+        model_flops=(3.0 * (linear + attention) + choice) * job.gpus,
         peak_flops=gpu.flops * job.gpus,
     )
 
 
-def _attention_flops(job: Job, fold: tuple[int, ...]) -> float:
-    """Forward, of one layer, in one step of one rank."""
-    model = job.config.model
-    pairs = _row_pairs(fold, job.stage.seq_len) * job.stage.micro_batch / job.sp
-    return 4.0 * model.num_heads * model.head_size * pairs * job.micro_batches
+def _attention_flops(job: Job, kind: LayerKind) -> float:
+    """Forward, of one layer of this kind, in one step of one rank."""
+    return _pair_flops(job, _row_pairs(job.config.model, kind, job.stage.seq_len))
+
+
+def _pair_flops(job: Job, row_pairs: int) -> float:
+    """Forward FLOPs of so many (query, key) pairs a row, in one step of one rank."""
+    model, rows = job.config.model, job.stage.micro_batch * job.micro_batches
+    return 4.0 * model.num_heads * model.head_size * row_pairs * rows / job.sp
+
+
+def _choice_flops(job: Job) -> float:
+    """Of all routed layers, in one step of one rank."""
+    rows = job.stage.micro_batch * job.micro_batches
+    return _row_choice(job.config.model, job.stage.seq_len) * rows / job.sp
 
 
 @cache
-def _row_pairs(fold: tuple[int, ...], seq_len: int) -> int:
-    return attention_pairs(fold, torch.arange(seq_len)[None])
+def _row_pairs(model: ModelConfig, kind: LayerKind, seq_len: int) -> int:
+    return layer_pairs(model, kind, torch.arange(seq_len)[None])
 
 
-def _attention_seconds(job: Job, fold: tuple[int, ...], gpu: Gpu) -> float:
-    """Forward and backward of one layer."""
-    forward, backward = FOLDED_SHARE if fold else FULL_SHARE
-    cost = 1 / forward + BACKWARD_PER_FORWARD / backward
-    return _attention_flops(job, fold) * cost / gpu.flops
+@cache
+def _row_choice(model: ModelConfig, seq_len: int) -> int:
+    return choice_flops(model, torch.arange(seq_len)[None])
+
+
+def _attention_seconds(job: Job, kind: LayerKind, gpu: Gpu) -> tuple[float, float]:
+    """Forward and backward of one layer, without a choice. A routed layer is a window and a hop."""
+    shares = {"full": FULL_SHARE, "strided": FOLDED_SHARE, "window": WINDOW_SHARE}
+    if kind == "routed":
+        near = _attention_flops(job, "window")
+        parts = [(near, WINDOW_SHARE), (_attention_flops(job, "routed") - near, ROUTED_SHARE)]
+    else:
+        parts = [(_attention_flops(job, kind), shares[kind])]
+    forward = sum(flops / share[0] for flops, share in parts) / gpu.flops
+    backward = sum(flops / share[1] for flops, share in parts) / gpu.flops
+    return forward, BACKWARD_PER_FORWARD * backward
 
 
 def _traffic(job: Job) -> float:
@@ -135,10 +162,7 @@ def _recomputation(job: Job, gpu: Gpu) -> float:
     if job.recomputes:
         traffic = job.itemsize / 2 * model.num_layers * _layer_traffic(job)[0] * tokens
         seconds += traffic / (gpu.bandwidth * BANDWIDTH_SHARE)
-        seconds += sum(
-            _attention_flops(job, fold) / (gpu.flops * (FOLDED_SHARE if fold else FULL_SHARE)[0])
-            for fold in job.folds
-        )
+        seconds += sum(_attention_seconds(job, kind, gpu)[0] for kind in job.kinds)
     return seconds
 
 
@@ -146,10 +170,10 @@ def _activation_transfers(job: Job, gpu: Gpu) -> float:
     """Hidden states to the host and back, less the time in which a block computes forward."""
     if not job.offloads_activations:
         return 0.0
-    linear = linear_flops_per_token(job.config.model) * job.tokens / len(job.folds)
+    linear = linear_flops_per_token(job.config.model) * job.tokens / job.layers
     one_way = act.hidden_state(job) / (gpu.host_link * LINK_SHARE)
     exposed = max(0.0, one_way - linear / (gpu.flops * MATMUL_SHARE))
-    return 2 * exposed * len(job.folds) * job.micro_batches
+    return 2 * exposed * job.layers * job.micro_batches
 
 
 def _weight_exchange(job: Job, gpu: Gpu) -> float:
@@ -179,7 +203,7 @@ def _row_exchange(job: Job, gpu: Gpu) -> float:
     config = job.config.model_copy(update={"data": data})
     layer = project(config, job.sp, machine).exposed_seconds
     passes = 1.5 if job.recomputes else 1.0  # the forward's half comes again
-    return layer * len(job.folds) * job.stage.micro_batch * job.micro_batches * passes
+    return layer * job.layers * job.stage.micro_batch * job.micro_batches * passes
 
 
 def _update(job: Job, gpu: Gpu) -> float:

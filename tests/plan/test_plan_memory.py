@@ -32,19 +32,27 @@ def job_of(config: Config, ranks: int = 1) -> Job:
 # -------------------------------------------------------------------------------------- activations
 
 LONG = {"data__seq_len": 4096, "model__num_heads": 8, "model__head_dim": 16}
+WINDOW = {"model__fold": "[]", "model__window": 64}
+ROUTED = {**WINDOW, "model__route": "{block = 16, top_k = 4, stretch = 2}"}
 OPERATORS: list[dict[str, Any]] = [
     {**LONG, "model__fold": "[1024]"},  # hop 1 rotates q and k into copies
     {**LONG, "model__fold": "[8]"},  # hop 2 does
     {**LONG, "model__fold": "[128]", "train__dtype": "fp32"},
     {**LONG, "model__fold": "[32, 32]", "train__micro_batch": 2},
     {**LONG, "model__fold": "[]"},
+    {**LONG, **WINDOW},
+    {**LONG, **WINDOW, "model__window": 512, "train__dtype": "fp32"},
+    {**LONG, **ROUTED},
+    {**LONG, **ROUTED, "model__window": 512, "train__micro_batch": 2},
+    {**LONG, **ROUTED, "model__route.open_tile": 1, "train__dtype": "fp32"},
+    {**LONG, **ROUTED, "model__route.top_k": 1, "model__window": 2048},  # the window is the peak
 ]
 
 
 @pytest.mark.parametrize("changes", OPERATORS, ids=str)
 def test_operator_on_whole_rows(changes: dict[str, Any]) -> None:
     config = small(**changes)
-    predicted = operator_memory(job_of(config), config.model.fold)
+    predicted = operator_memory(job_of(config), config.model.layer_kind(0))
     saved, peak = counted.operator(config)
     assert predicted.saved == saved
     assert predicted.saved + predicted.backward == pytest.approx(peak, abs=SCALARS)
@@ -66,7 +74,7 @@ def test_operator_on_shared_rows(
         lambda: [(*counted.operator(c), counted.operator_pass(c)) for c in configs], ranks
     )
     for config, (saved, peak, forward) in zip(configs, counts[0], strict=True):
-        predicted = operator_memory(job_of(config, ranks), config.model.fold)
+        predicted = operator_memory(job_of(config, ranks), config.model.layer_kind(0))
         assert predicted.saved == saved
         assert predicted.saved + predicted.backward == pytest.approx(peak, abs=SCALARS)
         assert predicted.forward == pytest.approx(forward, rel=0.001)
@@ -76,7 +84,7 @@ def test_operator_is_what_was_measured_on_a_gpu() -> None:
     # kernels/README.md: 131,072 tokens, H 32, K 8, D 128, fold [1024]: 5.81 GiB are allocated, 3.31
     # of them beyond the output and the gradients of q, k, v.
     config = load_config(ROOT / "configs/llama8b_32k.toml", ["data.seq_len=131072"])
-    memory = operator_memory(Job(config, 1, config.stages[0]), (1024,))
+    memory = operator_memory(Job(config, 1, config.stages[0]), "strided")
     gib, given = 2**30, (1 + 1 / 4 + 1 / 4) + 1  # q, k, v; the gradient that arrives
     allocated = (memory.saved + memory.backward) / gib - given
     reaches = 2 * 4 * 131072 / gib
@@ -91,6 +99,8 @@ BLOCKS: list[dict[str, Any]] = [
     {"model__fold": "[]", "train__micro_batch": 2},
     {"train__mlp_chunk": 256},
     {"train__mlp_chunk": 64, "model__hidden_size": 128},
+    WINDOW,
+    {**ROUTED, "model__intermediate_size": 32},
 ]  # fmt: skip
 
 
@@ -104,18 +114,20 @@ def test_block(changes: dict[str, Any], layers: str, dtype: str, recomputes: boo
         train__fused_layers=layers, data__seq_len=2048,
     )  # fmt: skip
     job = job_of(config)
-    operator = operator_memory(job, config.model.fold)
+    operator = operator_memory(job, config.model.layer_kind(0))
     kept, peak = counted.block(config)
     a_few = SCALARS + 2 * 4 * job.tokens  # such as norms' scales
-    assert activations.block_peak(job, operator) == pytest.approx(peak, abs=a_few)
-    assert kept == (0 if recomputes else activations.saved_by_block(job, operator))
+    kept_too = operator.kept if recomputes else 0  # the choice of a routed layer
+    predicted = activations.block_peak(job, operator) + kept_too
+    assert predicted == pytest.approx(peak, abs=a_few)
+    assert kept == (kept_too if recomputes else activations.saved_by_block(job, operator))
 
 
 def test_each_part_of_a_block_is_the_peak_of_one_case() -> None:
     peaks = []
     for changes in BLOCKS[:3]:
         job = job_of(small(**changes, data__seq_len=2048))
-        operator = operator_memory(job, job.config.model.fold)
+        operator = operator_memory(job, job.kinds[0])
         parts = [
             activations.mlp_peak(job, operator, 0), activations.norm_peak(job, operator),
             activations.attention_peak(job, operator),
@@ -211,6 +223,7 @@ def test_head(vocabulary: int, tokens: int, chunk: int, dtype: str) -> None:
 
 AGAIN = {"train__activation_checkpointing": True}
 WIDE = {"model__vocab_size": 4096}  # the head's gradient alone is more than the bucket
+MIXED = {**ROUTED, "model__layers": "['window', 'routed', 'full']"}
 ENGINES: list[dict[str, Any]] = [
     {"zero__stage": 1},
     {"zero__stage": 1, **AGAIN, "train__rows_per_step": 4},
@@ -220,6 +233,8 @@ ENGINES: list[dict[str, Any]] = [
     {"zero__stage": 3, **AGAIN, "model__num_layers": 7, "train__mlp_chunk": 128},
     {"zero__stage": 3, **WIDE, "optim__state_dtype": "bf16", "train__rows_per_step": 4},
     {"zero__stage": 0, **AGAIN, "train__dtype": "fp32"},
+    {"zero__stage": 2, **AGAIN, **MIXED},
+    {"zero__stage": 3, **MIXED},
 ]
 ON_ONE_RANK, ON_TWO_RANKS = (3,), range(len(ENGINES))
 
@@ -239,7 +254,7 @@ def counts(ranks: int) -> dict[int, dict[str, int]]:
 def predict(index: int, ranks: int) -> tuple[Job, GpuMemory]:
     """With the operator that the CPU runs, which is not the GPU's."""
     job = job_of(small(**ENGINES[index], train__attention="blocked"), ranks)
-    return job, gpu_memory(job, {fold: count_operator(job, fold) for fold in set(job.folds)})
+    return job, gpu_memory(job, {kind: count_operator(job, kind) for kind in set(job.kinds)})
 
 
 every_engine = pytest.mark.parametrize(
@@ -280,7 +295,7 @@ def test_gradients_that_one_bucket_holds_are_reduced_at_the_end() -> None:
     (counts,) = run_distributed(counted.engines, 1, configs, limits, time_limit=120)
     for config, count in zip(configs, counts, strict=True):
         job = plan_jobs(config, 1, CPU, limits)[-1]
-        memory = gpu_memory(job, {fold: count_operator(job, fold) for fold in set(job.folds)})
+        memory = gpu_memory(job, {kind: count_operator(job, kind) for kind in set(job.kinds)})
         totals = {phase.name: phase.total for phase in memory.phases}
         del totals["start"], totals["update"]
         assert max(totals, key=lambda name: totals[name]) == "end of the backward"
@@ -324,7 +339,7 @@ def test_offloaded_activations_are_on_the_host(monkeypatch: pytest.MonkeyPatch) 
     ((count,),) = run_distributed(counted.engines, 1, [config], LIMITS, time_limit=120)
     monkeypatch.setattr(host, "pinned", lambda num_bytes: num_bytes)  # only beside a GPU
     job = job_of(config)
-    memory = gpu_memory(job, {fold: count_operator(job, fold) for fold in set(job.folds)})
+    memory = gpu_memory(job, {kind: count_operator(job, kind) for kind in set(job.kinds)})
     on_gpu = max(p.total for p in memory.phases if p.name not in ("start", "update"))
     on_host = host.offloaded_activations(job)
     assert on_host == 8 * activations.hidden_state(job)

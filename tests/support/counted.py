@@ -16,19 +16,28 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from fold_parallel import Grid, create_grid, sharded_tensor_attention
+from fold_parallel import Grid, create_grid
 from tensor_attention.gpu import backward_key as triton_backward_key
 from tensor_attention.gpu import backward_line as triton_backward_line
 from tensor_attention.gpu import backward_query as triton_backward_query
 from tensor_attention.gpu import forward as triton_forward
 from tensor_attention.gpu import forward_line as triton_forward_line
 from tensor_attention.gpu import launch as triton_launch
+from tensor_attention.gpu import (
+    routed_backward,
+    routed_choice,
+    routed_forward,
+    routed_launch,
+    routed_lists,
+    routed_tiles,
+)
 from tensor_attention.gpu import tiles as triton_tiles
 from tensorlm.benchmarks.accounting import PeakMemory
 from tensorlm.config import Config, load_config
 from tensorlm.evaluation.model import EvaluatedModel
 from tensorlm.hf.cache_tensorlm import FoldCache
 from tensorlm.model import Block, create_llama
+from tensorlm.model.attention import Attention, KeptChoice
 from tensorlm.model.layers import RMSNorm, rotary_table
 from tensorlm.model.output_head import OutputHead
 from tensorlm.plan.job import Job, ZeroLimits, plan_jobs
@@ -72,6 +81,13 @@ def silent_kernels() -> Iterator[None]:
         (triton_launch, "rotate_kernel"), (triton_backward_key, "hop_backward_key_kernel"),
         (triton_backward_query, "hop_backward_query_kernel"),
         (triton_backward_line, "hop_backward_line_kernel"),
+        *((routed_choice, f"{name}_kernel") for name in (
+            "rotate_stretched", "block_mean", "query_sum", "choose",
+        )),
+        *((routed_lists, f"{name}_kernel") for name in ("tile_list", "rank", "reader")),
+        (routed_forward, "routed_forward_kernel"),
+        (routed_backward, "routed_backward_query_kernel"),
+        (routed_backward, "routed_backward_key_kernel"),
         (liger_kernel.ops.rms_norm, "_rms_norm_forward_kernel"),
         (liger_kernel.ops.rms_norm, "_rms_norm_backward_kernel"),
         (liger_kernel.ops.swiglu, "_swiglu_forward_kernel"),
@@ -80,7 +96,7 @@ def silent_kernels() -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for module, name in kernels:
             stack.enter_context(patch.object(module, name, _Silent()))
-        for module in (triton_launch, triton_tiles):
+        for module in (triton_launch, triton_tiles, routed_launch, routed_tiles):
             stack.enter_context(patch.object(module, "is_interpreted", lambda: False))
         capability = patch.object(torch.cuda, "get_device_capability", lambda device: (9, 0))
         stack.enter_context(capability)
@@ -132,20 +148,17 @@ def operator(config: Config) -> tuple[int, int]:
 
 def _operator(config: Config) -> tuple[int, int]:
     grid, model, rows = create_grid(config.parallel.sp), config.model, config.train.micro_batch
-    shard, fold = config.data.seq_len // config.parallel.sp, config.model.layer_fold(0)
+    shard = config.data.seq_len // config.parallel.sp
     with silent_kernels(), PeakMemory() as memory:
+        layer = Attention(model, 0, grid, "triton")
         q, k, v = (
             _leaf(rows, shard, heads, model.head_size, dtype=_dtype(config))
             for heads in (model.num_heads, model.num_kv_heads, model.num_kv_heads)
         )
         rotary = rotary_table(model, config.data.seq_len, torch.device("cpu"))
         doc_start = torch.zeros(rows, shard, dtype=torch.int32)
-        bias = torch.zeros(len(fold), model.num_heads, requires_grad=True) if fold else None
         before = memory.live
-        out = sharded_tensor_attention(
-            _Copy.apply(q), _Copy.apply(k), _Copy.apply(v), fold, grid=grid, doc_start=doc_start,
-            hop_bias=bias, rotary=rotary, backend="triton",
-        )  # fmt: skip
+        out = layer.attend(_Copy.apply(q), _Copy.apply(k), _Copy.apply(v), doc_start, rotary)
         _let_messages_go(grid)
         saved = memory.live - before
         total = _Sum.apply(out)
@@ -168,8 +181,9 @@ def operator_pass(config: Config) -> int:
 
 def _operator_pass(config: Config) -> int:
     grid, model, rows = create_grid(config.parallel.sp), config.model, config.train.micro_batch
-    shard, fold = config.data.seq_len // config.parallel.sp, config.model.layer_fold(0)
+    shard = config.data.seq_len // config.parallel.sp
     with silent_kernels(), torch.no_grad(), PeakMemory() as memory:
+        layer = Attention(model, 0, grid, "triton")
         rotary = rotary_table(model, config.data.seq_len, torch.device("cpu"))
         doc_start = torch.zeros(rows, shard, dtype=torch.int32)
         before = memory.live
@@ -178,9 +192,7 @@ def _operator_pass(config: Config) -> int:
             for heads in (model.num_heads, model.num_kv_heads, model.num_kv_heads)
         )
         memory.restart()
-        sharded_tensor_attention(
-            q, k, v, fold, grid=grid, doc_start=doc_start, rotary=rotary, backend="triton"
-        )
+        layer.attend(q, k, v, doc_start, rotary)
         peak = memory.peak - before
     _let_messages_go(grid)
     return peak
@@ -238,7 +250,7 @@ def block(config: Config) -> tuple[int, int]:
         x = _leaf(rows, config.data.seq_len, config.model.hidden_size, dtype=dtype)
         before = memory.live
         if config.train.activation_checkpointing:
-            y = checkpoint(layer, x, doc_start, rotary, use_reentrant=False)
+            y = checkpoint(layer, x, doc_start, rotary, KeptChoice(), use_reentrant=False)
         else:
             y = layer(x, doc_start, rotary)
         kept = memory.live - before - y.nbytes
