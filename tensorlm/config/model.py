@@ -44,8 +44,8 @@ class RouteConfig(Section):
     )
     stretch: int = Field(
         gt=0,
-        description="divisor of rotary positions beyond the window, which keeps long contexts inside "
-        "the trained range (1: positions as they are)",
+        description="divisor of rotary positions beyond the window, which keeps long contexts "
+        "inside the trained range (1: positions as they are)",
     )
     open_tile: int = Field(
         16,
@@ -94,8 +94,8 @@ class ModelConfig(Section):
     window: int = Field(
         0,
         ge=0,
-        description="tokens that every window and routed layer reads, the token itself included (0: "
-        "fold[0] where fold is given)",
+        description="tokens that every window and routed layer reads, the token itself included "
+        "(0: fold[0] where fold is given)",
     )
     fold: tuple[int, ...] = Field(
         (),
@@ -105,7 +105,8 @@ class ModelConfig(Section):
     )
     hop_bias_init: float = Field(
         -4.0,
-        description="initial bias of hops 2, 3, ... of strided layers; a low one begins as a window",
+        description="initial bias of hops 2, 3, ... of strided layers; a low bias begins as a "
+        "window",
     )
     full_every: int = Field(
         0,
@@ -123,8 +124,8 @@ class ModelConfig(Section):
     layers: tuple[LayerKind, ...] = Field(
         (),
         strict=False,
-        description="kind of each layer by name, instead of full_every and route_every (default (): "
-        "the kinds follow from the other settings)",
+        description="kind of each layer by name, instead of full_every and route_every (default "
+        "(): the kinds follow from the other settings)",
     )
 
     @model_validator(mode="after")
