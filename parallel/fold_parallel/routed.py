@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from tensor_attention import Backend, Rotary, choose_blocks, routed_attention, routed_hop
 from tensor_attention.api import check_operator
+from tensor_attention.routed import Keep
 from tensor_attention.routing import validate_route
 
 from .collectives import start_gather, start_halo
@@ -35,6 +36,7 @@ def sharded_routed_attention(
     rotary: Rotary | None = None,
     scale: float | None = None,
     backend: Backend = "auto",
+    keep: Keep | None = None,
 ) -> Tensor:
     """`routed_attention` of the whole row, this rank's T/P tokens of it; any P will do.
 
@@ -49,7 +51,7 @@ def sharded_routed_attention(
         grid: the rank grid; P is `grid.sp`.
         doc_start: [B, T/P] (or [1, T/P]), as in `sharded_tensor_attention`.
         rotary: table of at least T positions.
-        scale, backend: as in `routed_attention`.
+        scale, backend, keep: as in `routed_attention`; what is kept is of this rank.
 
     Returns:
         [B, T/P, H, E] in the dtype of v.
@@ -60,7 +62,7 @@ def sharded_routed_attention(
     if grid.sp == 1 or not q.numel():
         return routed_attention(
             q, k, v, window=window, block=block, top_k=top_k, stretch=stretch, open_tile=open_tile,
-            doc_start=doc_start, rotary=rotary, scale=scale, backend=backend,
+            doc_start=doc_start, rotary=rotary, scale=scale, backend=backend, keep=keep,
         )  # fmt: skip
     validate_route(window, block, top_k, stretch, open_tile)
     seq_len = q.shape[1] * grid.sp
@@ -77,11 +79,15 @@ def sharded_routed_attention(
     z, lse = first_hop(q, k, v, depth, halo, length, grid, rotary, scale, backend)
     # In this order, backward sends the gradients of the gathered keys before that of hop 1 begins.
     k, v, starts = gather.wait()
-    choice = choose_blocks(
-        q, k, window=window, block=block, top_k=top_k, stretch=stretch, doc_start=starts,
-        rotary=rotary, first=first, ordered=False, backend=backend,
-    )  # fmt: skip
-    choice = _with_earlier(choice, open_tile - 1, first, grid)
+
+    def choose() -> Tensor:
+        choice = choose_blocks(
+            q, k, window=window, block=block, top_k=top_k, stretch=stretch, doc_start=starts,
+            rotary=rotary, first=first, ordered=False, backend=backend,
+        )  # fmt: skip
+        return _with_earlier(choice, open_tile - 1, first, grid)
+
+    choice = choose() if keep is None else keep(choose)
     state = (_Read.apply(z[:, length:], k, v), lse[:, length:])
     return routed_hop(
         q, k, v, choice, window=window, block=block, stretch=stretch, open_tile=open_tile,

@@ -175,7 +175,5 @@ class ModelConfig(Section):
     def check_sharing(self, seq_len: int, sp: int) -> None:
         """Raise ValueError, naming legal sizes, unless `sp` ranks can share a row of `seq_len`."""
         kinds = set(self.layer_kinds)
-        if sp > 1 and kinds & {"window", "routed"}:
-            raise ValueError(f"sp must be 1 for window and routed layers, got {sp}")
         heads = self.num_heads if "full" in kinds else None
         check_sizes(seq_len, sp, self.fold if "strided" in kinds else (), heads)

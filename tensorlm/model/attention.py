@@ -8,8 +8,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from fold_parallel import Grid, sharded_tensor_attention
-from tensor_attention import Backend, Rotary, routed_attention, window_attention
+from fold_parallel import (
+    Grid,
+    sharded_routed_attention,
+    sharded_tensor_attention,
+    sharded_window_attention,
+)
+from tensor_attention import Backend, Rotary
 from tensorlm.config import ModelConfig
 
 
@@ -69,15 +74,15 @@ class Attention(nn.Module):
         """The operator of this layer: q [B, T, H, D], k and v [B, T, K, D] to [B, T, H, D]."""
         match self.kind:
             case "window":
-                return window_attention(
-                    q, k, v, window=self.window, doc_start=doc_start, rotary=rotary,
-                    backend=self.backend,
+                return sharded_window_attention(
+                    q, k, v, window=self.window, grid=self.grid, doc_start=doc_start,
+                    rotary=rotary, backend=self.backend,
                 )  # fmt: skip
             case "routed":
                 assert self.route is not None
-                return routed_attention(
+                return sharded_routed_attention(
                     q, k, v, window=self.window, block=self.route.block, top_k=self.route.top_k,
-                    stretch=self.route.stretch, open_tile=self.route.open_tile,
+                    stretch=self.route.stretch, open_tile=self.route.open_tile, grid=self.grid,
                     doc_start=doc_start, rotary=rotary, backend=self.backend, keep=kept,
                 )  # fmt: skip
             case "strided" | "full":

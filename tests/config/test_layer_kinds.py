@@ -151,10 +151,14 @@ def test_blocks_that_kernels_do_not_take_are_legal_unless_kernels_are_asked_for(
     assert reason in caught.value.problems[0]
 
 
-def test_ranks_may_not_share_rows_of_window_and_routed_layers_yet() -> None:
+def test_ranks_share_rows_of_window_and_routed_layers_whatever_the_window() -> None:
     for overrides in ([GIVEN], ["model.fold=[]", "model.window=64"]):
-        with pytest.raises(UserError, match="sp must be 1 for window and routed layers, got 2"):
-            load_config(DEMO, [*overrides, "parallel.sp=2"])
+        load_config(DEMO, [*overrides, "parallel.sp=2", "data.seq_len=3978"])
+        with pytest.raises(UserError, match=r"sp = 4 cannot share rows with seq_len = 3978"):
+            load_config(DEMO, [*overrides, "parallel.sp=4", "data.seq_len=3978"])
+    full_too = ["model.fold=[]", "model.window=64", "model.full_every=2", "data.seq_len=3978"]
+    with pytest.raises(UserError, match=r"sp = 3 cannot share .* heads = 4"):
+        load_config(DEMO, [*full_too, "parallel.sp=3"])
 
 
 def trained(*overrides: str) -> dict[str, Any]:
