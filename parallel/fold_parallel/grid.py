@@ -102,7 +102,8 @@ def check_sizes(
     Args:
         seq_len: tokens per row.
         sp: ranks that share a row.
-        fold: lengths of the inner axes, innermost first; [] if every layer is full attention.
+        fold: lengths of the inner axes, innermost first; [] if no layer is strided. Window and
+            routed layers need only that P divides the row.
         full_attention_heads: number of query heads, where some layers are full attention: those
             are shared by heads.
     """
@@ -121,9 +122,10 @@ def check_sizes(
         below = seq_len // unit * unit
         nearest = f"{below} or {below + unit}" if below else f"{unit}"
         legal.append(f"seq_len a multiple of {unit}, such as {nearest}")
+    folded = f", fold = {list(fold)}" if fold else ""
     heads = "" if full_attention_heads is None else f", heads = {full_attention_heads}"
     raise ValueError(
-        f"sp = {sp} cannot share rows with seq_len = {seq_len}, fold = {list(fold)}{heads}"
+        f"sp = {sp} cannot share rows with seq_len = {seq_len}{folded}{heads}"
         f" (legal: {'; or '.join(legal)})"
     )
 

@@ -34,9 +34,10 @@ def operator_memory(job: Job, kind: LayerKind) -> OperatorMemory:
     """Of one layer of this kind."""
     fold = job.config.model.fold if kind == "strided" else ()
     if kind == "routed":
-        return routed(job)
+        return routed(job) if job.sp == 1 else _with_gathered(job, routed(job))
     if kind == "window":
-        return chain(job, [Axis(1, job.config.model.window_size)])
+        alone = chain(job, [Axis(1, job.config.model.window_size)])
+        return alone if job.sp == 1 else _with_window_in_front(job, alone)
     if job.sp == 1:
         return chain(job, fold_axes(fold, job.stage.seq_len))
     return shared(job, fold) if fold else shared_heads(job)
@@ -84,6 +85,35 @@ def routed(job: Job) -> OperatorMemory:
         2 * (q + 2 * k) + lse + window_q + window_k - choice - token,
     )
     return OperatorMemory(saved, backward, forward, kept=choice)
+
+
+def _with_window_in_front(job: Job, alone: OperatorMemory) -> OperatorMemory:
+    """Hop 1 of a shared row keeps q, k, v and z of as many tokens more as the window has.
+
+    An upper bound: all of it is counted as that much longer (`fold_parallel/window.py`).
+    """
+    window = min(job.config.model.window_size, job.stage.seq_len)
+    longer = 1 + job.stage.micro_batch * window / job.tokens
+    q, k, _, _ = sizes(job)
+    copies = q + 2 * k  # of q, k, v behind the halo
+    return OperatorMemory(
+        round(longer * (alone.saved + copies)), round(longer * alone.backward),
+        round(longer * (alone.forward + copies)), alone.kept,
+    )  # fmt: skip
+
+
+def _with_gathered(job: Job, alone: OperatorMemory) -> OperatorMemory:
+    """Keys and values of the whole row, a rotated copy, and gradients of both that ranks exchange.
+
+    An upper bound: what is freed before something else is made is counted with it.
+    """
+    shared_window = _with_window_in_front(job, alone)
+    _, k, _, token = sizes(job)
+    row = job.sp * (2 * k + token)
+    return OperatorMemory(
+        shared_window.saved + row, shared_window.backward + 2 * row + job.sp * k,
+        shared_window.forward + row + 2 * job.sp * k, alone.kept,
+    )  # fmt: skip
 
 
 def kept_choice(job: Job) -> int:

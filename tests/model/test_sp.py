@@ -4,6 +4,7 @@ import dataclasses
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fold_parallel import Grid, create_grid
+from tensor_attention import routed_blocked
 from tensorlm.batch import IGNORED
 from tensorlm.benchmarks.accounting import PeakMemory
 from tensorlm.config import ModelConfig
@@ -60,6 +62,8 @@ def make_row() -> tuple[Tensor, Tensor, Tensor]:
 Results = dict[str, Tensor]
 
 
+# Slices of 16 tokens begin where tiles do, so that routed products are those of the whole row.
+@patch.object(routed_blocked, "_TILE", 16)
 def run_model(name: str, dtype: torch.dtype, grid: Grid, on: torch.device) -> Results:
     """Loss, logits and gradients of this rank's tokens; logits again with CHANGED changed."""
     # Shards recompute their activations, and take the loss in odd chunks.
@@ -120,12 +124,9 @@ def test_loss_and_every_gradient_equal_those_of_one_rank(
         assert error <= 1e-10, f"{key}: relative error {error:.1e}"
 
 
-# Bits of a routed layer are those of one rank where no tile of 64 tokens is cut.
-UNCUT = [(name, n) for name in MODELS for n in (2, 4, 8) if "routed" not in name or n == 2]
-
-
+@pytest.mark.parametrize("world_size", [2, 4, 8])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("name", "world_size"), UNCUT)
+@every_model
 def test_forward_loss_and_logits_are_bitwise_those_of_one_rank(
     world_size: int, dtype: torch.dtype, name: str
 ) -> None:
@@ -165,6 +166,32 @@ def test_a_model_exchanges_with_the_ranks_of_its_row_alone_and_gathers_nothing(
         assert set(events) == {"neighbour", "alltoall_base_"}
         assert events.count("neighbour") == 2 * 2
         assert events.count("alltoall_base_") == 2 * (3 + 2 + 3)
+
+
+def sent_by_a_routed_model(sp: int) -> tuple[list[str], list[str]]:
+    grid = create_grid(sp)
+    name = "windows and routed layers"
+    model = build(name, grid, activation_checkpointing=True).to(device())
+    row = (x[:, grid.tokens(sum(DOCUMENTS))].to(device()) for x in make_row())
+    with Log() as forward:
+        loss = model(*row)
+    with Log() as backward:
+        loss.backward()
+    return forward.sent, backward.sent
+
+
+@ranks_and_backends(2)
+def test_a_recomputed_routed_layer_gathers_again_but_chooses_once(
+    world_size: int, backend: str
+) -> None:
+    halo, gather, back = "neighbour", "_allgather_base_", "alltoall_base_"
+    for forward, backward in run_distributed(
+        sent_by_a_routed_model, world_size, world_size, backend=backend
+    ):
+        routed, window = [halo, gather, halo], [halo]  # the last halo is that of the choice
+        assert forward == window + routed + routed
+        # Recomputed: the halo and the gather, then gradients of the gathered, and of the halo.
+        assert backward == [halo, gather, back, halo] * 2 + [halo] * 2
 
 
 LONG = 8192

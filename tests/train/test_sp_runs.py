@@ -86,6 +86,26 @@ def test_equal_weights_have_bitwise_equal_losses(world_size: int, trained: Train
     assert losses(trained(world_size, "gloo"))[0] == losses(trained(1, "gloo"))[0]
 
 
+ROUTED = [
+    "model.fold=[]", "model.full_every=0", "model.window=16", "model.route_every=2",
+    "model.route={block=8, top_k=2, stretch=2}", "train.stop_at=6",
+]  # fmt: skip
+
+
+@ranks_and_backends(2, 4)
+def test_window_and_routed_layers_have_the_losses_of_one_rank(
+    tmp_path: Path, world_size: int, backend: str, data: Path
+) -> None:
+    runs = []
+    for sp in (1, world_size):
+        config, run_dir = tmp_path / f"{sp}.toml", tmp_path / str(sp)
+        config.write_text(TINY.format(run=run_dir, data=data))
+        train_on_ranks(config, sp, *ROUTED, backend=backend)
+        runs.append(losses(run_dir))
+    assert len(runs[0]) == 6
+    assert runs[1] == pytest.approx(runs[0], rel=2e-6)
+
+
 @ranks_and_backends(4)
 def test_a_run_goes_on_with_another_number_of_ranks_to_a_row(
     tmp_path: Path, world_size: int, backend: str, config: Path, trained: Trained
