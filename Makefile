@@ -59,7 +59,8 @@ test: check ## the whole suite, on the CPU
 
 .PHONY: test-faults
 test-faults: .venv/.installed-dev ## the long tier of fault injection (docs/reliability.md; an hour)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m faults -n auto tests/reliability
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m faults -n auto \
+	  tests/reliability tests/slurm tests/train tests/data
 
 .PHONY: test-gpu
 test-gpu: .venv/.installed-dev ## the tests that need a GPU

@@ -33,7 +33,11 @@ settings.register_profile("tests", deadline=None, derandomize=True)
 settings.load_profile("tests")
 
 # Long files first, short ones last: all workers end at about the same time.
-LONG = ("tests/slurm/", "tests/reliability/")
+LONG = (
+    "tests/slurm/", "tests/train/test_train.py", "tests/tensor_attention/test_triton.py",
+    "tests/tensor_attention/test_routed_triton.py", "tests/evaluation/test_solver.py",
+    "tests/plan/test_plan_memory.py", "tests/reliability/",
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

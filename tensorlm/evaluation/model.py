@@ -16,19 +16,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-from transformers.utils import logging
 
 from fold_parallel import Grid
 from tensorlm.checkpoint import check_model, load_weights, select_checkpoint
 from tensorlm.config import Config, parse_config
 from tensorlm.data.tokenizer.tokenizers import check_tokenizer, largest_text_id, load_tokenizer
-from tensorlm.hf.cache_tensorlm import FoldCache
-from tensorlm.hf.configuration_tensorlm import TensorLMConfig
-from tensorlm.hf.export_folder import DTYPES, hf_config, hf_name
-from tensorlm.hf.load_folder import load_folder
-from tensorlm.hf.modeling_tensorlm import TensorLMForCausalLM
+from tensorlm.hf.export_folder import DTYPES
 from tensorlm.model import Llama, create_llama
 from tensorlm.runtime.errors import UserError
 
@@ -123,50 +116,20 @@ class EvaluatedModel:
     @torch.no_grad()
     def generate(self, prompt: list[int], num_tokens: int) -> str:
         """The most likely continuation, at most `num_tokens` long, as text."""
-        tokens = torch.tensor([prompt], device=self.device)
-        cache = None
-        if isinstance(self.generator, TensorLMForCausalLM):
-            cache = FoldCache(self.generator.config, expected=len(prompt) + num_tokens)
-        whole = self.generator.generate(
-            tokens,
-            past_key_values=cache,
-            attention_mask=torch.ones_like(tokens),
-            max_new_tokens=num_tokens,
-            do_sample=False,
-            use_cache=True,
-            pad_token_id=self.tokenizer.eos_token_id,
-            eos_token_id=self.tokenizer.eos_token_id,
-            prefill_chunk_size=self.prefill_chunk if len(prompt) > self.prefill_chunk else None,
-        )
+        from .decoding import continue_greedily
+
+        tokens, eos_id = torch.tensor([prompt], device=self.device), self.tokenizer.eos_token_id
+        found = continue_greedily(self.generator, tokens, num_tokens, eos_id, self.prefill_chunk)
         self._pass_done(1, None)
-        text: str = self.tokenizer.decode(whole[0, len(prompt) :], skip_special_tokens=True)
+        text: str = self.tokenizer.decode(found, skip_special_tokens=True)
         return text
 
     @cached_property
     def generator(self) -> Any:
         """The network with a cache for decoding, on the same weights."""
-        logging.set_verbosity_error()  # else a warning that the prompt exceeds the trained length
-        if isinstance(self.network, Llama):
-            return _hugging_face_view(self.network, self.trained_length, self.device)
-        return self.network
+        from .decoding import decoder_of
 
-
-def _hugging_face_view(model: Llama, seq_len: int, device: torch.device) -> nn.Module:
-    """A Hugging Face model that shares the parameters of `model`."""
-    settings = hf_config(model.config, seq_len, "fp32")
-    dtype = model.embed_tokens.weight.dtype
-    with torch.device("meta"):
-        if model.config.fold:
-            view = TensorLMForCausalLM(TensorLMConfig(**settings))
-        else:
-            view = LlamaForCausalLM(LlamaConfig(**settings))
-    weights = {hf_name(name): p for name, p in model.named_parameters()}
-    view.load_state_dict(weights, strict=not model.config.tie_embeddings, assign=True)
-    view.tie_weights()
-    with device:
-        view.model.rotary_emb = LlamaRotaryEmbedding(view.config)
-    view.config.dtype = dtype
-    return view.eval()
+        return decoder_of(self.network, self.trained_length, self.device)
 
 
 # -------------------------------------------------------------------------------------------- open
@@ -230,6 +193,8 @@ def open_hugging_face_model(
     Raises:
         UserError: not such a folder, or its tokenizer has more ids than its model.
     """
+    from tensorlm.hf.load_folder import load_folder  # slow to import, as in decoding.py
+
     network = load_folder(folder, DTYPES[config.train.dtype])
     tokenizer = load_tokenizer(folder)
     _check_ids(folder, tokenizer, network.config.vocab_size)

@@ -23,12 +23,10 @@ from tensorlm.runtime.errors import UserError
 from tensorlm.runtime.lock import locked
 from tensorlm.runtime.progress import byte_bar
 
-from .configuration_tensorlm import AUTO_MAP
 from .export_tokenizer import describe_prompts, write_tokenizer
 from .imported_tokenizer import is_same_tokenizer
 from .llama_config import max_positions
 from .model_card import model_card
-from .modeling_tensorlm import write_code
 from .rounding import Rounding, round_part
 
 SHARD_BYTES = 5 * 10**9
@@ -92,6 +90,8 @@ def export_checkpoint(
         write_json(folder / "config.json", fields)
         write_json(folder / "generation_config.json", generation)
         if config.model.fold:
+            from .modeling_tensorlm import write_code  # slow to import
+
             write_code(folder)
         name = imported.name if imported else None
         how = f"{dtype}, rounded stochastically" if rounding == "stochastic" else dtype
@@ -135,6 +135,8 @@ def hf_config(model: ModelConfig, seq_len: int, dtype: str) -> dict[str, Any]:
     if model.rope_scaling is not None:
         config["rope_scaling"] = model.rope_scaling.model_dump()
     if model.fold:
+        from .configuration_tensorlm import AUTO_MAP  # slow to import
+
         config |= {
             "architectures": ["TensorLMForCausalLM"],
             "model_type": "tensorlm",
@@ -174,7 +176,7 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 def check_new_folder(output: Path) -> None:
     """Raise UserError unless an export may fill `output`: it does not exist, or is empty."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        state = "is not empty" if output.is_dir() else "is no folder"
+        state = "is not empty" if output.is_dir() else "is not a directory"
         raise UserError(f"{output}: {state} (choose another --output)")
 
 

@@ -118,12 +118,12 @@ def assemble(parts: list[list[Batch]], dp: int, sp: int) -> list[tuple[torch.Ten
     return rows
 
 
-def test_a_thousand_resizes_lose_and_repeat_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("num_resizes", [200, pytest.param(1000, marks=pytest.mark.faults)])
+def test_random_resizes_lose_and_repeat_nothing(tmp_path: Path, num_resizes: int) -> None:
     stages = [
         {"steps": 60, "seq_len": SEQ_LENS[0], "rows_per_step": 8},
         {"steps": 50, "seq_len": SEQ_LENS[1], "rows_per_step": 8},
     ]
-    num_resizes = 1000
     total = 110 + 2 * num_resizes
     config = run_config(tmp_path, steps=total, earlier_stages=stages)
     reference = open_rows(config, "train", verify=True)

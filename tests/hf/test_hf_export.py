@@ -355,7 +355,7 @@ def test_an_output_that_is_taken_is_refused_before_the_checkpoint_is_read(
     (output / "model.safetensors" if taken == "folder" else output).write_text("mine")
     # There is no checkpoint either.
     assert launcher_here("convert.py", "export", "--config", config, "--output", output) == 2
-    state = "is not empty" if taken == "folder" else "is no folder"
+    state = "is not empty" if taken == "folder" else "is not a directory"
     assert capsys.readouterr().err == f"error: {output}: {state} (choose another --output)\n"
 
 

@@ -18,7 +18,7 @@ from tensorlm.checkpoint import newest_checkpoint
 from tensorlm.config import config_toml, load_config
 from tensorlm.runtime.commit import git_commit
 from tests.slurm.conftest import Site
-from tests.support.launching import losses
+from tests.support.launching import TrainRanks, losses
 
 
 def hashes(run: Path) -> list[str]:
@@ -49,23 +49,17 @@ def check_head_of_log(log: Path, run: Path) -> None:
     assert (run / f"logs/{log.name}").read_text() == log.read_text()
 
 
-def test_job_disturbed_under_every_launcher_ends_like_an_undisturbed_one(
-    site: Site, tmp_path: Path
-) -> None:
-    cluster, whole, broken = site.cluster, tmp_path / "whole", tmp_path / "broken"
-    site.set_site("export LAUNCHER=srun")
-    steps = ("train.steps=80", "checkpoint.every=5")
-    job = site.train(whole, *steps)
-    assert cluster.wait_for(job) == "COMPLETED", site.log(job)
-    check_head_of_log(site.folder / f"slurm/logs/llama8b-{job}.out", whole)
+def disturb(site: Site, job: str, run: Path, course: list[tuple[str, str]]) -> None:
+    """Disturb a training job of two ranks once a start, until it has gone through `course`.
 
-    site.set_site("export LAUNCHER=deepspeed")
-    job = site.train(broken, *steps)
-
+    Args:
+        course: what happens to each start, and the launcher of the next one.
+    """
+    cluster, log_file = site.cluster, Path(site.cluster.field(job, "StdOut"))
     urgent: list[str] = []
 
     def stop_is_asked() -> None:
-        cluster.wait_until((broken / "STOP").exists, "the job has the signal")
+        cluster.wait_until((run / "STOP").exists, "the job has the signal")
 
     def signal() -> None:
         cluster.run("scancel", "--batch", "--signal=USR1", job)
@@ -84,17 +78,13 @@ def test_job_disturbed_under_every_launcher_ends_like_an_undisturbed_one(
         cluster.kill_node("node2")
         cluster.start_node("node2")
 
-    disturbances: list[tuple[Callable[[], object], str]] = [
-        (signal, "torchrun"),
-        (preempt, "mpirun"),
-        (requeue, "srun"),
-        (kill_node, "deepspeed"),
-        (cluster.kill_launchers, "srun"),
-    ]
-    log_file = Path(cluster.field(job, "StdOut"))
-    for number, (disturb, next_launcher) in enumerate(disturbances, start=1):
+    disturbances: dict[str, Callable[[], object]] = {
+        "signal": signal, "preempt": preempt, "requeue": requeue, "kill node": kill_node,
+        "kill launchers": cluster.kill_launchers,
+    }  # fmt: skip
+    for number, (kind, next_launcher) in enumerate(course, start=1):
         # A launcher that dies is made good for where there was progress, and only there.
-        sign = "\ncheckpoint " if number == 5 else "\nstep "
+        sign = "\ncheckpoint " if kind == "kill launchers" else "\nstep "
 
         def is_training(starts: int = number, sign: str = sign) -> bool:
             parts = log_file.read_text().split("\n=== ")
@@ -106,29 +96,72 @@ def test_job_disturbed_under_every_launcher_ends_like_an_undisturbed_one(
         for rank in ranks:  # else it may have ended by itself when the disturbance arrives
             rank.suspend()
         site.set_site(f"export LAUNCHER={next_launcher}")
-        disturb()
+        disturbances[kind]()
         for rank in ranks:
             with suppress(psutil.NoSuchProcess):
                 rank.resume()
         cluster.wait_for_restart(job, number)
-    assert cluster.wait_for(*urgent) == "COMPLETED"
     assert cluster.wait_for(job) == "COMPLETED", site.log(job)
+    assert not urgent or cluster.wait_for(*urgent) == "COMPLETED"
 
-    log = site.log(job)
-    launchers = re.findall(r"^launcher = (\w+), 2 ranks", log, re.MULTILINE)
-    assert launchers == ["deepspeed", "torchrun", "mpirun", "srun", "deepspeed", "srun"]
+
+def check_course(log: str, launchers: list[str], num_saved: int) -> None:
+    """The log names each start's launcher; the first `num_saved` ends saved where they were."""
+    assert re.findall(r"^launcher = (\w+), 2 ranks", log, re.MULTILINE) == launchers
     starts = re.findall(r"^start = (.*), of 80 steps$", log, re.MULTILINE)
     saved = re.findall(r"^requeue: saved .* continues (after step \d+)$", log, re.MULTILINE)
     # Asked to go, it saved where it was: no step is done twice.
-    assert starts[:3] == ["from scratch", *saved]
+    assert len(saved) == num_saved
+    assert starts[: num_saved + 1] == ["from scratch", *saved]
     # deepspeed left with 0 when it was killed: that is not taken for the end.
     assert "\nerror: deepspeed: has ended before checkpoint 80\n" in log
     assert "\nrequeue: exit code 70, after new checkpoints;" in log
-    assert hashes(broken) == hashes(whole)
-    assert losses(broken) == losses(whole)
-    # What was made for the job alone is gone.
-    left = [path.name for path in broken.iterdir()]
+
+
+def check_same_end(run: Path, whole: Path) -> None:
+    """The runs have the same bits, and what was made for the job alone is gone."""
+    assert hashes(run) == hashes(whole)
+    assert losses(run) == losses(whole)
+    left = [path.name for path in run.iterdir()]
     assert not [name for name in left if name.startswith((".", "STOP", "REQUEUE"))]
+
+
+STEPS = ("train.steps=80", "checkpoint.every=5")
+
+
+def test_job_asked_to_stop_and_then_killed_ends_like_an_undisturbed_run(
+    site: Site, tmp_path: Path, train_ranks: TrainRanks
+) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    train_ranks(f"run.dir={whole}", "parallel.sp=2", *STEPS)
+    site.set_site("export LAUNCHER=srun")
+    job = site.train(broken, *STEPS)
+    disturb(site, job, broken, [("signal", "deepspeed"), ("kill launchers", "mpirun")])
+    check_head_of_log(site.folder / f"slurm/logs/llama8b-{job}.out", broken)
+    check_course(site.log(job), ["srun", "deepspeed", "mpirun"], num_saved=1)
+    check_same_end(broken, whole)
+
+
+@pytest.mark.faults
+def test_job_disturbed_under_every_launcher_ends_like_an_undisturbed_one(
+    site: Site, tmp_path: Path
+) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    site.set_site("export LAUNCHER=srun")
+    job = site.train(whole, *STEPS)
+    assert site.cluster.wait_for(job) == "COMPLETED", site.log(job)
+    check_head_of_log(site.folder / f"slurm/logs/llama8b-{job}.out", whole)
+
+    site.set_site("export LAUNCHER=deepspeed")
+    job = site.train(broken, *STEPS)
+    course = [
+        ("signal", "torchrun"), ("preempt", "mpirun"), ("requeue", "srun"),
+        ("kill node", "deepspeed"), ("kill launchers", "srun"),
+    ]  # fmt: skip
+    disturb(site, job, broken, course)
+    launchers = ["deepspeed", *(launcher for _, launcher in course)]
+    check_course(site.log(job), launchers, num_saved=2)
+    check_same_end(broken, whole)
 
 
 def test_job_that_restarts_without_progress_stays_down(site: Site, tmp_path: Path) -> None:

@@ -1,0 +1,73 @@
+"""The generating side of a model under evaluation: greedy continuations with a cache.
+
+Only tasks that generate import it, since transformers' model classes take seconds to import.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers.utils import logging
+
+from tensorlm.hf.cache_tensorlm import FoldCache
+from tensorlm.hf.configuration_tensorlm import TensorLMConfig
+from tensorlm.hf.export_folder import hf_config, hf_name
+from tensorlm.hf.modeling_tensorlm import TensorLMForCausalLM
+from tensorlm.model import Llama
+
+
+def decoder_of(network: nn.Module, seq_len: int, device: torch.device) -> nn.Module:
+    """The network with a cache for decoding, on the same weights."""
+    logging.set_verbosity_error()  # else a warning that the prompt exceeds the trained length
+    return _hugging_face_view(network, seq_len, device) if isinstance(network, Llama) else network
+
+
+def _hugging_face_view(model: Llama, seq_len: int, device: torch.device) -> nn.Module:
+    """A Hugging Face model that shares the parameters of `model`."""
+    settings = hf_config(model.config, seq_len, "fp32")
+    dtype = model.embed_tokens.weight.dtype
+    with torch.device("meta"):
+        if model.config.fold:
+            view = TensorLMForCausalLM(TensorLMConfig(**settings))
+        else:
+            view = LlamaForCausalLM(LlamaConfig(**settings))
+    weights = {hf_name(name): p for name, p in model.named_parameters()}
+    view.load_state_dict(weights, strict=not model.config.tie_embeddings, assign=True)
+    view.tie_weights()
+    with device:
+        view.model.rotary_emb = LlamaRotaryEmbedding(view.config)
+    view.config.dtype = dtype
+    return view.eval()
+
+
+def continue_greedily(
+    decoder: Any, tokens: Tensor, num_tokens: int, eos_id: int, prefill_chunk: int
+) -> Tensor:
+    """The most likely continuation of a prompt.
+
+    Args:
+        tokens: [1, L] int64, the prompt.
+        num_tokens: the longest continuation.
+        eos_id: ends it.
+        prefill_chunk: tokens of the prompt in one pass.
+
+    Returns:
+        [M] int64, M <= num_tokens, without the prompt.
+    """
+    length, cache = tokens.shape[1], None
+    if isinstance(decoder, TensorLMForCausalLM):
+        cache = FoldCache(decoder.config, expected=length + num_tokens)
+    whole: Tensor = decoder.generate(
+        tokens,
+        past_key_values=cache,
+        attention_mask=torch.ones_like(tokens),
+        max_new_tokens=num_tokens,
+        do_sample=False,
+        use_cache=True,
+        pad_token_id=eos_id,
+        eos_token_id=eos_id,
+        prefill_chunk_size=prefill_chunk if length > prefill_chunk else None,
+    )
+    return whole[0, length:]
