@@ -340,8 +340,12 @@ class Config(Section):
             problems.append("train.activation_offload: needs train.activation_checkpointing = true")
         if self.train.attention == "triton" and (reason := why_slow(self.model)):
             problems.append(f"model.route: {reason} (or set train.attention = auto, which is slow)")
-        if self.optim.warmup_steps + self.optim.decay_steps > self.train.steps:
-            problems.append("optim: warmup_steps + decay_steps exceed train.steps")
+        warmup, decay, steps = self.optim.warmup_steps, self.optim.decay_steps, self.train.steps
+        if warmup + decay > steps:
+            problems.append(
+                f"optim: warmup_steps + decay_steps must be at most train.steps = {steps}, "
+                f"got {warmup} + {decay} (lower them or train longer)"
+            )
         if self.optim.min_lr > self.optim.lr:
             problems.append("optim.min_lr: larger than optim.lr")
         if self.optim.schedule == "wsd" and not self.optim.decay_steps:

@@ -84,6 +84,12 @@ def test_wrong_value_is_named_in_one_line(override: str, word: str) -> None:
     assert all("\n" not in line for line in lines)
 
 
+def test_a_schedule_longer_than_the_run_is_reported_with_both_lengths() -> None:
+    lines = problems("train.steps=3", "optim.warmup_steps=2", "optim.decay_steps=4")
+    rule = "optim: warmup_steps + decay_steps must be at most train.steps = 3, got 2 + 4 "
+    assert any(rule + "(lower them or train longer)" in line for line in lines)
+
+
 def test_contradictions_are_reported_together() -> None:
     lines = problems("zero.stage=0", "train.dtype=bf16", "optim.min_lr=1.0")
     assert len(lines) == 2

@@ -115,6 +115,19 @@ def test_after_a_bad_row_is_mended_only_its_file_is_encoded_again(
     assert finished(output) == after
 
 
+def test_holding_out_every_document_is_explained_and_names_the_way_on(
+    tmp_path: Path, tokenizers: list[Path]
+) -> None:
+    files, output = write(tmp_path, a=lines("a")), tmp_path / "set"
+    rule = "train must have at least 1 document, got 0 of "
+    with pytest.raises(
+        UserError, match=rule + r"\d+, the others are held out \(add texts or lower"
+    ):
+        encode(files, tokenizers[0], output, holdout=1.0 - 1e-9)
+    with pytest.raises(UserError, match=r"was begun with other holdout .* or remove this one\)"):
+        encode(files, tokenizers[0], output, holdout=0.1)
+
+
 def test_an_input_that_was_empty_and_is_filled_is_encoded_too(
     tmp_path: Path, tokenizers: list[Path]
 ) -> None:

@@ -1,6 +1,7 @@
 """The tokenizer of an exported folder: its ids, its chat templates, and how its prompts begin."""
 
 import json
+import logging
 import resource
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from tensorlm.data.prepare.encode import encode
+from tensorlm.data.tokenizer.reading import check_plain_reading
 from tensorlm.data.tokenizer.tokenizers import copy_tokenizer, load_tokenizer, tokenizer_sha256
 from tensorlm.hf.imported_tokenizer import describe_another_tokenizer
 from tensorlm.runtime.errors import UserError
@@ -48,6 +50,23 @@ def with_template(form: str, *around: str) -> str:
         "special_tokens": {n: {"id": n, "ids": [i], "tokens": [n]} for n, i in tokens.items()},
     }
     return json.dumps(value)
+
+
+def test_the_check_of_an_exported_tokenizer_prints_no_warning_of_transformers(
+    tmp_path: Path,
+) -> None:
+    folder = write_folder(tmp_path / "tok", byte_level())
+    records: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = records.append  # type: ignore[method-assign]
+    logger = logging.getLogger("transformers")
+    logger.addHandler(handler)
+    try:
+        check_plain_reading(folder, "tensorlm")
+    finally:
+        logger.removeHandler(handler)
+    # "You are using a model of type `tensorlm` to instantiate a model of type ``", for one.
+    assert [record.getMessage() for record in records] == []
 
 
 @pytest.mark.parametrize("fold", ["[]", "[4,8]"])

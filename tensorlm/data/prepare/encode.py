@@ -196,6 +196,17 @@ def batches(texts: Iterator[str]) -> Iterator[list[str]]:
         yield batch
 
 
+def _nothing_to_train_on(output: Path, splits: tuple[str, ...], num_shards: int) -> str:
+    """Why there are no training documents, and what to do about it."""
+    names = [f"{split}/{shard_name(n)}.json" for split in splits for n in range(num_shards)]
+    total = sum(read_header(output / name).num_documents for name in names)
+    held_out, fix = (", the others are held out", " or lower --holdout") if total else ("", "")
+    return (
+        f"{output}: train must have at least 1 document, got 0 of {total}{held_out} "
+        f"(add texts{fix}; choose another --output or remove this one)"
+    )
+
+
 def _finish(
     output: Path, splits: tuple[str, ...], num_shards: int, num_made: int, seconds: float
 ) -> str:
@@ -206,7 +217,7 @@ def _finish(
         headers = [read_header(output / split / name) for name in names]
         documents = sum(header.num_documents for header in headers)
         if split == "train" and not documents:
-            raise UserError(f"{output}: no training documents (add texts, or hold fewer out)")
+            raise UserError(_nothing_to_train_on(output, splits, num_shards))
         write_index(output / split, num_shards)
         notes += "" if documents else f"\nnote: {output / split} is empty (raise --holdout)"
         tokens = sum(header.num_tokens for header in headers)

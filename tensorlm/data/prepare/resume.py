@@ -147,8 +147,8 @@ def _go_on(path: Path, settings: Settings, files: list[str]) -> Begun:
         other.append("inputs")
     if other:
         raise UserError(
-            f"{path}: was begun with other {', '.join(other)} (repeat the first command, or "
-            f"{_CHOOSE})"
+            f"{path}: was begun with other {', '.join(other)} (repeat the first command, "
+            f"{_CHOOSE}, or remove this one)"
         )
     if not changed:
         return begun

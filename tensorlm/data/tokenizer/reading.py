@@ -104,10 +104,17 @@ def difference(one: Tokenizer, other: Tokenizer) -> str | None:
 
 def _read_by(kind: Any, files: dict[str, bytes]) -> Any:
     """Load from a folder that holds nothing else: no config or code beside it has a say."""
+    from transformers.utils import logging
+
     with TemporaryDirectory(prefix="tensorlm-") as folder:
         for name, content in files.items():
             (Path(folder) / name).write_bytes(content)
-        return kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        verbosity = logging.get_verbosity()
+        logging.set_verbosity_error()  # else a warning that `tensorlm` is not one of its models
+        try:
+            return kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        finally:
+            logging.set_verbosity(verbosity)
 
 
 def _check_equal(reference: Tokenizer, tokenizer: Any, named: Path) -> None:
