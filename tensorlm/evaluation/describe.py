@@ -27,7 +27,9 @@ def weights_digest(network: nn.Module) -> str:
     for name, parameter in network.named_parameters():
         digest.update(f"{name} {list(parameter.shape)} ".encode())
         flat, num = parameter.detach().reshape(-1), parameter.numel()
-        places = torch.linspace(0, num - 1, min(_SAMPLED, num), device=flat.device).long()
+        # In integers: float32 rounds the place of the last of more than 2 ** 24 elements up.
+        count = min(_SAMPLED, num)
+        places = torch.arange(count, device=flat.device) * (num - 1) // max(count - 1, 1)
         sampled.append(flat[places].double())
     digest.update(torch.cat(sampled).cpu().numpy().tobytes())
     return digest.hexdigest()

@@ -192,6 +192,13 @@ def test_any_changed_parameter_changes_the_digest() -> None:
     assert weights_digest(network.double().float()) in digests
 
 
+@pytest.mark.parametrize("num", [49152 * 576, 128256 * 4096])
+def test_a_parameter_has_a_digest_where_float32_does_not_count_its_elements(num: int) -> None:
+    network = torch.nn.Module()
+    network.weight = torch.nn.Parameter(torch.zeros(1).expand(num))  # takes no memory
+    assert len(weights_digest(network)) == 64
+
+
 # --------------------------------------------------------------------------------------- folders
 
 
