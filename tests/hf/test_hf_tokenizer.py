@@ -58,7 +58,7 @@ def test_the_check_of_an_exported_tokenizer_prints_no_warning_of_transformers(
     folder = write_folder(tmp_path / "tok", byte_level())
     records: list[logging.LogRecord] = []
     handler = logging.Handler()
-    handler.emit = records.append  # type: ignore[method-assign]
+    handler.emit = records.append  # type: ignore[method-assign, assignment]
     logger = logging.getLogger("transformers")
     logger.addHandler(handler)
     try:
