@@ -14,6 +14,7 @@ from transformers.utils import logging
 from tensorlm.hf.cache_tensorlm import FoldCache
 from tensorlm.hf.configuration_tensorlm import TensorLMConfig
 from tensorlm.hf.export_folder import hf_config, hf_name
+from tensorlm.hf.llama_config import needs_code
 from tensorlm.hf.modeling_tensorlm import TensorLMForCausalLM
 from tensorlm.model import Llama
 
@@ -29,7 +30,7 @@ def _hugging_face_view(model: Llama, seq_len: int, device: torch.device) -> nn.M
     settings = hf_config(model.config, seq_len, "fp32")
     dtype = model.embed_tokens.weight.dtype
     with torch.device("meta"):
-        if model.config.fold:
+        if needs_code(model.config):
             view = TensorLMForCausalLM(TensorLMConfig(**settings))
         else:
             view = LlamaForCausalLM(LlamaConfig(**settings))

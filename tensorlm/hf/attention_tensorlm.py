@@ -1,4 +1,4 @@
-"""Llama's attention layer with hops over the folded axes. This file travels in exported folders.
+"""Llama's attention layer of any kind: window, strided, routed, full. Travels in exported folders.
 
 Where the `tensor_attention` package is installed its kernels are used, elsewhere the PyTorch files
 beside this one. Shape letters: B batch, Q new tokens, T all tokens, H query heads, K key/value
@@ -13,14 +13,14 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 
 from .cache_tensorlm import FoldCache, FoldLayer
 from .configuration_tensorlm import TensorLMConfig
+from .documents_tensorlm import Documents
+from .hop_tensorlm import depth_of, hop_new
+from .routed_tensorlm import attend_routed
 
 try:
-    from tensor_attention import Axis, Rotary, apply_rotary, fold_axes, hop, tensor_attention
-    from tensor_attention.cached import hop_cached
+    from tensor_attention import Axis, Rotary, apply_rotary, fold_axes, tensor_attention
 except ImportError:
     tensor_attention = None  # type: ignore[assignment]
-    from .blocked import hop  # type: ignore[import-not-found, no-redef]
-    from .cached import hop_cached  # type: ignore[import-not-found, no-redef]
     from .fold import (  # type: ignore[import-not-found, no-redef]
         Axis,
         Rotary,
@@ -28,21 +28,16 @@ except ImportError:
         fold_axes,
     )
 
-# Unread rows in front of each new query from which on gathering what the query visits is faster
-# than the kernel. Measured on a CPU; for GPUs an estimate, from 65,536 queries that took about a
-# second to gather where a hop of 131,072 rows takes the kernel 2 ms.
-_GATHER_FROM, _GATHER_FROM_ON_GPU = 4, 256
-
 # Queries whose mask exists at one time, in full-attention layers of padded or packed batches.
 _QUERY_CHUNK = 1024
 
 
 class TensorLMAttention(LlamaAttention):
-    """Llama's projections around a loop of hops over the folded axes."""
+    """Llama's projections around the attention of this layer's kind."""
 
     def __init__(self, config: TensorLMConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
-        self.fold = config.layer_fold(layer_idx)
+        self.kind, self.fold = config.layer_kind(layer_idx), config.layer_fold(layer_idx)
         if self.fold:
             self.hop_bias = nn.Parameter(torch.empty(len(self.fold), config.num_attention_heads))
 
@@ -50,7 +45,7 @@ class TensorLMAttention(LlamaAttention):
         self,
         hidden_states: Tensor,
         position_embeddings: Rotary,
-        attention_mask: Tensor | None,
+        attention_mask: Documents,
         past_key_values: FoldCache | None = None,
         position_ids: None = None,
         use_cache: bool = False,
@@ -61,7 +56,7 @@ class TensorLMAttention(LlamaAttention):
         Args:
             hidden_states: [B, Q, hidden size].
             position_embeddings: rotary table of at least T positions.
-            attention_mask: document starts [B, Q] (`document_starts`), None where all are 0.
+            attention_mask: where documents begin.
             past_key_values: the cache, which takes the new tokens in.
             position_ids, use_cache, cache_position: the decoder layer hands them on, always at
                 their defaults.
@@ -70,11 +65,36 @@ class TensorLMAttention(LlamaAttention):
         k = self.k_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
         v = self.v_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
         memory = None if past_key_values is None else past_key_values.layers[self.layer_idx]
-        attend = self._folded if self.fold else self._full
-        out = attend(q, k, v, attention_mask, position_embeddings, memory)
+        if self.kind == "routed":
+            out = attend_routed(
+                q, k, v, attention_mask, position_embeddings, self.config.route_numbers,
+                self.scaling, memory,
+            )  # fmt: skip
+        else:
+            attend = {"window": self._window, "strided": self._strided, "full": self._full}
+            out = attend[self.kind](q, k, v, attention_mask.starts, position_embeddings, memory)
         return self.o_proj(out.flatten(-2)), None
 
-    def _folded(
+    def _window(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        doc_start: Tensor | None,
+        rotary: Rotary,
+        memory: FoldLayer | None,
+    ) -> Tensor:
+        num_seen = 0 if memory is None else memory.get_seq_length()
+        depth = depth_of(doc_start, q, num_seen)
+        table: Rotary | None = rotary
+        if memory is not None:  # cached keys are rotated once
+            positions = torch.arange(num_seen, num_seen + q.shape[1], device=q.device)
+            q, k = apply_rotary(q, rotary, positions), apply_rotary(k, rotary, positions)
+            (k, v), table = memory.update(k, v), None
+        axis = Axis(1, self.config.window_size)
+        return hop_new(q, k, v, axis, depth, rotary=table, scale=self.scaling)[0]
+
+    def _strided(
         self,
         q: Tensor,
         k: Tensor,
@@ -88,15 +108,12 @@ class TensorLMAttention(LlamaAttention):
                 q, k, v, self.fold, doc_start=doc_start, hop_bias=self.hop_bias, rotary=rotary,
                 scale=self.scaling,
             )  # fmt: skip
-        num_new = q.shape[1]
         if memory is not None:
             k, v = memory.update(k, v)
-        positions = torch.arange(k.shape[1] - num_new, k.shape[1], device=q.device)
-        depth = positions if doc_start is None else positions - doc_start
-        depth = depth.expand(q.shape[0], -1)
+        depth = depth_of(doc_start, q, k.shape[1] - q.shape[1])
         z, state = v, None
         for i, axis in enumerate(fold_axes(self.fold, k.shape[1])):
-            z, lse = _hop_new(
+            z, lse = hop_new(
                 q, k, z, axis, (depth // axis.stride).to(torch.int32), rotary=rotary,
                 bias=self.hop_bias[i - 1] if i else None, state=state, scale=self.scaling,
             )  # fmt: skip
@@ -148,41 +165,3 @@ def _attend_rows(
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask[:, None], scale=scale, enable_gqa=True
     )
-
-
-def _hop_new(
-    q: Tensor,
-    k: Tensor,
-    values: Tensor,
-    axis: Axis,
-    reach: Tensor,
-    *,
-    rotary: Rotary,
-    bias: Tensor | None,
-    state: tuple[Tensor, Tensor] | None,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """One hop for the last Q of T tokens; arguments as in `hop_cached`.
-
-    Few queries gather the entries that they visit. Many (the prompt, or a long piece of it) run the
-    kernel on the tokens within reach, with rows in front that nobody reads: a hop goes a whole
-    number of strides, and only differences of positions matter, so it may start at any token.
-    """
-    num_tokens, num_new = k.shape[1], q.shape[1]
-    first = max(0, num_tokens - num_new - (axis.length - 1) * axis.stride)
-    pad = num_tokens - num_new - first
-    if pad > num_new * (_GATHER_FROM_ON_GPU if q.is_cuda else _GATHER_FROM):
-        return hop_cached(
-            q, k, values, stride=axis.stride, length=axis.length, reach=reach, bias=bias,
-            state=state, rotary=rotary, scale=scale,
-        )  # fmt: skip
-    if pad or first:
-        q, reach = F.pad(q, (0, 0, 0, 0, pad, 0)), F.pad(reach, (pad, 0))
-        k, values = k[:, first:], values[:, -pad - num_new :]
-        if state is not None:
-            state = (F.pad(state[0], (0, 0, 0, 0, pad, 0)), F.pad(state[1], (0, 0, pad, 0)))
-    z, lse = hop(
-        q, k, values, stride=axis.stride, length=axis.length, reach=reach, bias=bias, state=state,
-        rotary=rotary, scale=scale,
-    )  # fmt: skip
-    return z[:, pad:], lse[:, pad:]

@@ -1,6 +1,7 @@
-"""What a folded model remembers while it generates. This file travels inside exported folders.
+"""What a model remembers while it generates. This file travels inside exported folders.
 
-Shape letters: B batch, Q new tokens, T all tokens, K key/value heads, H query heads, D head size.
+Shape letters: B batch, Q new tokens, T all tokens, K key/value heads, H query heads, D head size,
+N slots (`routing.py`).
 """
 
 from collections.abc import Callable
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from .configuration_tensorlm import TensorLMConfig
+from .configuration_tensorlm import Route, TensorLMConfig
 from .documents_tensorlm import LastDocument
 
 # Spare room of a buffer, so that appending a token copies few entries on average, not all.
@@ -66,29 +67,37 @@ class Rows:
 
 
 class FoldLayer(CacheLayerMixin):
-    """One layer's memory: keys of all tokens, recent values, and the state of each hop.
+    """One layer's memory: keys and values, and the state of each hop.
 
-    Keys [B, T, K, D] of a folded layer are not rotated, since each axis rotates them differently;
+    Keys [B, T, K, D] of a strided layer are not rotated, since each axis rotates them differently;
     of values [B, n_1, K, D] only the last n_1 are ever read again; `states[i]` [B, T, H, D] is z
-    after hop i + 1, the values of hop i + 2. A full-attention layer (`fold` empty) keeps rotated
-    keys and all values.
+    after hop i + 1, the values of hop i + 2. A window layer (`window` > 0) keeps the last `window`
+    rotated keys and values, a full-attention layer all of them.
     """
 
     is_sliding = False
     is_croppable = False
 
-    def __init__(self, fold: list[int], expected: int = 0) -> None:
+    def __init__(self, fold: list[int], expected: int = 0, window: int = 0) -> None:
         super().__init__()
-        self.fold, self.expected = fold, expected
+        self.fold, self.expected, self.window = fold, expected, window
         self.reset()
 
     def reset(self) -> None:
         """Forget everything."""
-        self.key_rows = Rows(expected=self.expected)
-        self.value_rows = Rows(self.fold[0]) if self.fold else Rows(expected=self.expected)
-        self.states = [Rows(expected=self.expected) for _ in self.fold]
+        self.key_rows = self._rows(self.window)
+        self.value_rows = self._rows(self.fold[0] if self.fold else self.window)
+        self.states = [self._rows(0) for _ in self.fold]
         self.num_tokens = 0
         self.is_initialized = False
+
+    def _rows(self, keep: int) -> Rows:
+        """Rows of the last `keep` tokens; 0: of all."""
+        return Rows(keep) if keep else Rows(expected=self.expected)
+
+    def all_rows(self) -> list[Rows]:
+        """Everything that this layer remembers of the tokens."""
+        return [self.key_rows, self.value_rows, *self.states]
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing to allocate: buffers start with the first rows."""
@@ -96,7 +105,7 @@ class FoldLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-        """Add [B, Q, K, D] twice; returns keys [B, T, K, D] and the values that Q can reach."""
+        """Add [B, Q, K, D] twice; returns the keys and values that Q can reach."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self.num_tokens += key_states.shape[1]
@@ -139,8 +148,39 @@ class FoldLayer(CacheLayerMixin):
         self._map_batch(lambda x: x.repeat_interleave(repeats, dim=0))
 
     def _map_batch(self, change: Callable[[Tensor], Tensor]) -> None:
-        for rows in (self.key_rows, self.value_rows, *self.states):
+        for rows in self.all_rows():
             rows.map_batch(change)
+
+
+class RoutedLayer(FoldLayer):
+    """The memory of a routed layer.
+
+    `key_rows` [B, T, K, D] are rotated to floor((t - d(t)) / stretch), `near_rows` (the last
+    `window` tokens) to t. `mean_rows` [B, N, K, D] are the means of the blocks that are complete
+    whatever document they belong to, `choice_rows` the choices of the last open_tile - 1 tokens.
+    """
+
+    def __init__(self, route: Route, expected: int = 0) -> None:
+        self.route = route
+        super().__init__([], expected)
+
+    def reset(self) -> None:
+        """Forget everything."""
+        super().reset()
+        self.near_rows = Rows(self.route.window)
+        self.mean_rows = Rows(expected=self.expected // self.route.block)
+        self.choice_rows = Rows(self.route.open_tile - 1)
+
+    def all_rows(self) -> list[Rows]:
+        """Everything that this layer remembers of the tokens."""
+        return [*super().all_rows(), self.near_rows, self.mean_rows, self.choice_rows]
+
+    def num_settled(self) -> int:
+        """Slots whose block is complete by now, wherever its document began.
+
+        The block of slot j ends at token (j + 2) * block - 2 at the latest.
+        """
+        return max(0, (self.num_tokens + 1) // self.route.block - 1)
 
 
 class FoldCache(Cache):
@@ -153,7 +193,7 @@ class FoldCache(Cache):
 
     def __init__(self, config: TensorLMConfig, expected: int = 0) -> None:
         layers = range(config.num_hidden_layers)
-        super().__init__(layers=[FoldLayer(config.layer_fold(i), expected) for i in layers])
+        super().__init__(layers=[_layer(config, i, expected) for i in layers])
 
     def reset(self) -> None:
         """Forget everything."""
@@ -178,3 +218,12 @@ class FoldCache(Cache):
     def _map_last_document(self, change: Callable[[Tensor], Tensor]) -> None:
         if self.last_document is not None:
             self.last_document = LastDocument(*map(change, self.last_document))
+
+
+def _layer(config: TensorLMConfig, index: int, expected: int) -> FoldLayer:
+    """An empty memory for the layer `index`."""
+    kind = config.layer_kind(index)
+    if kind == "routed":
+        return RoutedLayer(config.route_numbers, expected)
+    window = config.window_size if kind == "window" else 0
+    return FoldLayer(config.layer_fold(index), expected, window)

@@ -44,6 +44,30 @@ class LastDocument(NamedTuple):
     next_position: Tensor  # the position that continues it
 
 
+class Documents(NamedTuple):
+    """Where the documents of the new tokens begin, and for routed layers those of all tokens."""
+
+    starts: Tensor | None  # [B, Q]; None: every document begins at 0
+    row: Tensor | None = None  # [B, T] int32 (`row_starts`)
+    blocks: Tensor | None = None  # [B, N]: where the block of each slot begins (`routing.py`)
+
+
+def row_starts(
+    starts: Tensor | None, batch: int, num_new: int, num_seen: int, device: torch.device
+) -> Tensor:
+    """[B, T] int32: document starts of all tokens, as far as new tokens can tell.
+
+    A token seen earlier is in the document of the first new token, or in one before it, which no
+    new token can read: there the result is 0.
+    """
+    if starts is None:
+        return torch.zeros(batch, num_seen + num_new, dtype=torch.int32, device=device)
+    starts = starts.to(torch.int32)
+    index = torch.arange(num_seen, dtype=torch.int32, device=starts.device)
+    seen = torch.where(index >= starts[:, :1], starts[:, :1], 0)
+    return torch.cat([seen, starts], dim=1)
+
+
 def document_starts(
     signals: Signals, batch: int, num_new: int, num_seen: int, last: LastDocument | None,
     device: torch.device,

@@ -25,7 +25,7 @@ from tensorlm.runtime.progress import byte_bar
 
 from .export_tokenizer import describe_prompts, write_tokenizer
 from .imported_tokenizer import is_same_tokenizer
-from .llama_config import max_positions
+from .llama_config import max_positions, needs_code
 from .model_card import model_card
 from .rounding import Rounding, round_part
 
@@ -74,7 +74,7 @@ def export_checkpoint(
     with _published(output) as folder:
         generation, prompts = _read_generation_config(imported), None
         if tokenizer is not None:
-            model_type = "tensorlm" if config.model.fold else "llama"
+            model_type = "tensorlm" if needs_code(config.model) else "llama"
             loaded = write_tokenizer(tokenizer, folder, imported, model_type)
             prompts = describe_prompts(folder)
             ids = {"bos_token_id": loaded.bos_token_id, "eos_token_id": loaded.eos_token_id}
@@ -89,7 +89,7 @@ def export_checkpoint(
         fields |= ids
         write_json(folder / "config.json", fields)
         write_json(folder / "generation_config.json", generation)
-        if config.model.fold:
+        if needs_code(config.model):
             from .modeling_tensorlm import write_code  # slow to import
 
             write_code(folder)
@@ -134,7 +134,7 @@ def hf_config(model: ModelConfig, seq_len: int, dtype: str) -> dict[str, Any]:
     }
     if model.rope_scaling is not None:
         config["rope_scaling"] = model.rope_scaling.model_dump()
-    if model.fold:
+    if needs_code(model):
         from .configuration_tensorlm import AUTO_MAP  # slow to import
 
         config |= {
@@ -144,6 +144,10 @@ def hf_config(model: ModelConfig, seq_len: int, dtype: str) -> dict[str, Any]:
             "fold": list(model.fold),
             "full_every": model.full_every,
             "hop_bias_init": model.hop_bias_init,
+            "window": model.window,
+            "route": None if model.route is None else model.route.model_dump(),
+            "route_every": model.route_every,
+            "layers": list(model.layers),
         }
     return config
 

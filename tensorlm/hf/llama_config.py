@@ -14,7 +14,7 @@ from pydantic import (
     model_validator,
 )
 
-from tensorlm.config import ModelConfig, raise_all
+from tensorlm.config import LayerKind, ModelConfig, raise_all
 from tensorlm.config.settings_errors import problem_lines
 from tensorlm.runtime.errors import UserError
 
@@ -31,7 +31,7 @@ _FIELDS = {
     "rms_norm_eps": "rms_norm_eps",
     "tie_word_embeddings": "tie_embeddings",
 }
-_FOLD_FIELDS = {"fold": "fold", "full_every": "full_every"}
+_LAYER_FIELDS = ("fold", "full_every", "window", "route_every", "layers")
 # What each kind of rotary scaling reads.
 _SCALING: dict[str, tuple[str, ...]] = {
     "default": (),
@@ -75,6 +75,15 @@ class _Rope(_Known):
         return raise_all(self, problems)
 
 
+class _Route(_Known):
+    """`route` of a folder with routed layers."""
+
+    block: PositiveInt
+    top_k: PositiveInt
+    stretch: PositiveInt
+    open_tile: PositiveInt = 16
+
+
 class _LlamaConfig(_Known):
     """Fields of config.json; those with a default may be absent."""
 
@@ -99,6 +108,10 @@ class _LlamaConfig(_Known):
     quantization_config: Any = None
     fold: list[int] = []
     full_every: int = 0
+    window: int = 0
+    route: _Route | None = None
+    route_every: int = 0
+    layers: list[LayerKind] = []
 
     @property
     def rope(self) -> _Rope:
@@ -108,7 +121,8 @@ class _LlamaConfig(_Known):
 
 
 def model_settings(folder: Path) -> dict[str, Any]:
-    """The settings of `[model]` that a folder determines; `rope_scaling` only where it has any.
+    """The settings of `[model]` that a folder determines; `rope_scaling` and `route` only where it
+    has any.
 
     Raises:
         UserError: config.json cannot be read, a field is missing or of a wrong type, or it has
@@ -119,8 +133,11 @@ def model_settings(folder: Path) -> dict[str, Any]:
     if problems:
         raise UserError(*(f"{folder}: {problem}" for problem in problems))
     heads, rope = found.num_attention_heads, found.rope
-    fields = _FIELDS | (_FOLD_FIELDS if found.model_type == "tensorlm" else {})
-    settings = {ours: getattr(found, name) for name, ours in fields.items()}
+    settings = {ours: getattr(found, name) for name, ours in _FIELDS.items()}
+    if found.model_type == "tensorlm":
+        settings |= {name: getattr(found, name) for name in _LAYER_FIELDS}
+        if found.route:
+            settings["route"] = found.route.model_dump()
     settings["num_kv_heads"] = found.num_key_value_heads or heads
     settings["head_dim"] = found.head_dim or found.hidden_size // heads
     settings["rope_theta"] = rope.rope_theta
@@ -133,22 +150,28 @@ def model_settings(folder: Path) -> dict[str, Any]:
 def differing_settings(folder: Path, model: ModelConfig) -> dict[str, tuple[Any, Any]]:
     """What a folder determines and `model` has otherwise: (the model's value, the folder's).
 
-    Keys are those of `[model]`, such as `rope_scaling.factor`; an absent scaling is None.
+    Keys are those of `[model]`, such as `rope_scaling.factor`; an absent scaling or route is None.
 
     Raises:
         UserError: as `model_settings`.
     """
     theirs = model_settings(folder)
     ours = model.model_dump(mode="json") | {"head_dim": model.head_size}
-    ours["full_every"] = model.full_every if model.fold else 0
+    ours["full_every"] = model.full_every if needs_code(model) else 0
+    if model.fold and model.window:  # it is fold[0], which is said already
+        ours["window"] = theirs.get("window", 0)
     no_scaling = {"rope_type": "default"}
-    scaling = theirs.pop("rope_scaling", no_scaling)
+    scaling, route = theirs.pop("rope_scaling", no_scaling), theirs.pop("route", None)
     pairs = {key: (ours[key], value) for key, value in theirs.items()}
     if scaling is no_scaling:
         pairs["rope_scaling"] = (ours["rope_scaling"], None)
     else:
         mine = ours["rope_scaling"] or no_scaling
         pairs |= {f"rope_scaling.{key}": (mine.get(key), scaling[key]) for key in scaling}
+    if route:
+        pairs |= {f"route.{key}": ((ours["route"] or {}).get(key), route[key]) for key in route}
+    elif "fold" in theirs:
+        pairs["route"] = (ours["route"], None)
     return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
 
 
@@ -160,8 +183,9 @@ def check_config(folder: Path, model: ModelConfig) -> None:
             would correct it.
     """
     differences = differing_settings(folder, model)
-    if "rope_scaling" in differences:
-        raise UserError(f"{folder}: has no rope_scaling (remove model.rope_scaling)")
+    for key in ("rope_scaling", "route"):
+        if key in differences:
+            raise UserError(f"{folder}: has no {key} (remove model.{key})")
     problems = [
         f"model.{key}: is {json.dumps(ours)}, {folder} has {json.dumps(value)} "
         f"(set model.{key}={json.dumps(value)})"
@@ -175,8 +199,11 @@ def describe_unused(folder: Path, model: ModelConfig) -> str:
     """How a folder's model differs from the configured one, for a reader; "" if it does not."""
     try:
         differences = differing_settings(folder, model)
-        if "fold" not in model_settings(folder) and model.fold:
-            differences["fold"] = (list(model.fold), [])
+        if "fold" not in model_settings(folder):
+            ours, plain = model.model_dump(mode="json"), _LlamaConfig.model_fields
+            keys = (*_LAYER_FIELDS, "route") if needs_code(model) else ()
+            pairs = {key: (ours[key], plain[key].default) for key in keys}
+            differences |= {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
     except UserError:  # not a model that [model] could describe
         return f"the model of {folder} is used, [model] is not"
     parts = [
@@ -186,6 +213,11 @@ def describe_unused(folder: Path, model: ModelConfig) -> str:
     if not parts:
         return ""
     return f"the model of {folder} is used; settings of [model] without effect: {', '.join(parts)}"
+
+
+def needs_code(model: ModelConfig) -> bool:
+    """Whether a folder of this model carries code of its own: it is not a plain Llama."""
+    return bool(model.fold) or any(kind != "full" for kind in model.layer_kinds)
 
 
 def max_positions(folder: Path) -> int:

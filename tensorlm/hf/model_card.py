@@ -4,7 +4,9 @@ from pathlib import Path
 from typing import Any
 
 import tensorlm
-from tensorlm.config import Config
+from tensorlm.config import Config, attention_in_words
+
+from .llama_config import needs_code
 
 _LOAD = """## Load
 
@@ -15,15 +17,22 @@ model = AutoModelForCausalLM.from_pretrained(FOLDER%(trust)s)
 tokenizer = AutoTokenizer.from_pretrained(FOLDER%(trust)s)
 ```
 """
-_FOLDED_NOTES = """
+_CODE_NOTES = """
 The folder carries its own PyTorch code (hence `trust_remote_code`); where tensorlm is installed its
-kernels are used. The weights have Llama's names, plus `self_attn.hop_bias`:
+kernels are used. The weights have Llama's names, plus `self_attn.hop_bias` in strided layers:
 `LlamaForCausalLM.from_pretrained(FOLDER)` loads them as a plain Llama with full attention, which
-agrees with this model inside the first axis only.
-
+agrees with this model inside the window (the first axis of a fold) only.
+"""
+_KIND_NOTES = {
+    "strided": """
 Attention follows *Long Sequence Modeling with Attention Tensorization* (Feng, Ying, Tassiulas,
 EMNLP 2024 Findings, arXiv 2410.20926), with distances folded instead of absolute positions.
-"""
+""",
+    "routed": """
+Beyond its window a token of a routed layer reads the first block of its document and the `top_k`
+blocks whose mean key scores highest; rotary positions there are divided by `stretch`.
+""",
+}
 
 
 def model_card(
@@ -44,11 +53,9 @@ def model_card(
     """
     model, data, train = config.model, config.data, config.train
     optim, state = config.optim, manifest["state"]
-    attention = "full attention" if not model.fold else f"fold `{list(model.fold)}`"
-    if model.fold and model.full_every:
-        attention += f", every {model.full_every}. layer full attention"
+    has_code = needs_code(model)
     facts = {
-        "Attention": attention,
+        "Attention": attention_in_words(model),
         "Layers, hidden size, MLP size": (
             f"{model.num_layers}, {model.hidden_size}, {model.intermediate_size}"
         ),
@@ -67,7 +74,9 @@ def model_card(
         "Written by": f"tensorlm {tensorlm.__version__}",
     }
     notes = f"\n**Prompts.** {prompts[0].upper()}{prompts[1:]}.\n" if prompts else ""
-    notes += _FOLDED_NOTES if model.fold else ""
+    notes += _CODE_NOTES if has_code else ""
+    for kind, note in _KIND_NOTES.items():
+        notes += note if kind in model.layer_kinds else ""
     rows = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
     return f"""---
 library_name: transformers
@@ -77,10 +86,10 @@ tags: [tensorlm, llama, long-context]
 
 # {Path(config.run.dir).name}
 
-A Llama decoder with {"tensorized" if model.fold else "full"} attention, trained with tensorlm.
+A Llama decoder with {"tensorized" if has_code else "full"} attention, trained with tensorlm.
 
 | | |
 | --- | --- |
 {rows}
 
-{_LOAD % {"trust": ", trust_remote_code=True" if model.fold else ""}}{notes}"""
+{_LOAD % {"trust": ", trust_remote_code=True" if has_code else ""}}{notes}"""

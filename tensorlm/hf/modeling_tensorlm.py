@@ -1,4 +1,4 @@
-"""Llama with tensorized attention, for plain `transformers`.
+"""Llama with window, strided, routed and full attention layers, for plain `transformers`.
 
 This file travels inside exported folders, with those that it imports. Weight names are Llama's,
 plus `self_attn.hop_bias`. Shape letters: B batch, Q new tokens, T all tokens, D head size.
@@ -19,7 +19,9 @@ from transformers.utils import can_return_tuple
 from .attention_tensorlm import TensorLMAttention
 from .cache_tensorlm import FoldCache
 from .configuration_tensorlm import AUTO_MAP, TensorLMConfig, check_operator, rope_fields
-from .documents_tensorlm import Signals, document_starts
+from .documents_tensorlm import Documents, Signals, document_starts
+from .hop_tensorlm import depth_of  # noqa: F401
+from .routed_tensorlm import routed_documents
 
 # transformers 4 copies only those files of a folder that this one names: hence all of them here.
 try:
@@ -33,12 +35,17 @@ except ImportError:
         rotary_frequencies,
         rotary_table,
     )
+    from .routed_blocked import choose_blocks  # type: ignore[import-not-found] # noqa: F401
+    from .routed_cached import choose_cached  # type: ignore[import-not-found] # noqa: F401
+    from .routing import block_starts  # type: ignore[import-not-found] # noqa: F401
 
 MODEL_FILES = (
     "configuration_tensorlm.py", "documents_tensorlm.py", "cache_tensorlm.py",
-    "attention_tensorlm.py", "modeling_tensorlm.py",
+    "hop_tensorlm.py", "routed_tensorlm.py", "attention_tensorlm.py", "modeling_tensorlm.py",
 )  # fmt: skip
-OPERATOR_FILES = ("fold.py", "blocked.py", "cached.py")
+OPERATOR_FILES = (
+    "fold.py", "blocked.py", "cached.py", "routing.py", "routed_blocked.py", "routed_cached.py"
+)  # fmt: skip
 
 # Of the keyword arguments of a forward pass, those that only the loss reads.
 _OF_THE_LOSS = ("num_items_in_batch", "shift_labels", "ignore_index")
@@ -120,11 +127,14 @@ class TensorLMModel(LlamaModel):
             x.shape[0], x.shape[1], num_seen, None if cache is None else cache.last_document,
             x.device,
         )  # fmt: skip
+        documents = Documents(doc_start)
+        if self.config.route:
+            documents = routed_documents(doc_start, x, num_seen, self.config.route["block"])
         rotary = self._rotary(num_seen + x.shape[1], x.device)
         hidden_states = [x]
         for layer in self.layers[: self.config.num_hidden_layers]:
             x = layer(
-                x, attention_mask=doc_start, position_embeddings=rotary, past_key_values=cache
+                x, attention_mask=documents, position_embeddings=rotary, past_key_values=cache
             )
             hidden_states.append(x)
         x = self.norm(x)

@@ -37,6 +37,8 @@ def write_config(folder: Path, base: Path | None, overrides: Sequence[str], outp
     tree = read_tree(base) if base else _start(folder)
     model = tree.setdefault("model", {})
     model.pop("rope_scaling", None)
+    if "fold" in shape:  # it determines all layers
+        model.pop("route", None)
     model |= shape
     if model["head_dim"] * model["num_heads"] == model["hidden_size"]:
         del model["head_dim"]  # it follows

@@ -10,7 +10,7 @@ from torch import Tensor
 from tensorlm.hf import attach
 from tensorlm.hf.cache_tensorlm import FoldCache
 from tensorlm.hf.modeling_tensorlm import TensorLMForCausalLM
-from tests.hf.test_hf_generate import folded_model
+from tests.hf.test_hf_generate import MODELS, folded_model
 from tests.support.hf_models import relative_error, tiny_llama
 
 Spans = Sequence[tuple[int, int]]  # (position of the first token, number of tokens), per document
@@ -23,13 +23,11 @@ PACKINGS: dict[str, Spans] = {
     "cut at both ends": [(35, 9), (0, 60), (0, 1)],
     "single tokens": [(0, 1), (0, 1), (0, 30), (0, 1), (0, 1), (0, 36)],
 }
-FOLDS = {"one axis": ([16], 0), "two axes": ([4, 8], 0), "hybrid": ([8], 2)}
 
 
-@pytest.fixture(params=FOLDS)
+@pytest.fixture(params=[name for name in MODELS if name != "every kind"])
 def model(request: pytest.FixtureRequest) -> TensorLMForCausalLM:
-    fold, full_every = FOLDS[request.param]
-    return folded_model(fold, full_every, num_hidden_layers=2)
+    return folded_model(**MODELS[request.param], num_hidden_layers=2)
 
 
 @pytest.fixture

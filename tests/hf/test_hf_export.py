@@ -205,7 +205,7 @@ def test_folder_says_what_it_is(tmp_path: Path, config: Path, data: Path) -> Non
     assert (fields["bos_token_id"], fields["eos_token_id"]) == (1, 2)
     assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == 2
     card = (folder / "README.md").read_text()
-    for fact in ("fold `[4, 8]`", "0 steps, 0 tokens", "learning rate 0.003 (cosine)"):
+    for fact in ("fold [4, 8]", "0 steps, 0 tokens", "learning rate 0.003 (cosine)"):
         assert fact in card
     (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     text = "def main():\n    return 1"

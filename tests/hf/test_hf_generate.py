@@ -26,10 +26,19 @@ from tensorlm.runtime.errors import UserError
 from tests.support.hf_models import launcher_here, random_checkpoint, relative_error
 from tests.support.launching import ROOT
 
-FOLDS = {"one axis": ([16], 0), "two axes": ([4, 8], 0), "hybrid": ([8], 2)}
+ROUTE = {"block": 4, "top_k": 2, "stretch": 4, "open_tile": 4}
+MODELS: dict[str, dict[str, Any]] = {
+    "one axis": {"fold": [16]},
+    "two axes": {"fold": [4, 8]},
+    "hybrid": {"fold": [8], "full_every": 2},
+    "routed": {"window": 8, "route": ROUTE},
+    "every kind": {"fold": [8], "route": ROUTE, "layers": ["routed", "window", "strided", "full"]},
+}
 
 
-def folded_model(fold: list[int], full_every: int = 0, **changes: Any) -> TensorLMForCausalLM:
+def folded_model(
+    fold: list[int] | None = None, full_every: int = 0, **changes: Any
+) -> TensorLMForCausalLM:
     torch.manual_seed(0)
     fields = {
         "vocab_size": 256,
@@ -45,10 +54,9 @@ def folded_model(fold: list[int], full_every: int = 0, **changes: Any) -> Tensor
     return TensorLMForCausalLM(config).eval()
 
 
-@pytest.fixture(params=FOLDS)
+@pytest.fixture(params=MODELS)
 def model(request: pytest.FixtureRequest) -> TensorLMForCausalLM:
-    fold, full_every = FOLDS[request.param]
-    return folded_model(fold, full_every)
+    return folded_model(**MODELS[request.param])
 
 
 @pytest.fixture
@@ -175,7 +183,7 @@ class CountReads(TorchDispatchMode):
 
 def buffers(cache: FoldCache) -> Iterator[Tensor]:
     for layer in cache.layers:
-        for rows in (layer.key_rows, layer.value_rows, *layer.states):
+        for rows in layer.all_rows():
             yield rows.buffer
 
 

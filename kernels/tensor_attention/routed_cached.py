@@ -1,0 +1,161 @@
+"""The routed axis for the newest tokens of a sequence whose keys and means are cached: decoding.
+
+The choice reads one stored mean for each block of the past, the hop only the blocks that are open:
+T / block means and (top_k + 1) * block entries a token, or what its tile has opened with open
+tiles. Queries and keys are rotated already. Shape letters: B batch, Q new tokens, T all tokens,
+N slots (`routing.py`), H query heads, K key heads, G = H / K, D head size, E value size, C blocks
+of a choice, U entries that a query reads. This file has no imports from the project but `fold` and
+`routing`: it also travels inside exported Hugging Face folders.
+"""
+
+import torch
+from torch import Tensor
+
+from .fold import FLOOR, MASKED, full_precision
+from .routing import best_blocks, summed_queries
+
+State = tuple[Tensor, Tensor]
+
+_QUERY_CHUNK = 8  # queries whose entries are gathered at one time
+_CHOICE_CHUNK = 512  # queries whose scores of all slots exist at one time
+_NOTHING = torch.iinfo(torch.int32).max
+
+
+def choose_cached(
+    q: Tensor,
+    means: Tensor,
+    starts: Tensor,
+    doc_start: Tensor,
+    *,
+    window: int,
+    block: int,
+    top_k: int,
+) -> Tensor:
+    """The rows of `routed.choose_blocks` that belong to the last Q of T tokens.
+
+    Args:
+        q: [B, Q, H, D], rotated.
+        means: [B, N, K, D] of the first N slots: all that are far from any of the queries.
+        starts: [B, N] first tokens of their blocks, as `routing.block_starts` returns them.
+        doc_start: [B, T].
+        window, block, top_k: as in `routed.choose_blocks`.
+
+    Returns:
+        [B, Q, K, top_k + 1] int32.
+    """
+    work = torch.promote_types(q.dtype, torch.float32)
+    first = doc_start.shape[1] - q.shape[1]
+    q = summed_queries(q, means.shape[2]).to(work).transpose(1, 2)  # [B, K, Q, D]
+    columns = means.to(work).permute(0, 2, 3, 1)  # [B, K, D, N]
+    parts = []
+    for at in range(0, q.shape[2], _CHOICE_CHUNK):
+        with full_precision(q.device):
+            scores = q[:, :, at : at + _CHOICE_CHUNK] @ columns
+        parts.append(best_blocks(scores, starts, doc_start, first + at, window, block, top_k))
+    return torch.cat(parts, dim=1)
+
+
+def routed_hop_cached(
+    q: Tensor,
+    k: Tensor,
+    values: Tensor,
+    choice: Tensor,
+    *,
+    window: int,
+    block: int,
+    open_tile: int,
+    doc_start: Tensor,
+    state: State,
+    scale: float,
+) -> State:
+    """The rows of `routed.routed_hop` that belong to the last Q of T tokens.
+
+    Args:
+        q: [B, Q, H, D]; k: [B, T, K, D]; both rotated.
+        values: [B, T, K, E].
+        choice: [B, P + Q, K, C] of the queries and of the P tokens before them, at least the
+            open_tile - 1 that may share a tile with the first query, as far as there are any.
+        doc_start: [B, Q] of the queries.
+        state: (z [B, Q, H, E], lse [B, Q, H]) of the window.
+        window, block, open_tile, scale: as in `routed.routed_hop`.
+
+    Returns:
+        (z [B, Q, H, E] in the dtype of `values`, lse [B, Q, H] in float32 or wider).
+    """
+    num_new, before = q.shape[1], choice.shape[1] - q.shape[1]
+    num_far = max(0, (k.shape[1] - 1 - window) // block + 1)
+    parts = []
+    for at in range(0, num_new, _QUERY_CHUNK):
+        rows = slice(at, min(at + _QUERY_CHUNK, num_new))
+        token = torch.arange(rows.start, rows.stop, device=q.device) + k.shape[1] - num_new
+        document = doc_start[:, rows].long()
+        depth = token - document
+        chosen = choice[:, max(0, before + rows.start - open_tile + 1) : before + rows.stop]
+        opened = _open_blocks(chosen, depth, open_tile, num_far)
+        first = document[:, :, None, None] + opened * block
+        entries = first[..., None] + torch.arange(block, device=q.device)  # [B, Q, K, L, block]
+        seen = (opened >= 0)[..., None] & (entries <= (token - window)[:, None, None, None])
+        parts.append(
+            _attend(
+                q[:, rows], k, values, entries.clamp(0, k.shape[1] - 1).flatten(3),
+                seen.flatten(3), (state[0][:, rows], state[1][:, rows]), scale,
+            )
+        )  # fmt: skip
+    return torch.cat([z for z, _ in parts], dim=1), torch.cat([lse for _, lse in parts], dim=1)
+
+
+def _open_blocks(choice: Tensor, depth: Tensor, open_tile: int, num_far: int) -> Tensor:
+    """[B, Q, K, L] int64: the blocks open to each query, each once, -1 for none.
+
+    Args:
+        choice: [B, S, K, C] of the queries, the last ones, and of tokens before them.
+        depth: [B, Q] of each query in its document.
+        num_far: no query has more far blocks than this.
+    """
+    num_new = depth.shape[1]
+    back = torch.arange(min(open_tile, choice.shape[1]), device=choice.device)
+    source = torch.arange(choice.shape[1] - num_new, choice.shape[1], device=choice.device)
+    source = source[:, None] - back  # [Q, R]
+    shares = (back <= (depth % open_tile)[..., None]) & (source >= 0)  # [B, Q, R]
+    opened = choice[:, source.clamp(min=0)].transpose(2, 3)  # [B, Q, K, R, C]
+    opened = torch.where(shares[:, :, None, :, None] & (opened >= 0), opened, _NOTHING).flatten(3)
+    if open_tile > 1:  # one token names a block once, its tile more often
+        opened = opened.sort(dim=-1).values
+        again = torch.zeros_like(opened, dtype=torch.bool)
+        again[..., 1:] = opened[..., 1:] == opened[..., :-1]
+        opened = opened.masked_fill(again, _NOTHING)
+    opened = opened.sort(dim=-1).values[..., :num_far]
+    if not (opened.is_cuda or torch.compiler.is_compiling()):  # a GPU is not waited for
+        opened = opened[..., : int((opened != _NOTHING).sum(-1).max())]
+    return torch.where(opened == _NOTHING, -1, opened).long()
+
+
+def _attend(
+    q: Tensor, k: Tensor, values: Tensor, entries: Tensor, seen: Tensor, state: State, scale: float
+) -> State:
+    """One softmax over the state and the entries [B, Q, K, U] of k and values where `seen`."""
+    work = torch.promote_types(q.dtype, torch.float32)
+    keys, read = _gather(k, entries).to(work), _gather(values, entries).to(work)
+    q_groups = q.to(work).unflatten(2, (k.shape[2], -1))
+    with full_precision(q.device):
+        scores = torch.einsum("bqkgd,bqkud->bqkgu", q_groups, keys) * scale
+    scores = scores.masked_fill(~seen[:, :, :, None], MASKED).flatten(2, 3)
+    before = state[1].to(work)[..., None].clamp(min=MASKED)
+    scores = torch.cat((scores, before), dim=-1)
+    lse = torch.logsumexp(scores, dim=-1)
+    sees_nothing = lse < FLOOR
+    weights = torch.softmax(scores, dim=-1).masked_fill(sees_nothing[..., None], 0)
+    grouped = weights[..., :-1].unflatten(2, (k.shape[2], -1))
+    with full_precision(q.device):
+        z = torch.einsum("bqkgu,bqkue->bqkge", grouped, read).flatten(2, 3)
+    z = z + weights[..., -1:] * state[0].to(work)
+    return z.to(values.dtype), lse.masked_fill(sees_nothing, float("-inf"))
+
+
+def _gather(x: Tensor, entries: Tensor) -> Tensor:
+    """[B, Q, K, U, D]: the entries of x [B, T, K, D]; their gradients are added up in float32."""
+    row = torch.arange(x.shape[0], device=x.device)[:, None, None, None]
+    head = torch.arange(x.shape[2], device=x.device)[:, None]
+    if not x.requires_grad:
+        return x[row, entries, head]
+    return x.to(torch.promote_types(x.dtype, torch.float32))[row, entries, head].to(x.dtype)

@@ -1,0 +1,150 @@
+"""A routed layer: a window, and the blocks of the past that a token chooses.
+
+With a cache, keys are kept rotated, and the choice reads their stored means. This file travels
+inside exported folders. Shape letters: B batch, Q new tokens, T all tokens, N slots (`routing.py`),
+H query heads, K key/value heads, D head size, P tokens before the new ones.
+"""
+
+import torch
+from torch import Tensor
+
+from .cache_tensorlm import RoutedLayer
+from .configuration_tensorlm import Route
+from .documents_tensorlm import Documents, row_starts
+from .hop_tensorlm import hop_new
+
+try:
+    from tensor_attention import (
+        Axis,
+        Rotary,
+        apply_rotary,
+        choose_blocks,
+        routed_attention,
+        routed_hop,
+    )
+    from tensor_attention.routed_cached import choose_cached, routed_hop_cached
+    from tensor_attention.routing import block_means, block_starts
+except ImportError:
+    routed_attention = None  # type: ignore[assignment]
+    from .fold import Axis, Rotary, apply_rotary  # type: ignore[import-not-found, no-redef]
+    from .routed_blocked import choose_blocks  # type: ignore[import-not-found, no-redef]
+    from .routed_blocked import hop as routed_hop  # type: ignore[no-redef]
+    from .routed_cached import (  # type: ignore[import-not-found, no-redef]
+        choose_cached,
+        routed_hop_cached,
+    )
+    from .routing import block_means, block_starts  # type: ignore[import-not-found, no-redef]
+
+# New tokens up to which gathering what each reads is faster than tiles of tokens (an estimate).
+_GATHER_UP_TO = 16
+
+
+def routed_documents(starts: Tensor | None, x: Tensor, num_seen: int, block: int) -> Documents:
+    """Documents as routed layers need them, of the new tokens `x` [B, Q, ...]."""
+    row = row_starts(starts, x.shape[0], x.shape[1], num_seen, x.device)
+    return Documents(starts, row, block_starts(row, block))
+
+
+def attend_routed(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    documents: Documents,
+    rotary: Rotary,
+    route: Route,
+    scale: float,
+    memory: RoutedLayer | None,
+) -> Tensor:
+    """Attend from Q new tokens to themselves and what the memory holds.
+
+    Args:
+        q: [B, Q, H, D]; k, v: [B, Q, K, D]; none of them rotated.
+        documents: from `routed_documents`.
+        rotary: table of at least T positions.
+        route: numbers of the layer.
+        scale: factor on the scores.
+        memory: of this layer, which takes the new tokens in; None: Q = T.
+
+    Returns:
+        [B, Q, H, D].
+    """
+    if memory is None and routed_attention is not None and not _needs_gather(q):
+        return routed_attention(
+            q, k, v, **route._asdict(), doc_start=documents.starts, rotary=rotary, scale=scale
+        )
+    assert documents.row is not None
+    num_new, first = q.shape[1], 0 if memory is None else memory.get_seq_length()
+    starts = documents.row[:, first:]
+    positions = torch.arange(first, first + num_new, device=q.device)
+    depth = positions.to(torch.int32) - starts
+    far = (depth // route.stretch).long()
+    near_q, near_k = apply_rotary(q, rotary, positions), apply_rotary(k, rotary, positions)
+    q, k = apply_rotary(q, rotary, far), apply_rotary(k, rotary, far)
+    if memory is not None:
+        near_k = memory.near_rows.append(near_k)
+        k, v = memory.update(k, v)
+    state = hop_new(
+        near_q, near_k, v[:, -near_k.shape[1] :], Axis(1, route.window), depth, scale=scale
+    )
+    choice = choices = _choose(q, k, documents, route, memory)
+    if memory is not None:
+        choices = memory.choice_rows.append(choice)
+    if num_new <= _GATHER_UP_TO or _needs_gather(q):
+        return routed_hop_cached(
+            q, k, v, choices, window=route.window, block=route.block, open_tile=route.open_tile,
+            doc_start=starts, state=state, scale=scale,
+        )[0]  # fmt: skip
+    return routed_hop(
+        q, k, v, choices, window=route.window, block=route.block, stretch=route.stretch,
+        open_tile=route.open_tile, doc_start=documents.row, state=state, rotary=None, scale=scale,
+        first=first,
+    )[0]  # fmt: skip
+
+
+def _needs_gather(q: Tensor) -> bool:
+    """In a compiled graph the PyTorch tiles have no place: their sizes depend on values."""
+    has_kernels = q.is_cuda and routed_attention is not None
+    return torch.compiler.is_compiling() and not has_kernels
+
+
+@torch.no_grad()
+def _choose(
+    q: Tensor, k: Tensor, documents: Documents, route: Route, memory: RoutedLayer | None
+) -> Tensor:
+    """The choice [B, Q, K, top_k + 1] of the new tokens, from rotated queries and keys."""
+    assert documents.row is not None
+    assert documents.blocks is not None
+    num_new, num_tokens = q.shape[1], k.shape[1]
+    if memory is None or num_new == num_tokens:
+        choice = choose_blocks(
+            q, k, window=route.window, block=route.block, top_k=route.top_k,
+            stretch=route.stretch, doc_start=documents.row, rotary=None,
+        )  # fmt: skip
+        if memory is not None:
+            _means(k, documents.blocks, route, memory)
+        return choice
+    return choose_cached(
+        q, _means(k, documents.blocks, route, memory),
+        documents.blocks[:, : _num_far(num_tokens, route)], documents.row, window=route.window,
+        block=route.block, top_k=route.top_k,
+    )  # fmt: skip
+
+
+def _num_far(num_tokens: int, route: Route) -> int:
+    """Slots that can be far from the last of so many tokens."""
+    return max(0, (num_tokens - 1 - route.window) // route.block + 1)
+
+
+def _means(k: Tensor, blocks: Tensor, route: Route, memory: RoutedLayer) -> Tensor:
+    """[B, N, K, D]: means of the slots that can be far from the last token.
+
+    Those that no later token changes are kept. The last one or two are read anew each time, but
+    only where a window of less than two blocks lets them be far.
+    """
+    k = k.detach()
+    known, settled = memory.mean_rows.stop, memory.num_settled()
+    kept = memory.mean_rows.append(block_means(k, blocks[:, known:settled], route.block))
+    num_far = _num_far(k.shape[1], route)
+    if num_far <= settled:
+        return kept[:, :num_far]
+    return torch.cat([kept, block_means(k, blocks[:, settled:num_far], route.block)], dim=1)
