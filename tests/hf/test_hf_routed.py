@@ -1,0 +1,337 @@
+"""Routed and window layers as Hugging Face models: fields, export, cache, attach."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tensor_attention import choose_blocks
+from tensorlm.checkpoint import open_checkpoint
+from tensorlm.config import load_config
+from tensorlm.hf import attach, routed_tensorlm
+from tensorlm.hf.cache_tensorlm import FoldCache, RoutedLayer
+from tensorlm.hf.configuration_tensorlm import TensorLMConfig, check_operator
+from tensorlm.hf.export_folder import export_checkpoint
+from tensorlm.hf.import_folder import import_weights
+from tensorlm.hf.llama_config import describe_unused
+from tensorlm.hf.load_folder import load_folder
+from tensorlm.hf.modeling_tensorlm import TensorLMForCausalLM
+from tests.hf.test_hf_export import LOAD, LOGITS_AND_TOKENS
+from tests.hf.test_hf_generate import ROUTE, CountReads, buffers, folded_model
+from tests.support.hf_models import (
+    folder_weights,
+    launcher_here,
+    random_checkpoint,
+    relative_error,
+    run_without_us,
+    tiny_llama,
+)
+
+ROUTED = (
+    "model.fold=[]", "model.full_every=0", "model.window=8", "model.route_every=2",
+    "model.route={block=4, top_k=2, stretch=4, open_tile=4}",
+)  # fmt: skip
+
+
+# -------------------------------------------------------------------------------------- the fields
+
+# config.json of a folder that was exported before there were window and routed layers.
+OLD_FIELDS = {
+    "architectures": ["TensorLMForCausalLM"], "model_type": "tensorlm", "vocab_size": 512,
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "hidden_act": "silu", "rms_norm_eps": 1e-05,
+    "rope_theta": 10000.0, "max_position_embeddings": 64, "tie_word_embeddings": False,
+    "initializer_range": 0.2, "attention_bias": False, "mlp_bias": False, "torch_dtype": "float32",
+    "auto_map": {
+        "AutoConfig": "configuration_tensorlm.TensorLMConfig",
+        "AutoModel": "modeling_tensorlm.TensorLMModel",
+        "AutoModelForCausalLM": "modeling_tensorlm.TensorLMForCausalLM",
+    },
+    "fold": [4, 8], "full_every": 2, "hop_bias_init": -4.0,
+}  # fmt: skip
+
+
+def test_folders_of_before_mean_what_they_meant(tmp_path: Path, config: Path) -> None:
+    settings = ("model.fold=[4,8]", "model.full_every=2")
+    checkpoint, exported, ours = random_checkpoint(config, *settings)
+    export_checkpoint(checkpoint, exported, tmp_path / "hf", "fp32", None)
+    (tmp_path / "hf/config.json").write_text(json.dumps(OLD_FIELDS))
+    model = load_folder(tmp_path / "hf")
+    assert [model.config.layer_kind(i) for i in range(2)] == ["strided", "full"]
+    assert [model.config.layer_fold(i) for i in range(2)] == [[4, 8], []]
+    tokens = torch.randint(512, (2, 70))
+    with torch.no_grad():
+        assert relative_error(model(tokens).logits, ours(tokens)) < 1e-5
+    new_run = load_config(config, [*settings, f"run.dir={tmp_path}/again"])
+    import_weights(tmp_path / "hf", new_run)
+
+
+@pytest.mark.parametrize(
+    ("fields", "kinds"),
+    [
+        ({"window": 8}, "window window window window"),
+        ({"window": 8, "route": ROUTE}, "routed routed routed routed"),
+        ({"window": 8, "route": ROUTE, "route_every": 2}, "window routed window routed"),
+        ({"fold": [8], "route": ROUTE, "route_every": 2}, "strided routed strided routed"),
+        ({"window": 8, "route": ROUTE, "full_every": 4}, "routed routed routed full"),
+        ({"fold": [8], "layers": ["window", "full"] * 2}, "window full window full"),
+        ({"full_every": 2}, "full full full full"),
+    ],
+)
+def test_kind_of_each_layer_is_that_of_training(
+    config: Path, fields: dict[str, Any], kinds: str
+) -> None:
+    settings = TensorLMConfig(num_hidden_layers=4, **fields)
+    check_operator(settings)
+    assert " ".join(settings.layer_kind(i) for i in range(4)) == kinds
+    overrides = [f"model.{key}={_toml(value)}" for key, value in fields.items()]
+    plain = ["model.num_layers=4", "model.fold=[]", "model.full_every=0"]
+    model = load_config(config, [*plain, *overrides]).model
+    assert " ".join(model.layer_kind(i) for i in range(4)) == kinds
+    assert model.window_size == settings.window_size
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key} = {number}" for key, number in value.items()) + "}"
+    return json.dumps(value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"window": 8, "route": {"block": 4, "top_k": 2}}, "route must have the keys block, top_k"),
+        ({"window": 8, "route": ROUTE | {"tile": 1}}, "route must have the keys block, top_k"),
+        ({"window": 8, "route": ROUTE | {"top_k": 0}}, "route.top_k must be a whole number of"),
+        (
+            {"window": 3, "route": ROUTE},
+            "route.block must be at most the window of 3 tokens",
+        ),
+        ({"route": ROUTE}, "window must be at least 1 for routed layers, got 0"),
+        ({"window": 8, "route_every": 2}, "route_every must be 0 without a route, got 2"),
+        ({"window": 8, "fold": [4]}, r"window must be fold\[0\] = 4, got 8"),
+        (
+            {"window": 8, "layers": ["window"]},
+            "layers must name one kind for each of 2 layers",
+        ),
+        (
+            {"window": 8, "layers": ["window", "?"]},
+            "layers must name window, strided, routed",
+        ),
+        ({"layers": ["full", "strided"]}, "fold must name an inner axis for strided layers, got"),
+        ({"window": 8, "layers": ["full", "routed"]}, "route must be given for routed layers"),
+        (
+            {"window": 8, "layers": ["full", "window"], "full_every": 2},
+            "full_every must be 0 where layers are listed, got 2",
+        ),
+        (
+            {"window": 8, "route": ROUTE, "full_every": 1},
+            "route must have a routed layer",
+        ),
+    ],
+)
+def test_fields_that_contradict_each_other_are_one_line(
+    fields: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        folded_model(num_hidden_layers=2, **fields)
+    assert "\n" not in str(caught.value)
+    model = tiny_llama()
+    with pytest.raises(ValueError, match=f"attach: {message}"):
+        attach(model, **fields)
+    assert type(model).__name__ == "LlamaForCausalLM"
+
+
+# ------------------------------------------------------------------------------- there and back
+
+
+def test_exported_folder_gives_our_logits_and_cached_tokens_without_this_project(
+    tmp_path: Path, config: Path
+) -> None:
+    checkpoint, settings, model = random_checkpoint(config, *ROUTED)
+    export_checkpoint(checkpoint, settings, tmp_path / "hf", "fp32", None)
+    assert not any("hop_bias" in name for name in folder_weights(tmp_path / "hf"))
+    prompt = torch.randint(3, 512, (2, 2 * settings.data.seq_len))
+    torch.save(prompt, tmp_path / "prompt.pt")
+    files = (tmp_path / "hf", tmp_path / "prompt.pt", tmp_path / "out.pt")
+    run_without_us(LOAD + LOGITS_AND_TOKENS, *files, cwd=tmp_path)
+    result = torch.load(tmp_path / "out.pt")
+    with torch.no_grad():
+        assert relative_error(result["logits"], model(prompt[:1])) < 1e-5
+    assert torch.equal(result["cached"], result["uncached"])
+
+
+def test_folder_brings_its_layers_and_its_weights_back(
+    tmp_path: Path, config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint, settings, model = random_checkpoint(config, *ROUTED)
+    folder = tmp_path / "hf"
+    export_checkpoint(checkpoint, settings, folder, "fp32", None)
+    assert "routed (window 8" in (folder / "README.md").read_text()
+    write = ("import", "--hf", folder, "--write-config", tmp_path / "own.toml")
+    assert launcher_here("convert.py", *write) == 0
+    written = load_config(tmp_path / "own.toml").model
+    assert written.model_dump(exclude={"init_std", "hop_bias_init"}) == settings.model.model_dump(
+        exclude={"init_std", "hop_bias_init"}
+    )
+    again = load_config(config, [*ROUTED, f"run.dir={tmp_path}/again"])
+    imported = open_checkpoint(import_weights(folder, again))
+    for name, parameter in model.named_parameters():
+        found = imported.read(name, "master", 0, parameter.numel())
+        assert torch.equal(found, parameter.detach().flatten()), name
+    capsys.readouterr()
+    other = ("import", "--config", config, "--hf", folder, f"run.dir={tmp_path}/third", *ROUTED)
+    assert launcher_here("convert.py", *other, "model.route.top_k=3", "model.window=9") == 2
+    assert capsys.readouterr().err.splitlines() == [
+        f"error: model.window: is 9, {folder} has 8 (set model.window=8)",
+        f"error: model.route.top_k: is 3, {folder} has 2 (set model.route.top_k=2)",
+    ]
+    tiny_llama().save_pretrained(tmp_path / "llama")
+    unused = describe_unused(tmp_path / "llama", settings.model)
+    assert "window = 8 (" in unused
+    assert 'route = {"block": 4' in unused
+
+
+# --------------------------------------------------------------------------------------- the cache
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("open_tile", [1, 4])
+@pytest.mark.parametrize("num_tokens", [500, 2000])
+def test_a_new_token_reads_its_window_its_blocks_and_the_means(
+    num_tokens: int, open_tile: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    window, block, top_k = 32, 8, 3
+    route = {"block": block, "top_k": top_k, "stretch": 4, "open_tile": open_tile}
+    layers = ["window", "routed", "routed"]
+    model = folded_model(window=window, route=route, layers=layers, num_hidden_layers=3)
+    opened = _record_open_blocks(monkeypatch)
+    cache = FoldCache(model.config)
+    model(torch.randint(256, (1, num_tokens)), past_key_values=cache, use_cache=True)
+    kept = {rows.buffer.shape[1] for layer in cache.layers[:1] for rows in layer.all_rows()}
+    assert max(kept) <= 2 * num_tokens  # of the prompt; the next copy keeps a window
+    with CountReads(list(buffers(cache))) as count:
+        model(torch.randint(256, (1, 1)), past_key_values=cache, use_cache=True)
+    kv_size = model.config.num_key_value_heads * model.config.head_dim
+    means = (num_tokens - window) // block + 1
+    entries = sum(opened) * block
+    if open_tile == 1:
+        assert opened == [top_k + 1] * 2
+    tile = min(num_tokens % open_tile, open_tile - 1) if open_tile > 1 else 0
+    choices = 2 * (open_tile if open_tile > 1 else 1) * 2 * (top_k + 1)  # K = 2, int32
+    assert tile < open_tile
+    read = 3 * 2 * window * kv_size + 2 * entries * kv_size + 2 * means * kv_size
+    assert count.elements - read in range(choices + 1)
+
+
+def _record_open_blocks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The number of blocks that each routed layer reads in a step of one token."""
+    from tensor_attention import routed_cached
+
+    found: list[int] = []
+    attend = routed_cached._attend
+
+    def record(q: Tensor, k: Tensor, v: Tensor, entries: Tensor, *others: Any) -> Any:
+        found.append(entries.shape[3] // 8)
+        return attend(q, k, v, entries, *others)
+
+    monkeypatch.setattr(routed_cached, "_attend", record)
+    return found
+
+
+@torch.no_grad()
+def test_a_window_layer_forgets_what_lies_before_its_window() -> None:
+    model = folded_model(window=8, num_hidden_layers=1)
+    cache = FoldCache(model.config)
+    tokens = torch.randint(256, (1, 600))
+    for token in tokens.split(1, dim=1):
+        out = model(token, past_key_values=cache)
+    (layer,) = cache.layers
+    assert all(rows.buffer.shape[1] <= 8 + 64 + 8 for rows in layer.all_rows())
+    assert relative_error(out.logits, model(tokens, use_cache=False).logits[:, -1:]) < 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_cache_chooses_what_training_chose(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = folded_model(window=8, route=ROUTE, num_hidden_layers=1).to(dtype)
+    queries: list[tuple[Tensor, Tensor]] = []
+    attend = routed_tensorlm.attend_routed
+
+    def record(q: Tensor, k: Tensor, *others: Any) -> Tensor:
+        queries.append((q, k))
+        return attend(q, k, *others)
+
+    monkeypatch.setattr("tensorlm.hf.attention_tensorlm.attend_routed", record)
+    tokens = torch.randint(256, (1, 200))
+    starts = torch.zeros(1, 200, dtype=torch.int32)
+    starts[:, 70:] = 70
+    positions = torch.arange(200)[None] - starts
+    cache, found = FoldCache(model.config), []
+    for at in range(0, 200, 1):
+        model(tokens[:, at : at + 1], past_key_values=cache, position_ids=positions[:, at : at + 1])
+        layer = cache.layers[0]
+        assert isinstance(layer, RoutedLayer)
+        assert layer.choice_rows.buffer is not None
+        found.append(layer.choice_rows.buffer[:, layer.choice_rows.stop - 1].clone())
+    q, k = (torch.cat(parts, dim=1) for parts in zip(*queries, strict=True))
+    rotary = model.model._rotary(200, tokens.device)
+    wanted = choose_blocks(
+        q, k, window=8, block=4, top_k=2, stretch=4, doc_start=starts, rotary=rotary
+    )
+    assert torch.equal(torch.stack(found, dim=1), wanted)
+    assert (wanted[:, -1] > 0).any()
+
+
+# ------------------------------------------------------------------------------------------ attach
+
+
+@torch.no_grad()
+def test_attached_model_is_the_same_inside_its_window_and_saves_itself(tmp_path: Path) -> None:
+    tokens = torch.randint(3, 512, (2, 100))
+    model = tiny_llama()
+    before, weights = model(tokens).logits, dict(model.named_parameters())
+    route = {"block": 8, "top_k": 2, "stretch": 4}
+    assert attach(model, route=route, window=16, route_every=2) is model
+    after = model(tokens).logits
+    assert relative_error(after[:, :16], before[:, :16]) < 1e-5
+    assert relative_error(after[:, 16:], before[:, 16:]) > 1e-3
+    assert dict(model.named_parameters()).keys() == weights.keys()
+    settings = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    wanted = model.generate(tokens, use_cache=False, **settings)
+    assert torch.equal(model.generate(tokens, **settings), wanted)
+    model.save_pretrained(tmp_path / "saved")
+    again = load_folder(tmp_path / "saved")
+    assert isinstance(again, TensorLMForCausalLM)
+    assert again.config.route == route
+    assert torch.equal(again(tokens).logits, after)
+
+
+@torch.no_grad()
+def test_routing_to_all_blocks_is_full_attention() -> None:
+    tokens = torch.randint(512, (2, 100))
+    model = tiny_llama()
+    before = model(tokens).logits
+    attach(model, window=16, route={"block": 4, "top_k": 25, "stretch": 1})
+    for use_cache in (False, True):
+        assert relative_error(model(tokens, use_cache=use_cache).logits, before) < 1e-5
+
+
+def test_gradient_checkpointing_changes_no_gradient() -> None:
+    tokens = torch.randint(512, (2, 50))
+    gradients = []
+    for checkpointing in (False, True):
+        model: nn.Module = tiny_llama().train()
+        attach(model, window=8, route={"block": 4, "top_k": 2, "stretch": 2})
+        if checkpointing:
+            model.activation_checkpointing_enable()
+        model(tokens, labels=tokens).loss.backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters()})
+    for name, gradient in gradients[0].items():
+        assert gradient.abs().sum() > 0, name
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-5, atol=1e-7)
