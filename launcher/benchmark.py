@@ -2,6 +2,7 @@
 
 attention   times tensorized and routed attention against full attention and a window, on one GPU
 train       times forward and backward of a model against full attention and Hugging Face's Llama
+decode      times generated tokens after long prompts, beside Hugging Face's Llama
 data        times preparing, planning and serving data, with one process on any machine
 sp          times one layer whose rows are shared by the ranks of this job (under deepspeed,
             torchrun or srun), and projects the time to 8 ... 1,024 GPUs
@@ -37,6 +38,7 @@ def main() -> int:
     add_train(
         commands.add_parser("train", help="time a model against full attention and Hugging Face")
     )
+    add_decode(commands.add_parser("decode", help="time generated tokens after long prompts"))
     add_sp(commands.add_parser("sp", help="time one layer whose rows are shared by ranks"))
     add_conversion(
         commands.add_parser("conversion", help="measure the peak memory of import and export")
@@ -348,6 +350,39 @@ def train(args: argparse.Namespace) -> int:
         found[method] = bench.measure_longest(config, method)
         print(f"longest document that fits, {method}: {found[method]:,} tokens", flush=True)
         save()
+    return 0
+
+
+def add_decode(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", required=True, help="TOML file; its shape, layers and dtype")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="replace a setting")
+    parser.add_argument("--lengths", default="32768,131072", help="tokens of the prompts")
+    parser.add_argument(
+        "--methods", default="tensorlm,huggingface", help="methods to time, separated by commas"
+    )
+    parser.add_argument("--new-tokens", type=int, default=64, help="tokens to time (default 64)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every number")
+    parser.set_defaults(run=decode)
+
+
+def decode(args: argparse.Namespace) -> int:
+    config = load_config(args.config, args.overrides)
+    lengths = parse_lengths(args.lengths)
+    check_positive(args, "new_tokens")
+
+    from tensorlm.benchmarks import decode as bench
+
+    methods = args.methods.split(",")
+    unknown = [method for method in methods if method not in bench.METHODS]
+    if unknown:
+        allowed = ", ".join(bench.METHODS)
+        raise UserError(f"--methods: must be of {allowed}, got {unknown[0]} (correct it)")
+    rows: list[bench.DecodeMeasurement] = []
+    for row in bench.measure(config, lengths, methods, args.new_tokens):
+        rows.append(row)
+        if args.json:  # after each measurement: it outlives an interruption
+            args.json.write_text(json_text([row._asdict() for row in rows], indent=1) + "\n")
+    print(bench.format_table(rows), flush=True)
     return 0
 
 

@@ -119,7 +119,8 @@ def _device() -> torch.device:
 
 def full_attention(model: ModelConfig) -> ModelConfig:
     """The same shape with full attention in every layer."""
-    return model.model_copy(update={"fold": (), "full_every": 0})
+    plain = {"fold": (), "full_every": 0, "window": 0, "route": None}
+    return model.model_copy(update={**plain, "route_every": 0, "layers": ()})
 
 
 def build(config: Config, method: str, longest: int, device: torch.device) -> nn.Module:

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from tensorlm.benchmarks import train
+from tensorlm.benchmarks import decode, train
 from tensorlm.config import Config, load_config
 from tensorlm.model import Llama
+from tensorlm.runtime.errors import UserError
 from tests.support.launching import ROOT, launch_environment
 
 
@@ -109,3 +110,18 @@ def test_data_is_prepared_planned_and_served(
     assert re.search(r"tokenizer alone [\d.]+ MB/s, a worker [\d.]+ MB/s", prepared)
     assert all(re.search(r"rows of [\d,]+: [1-9]\d* M tokens/s", line) for line in served)
     assert len(served) == 3
+
+
+def test_decoding_is_measured_for_both_methods_after_every_prompt(config: Path) -> None:
+    route = "model.route={block=4, top_k=2, stretch=4}"
+    routed = load_config(config, ["train.dtype=fp32", "model.fold=[]", "model.window=8", route])
+    rows = list(decode.measure(routed, [24, 48], decode.METHODS, 2))
+    assert {(row.method, row.length) for row in rows} == {
+        (method, length) for method in decode.METHODS for length in (24, 48)
+    }
+    assert all(row.tokens_per_second > 0 for row in rows)
+    table = decode.format_table(rows)
+    assert len(table.splitlines()) == 2 + len(rows)
+    full = load_config(config, ["model.fold=[]"])
+    with pytest.raises(UserError, match="model: must have window, strided or routed layers"):
+        next(decode.measure(full, [24], decode.METHODS, 2))

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from tensorlm.data.tokenizer.tokenizers import DocumentEncoder, load_tokenizer
 from tensorlm.hf.export_folder import export_checkpoint
+from tests.hf.test_hf_routed import ROUTED
 from tests.support.hf_models import random_checkpoint
 from tests.support.tokenizer_folders import byte_level, write_folder
 
@@ -75,7 +76,8 @@ def test_likelihoods_of_the_documented_settings_are_ours(
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
-    checkpoint, settings, model = random_checkpoint(config, "model.fold=[4,8]")
+    layers = ROUTED if template == "adds none" else ("model.fold=[4,8]",)
+    checkpoint, settings, model = random_checkpoint(config, *layers)
     folder = data / "tokenizer"
     if template == "adds none":
         folder = write_folder(tmp_path / "tok", byte_level(), tokenizer_class="GPT2Tokenizer")

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tensor_attention import choose_blocks
 from tensorlm.checkpoint import open_checkpoint
@@ -21,6 +21,7 @@ from tensorlm.hf.load_folder import load_folder
 from tensorlm.hf.modeling_tensorlm import TensorLMForCausalLM
 from tests.hf.test_hf_export import LOAD, LOGITS_AND_TOKENS
 from tests.hf.test_hf_generate import ROUTE, CountReads, buffers, folded_model
+from tests.hf.test_hf_options import INPUTS
 from tests.support.hf_models import (
     folder_weights,
     launcher_here,
@@ -326,7 +327,7 @@ def test_gradient_checkpointing_changes_no_gradient() -> None:
     tokens = torch.randint(512, (2, 50))
     gradients = []
     for checkpointing in (False, True):
-        model: nn.Module = tiny_llama().train()
+        model = tiny_llama().train()
         attach(model, window=8, route={"block": 4, "top_k": 2, "stretch": 2})
         if checkpointing:
             model.activation_checkpointing_enable()
@@ -335,3 +336,68 @@ def test_gradient_checkpointing_changes_no_gradient() -> None:
     for name, gradient in gradients[0].items():
         assert gradient.abs().sum() > 0, name
         torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-5, atol=1e-7)
+
+
+def test_adapters_train_on_an_attached_model_and_merge(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    model = tiny_llama()
+    attach(model, window=8, route={"block": 4, "top_k": 2, "stretch": 2})
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj", "v_proj"]))
+    tokens = torch.randint(3, 512, (2, 50))
+    optimizer = torch.optim.SGD([p for p in adapted.parameters() if p.requires_grad], lr=0.1)
+    losses = []
+    for _ in range(3):
+        loss = adapted(input_ids=tokens, labels=tokens).loss
+        losses.append(float(loss))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert losses[-1] < losses[0]
+    merged = adapted.merge_and_unload()
+    merged.save_pretrained(tmp_path / "tuned")
+    with torch.no_grad():
+        wanted = merged(tokens).logits
+        assert torch.equal(load_folder(tmp_path / "tuned")(tokens).logits, wanted)
+
+
+# --------------------------------------------------------------------------------- as transformers
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("inputs", INPUTS.values(), ids=INPUTS)
+def test_compiles_without_a_break_in_the_graph_and_exports(inputs: dict[str, Tensor]) -> None:
+    model = folded_model(window=8, route=ROUTE, route_every=2, num_hidden_layers=2)
+    tokens = torch.randint(3, 256, (2, 50))
+    wanted = model(tokens, **inputs).logits
+    torch.compiler.reset()
+    found = torch.compile(model, fullgraph=True, backend="eager")(tokens, **inputs)
+    assert relative_error(found.logits, wanted) < 1e-5
+    assert found.past_key_values.get_seq_length() == 50
+    exported = torch.export.export(model, (tokens,), inputs)
+    assert relative_error(exported.module()(tokens, **inputs).logits, wanted) < 1e-5
+
+
+def test_gradients_flow_through_the_cache() -> None:
+    model = folded_model(window=8, route=ROUTE, route_every=2, num_hidden_layers=2)
+    tokens = torch.randint(3, 256, (2, 60))
+    model(tokens, use_cache=False).logits[:, 30:].square().sum().backward()
+    wanted = {name: p.grad.clone() for name, p in model.named_parameters()}
+    for size in (5, 30):  # gathered, and in tiles
+        model.zero_grad()
+        cache = model(tokens[:, :30]).past_key_values
+        parts = [
+            model(part, past_key_values=cache).logits for part in tokens[:, 30:].split(size, 1)
+        ]
+        torch.cat(parts, dim=1).square().sum().backward()
+        for name, parameter in model.named_parameters():
+            assert relative_error(parameter.grad, wanted[name]) < 1e-5, name
+
+
+@torch.no_grad()
+def test_what_inference_mode_made_can_be_used_outside_of_it() -> None:
+    model = folded_model(window=8, route=ROUTE, num_hidden_layers=2)
+    tokens = torch.randint(3, 256, (2, 50))
+    with torch.inference_mode():
+        out = model(tokens[:, :30])
+    last = model(tokens[:, 30:], past_key_values=out.past_key_values).logits
+    assert relative_error(last, model(tokens).logits[:, 30:]) < 1e-5

@@ -1,0 +1,154 @@
+"""Decoding on one device: tokens a second after a long prompt, beside stock Llama with SDPA.
+
+Both models have the shape and dtype of the configuration and random weights. The prompt is one
+forward pass that fills the cache; then tokens are generated one at a time, greedily, by a plain
+loop, so that what `generate` itself costs is left out for both.
+"""
+
+import gc
+import math
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+
+from tensorlm.config import Config
+from tensorlm.hf.cache_tensorlm import FoldCache
+from tensorlm.hf.configuration_tensorlm import TensorLMConfig
+from tensorlm.hf.export_folder import hf_config
+from tensorlm.hf.llama_config import needs_code
+from tensorlm.hf.modeling_tensorlm import TensorLMForCausalLM
+from tensorlm.runtime.errors import UserError
+
+from .train import full_attention
+
+METHODS = ("tensorlm", "huggingface")
+_WARM_UP = 4  # tokens before the clock starts
+
+
+class DecodeMeasurement(NamedTuple):
+    """One method after a prompt of `length` tokens; NaN where it does not fit.
+
+    `cache_gib` is what the prompt left in memory, `memory_gib` the peak of prompt and decoding,
+    weights included; both NaN on a CPU.
+    """
+
+    method: str
+    length: int
+    prefill_seconds: float
+    tokens_per_second: float
+    cache_gib: float
+    memory_gib: float
+
+
+def measure(
+    config: Config, lengths: Sequence[int], methods: Sequence[str], new_tokens: int
+) -> Iterator[DecodeMeasurement]:
+    """Each method after prompts of each length.
+
+    Args:
+        config: for its shape, layers and dtype.
+        lengths: tokens of the prompts.
+        methods: of `METHODS`.
+        new_tokens: tokens to time.
+
+    Raises:
+        UserError: all layers of the configuration are full attention.
+    """
+    if not needs_code(config.model):
+        raise UserError(
+            "model: must have window, strided or routed layers, got full attention alone (set "
+            "model.fold, or model.window and model.route)"
+        )
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    for method in methods:
+        model = build(config, method, max(lengths) + new_tokens + _WARM_UP, device)
+        for length in lengths:
+            yield _measure(model, method, length, new_tokens, device)
+        del model
+        _release()
+
+
+def build(config: Config, method: str, longest: int, device: torch.device) -> LlamaForCausalLM:
+    """The model of one method, for positions up to `longest`."""
+    dtype = torch.bfloat16 if config.train.dtype == "bf16" else torch.float32
+    torch.manual_seed(config.run.seed)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with device:
+            if method == "tensorlm":
+                shape = hf_config(config.model, longest, "fp32")
+                model: LlamaForCausalLM = TensorLMForCausalLM(TensorLMConfig(**shape))
+            else:
+                shape = hf_config(full_attention(config.model), longest, "fp32")
+                model = LlamaForCausalLM(LlamaConfig(**shape, attn_implementation="sdpa"))
+    finally:
+        torch.set_default_dtype(before)
+    return model.eval()
+
+
+@torch.no_grad()
+def _measure(
+    model: Any, method: str, length: int, new_tokens: int, device: torch.device
+) -> DecodeMeasurement:
+    """One method at one length; the first prompt, which compiles kernels, is not timed."""
+    tokens = torch.randint(model.config.vocab_size, (1, length), device=device)
+    on_gpu = device.type == "cuda"
+    try:
+        for _ in range(2 if on_gpu else 1):
+            _release()
+            before = torch.cuda.memory_allocated() if on_gpu else math.nan
+            if on_gpu:
+                torch.cuda.reset_peak_memory_stats()
+            cache = (
+                FoldCache(model.config, expected=length + new_tokens + _WARM_UP)
+                if method == "tensorlm"
+                else DynamicCache()
+            )
+            started = _now(device)
+            out = model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            prefill = _now(device) - started
+        held = (torch.cuda.memory_allocated() - before) / 2**30 if on_gpu else math.nan
+        for step in range(_WARM_UP + new_tokens):
+            if step == _WARM_UP:
+                started = _now(device)
+            token = out.logits[:, -1:].argmax(-1)
+            out = model(token, past_key_values=cache, use_cache=True)
+        seconds = _now(device) - started
+    except torch.OutOfMemoryError:
+        return DecodeMeasurement(method, length, *[math.nan] * 4)
+    peak = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else math.nan
+    return DecodeMeasurement(method, length, prefill, new_tokens / seconds, held, peak)
+
+
+def _now(device: torch.device) -> float:
+    """Seconds, when all work so far is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def _release() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def format_table(rows: Sequence[DecodeMeasurement]) -> str:
+    """A Markdown table, with the speed relative to stock Llama after the same prompt."""
+    theirs = {row.length: row.tokens_per_second for row in rows if row.method == "huggingface"}
+    lines = [
+        "| prompt tokens | method | prompt s | tokens/s | cache GiB | peak GiB | vs Llama |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in sorted(rows, key=lambda row: (row.length, METHODS.index(row.method))):
+        ratio = row.tokens_per_second / theirs.get(row.length, math.nan)
+        lines.append(
+            f"| {row.length:,} | {row.method} | {row.prefill_seconds:.2f} "
+            f"| {row.tokens_per_second:.1f} | {row.cache_gib:.2f} | {row.memory_gib:.2f} "
+            f"| {ratio:.2f} |"
+        )
+    return "\n".join(lines)
