@@ -135,7 +135,7 @@ def _attend(
 ) -> State:
     """One softmax over the state and the entries [B, Q, K, U] of k and values where `seen`."""
     work = torch.promote_types(q.dtype, torch.float32)
-    keys, read = _gather(k, entries).to(work), _gather(values, entries).to(work)
+    keys, read = gather_entries(k, entries).to(work), gather_entries(values, entries).to(work)
     q_groups = q.to(work).unflatten(2, (k.shape[2], -1))
     with full_precision(q.device):
         scores = torch.einsum("bqkgd,bqkud->bqkgu", q_groups, keys) * scale
@@ -152,8 +152,11 @@ def _attend(
     return z.to(values.dtype), lse.masked_fill(sees_nothing, float("-inf"))
 
 
-def _gather(x: Tensor, entries: Tensor) -> Tensor:
-    """[B, Q, K, U, D]: the entries of x [B, T, K, D]; their gradients are added up in float32."""
+def gather_entries(x: Tensor, entries: Tensor) -> Tensor:
+    """[B, Q, K, U, D]: the entries [B, Q, K, U] of x [B, T, K, D].
+
+    Gradients of an entry that is read more than once are added up in float32.
+    """
     row = torch.arange(x.shape[0], device=x.device)[:, None, None, None]
     head = torch.arange(x.shape[2], device=x.device)[:, None]
     if not x.requires_grad:

@@ -31,6 +31,10 @@ class Rows:
         self.buffer: Tensor | None = None
         self.start = self.stop = 0
 
+    def rows(self) -> Tensor | None:
+        """A view of the rows that `append` returned last; None before the first."""
+        return None if self.buffer is None else self.buffer[:, self.start : self.stop]
+
     def append(self, new: Tensor) -> Tensor:
         """Add [B, Q, ...]; returns a view of the rows that stayed and the new ones."""
         if self.keep is not None:

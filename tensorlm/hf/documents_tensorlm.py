@@ -3,7 +3,7 @@
 Shape letters: B batch, Q new tokens, T all tokens (those in the cache and the new ones).
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,6 +50,7 @@ class Documents(NamedTuple):
     starts: Tensor | None  # [B, Q]; None: every document begins at 0
     row: Tensor | None = None  # [B, T] int32 (`row_starts`)
     blocks: Tensor | None = None  # [B, N]: where the block of each slot begins (`routing.py`)
+    step: Any = None  # `routed_decode.Step` of a single new token
 
 
 def row_starts(

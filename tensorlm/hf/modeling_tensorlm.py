@@ -37,6 +37,7 @@ except ImportError:
     )
     from .routed_blocked import choose_blocks  # type: ignore[import-not-found] # noqa: F401
     from .routed_cached import choose_cached  # type: ignore[import-not-found] # noqa: F401
+    from .routed_decode import make_step  # type: ignore[import-not-found] # noqa: F401
     from .routing import block_starts  # type: ignore[import-not-found] # noqa: F401
 
 MODEL_FILES = (
@@ -44,7 +45,8 @@ MODEL_FILES = (
     "hop_tensorlm.py", "routed_tensorlm.py", "attention_tensorlm.py", "modeling_tensorlm.py",
 )  # fmt: skip
 OPERATOR_FILES = (
-    "fold.py", "blocked.py", "cached.py", "routing.py", "routed_blocked.py", "routed_cached.py"
+    "fold.py", "blocked.py", "cached.py", "routing.py", "routed_blocked.py", "routed_cached.py",
+    "routed_decode.py",
 )  # fmt: skip
 
 # Of the keyword arguments of a forward pass, those that only the loss reads.
@@ -127,10 +129,11 @@ class TensorLMModel(LlamaModel):
             x.shape[0], x.shape[1], num_seen, None if cache is None else cache.last_document,
             x.device,
         )  # fmt: skip
+        rotary = self._rotary(num_seen + x.shape[1], x.device)
         documents = Documents(doc_start)
         if self.config.route:
-            documents = routed_documents(doc_start, x, num_seen, self.config.route["block"])
-        rotary = self._rotary(num_seen + x.shape[1], x.device)
+            route = self.config.route_numbers
+            documents = routed_documents(doc_start, x, num_seen, route, rotary)
         hidden_states = [x]
         for layer in self.layers[: self.config.num_hidden_layers]:
             x = layer(

@@ -23,6 +23,7 @@ try:
         routed_hop,
     )
     from tensor_attention.routed_cached import choose_cached, routed_hop_cached
+    from tensor_attention.routed_decode import attend_step, choose_step, make_step, rotate_step
     from tensor_attention.routing import block_means, block_starts
 except ImportError:
     routed_attention = None  # type: ignore[assignment]
@@ -33,16 +34,31 @@ except ImportError:
         choose_cached,
         routed_hop_cached,
     )
+    from .routed_decode import (  # type: ignore[import-not-found, no-redef]
+        attend_step,
+        choose_step,
+        make_step,
+        rotate_step,
+    )
     from .routing import block_means, block_starts  # type: ignore[import-not-found, no-redef]
 
 # New tokens up to which gathering what each reads is faster than tiles of tokens (an estimate).
 _GATHER_UP_TO = 16
 
 
-def routed_documents(starts: Tensor | None, x: Tensor, num_seen: int, block: int) -> Documents:
+def routed_documents(
+    starts: Tensor | None, x: Tensor, num_seen: int, route: Route, rotary: Rotary
+) -> Documents:
     """Documents as routed layers need them, of the new tokens `x` [B, Q, ...]."""
     row = row_starts(starts, x.shape[0], x.shape[1], num_seen, x.device)
-    return Documents(starts, row, block_starts(row, block))
+    blocks = block_starts(row, route.block)
+    if x.shape[1] > 1 or not num_seen:
+        return Documents(starts, row, blocks)
+    step = make_step(
+        row, blocks, rotary, window=route.window, block=route.block, stretch=route.stretch,
+        open_tile=route.open_tile,
+    )  # fmt: skip
+    return Documents(starts, row, blocks, step)
 
 
 def attend_routed(
@@ -72,6 +88,8 @@ def attend_routed(
         return routed_attention(
             q, k, v, **route._asdict(), doc_start=documents.starts, rotary=rotary, scale=scale
         )
+    if memory is not None and documents.step is not None:
+        return _attend_one(q, k, v, documents, route, scale, memory)
     assert documents.row is not None
     num_new, first = q.shape[1], 0 if memory is None else memory.get_seq_length()
     starts = documents.row[:, first:]
@@ -99,6 +117,29 @@ def attend_routed(
         open_tile=route.open_tile, doc_start=documents.row, state=state, rotary=None, scale=scale,
         first=first,
     )[0]  # fmt: skip
+
+
+def _attend_one(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    documents: Documents,
+    route: Route,
+    scale: float,
+    memory: RoutedLayer,
+) -> Tensor:
+    """`attend_routed` for a single new token."""
+    assert documents.blocks is not None
+    near_q, near_k, q, k = rotate_step(q, k, documents.step)
+    near_k = memory.near_rows.append(near_k)
+    k, v = memory.update(k, v)
+    with torch.no_grad():
+        means = _means(k, documents.blocks, route, memory)
+        choice = choose_step(q, means, documents.step, route.top_k)
+    choices = memory.choice_rows.append(choice)
+    return attend_step(
+        (near_q, q), (near_k, k), v, choices, documents.step, block=route.block, scale=scale
+    )
 
 
 def _needs_gather(q: Tensor) -> bool:
@@ -143,7 +184,9 @@ def _means(k: Tensor, blocks: Tensor, route: Route, memory: RoutedLayer) -> Tens
     """
     k = k.detach()
     known, settled = memory.mean_rows.stop, memory.num_settled()
-    kept = memory.mean_rows.append(block_means(k, blocks[:, known:settled], route.block))
+    kept = memory.mean_rows.rows()
+    if settled > known or kept is None:
+        kept = memory.mean_rows.append(block_means(k, blocks[:, known:settled], route.block))
     num_far = _num_far(k.shape[1], route)
     if num_far <= settled:
         return kept[:, :num_far]

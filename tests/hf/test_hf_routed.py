@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tensor_attention import choose_blocks
+from tensor_attention import choose_blocks, routed_decode
 from tensorlm.checkpoint import open_checkpoint
 from tensorlm.config import load_config
 from tensorlm.hf import attach, routed_tensorlm
@@ -230,16 +230,15 @@ def test_a_new_token_reads_its_window_its_blocks_and_the_means(
 
 def _record_open_blocks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The number of blocks that each routed layer reads in a step of one token."""
-    from tensor_attention import routed_cached
-
     found: list[int] = []
-    attend = routed_cached._attend
+    open_entries = routed_decode._open_entries
 
-    def record(q: Tensor, k: Tensor, v: Tensor, entries: Tensor, *others: Any) -> Any:
-        found.append(entries.shape[3] // 8)
-        return attend(q, k, v, entries, *others)
+    def record(choices: Tensor, step: Any, block: int) -> Any:
+        entries, seen = open_entries(choices, step, block)
+        found.append(entries.shape[3] // block)
+        return entries, seen
 
-    monkeypatch.setattr(routed_cached, "_attend", record)
+    monkeypatch.setattr(routed_decode, "_open_entries", record)
     return found
 
 

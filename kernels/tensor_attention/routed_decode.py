@@ -1,0 +1,148 @@
+"""One new token of a routed layer, in few operations: window, choice and open blocks at once.
+
+What depends on documents and positions alone is computed once a step, for all layers (`Step`). The
+results are those of `hop_cached`, `choose_cached` and `routed_hop_cached`; launching operations is
+what a step costs on a GPU. Shape letters: B batch, T all tokens, N far slots (`routing.py`), W
+tokens of the window, H query heads, K key heads, G = H / K, D head size, C blocks of a choice, L
+open blocks, U entries of open blocks. This file has no imports from the project but `fold`,
+`routing` and `routed_cached`: it also travels inside exported Hugging Face folders.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .fold import MASKED, Rotary, full_precision
+from .routed_cached import gather_entries
+from .routing import summed_queries
+
+
+class Step(NamedTuple):
+    """What all routed layers of a step share; the new token is the last of T."""
+
+    cos: Tensor  # [2, B, 1, 1, D/2]: of its position, and of its stretched one
+    sin: Tensor
+    document: Tensor  # [B, 1, 1, 1] int64: the first token of its document
+    last: int  # the last token before the window
+    near: Tensor  # [B, 1, 1, W] bool: tokens of the window that are in the document
+    blocks: Tensor  # [B, 1, N] int64: index in the document of the block of each slot
+    closed: Tensor  # [B, 1, N] bool: slots that cannot be chosen
+    first_block: Tensor  # [B, 1, 1] int64: 0 where the document's first block is far, else -1
+    own: Tensor  # [B, R, 1, 1] bool: of the last R tokens, those of other tiles
+
+
+def make_step(
+    row: Tensor, starts: Tensor, rotary: Rotary, *, window: int, block: int, stretch: int,
+    open_tile: int,
+) -> Step:  # fmt: skip
+    """The step of the last token of a row.
+
+    Args:
+        row: [B, T], document starts of all tokens.
+        starts: [B, at least N] from `routing.block_starts`.
+        rotary: table of at least T positions.
+        window, block, stretch, open_tile: of the routed layers.
+    """
+    token, device = row.shape[1] - 1, row.device
+    document = row[:, -1:].long()  # [B, 1]
+    depth = token - document
+    position = torch.stack((torch.full_like(depth, token), depth // stretch))  # [2, B, 1]
+    num_far = max(0, (token - window) // block + 1)
+    starts = starts[:, :num_far]
+    blocks = (starts - document) // block
+    is_far = (starts <= token - window) & (blocks > 0)
+    window = min(window, token + 1)
+    near = torch.arange(token + 1 - window, token + 1, device=device) >= document
+    back = torch.arange(min(open_tile, token + 1) - 1, -1, -1, device=device)
+    return Step(
+        cos=rotary.cos[position][..., None, :],
+        sin=rotary.sin[position][..., None, :],
+        document=document[:, None, None],
+        last=token - window,
+        near=near[:, None, None],
+        blocks=blocks[:, None],
+        closed=~is_far[:, None],
+        first_block=torch.where(depth >= window, 0, -1)[:, None],
+        own=(back > depth % open_tile)[:, :, None, None],
+    )
+
+
+def rotate_step(q: Tensor, k: Tensor, step: Step) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """q and k rotated to the token's position, then both to its stretched one; rounded once."""
+    x = torch.cat((q, k), dim=2)
+    work = torch.promote_types(x.dtype, torch.float32)
+    real, imag = x.to(work).chunk(2, dim=-1)
+    turned = torch.cat((real * step.cos - imag * step.sin, imag * step.cos + real * step.sin), -1)
+    near, far = turned.to(x.dtype)
+    sizes = [q.shape[2], k.shape[2]]
+    return *near.split(sizes, dim=2), *far.split(sizes, dim=2)
+
+
+def choose_step(q: Tensor, means: Tensor, step: Step, top_k: int) -> Tensor:
+    """The choice [B, 1, K, top_k + 1] int32 of the token; the first block first, -1 for none.
+
+    q [B, 1, H, D] and means [B, N, K, D] are rotated to stretched positions.
+    """
+    work = torch.promote_types(q.dtype, torch.float32)
+    queries = summed_queries(q, means.shape[2]).to(work)  # [B, 1, K, D]
+    with full_precision(q.device):
+        scores = queries.transpose(1, 2) @ means.to(work).permute(0, 2, 3, 1)
+    scores = scores[:, :, 0].masked_fill(step.closed, float("-inf"))  # [B, K, N]
+    best = scores.sort(dim=-1, descending=True, stable=True)
+    blocks = step.blocks.expand_as(scores).gather(-1, best.indices[..., :top_k])
+    blocks = blocks.masked_fill(best.values[..., :top_k] == float("-inf"), -1)
+    blocks = torch.cat((step.first_block.expand(-1, means.shape[2], -1), blocks), dim=-1)
+    missing = top_k + 1 - blocks.shape[-1]
+    blocks = torch.nn.functional.pad(blocks, (0, missing), value=-1) if missing else blocks
+    return blocks.to(torch.int32)[:, None]
+
+
+def attend_step(
+    queries: tuple[Tensor, Tensor],
+    keys: tuple[Tensor, Tensor],
+    values: Tensor,
+    choices: Tensor,
+    step: Step,
+    *,
+    block: int,
+    scale: float,
+) -> Tensor:
+    """[B, 1, H, E]: one softmax over the window and the open blocks.
+
+    Args:
+        queries: [B, 1, H, D] twice, rotated to the position and to the stretched one.
+        keys: [B, at least W, K, D] of the last tokens, and [B, T, K, D]; rotated alike.
+        values: [B, T, K, E].
+        choices: [B, R, K, C] of the last R tokens.
+        step: of the token.
+        block: tokens of a block.
+        scale: factor on the scores.
+    """
+    num_keys, size = keys[1].shape[2], step.near.shape[-1]
+    work = torch.promote_types(values.dtype, torch.float32)
+    entries, seen = _open_entries(choices, step, block)
+    near_k, far_k = keys[0][:, -size:].transpose(1, 2), gather_entries(keys[1], entries)[:, 0]
+    near_v, far_v = values[:, -size:].transpose(1, 2), gather_entries(values, entries)[:, 0]
+    near_q, far_q = ((q[:, 0].to(work) * scale).unflatten(1, (num_keys, -1)) for q in queries)
+    seen = torch.cat((step.near.expand(-1, num_keys, -1, -1), seen[:, 0, :, None]), dim=-1)
+    with full_precision(values.device):
+        scores = torch.cat((near_q @ near_k.to(work).mT, far_q @ far_k.to(work).mT), dim=-1)
+        weights = torch.softmax(scores.masked_fill(~seen, MASKED), dim=-1)
+        z = weights[..., :size] @ near_v.to(work) + weights[..., size:] @ far_v.to(work)
+    return z.flatten(1, 2)[:, None].to(values.dtype)
+
+
+def _open_entries(choices: Tensor, step: Step, block: int) -> tuple[Tensor, Tensor]:
+    """The entries [B, 1, K, U] of the open blocks, each block once, and which of them are read."""
+    opened = choices[:, -step.own.shape[1] :].masked_fill(step.own, -1)
+    opened = opened.transpose(1, 2).flatten(2).sort(dim=-1, descending=True).values  # [B, K, L]
+    again = opened[..., 1:] == opened[..., :-1]
+    opened[..., 1:].masked_fill_(again, -1)
+    if not (opened.is_cuda or torch.compiler.is_compiling()):  # a GPU is not waited for
+        opened = opened.sort(dim=-1, descending=True).values
+        opened = opened[..., : int((opened >= 0).sum(-1).max())]
+    offset = torch.arange(block, device=opened.device)
+    entries = step.document + (opened.long() * block)[..., None] + offset  # [B, K, L, block]
+    seen = (entries >= step.document) & (entries <= step.last)  # none of block -1
+    return entries.clamp(min=0).flatten(2)[:, None], seen.flatten(2)[:, None]
