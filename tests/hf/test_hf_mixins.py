@@ -67,7 +67,7 @@ class TinyModel:
     """The configuration and inputs that the tests ask for."""
 
     batch_size, seq_length = 3, 7
-    num_hidden_layers, num_attention_heads, hidden_size = 4, 4, 32
+    num_hidden_layers, num_attention_heads, hidden_size = 2, 4, 32
     is_training = True
 
     def __init__(self, folder: Path) -> None:
@@ -87,9 +87,9 @@ class ExportedModel:
     @classmethod
     def setUpClass(cls: Any) -> None:
         folder = Path(cls.enterClassContext(tempfile.TemporaryDirectory()))
-        model = folded_model(  # strided, routed, strided, full
-            [2, 3], 4, vocab_size=99, initializer_range=0.02, pad_token_id=0, route_every=2,
-            route={"block": 2, "top_k": 1, "stretch": 2},
+        model = folded_model(  # a strided and a routed layer
+            [2, 3], num_hidden_layers=2, vocab_size=99, initializer_range=0.02, pad_token_id=0,
+            route={"block": 2, "top_k": 1, "stretch": 2}, route_every=2,
         )  # fmt: skip
         model.save_pretrained(folder)
         kinds = {"model": AutoModel, "causal": AutoModelForCausalLM}

@@ -284,7 +284,8 @@ def test_the_cache_chooses_what_training_chose(
     wanted = choose_blocks(
         q, k, window=8, block=4, top_k=2, stretch=4, doc_start=starts, rotary=rotary
     )
-    assert torch.equal(torch.stack(found, dim=1), wanted)
+    chosen = torch.stack(found, dim=1)  # in any order, -1 for none
+    assert torch.equal(chosen.sort(dim=-1).values, wanted.sort(dim=-1).values)
     assert (wanted[:, -1] > 0).any()
 
 
