@@ -122,10 +122,9 @@ def check_sizes(
         below = seq_len // unit * unit
         nearest = f"{below} or {below + unit}" if below else f"{unit}"
         legal.append(f"seq_len a multiple of {unit}, such as {nearest}")
-    folded = f", fold = {list(fold)}" if fold else ""
     heads = "" if full_attention_heads is None else f", heads = {full_attention_heads}"
     raise ValueError(
-        f"sp = {sp} cannot share rows with seq_len = {seq_len}{folded}{heads}"
+        f"sp = {sp} cannot share rows with seq_len = {seq_len}, fold = {list(fold)}{heads}"
         f" (legal: {'; or '.join(legal)})"
     )
 
