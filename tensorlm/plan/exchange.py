@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 import torch
 
-from fold_parallel import Traffic, layer_traffic
+from fold_parallel import layer_traffic, routed_traffic
 from tensorlm.config import Config
-from tensorlm.model.flops import attention_pairs, linear_flops_per_token
+from tensorlm.model.flops import layer_pairs, linear_flops_per_token
 
 GPUS = (8, 16, 32, 64, 128, 256, 512, 1024)
 
@@ -52,35 +52,48 @@ class Projection(NamedTuple):
 def project(config: Config, gpus: int, machine: Machine) -> Projection:
     """Layer 0 of `config`, one row of as many tokens per GPU as `config` gives each rank."""
     model, tokens = config.model, config.data.seq_len // config.parallel.sp
-    seq_len, fold = tokens * gpus, model.layer_fold(0)
+    seq_len, kind = tokens * gpus, model.layer_kind(0)
     per_pair = 4 * model.num_heads * model.head_size
-    pairs = attention_pairs(fold, torch.arange(seq_len)[None]) / seq_len
+    pairs = layer_pairs(model, kind, torch.arange(seq_len)[None]) / seq_len
     linear = linear_flops_per_token(model) - 2 * model.hidden_size * model.vocab_size
     forward_flops = tokens * (linear / model.num_layers + per_pair * pairs)
-    hop_1 = tokens * per_pair * fold[0] / machine.flops if fold else 0.0
+    hop_1 = 0.0 if kind == "full" else tokens * per_pair * model.window_size / machine.flops
 
     others = min(gpus, machine.gpus_per_node) - 1, max(gpus - machine.gpus_per_node, 0)
     sent = network = exchange = exposed = 0.0
     for backward in (False, True):
-        traffic = layer_traffic(
-            seq_len, gpus, fold, heads=model.num_heads, key_heads=model.num_kv_heads,
-            head_dim=model.head_size, backward=backward,
-            itemsize=2 if config.train.dtype == "bf16" else 4,
-        )  # fmt: skip
-        traffic = Traffic(*(tokens * size for size in traffic))
-        swaps = [_swap_seconds(size, others, machine) for size in traffic[1:] if size]
+        neighbours, *sizes = (tokens * size for size in _sent(config, seq_len, gpus, backward))
+        swaps = [_swap_seconds(size, others, machine) for size in sizes if size]
         halo = 0.0
-        if traffic.halo:
+        if neighbours:
             # A node's last GPU sends to another node; all wait for it.
             link = machine.network if others[1] else machine.nvlink
-            halo = traffic.halo / link + machine.latency
-        hidden = min(swaps[0], hop_1 * (2 if backward else 1)) if fold else 0.0
-        sent += sum(traffic)
-        network += sum(traffic[1:]) * others[1] / sum(others)
+            halo = neighbours / link + machine.latency
+        hidden = min(swaps[0], hop_1 * (2 if backward else 1)) if swaps and hop_1 else 0.0
+        sent += neighbours + sum(sizes)
+        network += sum(sizes) * others[1] / sum(others)
         exchange += halo + sum(swaps)
         exposed += halo + sum(swaps) - machine.overlap * hidden
     compute = 3 * forward_flops / machine.flops
     return Projection(gpus, seq_len, sent, network, compute, exchange, exposed)
+
+
+def _sent(config: Config, seq_len: int, sp: int, backward: bool) -> tuple[float, ...]:
+    """Bytes of layer 0 per token of the row: to neighbours, then of each exchange of all ranks."""
+    model, kind = config.model, config.model.layer_kind(0)
+    itemsize = 2 if config.train.dtype == "bf16" else 4
+    if kind in ("window", "routed"):
+        route = model.route if kind == "routed" else None
+        sent = routed_traffic(
+            seq_len, sp, window=model.window_size, key_heads=model.num_kv_heads,
+            head_dim=model.head_size, itemsize=itemsize, backward=backward,
+            top_k=route.top_k if route else 0, open_tile=route.open_tile if route else 1,
+        )  # fmt: skip
+        return sent.halo + sent.choice, sent.gather
+    return layer_traffic(
+        seq_len, sp, model.layer_fold(0), heads=model.num_heads, key_heads=model.num_kv_heads,
+        head_dim=model.head_size, backward=backward, itemsize=itemsize,
+    )  # fmt: skip
 
 
 def _swap_seconds(num_bytes: float, others: tuple[int, int], machine: Machine) -> float:
@@ -106,9 +119,10 @@ def project_all(config: Config, machine: Machine) -> list[Projection]:
 def format_projection(projections: Sequence[Projection], config: Config, machine: Machine) -> str:
     """A Markdown table under a heading that states the assumptions."""
     tokens, fold = config.data.seq_len // config.parallel.sp, config.model.layer_fold(0)
+    kind = f"fold {list(fold)}" if fold else f"{config.model.layer_kind(0)} attention"
     lines = [
         "Projection, not a measurement: one layer, forward and backward, per GPU. "
-        f"Each GPU holds {tokens:,} tokens of one row, fold {list(fold)}, {config.train.dtype}.",
+        f"Each GPU holds {tokens:,} tokens of one row, {kind}, {config.train.dtype}.",
         f"Assumed: {machine.gpus_per_node} GPUs a node, {machine.nvlink / 1e9:g} GB/s inside it, "
         f"{machine.network / 1e9:g} GB/s a GPU between nodes, {machine.latency * 1e6:g} us a "
         f"message, {machine.flops / 1e12:g} TFLOP/s a GPU; nothing is recomputed.",
