@@ -293,7 +293,9 @@ def add_train(parser: argparse.ArgumentParser) -> None:
         "--methods",
         default="tensorized,full,huggingface",
         metavar="LIST",
-        help="methods to time, separated by commas (default: tensorized,full,huggingface)",
+        help="methods to time, separated by commas: tensorized (the layers of the file), routed, "
+        "strided, window (all layers of that kind), full, huggingface "
+        "(default: tensorized,full,huggingface)",
     )
     parser.add_argument(
         "--repeats", type=int, default=3, metavar="N", help="number of timed repeats (default: 3)"
@@ -326,11 +328,17 @@ def train(args: argparse.Namespace) -> int:
     if args.longest and not torch.cuda.is_available():
         raise UserError("--longest: needs a CUDA device")
     from tensorlm.benchmarks import train as bench
+    from tensorlm.benchmarks.train_methods import METHODS, shape_of
 
     methods = args.methods.split(",")
-    unknown = [method for method in methods if method not in bench.METHODS]
+    unknown = [method for method in methods if method not in METHODS]
     if unknown:
-        raise UserError(f"--methods: {unknown[0]} is none of {', '.join(bench.METHODS)}")
+        raise UserError(f"--methods: must be of {', '.join(METHODS)}, got {unknown[0]}")
+    try:
+        for method in methods:
+            shape_of(config.model, method)
+    except ValueError as error:
+        raise UserError(f"--methods: {error}") from None
     rows: list[bench.TrainMeasurement] = []
     found: dict[str, int] = {}
 

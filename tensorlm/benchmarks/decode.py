@@ -22,7 +22,7 @@ from tensorlm.hf.llama_config import needs_code
 from tensorlm.hf.modeling_tensorlm import TensorLMForCausalLM
 from tensorlm.runtime.errors import UserError
 
-from .train import full_attention
+from .train_methods import shape_of
 
 METHODS = ("tensorlm", "huggingface")
 _WARM_UP = 4  # tokens before the clock starts
@@ -83,7 +83,7 @@ def build(config: Config, method: str, longest: int, device: torch.device) -> Ll
                 shape = hf_config(config.model, longest, "fp32")
                 model: LlamaForCausalLM = TensorLMForCausalLM(TensorLMConfig(**shape))
             else:
-                shape = hf_config(full_attention(config.model), longest, "fp32")
+                shape = hf_config(shape_of(config.model, "full"), longest, "fp32")
                 model = LlamaForCausalLM(LlamaConfig(**shape, attn_implementation="sdpa"))
     finally:
         torch.set_default_dtype(before)

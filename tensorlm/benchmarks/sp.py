@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fold_parallel import Grid, create_grid, sharded_tensor_attention
 from fold_parallel.swap import rows_to_columns
-from tensorlm.config import Config
+from tensorlm.config import Config, layers_in_words
 from tensorlm.model import Block
 from tensorlm.model.layers import rotary_table
 from tensorlm.runtime.launch_env import LaunchEnv
@@ -83,10 +83,13 @@ def measure(config: Config, launch: LaunchEnv, repeats: int) -> LayerCost:
     def layer() -> tuple[Tensor, ...]:
         return (block(x, doc_start, rotary),)
 
-    def attention(overlap: bool = True) -> tuple[Tensor, ...]:
+    def attention() -> tuple[Tensor, ...]:
+        return (block.self_attn.attend(q, k, v, doc_start, rotary),)
+
+    def serial() -> tuple[Tensor, ...]:
         out = sharded_tensor_attention(
             q, k, v, fold, grid=grid, doc_start=doc_start, hop_bias=block.self_attn.hop_bias,
-            rotary=rotary, backend=config.train.attention, overlap=overlap,
+            rotary=rotary, backend=config.train.attention, overlap=False,
         )  # fmt: skip
         return (out,)
 
@@ -96,7 +99,7 @@ def measure(config: Config, launch: LaunchEnv, repeats: int) -> LayerCost:
     }
     if fold and grid.swap_group is not None:
         group = grid.swap_group
-        cases[SERIAL] = (lambda: attention(overlap=False), [q, k, v])
+        cases[SERIAL] = (serial, [q, k, v])
         cases[SWAP] = (lambda: rows_to_columns((q, k), fold[0], group), [q, k])
     times = {
         name: _milliseconds(function, leaves, repeats, grid, device)
@@ -163,10 +166,13 @@ def _bytes(
 
 def format_cost(cost: LayerCost, config: Config) -> str:
     """A Markdown table, then what was sent and what overlapping saved."""
+    model = config.model
+    route = None if model.route is None else model.route.model_dump()
+    kind = layers_in_words(model.layer_kinds[:1], model.fold, model.window_size, route)
     lines = [
         f"{cost.ranks}, torch {torch.__version__}: sp {config.parallel.sp}, "
         f"{config.train.micro_batch} x {config.data.seq_len:,} tokens, "
-        f"fold {list(config.model.layer_fold(0))}, {config.train.dtype}",
+        f"{kind}, {config.train.dtype}",
         "",
         "| | forward ms | forward and backward ms |",
         "|---|---|---|",

@@ -1,6 +1,6 @@
-"""Forward and backward of a whole model on one device: folded, full attention, Hugging Face's.
+"""Forward and backward of a whole model on one device, by kind of attention (`train_methods.py`).
 
-Every method trains the same decoder shape on one document of random tokens, with activation
+Every method trains the same decoder shape on one document of runs of random tokens, with activation
 checkpointing, in the configuration's dtype; what else saves memory (offload, tiles, fused layers)
 is that of the configuration, for the first two methods. The optimizer is left out: its cost does
 not depend on the length, and with it fewer layers would fit.
@@ -21,13 +21,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fold_parallel import Grid
 from tensor_attention import Rotary, apply_rotary
-from tensorlm.config import Config, ModelConfig
+from tensorlm.config import Config
 from tensorlm.hf.export_folder import hf_config
 from tensorlm.model import Block, create_llama
 from tensorlm.model.attention import Attention, KeptChoice
 from tensorlm.model.flops import num_parameters, peak_flops, train_flops
 
-METHODS = ("tensorized", "full", "huggingface")
+from .train_methods import METHODS, OpenBlocks, draw_tokens, shape_of
 
 
 class TrainMeasurement(NamedTuple):
@@ -35,6 +35,7 @@ class TrainMeasurement(NamedTuple):
 
     `mfu` counts the method's own model FLOPs (recomputation is none) against the peak of the data
     sheet; `memory_gib` is allocated at the peak, weights and their gradients included.
+    `open_blocks` is `OpenBlocks.ratio` of a routed model, which its time depends on; NaN of others.
     """
 
     method: str
@@ -44,6 +45,7 @@ class TrainMeasurement(NamedTuple):
     tokens_per_second: float
     mfu: float
     memory_gib: float
+    open_blocks: float
 
 
 class SdpaAttention(nn.Module):
@@ -78,13 +80,13 @@ def measure(
     peak = peak_flops(device)
     for method in methods:
         model = build(config, method, max(lengths), device)
-        counted = config.model if method == "tensorized" else full_attention(config.model)
+        counted = shape_of(config.model, method)
         for length in lengths:
-            seconds, memory = _time_step(model, method, config, length, repeats, device)
+            seconds, memory, opened = _time_step(model, method, config, length, repeats, device)
             flops = train_flops(counted, torch.arange(length)[None])
             yield TrainMeasurement(
                 method, length, num_parameters(model), seconds, length / seconds,
-                flops / seconds / peak, memory,
+                flops / seconds / peak, memory, opened,
             )  # fmt: skip
         del model
         _release()
@@ -117,27 +119,20 @@ def _device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def full_attention(model: ModelConfig) -> ModelConfig:
-    """The same shape with full attention in every layer."""
-    plain = {"fold": (), "full_every": 0, "window": 0, "route": None}
-    return model.model_copy(update={**plain, "route_every": 0, "layers": ()})
-
-
 def build(config: Config, method: str, longest: int, device: torch.device) -> nn.Module:
     """The model of one method, in the dtype of training, in training mode."""
     dtype = torch.bfloat16 if config.train.dtype == "bf16" else torch.float32
     if method == "huggingface":
         from transformers import LlamaConfig, LlamaForCausalLM
 
-        shape = hf_config(full_attention(config.model), longest, "fp32")
+        shape = hf_config(shape_of(config.model, method), longest, "fp32")
         with device:
             theirs = LlamaForCausalLM(LlamaConfig(**shape, attn_implementation="sdpa")).to(dtype)
         theirs.gradient_checkpointing_enable()
         return theirs.train()
-    shape_of = config.model if method == "tensorized" else full_attention(config.model)
     settings = config.train.model_copy(update={"activation_checkpointing": True})
     # Weights are what PyTorch begins with: `init_weights` of billions takes the CPU a minute.
-    model = create_llama(shape_of, settings, Grid(), device)
+    model = create_llama(shape_of(config.model, method), settings, Grid(), device)
     if method == "full":
         for block in model.layers:
             assert isinstance(block, Block)
@@ -147,23 +142,27 @@ def build(config: Config, method: str, longest: int, device: torch.device) -> nn
 
 def _time_step(
     model: nn.Module, method: str, config: Config, length: int, repeats: int, device: torch.device
-) -> tuple[float, float]:
-    """(median seconds, peak GiB) of forward and backward; NaN where memory does not suffice.
+) -> tuple[float, float, float]:
+    """(median seconds, peak GiB, `OpenBlocks.ratio`) of forward and backward; NaN where memory does
+    not suffice.
 
     The first step compiles kernels, and counts only where there are no `repeats`.
     """
-    tokens = torch.randint(0, config.model.vocab_size, (1, length), device=device)
+    tokens = draw_tokens(config.model.vocab_size, length, device)
     _release()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    times = []
+    times: list[float] = []
+    opened = math.nan
     try:
         for _ in range(repeats + 1):
             started = time.perf_counter()
             if method == "huggingface":
                 loss = model(tokens, labels=tokens, use_cache=False).loss
             else:
-                loss = model(tokens, None, tokens) / length
+                with nullcontext() if times else OpenBlocks(model) as blocks:
+                    loss = model(tokens, None, tokens) / length
+                opened = blocks.ratio if blocks else opened
             loss.backward()
             del loss  # and with it the graph, whose buffers the next step takes over
             model.zero_grad()
@@ -172,9 +171,9 @@ def _time_step(
             times.append(time.perf_counter() - started)
     except torch.OutOfMemoryError:
         model.zero_grad()
-        return math.nan, math.nan
+        return math.nan, math.nan, math.nan
     memory = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else math.nan
-    return statistics.median(times[1:] or times), memory
+    return statistics.median(times[1:] or times), memory, opened
 
 
 def _release() -> None:
@@ -187,14 +186,15 @@ def format_table(rows: Sequence[TrainMeasurement]) -> str:
     """A Markdown table, with the speed relative to full attention at the same length."""
     full = {row.length: row.tokens_per_second for row in rows if row.method == "full"}
     lines = [
-        "| tokens | method | parameters | seconds | tokens/s | MFU | peak GiB | vs full |",
-        "|---|---|---|---|---|---|---|---|",
+        "| tokens | method | parameters | seconds | tokens/s | MFU | peak GiB | vs full | open |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in sorted(rows, key=lambda row: (row.length, METHODS.index(row.method))):
         ratio = row.tokens_per_second / full.get(row.length, math.nan)
         lines.append(
             f"| {row.length:,} | {row.method} | {row.parameters:,} | {row.seconds:.3f} "
-            f"| {row.tokens_per_second:,.0f} | {row.mfu:.1%} | {row.memory_gib:.2f} | {ratio:.2f} |"
+            f"| {row.tokens_per_second:,.0f} | {row.mfu:.1%} | {row.memory_gib:.2f} | {ratio:.2f} "
+            f"| {row.open_blocks:.2f} |"
         )
     return "\n".join(lines)
 

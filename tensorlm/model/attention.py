@@ -25,13 +25,13 @@ class KeptChoice:
     """
 
     def __init__(self) -> None:
-        self._choice: Tensor | None = None
+        self.choice: Tensor | None = None
 
     def __call__(self, choose: Callable[[], Tensor]) -> Tensor:
         """The choice: the first time, what `choose` returns."""
-        if self._choice is None:
-            self._choice = choose()
-        return self._choice
+        if self.choice is None:
+            self.choice = choose()
+        return self.choice
 
 
 class Attention(nn.Module):

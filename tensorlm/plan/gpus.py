@@ -21,7 +21,7 @@ SWAP_SHARE = 0.44  # of NVLink, packing included: two H200 (docs/sequence_parall
 FOLDED_SHARE = (0.30, 0.21)  # forward, backward
 FULL_SHARE = (0.46, 0.37)
 # A window, a routed hop, and the scores of a choice: H200, 131,072 tokens, window 1,024, 16 blocks
-# of 64 (the same place; its 32,768 tokens follow to 2 %). Of the routed hop, the pairs of a token's
+# of 64 (the same place; 32,768 tokens follow to 4 %). Of the routed hop, the pairs of a token's
 # own choice count, and the time is of the union of a tile's.
 WINDOW_SHARE = (0.40, 0.29)
 ROUTED_SHARE = (0.17, 0.12)

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from tensorlm.benchmarks import decode, train
-from tensorlm.config import Config, load_config
+from tensorlm.benchmarks.train_methods import METHODS, open_ratio, shape_of
+from tensorlm.config import Config, ModelConfig, load_config
 from tensorlm.model import Llama
 from tensorlm.runtime.errors import UserError
 from tests.support.launching import ROOT, launch_environment
@@ -44,15 +45,40 @@ def test_all_methods_train_the_same_model_where_one_window_holds_the_row(tiny: C
     torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
 
 
-def test_every_method_is_measured_at_every_length(tiny: Config) -> None:
-    rows = list(train.measure(tiny, [32, 64], train.METHODS, 1))
+def test_every_method_is_measured_at_every_length(config: Path) -> None:
+    route = "model.route={block=8, top_k=1, stretch=2}"
+    tiny = load_config(config, ["train.dtype=fp32", route])
+    rows = list(train.measure(tiny, [32, 64], METHODS, 1))
     assert {(row.method, row.length) for row in rows} == {
-        (method, length) for method in train.METHODS for length in (32, 64)
+        (method, length) for method in METHODS for length in (32, 64)
     }
     assert all(math.isfinite(row.mfu) and row.seconds > 0 for row in rows)
     table = train.format_table(rows)
     assert len(table.splitlines()) == 2 + len(rows)
     assert "| full |" in table
+    opened = {row.method: row.open_blocks for row in rows if row.length == 64}
+    assert opened.pop("tensorized") >= 1 <= opened.pop("routed")
+    assert all(math.isnan(ratio) for ratio in opened.values())
+
+
+def test_a_method_is_the_same_shape_with_its_kind_of_layers(config: Path, tiny: Config) -> None:
+    with pytest.raises(ValueError, match=r"routed: \[model.route\] and model.window must be given"):
+        shape_of(tiny.model, "routed")
+    route = "model.route={block=8, top_k=1, stretch=2}"
+    mixed = load_config(config, [route, "model.layers=['routed', 'full']"])
+    for method in ("routed", "strided", "window", "full"):
+        shape = ModelConfig.model_validate(shape_of(mixed.model, method).model_dump())
+        assert set(shape.layer_kinds) == {method}
+        assert shape.window_size == (0 if method == "full" else 16)
+    assert shape_of(mixed.model, "tensorized") == mixed.model
+
+
+def test_open_blocks_of_a_tile_are_counted() -> None:
+    same = torch.tensor([0, 3, 5]).int().expand(1, 64, 2, 3)
+    assert open_ratio(same) == 1
+    each = torch.stack([torch.zeros(64), torch.arange(64) + 1], -1).int()[None, :, None]
+    assert open_ratio(each) == 17 / 2  # the first block, and one more of each token
+    assert open_ratio(torch.where(each > 0, -1, each)) == 1
 
 
 @pytest.mark.parametrize("limit", [0, 15, 16, 100, 1000, 123_456])

@@ -4,12 +4,14 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from tensor_attention import fold_axes
+from tensor_attention import choose_blocks, fold_axes
 from tensorlm.config import ModelConfig
 from tensorlm.model import Llama
 from tensorlm.model.flops import (
     attention_flops,
     attention_pairs,
+    choice_flops,
+    layer_pairs,
     linear_flops_per_token,
     peak_flops,
     recomputed_flops,
@@ -39,6 +41,42 @@ def test_pairs_are_those_that_the_definition_visits(
             steps = range(0 if i == 0 else 1, axis.length)
             visited += sum(step * axis.stride <= before for step in steps)
     assert attention_pairs(fold, depth) == visited
+
+
+ROUTED = {"window": 8, "route": {"block": 4, "top_k": 2, "stretch": 1, "open_tile": 1}}
+
+
+def of_kind(kind: str) -> ModelConfig:
+    settings = small(()).model_dump() | ROUTED | {"layers": [kind] * 3}
+    return ModelConfig.model_validate(settings if kind == "routed" else settings | {"route": None})
+
+
+@pytest.mark.parametrize("lengths", [[64], [1, 30, 5, 28], [8, 9, 20, 27]])
+def test_pairs_of_windows_and_routes_are_those_of_their_choices(lengths: list[int]) -> None:
+    depth = torch.cat([torch.arange(n) for n in lengths])[None]
+    start = torch.arange(TOKENS)[None] - depth
+    q, k = torch.randn(1, TOKENS, 2, 8), torch.randn(1, TOKENS, 1, 8)
+    choice = choose_blocks(q, k, window=8, block=4, top_k=2, doc_start=start.int())[0, :, 0]
+    near = beyond = cut = scored = 0
+    for before, chosen in zip(depth[0].tolist(), choice.tolist(), strict=True):
+        near += min(before + 1, 8)
+        far = [block for block in range(TOKENS) if 4 * block <= before - 8]
+        scored += max(0, len(far) - 1)
+        read = sum(min(4, before - 8 - 4 * block + 1) for block in chosen if block >= 0)
+        beyond += read
+        cut += 4 * 3 - read if len(far) > 3 else 0  # computed, and masked
+    assert layer_pairs(of_kind("window"), "window", depth) == near
+    assert layer_pairs(of_kind("routed"), "routed", depth) == near + beyond + cut
+    assert choice_flops(of_kind("routed"), depth) == 3 * 2 * 2 * 8 * scored
+    assert choice_flops(of_kind("window"), depth) == 0
+    # The choice has no backward, and is not made again.
+    config = of_kind("routed")
+    forward = linear_flops_per_token(config) * TOKENS + attention_flops(config, depth)
+    assert train_flops(config, depth) == 3 * forward + choice_flops(config, depth)
+    kept = recomputed_flops(of_kind("window"), depth, True) - attention_flops(
+        of_kind("window"), depth
+    )
+    assert recomputed_flops(config, depth, True) == kept + attention_flops(config, depth)
 
 
 def blocked_flops(config: ModelConfig) -> int:
