@@ -97,8 +97,11 @@ def _measure(
     """One method at one length; the first prompt, which compiles kernels, is not timed."""
     tokens = torch.randint(model.config.vocab_size, (1, length), device=device)
     on_gpu = device.type == "cuda"
+    cache: Any = None
+    out: Any = None
     try:
         for _ in range(2 if on_gpu else 1):
+            cache = out = None  # those of the first pass would hide what the second one keeps
             _release()
             before = torch.cuda.memory_allocated() if on_gpu else math.nan
             if on_gpu:
