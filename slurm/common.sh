@@ -73,7 +73,7 @@ run_dir_of() {
   python - "$@" <<'PYTHON'
 import sys
 from tensorlm.config import load_config
-from tensorlm.runtime.errors import run_launcher
+from tensorlm.runtime.exit import run_launcher
 run_launcher(lambda: print(load_config(sys.argv[1], sys.argv[2:]).run.dir))
 PYTHON
 }

@@ -332,7 +332,8 @@ def test_error_of_one_rank_is_told_by_it(tiny: TinyRuns) -> None:
 
 FAILING_RANK = """
 import os, signal, sys
-from tensorlm.runtime.errors import UserError, run_launcher
+from tensorlm.runtime.errors import UserError
+from tensorlm.runtime.exit import run_launcher
 from tensorlm.runtime.preemption import StopRequest
 
 def main():

@@ -60,7 +60,7 @@ def test_benchmarks_refuse_what_they_cannot_measure(words: str, problem: str) ->
 def test_a_reader_that_has_left_is_no_error(size: int) -> None:
     ours, theirs = os.pipe()
     os.close(ours)
-    code = "from tensorlm.runtime.errors import run_launcher\n"
+    code = "from tensorlm.runtime.exit import run_launcher\n"
     code += f"run_launcher(lambda: print('x' * {size}))"
     result = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, stdout=theirs, stderr=subprocess.PIPE, timeout=60
