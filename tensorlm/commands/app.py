@@ -37,6 +37,7 @@ COMMANDS = {
         "evaluate", "join evaluation reports into one: compare DIR ... --output DIR", ("--compare",)
     ),
     "convert": Command("convert", "export a checkpoint to a Hugging Face folder, or import one"),
+    "benchmark": Command("benchmark", "measure speed and memory on this machine"),
     "generate": Command("generate", "generate text with an exported folder"),
 }
 
