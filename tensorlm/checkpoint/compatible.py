@@ -65,6 +65,8 @@ def model_differences(trained: dict[str, Any], config: Config) -> list[str]:
     """
     before, now = ModelConfig.model_validate(trained["model"]), config.model
     theirs, ours = _architecture(before), _architecture(now)
+    if theirs["head_dim"] != ours["head_dim"]:  # one may spell out what 0 stands for
+        theirs["head_dim"], ours["head_dim"] = before.head_size, now.head_size
     if before.layer_kinds == now.layer_kinds:  # there are several ways to say which is which
         for settings, model in ((theirs, before), (ours, now)):
             settings |= _of_equal_kinds(model)
@@ -79,7 +81,6 @@ def model_differences(trained: dict[str, Any], config: Config) -> list[str]:
 def _architecture(model: ModelConfig) -> dict[str, Any]:
     """All settings that make a model what it is, written in one way."""
     settings = model.model_dump(mode="json", exclude={"init_std", "hop_bias_init"})
-    settings["head_dim"] = model.head_size  # one may spell out what 0 stands for
     if model.fold:
         settings["window"] = 0  # fold[0] says it
     if not (model.fold or model.window or model.route):

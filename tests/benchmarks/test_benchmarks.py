@@ -3,7 +3,6 @@
 import json
 import math
 import re
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 
 from tensorlm.benchmarks import decode, train
 from tensorlm.benchmarks.train_methods import METHODS, open_ratio, shape_of
+from tensorlm.commands import benchmark
 from tensorlm.config import Config, ModelConfig, load_config
 from tensorlm.model import Llama
 from tensorlm.runtime.errors import UserError
@@ -126,7 +126,7 @@ def test_data_is_prepared_planned_and_served(
     size = ["--documents", "1000", "--max-bytes", "300000"]
     command = ["benchmark.py", "data", *size, "--tokenizer", str(data / "tokenizer")]
     monkeypatch.setattr(sys, "argv", command)
-    assert runpy.run_path(str(ROOT / "launcher/benchmark.py"))["main"]() == 0
+    assert benchmark.main() == 0
     lines = capsys.readouterr().out.splitlines()
     plans, (prepared,), served = (
         [line for line in lines if line.startswith(kind)]

@@ -61,7 +61,8 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
 
 # Several mistakes in one process: importing torch takes longer than all of them.
 MISTAKES = """
-import runpy, sys
+import sys
+from tensorlm.commands.evaluate import main
 from tensorlm.runtime.errors import UserError
 config, folder = sys.argv[1:]
 for arguments in (
@@ -84,7 +85,7 @@ for arguments in (
 ):
     sys.argv = ["launcher/evaluate.py", *arguments]
     try:
-        runpy.run_path("launcher/evaluate.py")["main"]()
+        main()
     except UserError as error:
         for problem in error.problems:
             print("error:", problem, file=sys.stderr)
