@@ -5,9 +5,7 @@ forward pass that fills the cache; then tokens are generated one at a time, gree
 loop, so that what `generate` itself costs is left out for both.
 """
 
-import gc
 import math
-import time
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -22,6 +20,7 @@ from tensorlm.hf.llama_config import needs_code
 from tensorlm.hf.modeling_tensorlm import TensorLMForCausalLM
 from tensorlm.runtime.errors import UserError
 
+from .device import find_device, now, release_memory
 from .train_methods import shape_of
 
 METHODS = ("tensorlm", "huggingface")
@@ -62,13 +61,13 @@ def measure(
             "model: must have window, strided or routed layers, got full attention alone (set "
             "model.fold, or model.window and model.route)"
         )
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = find_device()
     for method in methods:
         model = build(config, method, max(lengths) + new_tokens + _WARM_UP, device)
         for length in lengths:
             yield _measure(model, method, length, new_tokens, device)
         del model
-        _release()
+        release_memory()
 
 
 def build(config: Config, method: str, longest: int, device: torch.device) -> LlamaForCausalLM:
@@ -102,7 +101,7 @@ def _measure(
     try:
         for _ in range(2 if on_gpu else 1):
             cache = out = None  # those of the first pass would hide what the second one keeps
-            _release()
+            release_memory()
             before = torch.cuda.memory_allocated() if on_gpu else math.nan
             if on_gpu:
                 torch.cuda.reset_peak_memory_stats()
@@ -111,33 +110,20 @@ def _measure(
                 if method == "tensorlm"
                 else DynamicCache()
             )
-            started = _now(device)
+            started = now(device)
             out = model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            prefill = _now(device) - started
+            prefill = now(device) - started
         held = (torch.cuda.memory_allocated() - before) / 2**30 if on_gpu else math.nan
         for step in range(_WARM_UP + new_tokens):
             if step == _WARM_UP:
-                started = _now(device)
+                started = now(device)
             token = out.logits[:, -1:].argmax(-1)
             out = model(token, past_key_values=cache, use_cache=True)
-        seconds = _now(device) - started
+        seconds = now(device) - started
     except torch.OutOfMemoryError:
         return DecodeMeasurement(method, length, *[math.nan] * 4)
     peak = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else math.nan
     return DecodeMeasurement(method, length, prefill, new_tokens / seconds, held, peak)
-
-
-def _now(device: torch.device) -> float:
-    """Seconds, when all work so far is done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def _release() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def format_table(rows: Sequence[DecodeMeasurement]) -> str:

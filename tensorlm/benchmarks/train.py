@@ -6,10 +6,8 @@ is that of the configuration, for the first two methods. The optimizer is left o
 not depend on the length, and with it fewer layers would fit.
 """
 
-import gc
 import math
 import statistics
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import NamedTuple
@@ -27,6 +25,7 @@ from tensorlm.model import Block, create_llama
 from tensorlm.model.attention import Attention, KeptChoice
 from tensorlm.model.flops import num_parameters, peak_flops, train_flops
 
+from .device import find_device, now, release_memory
 from .train_methods import METHODS, OpenBlocks, draw_tokens, shape_of
 
 
@@ -76,7 +75,7 @@ def measure(
     config: Config, lengths: Sequence[int], methods: Sequence[str], repeats: int
 ) -> Iterator[TrainMeasurement]:
     """Every method at every length, on a GPU where there is one, one measurement at a time."""
-    device = _device()
+    device = find_device()
     peak = peak_flops(device)
     for method in methods:
         model = build(config, method, max(lengths), device)
@@ -89,12 +88,12 @@ def measure(
                 flops / seconds / peak, memory, opened,
             )  # fmt: skip
         del model
-        _release()
+        release_memory()
 
 
 def measure_longest(config: Config, method: str) -> int:
     """Tokens of the longest document that one method can train on, as `longest` finds it."""
-    device = _device()
+    device = find_device()
     model = build(config, method, 2**20, device)
 
     def fits(length: int) -> bool:
@@ -113,10 +112,6 @@ def longest(fits: Callable[[int], bool], unit: int) -> int:
         middle = (found + too_long) // 2 // unit * unit
         found, too_long = (middle, too_long) if fits(middle) else (found, middle)
     return found
-
-
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def build(config: Config, method: str, longest: int, device: torch.device) -> nn.Module:
@@ -149,14 +144,14 @@ def _time_step(
     The first step compiles kernels, and counts only where there are no `repeats`.
     """
     tokens = draw_tokens(config.model.vocab_size, length, device)
-    _release()
+    release_memory()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     times: list[float] = []
     opened = math.nan
     try:
         for _ in range(repeats + 1):
-            started = time.perf_counter()
+            started = now(device)
             if method == "huggingface":
                 loss = model(tokens, labels=tokens, use_cache=False).loss
             else:
@@ -166,20 +161,12 @@ def _time_step(
             loss.backward()
             del loss  # and with it the graph, whose buffers the next step takes over
             model.zero_grad()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            times.append(time.perf_counter() - started)
+            times.append(now(device) - started)
     except torch.OutOfMemoryError:
         model.zero_grad()
         return math.nan, math.nan, math.nan
     memory = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else math.nan
     return statistics.median(times[1:] or times), memory, opened
-
-
-def _release() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def format_table(rows: Sequence[TrainMeasurement]) -> str:
