@@ -50,7 +50,7 @@ def newest_checkpoint(
         except UserError as error:
             reasons.append(f"{folder.name}: {error.problems[0].removeprefix(f'{folder}/')}")
         if rank == 0:
-            print(f"checkpoint passed over: {reasons[-1]}", flush=True)
+            print(f"skipping checkpoint: {reasons[-1]}", flush=True)
     if reasons:
         raise UserError(
             f"{run_dir}: no checkpoint is whole ({'; '.join(reasons[:3])}) "

@@ -154,7 +154,7 @@ def export(args: argparse.Namespace, config: Config) -> int:
         print(describe_rounding(put_back, rounding, is_asked=args.rounding is not None))
         print(describe_losses(checkpoint, trained.model, Path(config.data.path), rounding))
     if tokenizer is None:
-        print("note: no tokenizer goes along (--tokenizer DIR)")
+        print("note: no tokenizer was exported (pass --tokenizer DIR to include one)")
     else:
         if note := describe_another_tokenizer(imported, data_tokenizer, config.data.path):
             print(note)

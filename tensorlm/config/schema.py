@@ -420,7 +420,7 @@ class Config(Section):
     def check_world(self, world_size: int) -> None:
         """Raise UserError unless `world_size` ranks can share the work of this configuration."""
         if world_size < 1:
-            raise UserError(f"ranks: {world_size} is no number of ranks")
+            raise UserError(f"ranks: must be at least 1, got {world_size}")
         self.check_ranks(world_size)
         dp = world_size // self.parallel.sp
         problems = []

@@ -242,7 +242,7 @@ def test_dry_run_refuses_what_the_run_would(
 
 @pytest.mark.parametrize("ranks", [0, -1])
 def test_dry_run_is_of_at_least_one_rank(config: Path, ranks: int) -> None:
-    with pytest.raises(UserError, match=f"ranks: {ranks} is no number of ranks"):
+    with pytest.raises(UserError, match=f"ranks: must be at least 1, got {ranks}"):
         check_run(load_config(config), ranks)
 
 
