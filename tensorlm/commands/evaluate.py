@@ -1,7 +1,7 @@
 """Evaluate a checkpoint or a Hugging Face folder: perplexity, passkey, needles, RULER.
 
 Evaluate:
-  launcher/evaluate.py --config C --lengths 4096,8192,131072 --tasks ppl,passkey,niah,ruler
+  launcher/evaluate.py --config C --lengths 4096,8192,131072 --tasks ppl,recall,passkey,niah,ruler
 Join the reports of several evaluations:
   launcher/evaluate.py --compare DIR DIR ... --output DIR
 
@@ -59,8 +59,8 @@ def main() -> int:
     )
     parser.add_argument(
         "--tasks",
-        help="what to measure, separated by commas: ppl (perplexity), passkey, niah (needles), "
-        "ruler (default: eval.tasks)",
+        help="what to measure, separated by commas: ppl (perplexity), recall (of the choice of "
+        "routed layers), passkey, niah (needles), ruler (default: eval.tasks)",
     )
     parser.add_argument(
         "--output",

@@ -9,6 +9,7 @@ from tensorlm.runtime.errors import UserError
 
 from .section import Section, raise_all
 
+WINDOW_TASKS = ("ppl", "recall")  # passes over windows, which ranks may share
 GENERATION_TASKS = ("passkey", "niah", "ruler")
 RULER_TASKS = (
     "niah_single_1", "niah_single_2", "niah_single_3", "niah_multikey_1", "niah_multikey_2",
@@ -26,8 +27,11 @@ class EvalConfig(Section):
     """What an evaluation measures, in training (`every`) and by launcher/evaluate.py."""
 
     every: int = Field(0, ge=0, description="training steps between evaluations (0: none)")
-    tasks: tuple[Literal["ppl", "passkey", "niah", "ruler"], ...] = Field(
-        ("ppl",), strict=False, description="what to measure: perplexity, passkey, needles, RULER"
+    tasks: tuple[Literal["ppl", "recall", "passkey", "niah", "ruler"], ...] = Field(
+        ("ppl",),
+        strict=False,
+        description="what to measure: perplexity, recall of the choice of routed layers, passkey, "
+        "needles, RULER",
     )
     lengths: tuple[int, ...] = Field(
         (), strict=False, description="context lengths in tokens (default: data.seq_len)"
@@ -53,6 +57,12 @@ class EvalConfig(Section):
         ge=0,
         description="context in tokens, at least 4, to compare the full context with "
         "(0: not measured)",
+    )
+    recall_windows: int = Field(
+        8, ge=1, description="held-out windows of each length in which recall is measured"
+    )
+    recall_queries: int = Field(
+        512, ge=1, description="last tokens of each window whose choice is measured"
     )
     depths: int = Field(
         11, ge=1, description="number of needle depths in the heat maps, from 0 to 100 %"

@@ -14,7 +14,7 @@ from fold_parallel.grid import check_world
 from tensor_attention import Backend
 from tensorlm.runtime.errors import UserError
 
-from .evaluation import GENERATION_TASKS, EvalConfig
+from .evaluation import GENERATION_TASKS, WINDOW_TASKS, EvalConfig
 from .layer_words import why_slow
 from .model import ModelConfig
 from .section import Section, raise_all
@@ -361,7 +361,7 @@ class Config(Section):
                 f"eval.tasks: {generates[0]} in training needs zero.stage 0, 1 or 2 "
                 "(or run launcher/evaluate.py beside it)"
             )
-        if self.eval.every and "ppl" in self.eval.tasks:
+        if self.eval.every and set(self.eval.tasks) & set(WINDOW_TASKS):
             for length in self.eval.lengths:
                 try:
                     self.model.check_sharing(length, self.parallel.sp)

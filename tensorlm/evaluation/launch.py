@@ -10,6 +10,7 @@ from transformers.utils import logging
 
 from fold_parallel import Grid, create_grid
 from tensorlm.config import Config
+from tensorlm.config.evaluation import WINDOW_TASKS
 from tensorlm.data.tokenizer.tokenizers import load_tokenizer
 from tensorlm.hf.llama_config import describe_unused
 from tensorlm.runtime.errors import EXIT_DONE, UserError
@@ -105,6 +106,8 @@ def _open_documents(config: Config, lengths: Sequence[int], tokenizer_folder: Pa
     documents = held_out_documents(config, load_tokenizer(tokenizer_folder), tokenizer_folder)
     if "ppl" in config.eval.tasks and lengths:
         choose_spans(documents, config.eval.span_length(lengths), max_tokens=1)
+    elif "recall" in config.eval.tasks and lengths:
+        choose_spans(documents, max(lengths), max_tokens=1)
     return documents
 
 
@@ -149,5 +152,6 @@ def _join_ranks(config: Config, launch: LaunchEnv, is_sharded: bool) -> tuple[to
         return torch.device("cuda" if torch.cuda.is_available() else "cpu"), Grid()
     lengths = config.eval.lengths or (config.data.seq_len,)
     if is_sharded:
-        config.check_ranks(launch.world_size, lengths if "ppl" in config.eval.tasks else ())
+        shared = lengths if set(config.eval.tasks) & set(WINDOW_TASKS) else ()
+        config.check_ranks(launch.world_size, shared)
     return join_ranks(launch), create_grid(config.parallel.sp if is_sharded else 1)

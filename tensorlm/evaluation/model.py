@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from fold_parallel import Grid
 from tensorlm.checkpoint import check_model, load_weights, select_checkpoint
-from tensorlm.config import Config, parse_config
+from tensorlm.config import Config, ModelConfig, parse_config
 from tensorlm.data.tokenizer.tokenizers import check_tokenizer, largest_text_id, load_tokenizer
 from tensorlm.hf.export_folder import DTYPES
+from tensorlm.hf.llama_config import model_settings
 from tensorlm.model import Llama, create_llama
 from tensorlm.runtime.errors import UserError
 
@@ -50,6 +51,13 @@ class EvaluatedModel:
     leave: LeaveRequest | None = None  # asked after each pass, too
     gathers_weights: bool = False  # in each pass, from all ranks: ZeRO 3
     facts: dict[str, Any] = field(default_factory=dict)  # of the model, for readers of a report
+
+    @cached_property
+    def shape(self) -> ModelConfig:
+        """The settings of `[model]` that the network has."""
+        if isinstance(self.network, Llama):
+            return self.network.config
+        return ModelConfig.model_validate(model_settings(Path(self.name)))
 
     @property
     def partners(self) -> range:

@@ -13,6 +13,8 @@ _CAPTIONS = {
     "perplexity": "Perplexity by length, without its interval: the table has it.",
     "positions": "Loss of the tokens at each position of a window; band: 95 % interval.",
     "attribution": "Loss that the context beyond the last tokens saves, by position.",
+    "recall": "Recall of the choice at the longest length, beside the best and a random choice of "
+    "as many blocks.",
     "passkey": "Share of keys that were found, by length and depth.",
     "niah": "Share of needles that were found, by length and depth.",
     "ruler": "Mean score of the tasks, by length.",

@@ -8,9 +8,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from .names import label
+from .recall_summary import recall_by_distance, recall_lengths
 from .results import Cell, LengthResult, Mean, Report, same_tokens
 
-FIGURES = ("ratio", "perplexity", "positions", "attribution", "passkey", "niah", "ruler")
+FIGURES = ("ratio", "perplexity", "positions", "attribution", "recall", "passkey", "niah", "ruler")
 _COLORS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown")
 _LEAST_CHANGE = 1.0  # percent: on a shorter axis noise would look like an effect
 
@@ -22,6 +23,7 @@ def figures(reports: list[Report]) -> dict[str, Figure]:
         "perplexity": _perplexity,
         "positions": _positions,
         "attribution": _attribution,
+        "recall": _recall,
         "passkey": lambda these: _heat_maps(these, "passkey", "Passkey"),
         "niah": lambda these: _heat_maps(these, "niah", "Needle in a haystack"),
         "ruler": _ruler,
@@ -170,6 +172,39 @@ def _attribution(reports: list[Report]) -> Figure:
     axes.axhline(0, color="tab:gray", linewidth=1)
     _length_axis(axes, sorted(edges), "position up to (tokens)")
     axes.legend(fontsize=8)
+    return figure
+
+
+def _recall(reports: list[Report]) -> Figure:
+    """By layer, and by distance over all layers, at each report's longest length."""
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    by_layer, by_distance = figure.subplots(1, 2, sharey=True)
+    edges: set[int] = set()
+    for report, color in zip(reports, cycle(_COLORS), strict=False):
+        length = recall_lengths(report)[-1]
+        layers = [found for found in report.recall if found.length == length]
+        bins = recall_by_distance(report, length)[1:]
+        for name, style in (("chosen", "o-"), ("best", "--"), ("random", ":")):
+            text = f"{label(report)}, {_short(length)}: {name}"
+            shares = [getattr(found, name) for found in layers]
+            by_layer.plot(
+                [r.layer for r in layers], shares, style, color=color, label=text, markersize=4
+            )
+            shares, stops = [getattr(found, name) for found in bins], [r.stop for r in bins]
+            by_distance.plot(stops, shares, style, color=color, markersize=4)
+        edges |= {found.stop for found in bins}
+    for axes, text in (
+        (by_layer, "Attention beyond the window that open blocks hold"),
+        (by_distance, "By distance, without the document's first block"),
+    ):
+        axes.set_title(text, loc="left", fontsize=11)
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    by_layer.set_ylim(-0.02, 1.02)
+    by_layer.set_ylabel("recall")
+    by_layer.set_xlabel("layer")
+    by_layer.legend(fontsize=8)
+    _length_axis(by_distance, sorted(edges), "distance up to (tokens)")
     return figure
 
 

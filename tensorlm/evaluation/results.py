@@ -79,6 +79,40 @@ class Attribution(Result):
     buckets: list[Gain]
 
 
+class RecallAt(Result):
+    """What blocks hold of the mass at distances start <= t - u < stop, the document's first block
+    apart; fields as in `Recall`.
+    """
+
+    start: int
+    stop: int
+    mass: float  # of all attention
+    chosen: float
+    best: float
+    random: float
+
+
+class Recall(Result):
+    """How much of full attention beyond the window the choice of one layer holds, in windows of
+    `length` tokens, over heads and the `num_queries` last tokens of all windows.
+
+    `beyond`: share of all attention that is beyond the window; `first`: what the document's first
+    block holds of that, `chosen` all open blocks, `best` the best as many blocks, `random` the
+    first block with random others. `opened`: mean number of open blocks.
+    """
+
+    length: int
+    layer: int
+    num_queries: int
+    beyond: float
+    first: float
+    chosen: float
+    best: float
+    random: float
+    opened: float
+    distances: list[RecallAt]
+
+
 class Cell(Result):
     """One cell of a heat map: needles at `depth` (0: start, 1: end) of `length` tokens."""
 
@@ -136,6 +170,7 @@ class Report(Result):
     perplexity: list[LengthResult] = []
     ratios: list[Ratio] = []
     attribution: list[Attribution] = []
+    recall: list[Recall] = []
     passkey: list[Cell] = []
     niah: list[Cell] = []
     ruler: list[TaskScore] = []
@@ -205,6 +240,7 @@ def _is_same_model(first: Report, second: Report) -> bool:
 _KEYS: dict[str, Any] = {
     "perplexity": lambda r: r.length,
     "attribution": lambda r: r.length,
+    "recall": lambda r: (r.length, r.layer),
     "passkey": lambda r: (r.length, r.depth),
     "niah": lambda r: (r.length, r.depth),
     "ruler": lambda r: (r.task, r.length),

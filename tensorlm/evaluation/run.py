@@ -1,4 +1,4 @@
-"""One evaluation, in order: perplexity, attribution, passkey, needles, RULER."""
+"""One evaluation, in order: perplexity, attribution, recall, passkey, needles, RULER."""
 
 import time
 from collections.abc import Callable
@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from tensorlm.config.evaluation import EvalConfig
+from tensorlm.config.evaluation import GENERATION_TASKS, EvalConfig
 from tensorlm.runtime.commit import git_commit
 
 from .attribution import attribute, near_losses
@@ -16,7 +16,8 @@ from .limits import Limits
 from .model import EvaluatedModel
 from .perplexity import Losses, compare_lengths, measure_length
 from .prompts import Task
-from .results import Cell, Example, LengthResult, Report, TaskScore, without_base
+from .recall import measure_recall, routed_layers
+from .results import Cell, Example, LengthResult, Recall, Report, TaskScore, without_base
 from .retrieval import needle_task, passkey_task
 from .ruler import VERSION, ruler_tasks
 from .scoring import Scores, score_tasks
@@ -36,7 +37,9 @@ def evaluate(settings: EvalConfig, model: EvaluatedModel, documents: Documents) 
     found: dict[str, Any] = {}
     if "ppl" in settings.tasks:
         found |= evaluation.perplexity(documents)
-    if set(settings.tasks) - {"ppl"}:
+    if "recall" in settings.tasks:
+        found["recall"] = evaluation.recall(documents)
+    if set(settings.tasks) & set(GENERATION_TASKS):
         prose = make_prose(documents, model.tokenizer, max(evaluation.lengths), model.encode)
         if "passkey" in settings.tasks:
             found["passkey"] = evaluation.heat_map("passkey", passkey_task)
@@ -102,6 +105,25 @@ class _Evaluation:
         if not ratios and any(length > model.trained_length for length in tables):
             self.notes.append(without_base(model.trained_length))
         return {"perplexity": results, "ratios": ratios, "attribution": gains}
+
+    def recall(self, documents: Documents) -> list[Recall]:
+        """Recall of the choice of each routed layer, at each length beyond the window."""
+        settings, model, found = self.settings, self.model, list[Recall]()
+        if not routed_layers(model):
+            self.notes.append("recall was not measured: the model has no routed layers")
+            return found
+        longest, window = max(self.lengths), model.shape.window_size
+        spans = choose_spans(documents, longest, settings.recall_windows * longest)
+        for length in self.lengths:
+            if length <= window:
+                self.notes.append(
+                    f"recall at {length:,} tokens was not measured: nothing lies beyond the window "
+                    f"of {window:,}"
+                )
+                continue
+            with self.limits.trying("recall", length):
+                found += measure_recall(model, spans, length, settings.recall_queries)
+        return found
 
     def heat_map(self, name: str, make_task: Callable[[float], Task]) -> list[Cell]:
         """Accuracy of `make_task(depth)` over length and depth."""

@@ -5,7 +5,8 @@ from dataclasses import dataclass, replace
 from tensorlm.config.evaluation import RULER_TASKS
 
 from .names import label
-from .results import Mean, Report, same_tokens
+from .recall_summary import recall_by_distance, recall_lengths
+from .results import Mean, RecallAt, Report, same_tokens
 
 _NONE = "-"  # in a cell: not measured, or unknown
 
@@ -27,6 +28,8 @@ def make_tables(reports: list[Report]) -> list[Table]:
         _ratio_table,
         _perplexity_table,
         _attribution_table,
+        _recall_table,
+        _recall_by_layer_table,
         _retrieval_table,
         _ruler_table,
         _cost_table,
@@ -123,6 +126,49 @@ def _attribution_table(reports: list[Report]) -> Table:
     )
     header = ["length", "positions", "last", "loss, last only", "loss, whole", "gain (95 %)"]
     return Table("What long context buys", text, _named(reports, header), rows, ("attribution",))
+
+
+def _recall_table(reports: list[Report]) -> Table:
+    rows = [
+        _row(reports, report, f"{length:,}", _distance(found), *_recall_cells(found))
+        for report in reports
+        for length in recall_lengths(report)
+        for found in recall_by_distance(report, length)
+    ]
+    text = (
+        "The attention that routed layers would give with every block open, beyond the window, and "
+        "the share of it that is in the blocks that are open. Best: the best choice of as many "
+        "blocks. Random: the first block with random others. The first block of a document is "
+        "always open; single distances leave it out."
+    )
+    header = ["length", "distance", "of all attention", "chosen", "best", "random"]
+    return Table("Recall of the choice", text, _named(reports, header), rows, ("recall",))
+
+
+def _distance(found: RecallAt) -> str:
+    return f"{found.start:,} - {found.stop:,}" if found.stop else "all"
+
+
+def _recall_cells(found: RecallAt) -> list[str]:
+    return [f"{share:.1%}" for share in (found.mass, found.chosen, found.best, found.random)]
+
+
+def _recall_by_layer_table(reports: list[Report]) -> Table:
+    rows = [
+        _row(
+            reports, report, f"{r.layer}", f"{r.length:,}", f"{r.beyond:.1%}", f"{r.chosen:.1%}",
+            f"{r.best:.1%}", f"{r.random:.1%}", f"{r.first:.1%}", f"{r.opened:.1f}",
+        )
+        for report in reports
+        for r in report.recall
+        if r.length == recall_lengths(report)[-1]
+    ]  # fmt: skip
+    text = (
+        "The same for each routed layer (from 0) at the longest length. First: the share in the "
+        "first block alone. Open: the mean number of blocks that a query and key head reads."
+    )
+    header = ["layer", "length", "of all attention", "chosen", "best", "random", "first", "open"]
+    return Table("Recall of the choice by layer", text, _named(reports, header), rows)
 
 
 def _retrieval_table(reports: list[Report]) -> Table:

@@ -41,7 +41,7 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
         "eval: lengths: 60 does not divide 90",
         "error: --lengths: foo is not a list like 32768,131072",
         "error: --lengths: 60,,90 is not a list like 32768,131072",
-        "eval.tasks.0: input should be 'ppl', 'passkey', 'niah' or 'ruler'",
+        "eval.tasks.0: input should be 'ppl', 'recall', 'passkey', 'niah' or 'ruler'",
         "eval: near: 3 is too short (at least 4, or 0: none)",
         "eval: ruler: no task vtt",
         "eval: ruler: qa_1 and qa_2 need files (eval.qa)",

@@ -19,6 +19,8 @@ from tensorlm.evaluation.results import (
     LengthResult,
     Mean,
     Ratio,
+    Recall,
+    RecallAt,
     Report,
     TaskScore,
     merge_reports,
@@ -30,6 +32,8 @@ from tensorlm.runtime.errors import UserError
 def make_report(name: str, lengths: tuple[int, ...], accuracy: float = 0.5) -> Report:
     """A report with something in every section."""
     mean = Mean(mean=2.0, low=1.9, high=2.1)
+    shares = {"chosen": 0.5, "best": 0.75, "random": 0.25}
+    bins = [RecallAt(start=1024, stop=8192, mass=0.25, **shares)]
     gain = Gain(start=4096, stop=8192, near_loss=2.1, full_loss=2.0, gain=mean)
     return Report(
         name=name,
@@ -46,6 +50,15 @@ def make_report(name: str, lengths: tuple[int, ...], accuracy: float = 0.5) -> R
         ],
         ratios=[Ratio(length=8192, multiple=2, ratio=mean)],
         attribution=[Attribution(length=8192, near=4096, total=gain, buckets=[gain, gain])],
+        recall=[
+            Recall(
+                length=n, layer=layer, num_queries=64, beyond=0.125 * (1 + layer),
+                first=0.5, chosen=0.25 + 0.25 * layer, best=0.75, random=0.25, opened=17,
+                distances=bins,
+            )
+            for n in lengths
+            for layer in (0, 2)
+        ],
         passkey=[Cell(length=n, depth=0.5, accuracy=accuracy, num_samples=4) for n in lengths],
         niah=[Cell(length=n, depth=d, accuracy=d, num_samples=4) for n in lengths for d in (0, 1)],
         ruler=[
@@ -62,13 +75,18 @@ def test_page_is_whole_without_any_other_file(tmp_path: Path) -> None:
     assert not re.search(r"""(?:src|href)=["'](?!data:image/png;base64,)""", page)
     assert "http" not in page
     assert "<script" not in page
-    assert page.count("<img ") == 7
+    assert page.count("<img ") == 8
     assert "&lt;CPU &amp; more&gt;" in page
     assert "expected: &lt;a&gt;" in page
     text = (tmp_path / "report.md").read_text()
     assert text.startswith("# Evaluation of a step 30")
     for name in re.findall(r"\]\((\w+\.png)\)", text):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    assert (
+        "| 8,192 | all | 25.0% | 62.5% | 75.0% | 25.0% |" in text
+    )  # (0.125 * 25 + 0.375 * 75) / 0.5
+    assert "| 8,192 | 1,024 - 8,192 | 25.0% | 50.0% | 75.0% | 25.0% |" in text
+    assert "| 2 | 8,192 | 37.5% | 75.0% | 75.0% | 25.0% | 50.0% | 17.0 |" in text
     assert "| 8,192 | 2.00 | 2.0000 | 7.389 | 7.000 - 7.700 |" in text
 
 
@@ -113,6 +131,12 @@ def test_lengths_of_one_model_join_and_models_stay_apart() -> None:
     assert [score.length for score in first.ruler] == [4096, 8192]
     assert second == parts[2]
     assert [cost.length for cost in first.costs] == [4096, 8192]
+    assert [(r.length, r.layer) for r in first.recall] == [
+        (4096, 0),
+        (4096, 2),
+        (8192, 0),
+        (8192, 2),
+    ]
     table = format_report([first, second])
     assert re.search(r"a step 30 +passkey +8,192 +50.0%", table)
     assert re.search(r"b step 30 +passkey +4,096 +100.0%", table)
@@ -152,4 +176,8 @@ def test_tensorboard_has_the_scalars_and_figures(tmp_path: Path) -> None:
     assert {"eval/gain/8192", "eval/ruler/vt/4096", "eval/passkey/4096"} <= set(
         events.Tags()["scalars"]
     )
-    assert {"eval/needle", "eval/perplexity", "eval/attribution"} <= set(events.Tags()["images"])
+    assert events.Scalars("eval/recall/8192")[0].value == pytest.approx(0.625)
+    assert events.Scalars("eval/recall_best/4096")[0].value == pytest.approx(0.75)
+    assert {"eval/recall", "eval/needle", "eval/perplexity", "eval/attribution"} <= set(
+        events.Tags()["images"]
+    )
