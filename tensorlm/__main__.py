@@ -1,4 +1,4 @@
-"""`python -m tensorlm NAME ...`, also under torchrun: `torchrun ... -m tensorlm train ...`."""
+"""Entry point of `python -m tensorlm NAME ...` and `torchrun ... -m tensorlm train ...`."""
 
 from tensorlm.commands.app import main
 

@@ -1,4 +1,4 @@
-"""What the data hands to the model."""
+"""The batch: what `data` passes to `model`."""
 
 from dataclasses import dataclass
 
@@ -8,12 +8,15 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows, or one slice of them, for one forward pass.
+    """Rows, or one slice of each row, for one forward pass.
 
-    tokens, labels: [B, T] int64; doc_start: [B, T] int32, an index in the row; first_token: where
-    in the row the slice begins; row_tokens: how many of each row's tokens here are of documents,
-    padding follows them; digest: what the slices of all ranks add up to (modulo 2^64) tells which
-    tokens stood where in which rows.
+    Attributes:
+        tokens, labels: [B, T] int64.
+        doc_start: [B, T] int32, index in the row of the first token of each token's document.
+        row_tokens: number of document tokens in each row of this slice; padding follows them.
+        first_token: index in the row at which the slice begins.
+        digest: hash of the tokens and their places. The sum over all ranks (modulo 2^64) identifies
+            which tokens were at which place in which rows.
     """
 
     tokens: Tensor
@@ -25,22 +28,22 @@ class Batch:
 
     @property
     def num_labels(self) -> int:
-        """Tokens that have something to predict."""
+        """Number of tokens with a label to predict."""
         return int((self.labels != IGNORED).sum())
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of documents: all but the padding."""
+        """Number of document tokens, without padding."""
         return sum(self.row_tokens)
 
     @property
     def depth(self) -> Tensor:
-        """[B, T] int64: how many tokens of its document precede each token; 0 for padding."""
+        """[B, T] int64: number of earlier tokens in each token's document; 0 for padding."""
         return torch.arange(self.tokens.shape[1]) + self.first_token - self.doc_start
 
     @property
     def text_depth(self) -> Tensor:
-        """[num_tokens] int64: `depth` without the padding."""
+        """[num_tokens] int64: `depth` without padding."""
         rows = zip(self.depth, self.row_tokens, strict=True)
         return torch.cat([depth[:count] for depth, count in rows])
 

@@ -1,4 +1,4 @@
-"""The one form that everyone fills in: a TOML file plus `key.sub=value` overrides."""
+"""The configuration of a run: a TOML file plus `key.sub=value` overrides."""
 
 from .layer_kinds import LayerKind
 from .layer_words import attention_in_words, layers_in_words, why_slow

@@ -19,7 +19,7 @@ _BATCH_TOKENS = 32768
 
 
 def windows_at_once(span: int, length: int) -> int:
-    """How many windows of `length` tokens, of spans of `span`, go through the model together."""
+    """Number of windows of `length` tokens, cut from spans of `span`, in one forward pass."""
     return max(1, min(span, _BATCH_TOKENS) // length)
 
 
@@ -80,30 +80,34 @@ class EvalConfig(Section):
     prefill_chunk: int = Field(65536, gt=0, description="prompt tokens per forward pass")
 
     def span_length(self, lengths: Sequence[int]) -> int:
-        """Tokens of the spans whose tokens windows of all these lengths predict.
+        """Length in tokens of the spans that windows of all these lengths predict.
 
         Raises:
-            UserError: `segment` is not a multiple of each.
+            UserError: `segment` is not a multiple of each length.
         """
         longest = self.segment or max(lengths)
         for length in lengths:
             if longest % length:
-                raise UserError(f"eval.segment: {longest} is no multiple of length {length}")
+                raise UserError(
+                    f"eval.segment: must be a multiple of length {length}, got {longest}"
+                )
         return longest
 
     @model_validator(mode="after")
     def _names_and_lengths(self) -> "EvalConfig":
-        problems = [f"lengths: {n} is too short" for n in self.lengths if n < 2]
+        problems = [f"lengths: must be at least 2, got {n}" for n in self.lengths if n < 2]
         longest = self.segment or max(self.lengths, default=0)
+        whole = "segment" if self.segment else "the longest length"
         problems += [
-            f"lengths: {n} does not divide {longest} (every length predicts the same tokens)"
+            f"lengths: must divide {whole} = {longest}, got {n} (all lengths predict the same "
+            "tokens)"
             for n in self.lengths
             if "ppl" in self.tasks and n >= 2 and longest % n
         ]
         if 0 < self.near < 4:
-            problems.append(f"near: {self.near} is too short (at least 4, or 0: none)")
+            problems.append(f"near: must be at least 4, or 0 (not measured), got {self.near}")
         for name in set(self.ruler) - set(RULER_TASKS):
-            problems.append(f"ruler: no task {name} (tasks: {', '.join(RULER_TASKS)})")
+            problems.append(f"ruler: must be among {', '.join(RULER_TASKS)}, got {name}")
         if not self.qa and any(name.startswith("qa_") for name in self.ruler):
-            problems.append("ruler: qa_1 and qa_2 need files (eval.qa)")
+            problems.append("ruler: qa_1 and qa_2 need data files (set eval.qa)")
         return raise_all(self, problems)

@@ -1,12 +1,12 @@
-"""Which layers are of which kind, and what a kind needs."""
+"""The kind of each layer, and the settings that each kind needs."""
 
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from .model import ModelConfig
 
-# window: the last tokens alone. strided: the axes of `fold`, one hop each. routed: a window, and
-# the blocks of the past that a token chooses. full: all of the past.
+# window: only the last tokens. strided: the axes of `fold`, one hop each. routed: a window, and
+# the blocks of the past that a token chooses. full: the whole past.
 LayerKind = Literal["window", "strided", "routed", "full"]
 
 
@@ -22,7 +22,7 @@ def kind_of_layer(model: "ModelConfig", layer: int) -> LayerKind:
 
 
 def kind_problems(model: "ModelConfig") -> list[str]:
-    """What contradicts itself in the settings of layers, one line each with what would do."""
+    """Contradictions in the settings of layers, one line each, with a fix."""
     problems = _pattern_problems(model)
     if model.fold and model.window not in (0, model.fold[0]):
         problems.append(
@@ -38,17 +38,17 @@ def kind_problems(model: "ModelConfig") -> list[str]:
 
 
 def _pattern_problems(model: "ModelConfig") -> list[str]:
-    """Of full_every, route_every and layers among one another."""
+    """Contradictions among full_every, route_every and layers."""
     problems = []
     if model.layers and len(model.layers) != model.num_layers:
         problems.append(
-            f"layers must name one kind for each of num_layers = {model.num_layers}, got "
+            f"layers must have one entry for each of num_layers = {model.num_layers}, got "
             f"{len(model.layers)}"
         )
     for name in ("full_every", "route_every"):
         if model.layers and getattr(model, name):
             problems.append(
-                f"{name} must be 0 where layers are listed, got {getattr(model, name)} (remove "
+                f"{name} must be 0 if layers is given, got {getattr(model, name)} (remove "
                 f"{name} or layers)"
             )
     if model.route_every and not model.route:
@@ -60,10 +60,10 @@ def _pattern_problems(model: "ModelConfig") -> list[str]:
 
 
 def _missing_numbers(model: "ModelConfig") -> list[str]:
-    """Numbers that the layers of a kind need, and routes that no layer takes."""
+    """Settings that the layers of a kind need, and a route that no layer uses."""
     kinds, problems = set(model.layer_kinds), []
     if "strided" in kinds and not model.fold:
-        problems.append("fold must name an inner axis for strided layers, got [] (like [1024])")
+        problems.append("fold must have an inner axis for strided layers, got [] (like [1024])")
     if "routed" in kinds and not model.route:
         problems.append(
             "route must be given for routed layers, got none (add [model.route] with block, top_k "
@@ -74,7 +74,7 @@ def _missing_numbers(model: "ModelConfig") -> list[str]:
             problems.append(f"window must be at least 1 for {kind} layers, got 0 (like 1024)")
     if model.route and "routed" not in kinds:
         problems.append(
-            "route must have a routed layer, got none (lower route_every, raise full_every, name "
-            "one in layers, or remove [model.route])"
+            "route must be used by at least one layer, got none (lower route_every, raise "
+            "full_every, add a routed layer to layers, or remove [model.route])"
         )
     return problems

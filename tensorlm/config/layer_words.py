@@ -1,4 +1,4 @@
-"""The attention of a model in a few words, for logs, reports and model cards."""
+"""Short descriptions of a model's attention, for logs, reports and model cards."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,7 +10,7 @@ from .model import ModelConfig
 
 
 def attention_in_words(model: ModelConfig) -> str:
-    """As `layers_in_words`, of a configuration."""
+    """`layers_in_words` of a configuration."""
     route = None if model.route is None else model.route.model_dump()
     return layers_in_words(model.layer_kinds, model.fold, model.window_size, route)
 
@@ -18,7 +18,7 @@ def attention_in_words(model: ModelConfig) -> str:
 def layers_in_words(
     kinds: Sequence[LayerKind], fold: Sequence[int], window: int, route: Mapping[str, Any] | None
 ) -> str:
-    """`fold [256]`, `full attention`, or each kind with how many of the layers are of it."""
+    """`fold [256]`, `full attention`, or each kind with its number of layers."""
     names: dict[LayerKind, str] = {
         "routed": f"routed ({_route_in_words(window, route)})" if route else "routed",
         "strided": f"fold {list(fold)}",
@@ -45,6 +45,6 @@ def _route_in_words(window: int, route: Mapping[str, Any]) -> str:
 
 
 def why_slow(model: ModelConfig) -> str | None:
-    """Why the GPU kernels cannot take the routed layers of a model, or None if they can."""
+    """Why the GPU kernels cannot compute a model's routed layers; None if they can."""
     route = model.route
     return None if route is None else why_no_kernels(route.block, route.open_tile)

@@ -14,12 +14,12 @@ from .settings_errors import check_settings
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = (), world_size: int = 0) -> Config:
-    """Read a TOML file, apply `key.sub=value` overrides, check everything.
+    """Read a TOML file, apply `key.sub=value` overrides, and check the result.
 
     Args:
         path: the file.
         overrides: settings that replace those of the file.
-        world_size: ranks that must be able to share the work; 0: not checked.
+        world_size: number of ranks that must be able to share the work (0: not checked).
 
     Raises:
         UserError: one line per problem (unreadable file, unknown key, wrong value, contradiction).
@@ -40,7 +40,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), world_size: int
 
 
 def read_tree(path: str | Path) -> dict[str, Any]:
-    """The plain values of a TOML file, unchecked.
+    """Read the plain values of a TOML file, unchecked.
 
     Raises:
         UserError: it cannot be read, or is not TOML.
@@ -54,7 +54,7 @@ def read_tree(path: str | Path) -> dict[str, Any]:
 
 
 def parse_config(tree: dict[str, Any], where: str) -> Config:
-    """Check a tree of plain values (from TOML or a checkpoint's manifest); `where` names it."""
+    """Check a tree of plain values, from TOML or a checkpoint's manifest; `where` names it."""
     return check_settings(Config, tree, where, base={}, check=lambda _: None, problems=[])
 
 
@@ -64,11 +64,11 @@ def config_toml(config: Config) -> str:
 
 
 def apply_override(tree: dict[str, Any], override: str) -> None:
-    """Set one `key.sub=value` in `tree`; the value is TOML, or a plain string where it is not."""
+    """Set one `key.sub=value` in `tree`; a value that is not valid TOML is a plain string."""
     key, equals, text = override.partition("=")
     parts = key.strip().split(".")
     if not equals or not all(parts):
-        raise UserError(f"{override}: not an override (write key.sub=value)")
+        raise UserError(f"{override}: must have the form key.sub=value")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:

@@ -133,15 +133,18 @@ class ModelConfig(Section):
         problems = []
         if self.head_dim == 0 and self.hidden_size % self.num_heads:
             problems.append(
-                f"hidden_size = {self.hidden_size} is not a multiple of num_heads = "
-                f"{self.num_heads} (or set head_dim)"
+                f"hidden_size must be a multiple of num_heads = {self.num_heads}, got "
+                f"{self.hidden_size} (or set head_dim)"
             )
         elif self.head_size % 2:
-            problems.append(f"head size {self.head_size} is odd: rotary embedding needs it even")
+            problems.append(
+                f"head_dim must be even for rotary embedding, got {self.head_size} (set head_dim, "
+                "or change hidden_size / num_heads)"
+            )
         if self.num_heads % self.num_kv_heads:
             problems.append(
-                f"num_heads = {self.num_heads} is not a multiple of num_kv_heads = "
-                f"{self.num_kv_heads}"
+                f"num_heads must be a multiple of num_kv_heads = {self.num_kv_heads}, got "
+                f"{self.num_heads}"
             )
         try:
             validate_fold(self.fold)
@@ -156,7 +159,7 @@ class ModelConfig(Section):
 
     @property
     def window_size(self) -> int:
-        """Tokens that window and routed layers always read; 0 where neither setting gives it."""
+        """Tokens in the window of window and routed layers; 0 if neither setting is given."""
         return self.window or (self.fold[0] if self.fold else 0)
 
     def layer_kind(self, layer: int) -> LayerKind:
@@ -173,7 +176,7 @@ class ModelConfig(Section):
         return self.fold if self.layer_kind(layer) == "strided" else ()
 
     def check_sharing(self, seq_len: int, sp: int) -> None:
-        """Raise ValueError, naming legal sizes, unless `sp` ranks can share a row of `seq_len`."""
+        """Raise ValueError with legal sizes unless `sp` ranks can share a row of `seq_len`."""
         kinds = set(self.layer_kinds)
         heads = self.num_heads if "full" in kinds else None
         check_sizes(seq_len, sp, self.fold if "strided" in kinds else (), heads)

@@ -1,7 +1,7 @@
 """The configuration of one run: a TOML file plus `key.sub=value` overrides, checked as a whole.
 
-Nothing here changes after loading: sections are frozen, unknown keys are errors, and every problem
-is reported at once, each on its own line with the nearest valid key.
+Nothing changes after loading: sections are frozen. Unknown keys are errors. All problems are
+reported together, one line each, with the closest valid key.
 """
 
 import itertools
@@ -76,7 +76,7 @@ class DataConfig(Section):
 
     @property
     def all_sources(self) -> tuple[SourceConfig, ...]:
-        """The sources; one where only `path` is given."""
+        """The sources; only `path` if no sources are given."""
         return self.sources or (SourceConfig(path=self.path),)
 
 
@@ -148,7 +148,7 @@ class StageConfig(Section):
 
     @property
     def num_rows(self) -> int:
-        """Rows of all of its steps."""
+        """Number of rows of all its steps."""
         return self.steps * self.rows_per_step
 
 
@@ -267,7 +267,7 @@ class CheckpointConfig(Section):
 
 
 class GuardsConfig(Section):
-    """What ends a bad step, or a run that no longer moves (docs/reliability.md)."""
+    """Checks of each step, and limits after which a run counts as hung (docs/reliability.md)."""
 
     spike: Literal["off", "skip", "stop"] = Field(
         "off",
@@ -304,7 +304,7 @@ class GuardsConfig(Section):
 
 
 class RunConfig(Section):
-    """Where the run lives and its one seed."""
+    """The run's folder and its seed."""
 
     dir: str = Field(description="folder for checkpoints, metrics and reports of this run")
     seed: int = Field(
@@ -333,9 +333,12 @@ class Config(Section):
     def _sections_agree(self) -> "Config":
         problems = []
         if self.zero.stage == 0 and self.train.dtype == "bf16":
-            problems.append("zero.stage: 0 keeps no fp32 weights for bf16 (use stage 1, 2 or 3)")
+            problems.append(
+                "zero.stage: must be 1, 2 or 3 if train.dtype = bf16, got 0 (stage 0 keeps no fp32 "
+                "weights)"
+            )
         if self.zero.stage == 0 and self.zero.offload_optimizer:
-            problems.append("zero.offload_optimizer: needs zero.stage 1, 2 or 3")
+            problems.append("zero.offload_optimizer: needs zero.stage = 1, 2 or 3")
         if self.train.activation_offload and not self.train.activation_checkpointing:
             problems.append("train.activation_offload: needs train.activation_checkpointing = true")
         if self.train.attention == "triton" and (reason := why_slow(self.model)):
@@ -347,19 +350,30 @@ class Config(Section):
                 f"got {warmup} + {decay} (lower them or train longer)"
             )
         if self.optim.min_lr > self.optim.lr:
-            problems.append("optim.min_lr: larger than optim.lr")
+            problems.append(
+                f"optim.min_lr: must be at most optim.lr = {self.optim.lr}, got {self.optim.min_lr}"
+            )
         if self.optim.schedule == "wsd" and not self.optim.decay_steps:
-            problems.append("optim.decay_steps: schedule wsd needs them (a tenth of train.steps)")
+            problems.append(
+                "optim.decay_steps: must be at least 1 for schedule wsd, got 0 (try a tenth of "
+                "train.steps)"
+            )
         if self.train.profile and not 0 <= self.train.profile[0] < self.train.profile[1]:
             first, stop = self.train.profile
-            problems.append(f"train.profile: [{first}, {stop}] holds no step (like [10, 13])")
+            problems.append(
+                f"train.profile: must be [start, stop] with 0 <= start < stop, got [{first}, "
+                f"{stop}] (like [10, 13])"
+            )
         if self.train.stop_at > self.train.steps:
-            problems.append("train.stop_at: larger than train.steps")
+            problems.append(
+                f"train.stop_at: must be at most train.steps = {self.train.steps}, got "
+                f"{self.train.stop_at}"
+            )
         generates = sorted(set(self.eval.tasks) & set(GENERATION_TASKS))
         if self.eval.every and generates and self.zero.stage == 3:
             problems.append(
                 f"eval.tasks: {generates[0]} in training needs zero.stage 0, 1 or 2 "
-                "(or run launcher/evaluate.py beside it)"
+                "(or evaluate checkpoints with launcher/evaluate.py)"
             )
         if self.eval.every and set(self.eval.tasks) & set(WINDOW_TASKS):
             for length in self.eval.lengths:
@@ -370,8 +384,8 @@ class Config(Section):
         earlier_steps = sum(stage.steps for stage in self.train.earlier_stages)
         if earlier_steps >= self.train.steps:
             problems.append(
-                f"train.earlier_stages: take {earlier_steps} steps of train.steps = "
-                f"{self.train.steps} (leave some for the rows of [data])"
+                f"train.earlier_stages: must have fewer steps than train.steps = "
+                f"{self.train.steps}, got {earlier_steps} (leave some for the rows of [data])"
             )
             return raise_all(self, problems)
         for number, stage in enumerate(self.stages):
@@ -385,7 +399,7 @@ class Config(Section):
 
     @property
     def stages(self) -> tuple[StageConfig, ...]:
-        """All stages in order: the earlier ones, then what [data] and [train] say for the rest."""
+        """All phases in order: the earlier ones, then the last one, given by [data] and [train]."""
         train = self.train
         last = StageConfig(
             steps=train.steps - sum(stage.steps for stage in train.earlier_stages),
@@ -396,12 +410,12 @@ class Config(Section):
         return (*train.earlier_stages, last)
 
     def stage_at(self, step: int) -> StageConfig:
-        """The stage of optimizer step `step` (from 0)."""
+        """The phase of optimizer step `step` (from 0)."""
         ends = itertools.accumulate(stage.steps for stage in self.stages)
         return next(s for s, end in zip(self.stages, ends, strict=True) if step < end)
 
     def rows_after(self, step: int) -> int:
-        """Packed rows of the first `step` steps."""
+        """Number of packed rows in the first `step` steps."""
         rows = 0
         for stage in self.stages:
             steps = min(step, stage.steps)
@@ -409,7 +423,12 @@ class Config(Section):
         return rows
 
     def check_ranks(self, world_size: int, lengths: Sequence[int] = ()) -> None:
-        """Raise UserError unless `parallel.sp` of so many ranks can share rows of these lengths."""
+        """Raise UserError unless `parallel.sp` of `world_size` ranks can share these rows.
+
+        Args:
+            world_size: number of ranks.
+            lengths: row lengths in tokens.
+        """
         try:
             check_world(world_size, self.parallel.sp)
             for length in lengths:
@@ -430,8 +449,8 @@ class Config(Section):
             where = "train" if is_last else f"train.earlier_stages.{number}"
             if rows % (dp * micro):
                 problems.append(
-                    f"{where}.rows_per_step: {rows} is not a multiple of dp {dp} x micro_batch "
-                    f"{micro} (nearest: {max(1, round(rows / (dp * micro))) * dp * micro})"
+                    f"{where}.rows_per_step: must be a multiple of dp {dp} x micro_batch {micro}, "
+                    f"got {rows} (nearest: {max(1, round(rows / (dp * micro))) * dp * micro})"
                 )
         if problems:
             raise UserError(*problems)

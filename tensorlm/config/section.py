@@ -14,7 +14,7 @@ class Section(BaseModel):
 
 
 def raise_all(model: ModelT, problems: list[str]) -> ModelT:
-    """The model itself, or one ValueError of all problems, a line each (for validators)."""
+    """Return the model, or raise one ValueError with a line per problem (for validators)."""
     if problems:
         raise ValueError("\n".join(problems))
     return model

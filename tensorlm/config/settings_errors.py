@@ -1,7 +1,7 @@
-"""What is wrong with a tree of settings: all of it, although one mistake may hide others.
+"""Finding all problems in a tree of settings, although one mistake may hide others.
 
-Settings that depend on one another are only compared when each is right by itself. So what is wrong
-is reset, and the rest is checked again.
+Settings that depend on each other are compared only if each is valid by itself. So invalid settings
+are reset, and the rest is checked again.
 """
 
 import copy
@@ -27,15 +27,15 @@ def check_settings(
     check: Callable[[ModelT], None],
     problems: list[str],
 ) -> ModelT:
-    """Make settings of plain values.
+    """Make settings from plain values.
 
     Args:
         schema: the class of the settings.
         tree: the values.
-        where: names their source.
-        base: values that stand for those of `tree` that are wrong, while the rest is checked.
-        check: what else must hold; it raises UserError.
-        problems: lines about the same settings that are known already.
+        where: name of their source, for messages.
+        base: values that replace invalid ones of `tree` while the rest is checked.
+        check: further checks; raises UserError.
+        problems: known problems of the same settings, one line each.
 
     Raises:
         UserError: one line for each problem, `problems` first.
@@ -43,7 +43,7 @@ def check_settings(
     lines, doubtful, seen = list(problems), set[str](), set[Place]()
 
     def add(found: list[str]) -> None:
-        """What mentions a setting that was reset may be wrong because of that alone."""
+        """Add new lines, except those that mention a reset setting: it may be the only cause."""
         words = [set(re.findall(r"\w+", line.removeprefix(where))) for line in found]
         lines.extend(
             line
@@ -60,7 +60,7 @@ def check_settings(
         except ValidationError as error:
             add(problem_lines(error, where, schema))
             places = {_there(tree, item["loc"]): None for item in error.errors()}
-            if not any(item["loc"] for item in error.errors()):  # each section is right by itself
+            if not any(item["loc"] for item in error.errors()):  # each section is valid by itself
                 settings = _unchecked(schema, tree)
             reset = [_reset(tree, {} if place in seen else base, place, schema) for place in places]
             seen.update(places)
@@ -71,7 +71,7 @@ def check_settings(
             check(settings)
         except UserError as error:
             add(list(error.problems))
-        except ValidationError:  # of what a check makes from contradictory settings
+        except ValidationError:  # raised by `check` on contradictory settings
             assert lines
     if lines or settings is None:
         raise UserError(*lines)
@@ -79,7 +79,7 @@ def check_settings(
 
 
 def _unchecked(schema: type[ModelT], tree: dict[str, Any]) -> ModelT:
-    """Settings whose sections are right, without the checks of the whole."""
+    """Settings with valid sections, without the checks across sections."""
     sections: dict[str, Any] = {
         name: schema.model_fields[name].annotation for name in tree if name in schema.model_fields
     }
@@ -90,12 +90,13 @@ def _unchecked(schema: type[ModelT], tree: dict[str, Any]) -> ModelT:
 def problem_lines(
     error: ValidationError, where: str, schema: type[BaseModel] | None = None
 ) -> list[str]:
-    """What pydantic found, a line per problem.
+    """The problems that pydantic found, one line each.
 
     Args:
-        error: of settings of class `schema`.
-        where: names the file.
-        schema: where given, unknown keys come with the closest valid one.
+        error: the validation error.
+        where: name of the file, for messages.
+        schema: class of the settings; if given, each unknown key is shown with the closest valid
+            key.
     """
     lines = []
     for item in error.errors():
@@ -115,7 +116,7 @@ def problem_lines(
 
 
 def _suggestion(schema: type[BaseModel], place: Place) -> str:
-    """` (did you mean ...?)`, the key of the same section that looks most alike."""
+    """` (did you mean ...?)` with the closest key of the same section, or all its keys."""
     keys = _keys_beside(schema, place)
     near = _nearest(str(place[-1]), keys)
     return f" (did you mean {near}?)" if near else f" (valid: {', '.join(keys)})"
@@ -129,7 +130,7 @@ def _keys_beside(schema: type[BaseModel], place: Place) -> list[str]:
     """The valid keys of the section that holds a place."""
     section = schema
     for part in place[:-1]:
-        if isinstance(part, int):  # a place in a list of sections
+        if isinstance(part, int):  # an index in a list of sections
             continue
         annotation = section.model_fields[part].annotation
         options = [annotation, *get_args(annotation)]
@@ -140,7 +141,7 @@ def _keys_beside(schema: type[BaseModel], place: Place) -> list[str]:
 def _reset(
     tree: dict[str, Any], base: dict[str, Any], place: Place, schema: type[BaseModel]
 ) -> set[str]:
-    """Give a place its value in `base`, or nothing; returns the keys that this concerns."""
+    """Reset a place to its value in `base`, or remove it; returns the affected keys."""
     if not place or not _is_key(tree, place):
         return set()
     holder, other = _value(tree, place[:-1]), _value(base, place[:-1])
@@ -159,7 +160,7 @@ def _reset(
 
 
 def _there(tree: dict[str, Any], place: Place) -> Place:
-    """The innermost key on the way to a place that is there; a list counts as a whole."""
+    """The innermost existing key on the path to a place; a list counts as one value."""
     while place and not _is_key(tree, place):
         place = place[:-1]
     return place
@@ -171,7 +172,7 @@ def _is_key(tree: dict[str, Any], place: Place) -> bool:
 
 
 def _value(tree: Any, place: Place) -> Any:
-    """What is at a place; None where there is nothing."""
+    """The value at a place; None if there is none."""
     for key in place:
         if isinstance(tree, list) and isinstance(key, int):
             tree = dict(enumerate(tree))

@@ -10,7 +10,7 @@ from .schema import Config
 
 
 def settings_table() -> str:
-    """A section for each of the configuration's, with a row for each setting."""
+    """One table per section of the configuration, one row per setting."""
     return "\n".join(line for name in Config.model_fields for line in _section(name))
 
 
@@ -29,13 +29,13 @@ def _section(name: str) -> Iterator[str]:
 
 
 def _inner(info: FieldInfo) -> list[Any]:
-    """Sections that a setting holds, one or a list of them."""
+    """Section classes nested in a setting, directly or in a list."""
     kinds = [info.annotation, *get_args(info.annotation)]
     return [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
 
 
 def _kind(info: FieldInfo) -> str:
-    """What may stand there, in a word."""
+    """The type of a setting in one word, or its choices."""
     kind: Any = info.annotation
     if get_origin(kind) is tuple:
         items = get_args(get_args(kind)[0])

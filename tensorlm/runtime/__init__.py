@@ -1,1 +1,1 @@
-"""The ground: processes, files, errors and exit codes. Imports nothing else of tensorlm."""
+"""Processes, files, errors and exit codes. Imports no other part of tensorlm."""

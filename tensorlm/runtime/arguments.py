@@ -1,4 +1,4 @@
-"""Arguments of the launchers: what several of them take, and refuse, alike."""
+"""Command-line parsing and checks that several commands share."""
 
 import argparse
 from pathlib import Path
@@ -7,9 +7,9 @@ from .errors import UserError
 
 
 def parse_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """Parse the command line; settings (`overrides`) may stand anywhere behind their command.
+    """Parse the command line; settings (`overrides`) may appear anywhere after their command.
 
-    (`parse_intermixed_args` does this for parsers without commands alone.)
+    (`parse_intermixed_args` does not support parsers with sub-commands.)
     """
     args, rest = parser.parse_known_args()
     takes_settings = hasattr(args, "overrides")
@@ -22,26 +22,29 @@ def parse_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
 
 
 def parse_lengths(text: str) -> list[int]:
-    """Numbers of tokens, from `--lengths`.
+    """Numbers of tokens from `--lengths`.
 
     Raises:
-        UserError: one is no number above 0.
+        UserError: a part is not an integer above 0.
     """
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isascii() and part.isdigit() and int(part) for part in parts):
-        raise UserError(f"--lengths: {text} is not a list like 32768,131072")
+        raise UserError(
+            f"--lengths: must be integers above 0 with commas between them, got {text} (like "
+            "32768,131072)"
+        )
     return [int(part) for part in parts]
 
 
 def check_positive(args: argparse.Namespace, *names: str) -> None:
-    """Raise UserError unless these numbers, where given, are above 0."""
+    """Raise UserError if one of these numbers is given and is not above 0."""
     for name in names:
         number = getattr(args, name)
         if number is not None and number <= 0:
-            raise UserError(f"--{name.replace('_', '-')}: must be positive")
+            raise UserError(f"--{name.replace('_', '-')}: must be above 0, got {number}")
 
 
 def check_plot(path: Path | None) -> None:
-    """Raise UserError, before anything is measured, unless a plot could have this name."""
+    """Raise UserError, before anything is measured, unless `path` ends in .png."""
     if path is not None and path.suffix != ".png":
-        raise UserError(f"--plot: {path} is no PNG (write NAME.png)")
+        raise UserError(f"--plot: must end in .png, got {path}")

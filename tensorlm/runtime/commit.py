@@ -1,11 +1,11 @@
-"""The commit that runs."""
+"""The commit of the running code."""
 
 import subprocess
 from pathlib import Path
 
 
 def git_commit() -> str:
-    """Commit of the checkout that this code runs from, `-dirty` with changes; else `unknown`."""
+    """Commit of this checkout, with `-dirty` if files have changed; `unknown` without git."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
         result = subprocess.run(

@@ -1,7 +1,8 @@
-"""Every change that a run makes to the disk and must be able to survive, in one place.
+"""All changes to the disk that a run must be able to survive.
 
-`Disk` is the operating system, one method a system call. Tests put another in its place with `use`:
-one that kills the process at the n-th call, refuses it, or remembers what a power cut would lose.
+`Disk` is the operating system, with one method per system call. Tests replace it with `use`, by one
+that kills the process at the n-th call, makes that call fail, or records what a power cut would
+lose.
 """
 
 import contextlib
@@ -19,11 +20,11 @@ class Disk:
         os.mkdir(path)
 
     def create(self, path: Path) -> int:
-        """A descriptor of a new file; never one that exists, or that a link leads to."""
+        """Create a file and return its descriptor; fail if the path exists, as a link too."""
         return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
 
     def write(self, descriptor: int, data: memoryview) -> int:
-        """How many bytes were taken; it may be fewer than there are."""
+        """Write `data` and return the number of bytes written, which may be fewer."""
         return os.write(descriptor, data)
 
     def sync(self, descriptor: int) -> None:
@@ -53,14 +54,14 @@ _disk = Disk()
 
 
 def use(disk: Disk) -> Disk:
-    """Let `disk` stand for the operating system; returns the one that did."""
+    """Use `disk` for all calls from now on; returns the one used before."""
     global _disk
     previous, _disk = _disk, disk
     return previous
 
 
 def make_folder(path: Path) -> None:
-    """Create a folder and the missing ones above it, durably; one that exists is fine."""
+    """Create a folder and its missing parents, durably; do nothing if it exists."""
     if path.is_dir():
         return
     make_folder(path.parent)
@@ -74,10 +75,10 @@ def write_file(
     parts: Iterable[bytes | memoryview],
     progress: Callable[[int], object] = lambda num_bytes: None,
 ) -> tuple[int, str]:
-    """Write a new file to the disk itself (fsync); returns its size and sha256.
+    """Write a new file through to the disk (fsync); returns its size and sha256.
 
-    The folder's entry for it is durable only after `sync_folder`. `progress` is called as it grows,
-    with the number of new bytes.
+    The folder's entry for the file is durable only after `sync_folder`. `progress` is called with
+    the number of bytes just written.
     """
     digest, size = hashlib.sha256(), 0
     descriptor = _disk.create(path)
@@ -108,7 +109,7 @@ def sync_folder(path: Path) -> None:
 
 
 def remove_tree(path: Path) -> None:
-    """Remove a folder with all that is in it; links are removed, never followed."""
+    """Remove a folder with everything in it; links are removed, never followed."""
     with os.scandir(path) as entries:
         for entry in list(entries):
             if entry.is_dir(follow_symlinks=False):
@@ -126,7 +127,7 @@ def file_sha256(
     Raises:
         OSError: it cannot be read, or is a link, a pipe or a device.
     """
-    # Without O_NONBLOCK, opening a pipe would wait for a writer for ever.
+    # Without O_NONBLOCK, opening a pipe would wait forever for a writer.
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     with open(descriptor, "rb", buffering=0) as file:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):

@@ -1,16 +1,16 @@
-"""What a user did wrong, in one line each; how a launcher reports it and leaves."""
+"""Errors that are reported to the user on one line each, and the exit codes."""
 
 EXIT_DONE = 0
 EXIT_CRASH = 1
 EXIT_USER_ERROR = 2
 EXIT_INTERNAL = 70
 EXIT_PREEMPTED = 75
-EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells say it
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, the convention of shells
 EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
 
 
 class UserError(Exception):
-    """A mistake that its reader can correct: `where: what (fix)`, one line per problem."""
+    """A mistake that the user can correct: `where: what (fix)`, one line per problem."""
 
     exit_code = EXIT_USER_ERROR
 
@@ -20,6 +20,6 @@ class UserError(Exception):
 
 
 class MachineError(UserError):
-    """Not the user's mistake: a rank computes wrongly. Told the same way, with another code."""
+    """A rank computes wrong results. Reported like a UserError, with another exit code."""
 
     exit_code = EXIT_INTERNAL

@@ -1,4 +1,4 @@
-"""How a launcher ends: its exit code, and who among the ranks says why."""
+"""How a command ends: its exit code, and which rank reports the error."""
 
 import errno
 import os
@@ -29,11 +29,14 @@ def run_launcher(
 ) -> None:
     """Run `main` and exit with its code; a UserError becomes one `error:` line per problem.
 
-    Ctrl-C is one line, too.
+    Ctrl-C is reported on one line too.
 
-    `leave_at_once` is for ranks of a process group that are done with one another: gloo's threads
-    may abort a process that is taken down piece by piece after its work is done, and after an error
-    that may take for ever. `is_told` is whether another rank has already said why all end.
+    Args:
+        main: the command; returns its exit code, or None for success.
+        leave_at_once: end the process without Python's shutdown, for ranks of a process group:
+            gloo's threads may abort a process that shuts down after its work is done, and after an
+            error the shutdown may block forever.
+        is_told: returns True if another rank has already reported why all ranks end.
     """
     try:
         _check_arguments(sys.argv[1:])
@@ -47,7 +50,7 @@ def run_launcher(
             _tell(error, is_told)
             code = error.exit_code
         elif leave_at_once:
-            # Perhaps it is only that another rank has left, and this one is about to be ended, too.
+            # Another rank may have left, and the launcher may be about to end this one too.
             time.sleep(_PATIENCE_SECONDS)
             traceback.print_exc()
             code = EXIT_CRASH
@@ -61,13 +64,13 @@ def run_launcher(
         sys.stdout.flush()
         sys.stderr.flush()
         if "mpi4py.MPI" in sys.modules and code in (None, EXIT_DONE, EXIT_PREEMPTED):
-            sys.modules["mpi4py.MPI"].Finalize()  # waits for the others, who may not come otherwise
+            sys.modules["mpi4py.MPI"].Finalize()  # blocks until all ranks call it: not after errors
         os._exit(code or EXIT_DONE)
     sys.exit(code or EXIT_DONE)
 
 
 def _check_arguments(words: list[str]) -> None:
-    """Raise UserError unless the command line is UTF-8, as all output and all files are."""
+    """Raise UserError unless the command line is UTF-8, like all output and all files."""
     option = "command line"
     for word in words:
         shown = word.encode(errors="surrogateescape").decode(errors="backslashreplace")
@@ -79,7 +82,7 @@ def _check_arguments(words: list[str]) -> None:
 
 
 def _has_nobody_to_tell() -> bool:
-    """Whether the reader of the output has left, as `head` does; what else is said is dropped."""
+    """Whether the reader of stdout has left, as `head` does; if so, drop all further output."""
     output = select.poll()
     output.register(1, 0)  # an error is reported unasked
     if not any(event & select.POLLERR for _, event in output.poll(0)):
@@ -89,22 +92,22 @@ def _has_nobody_to_tell() -> bool:
 
 
 def _user_error(error: Exception) -> UserError | None:
-    """Of a file or disk that cannot be used, as a user's mistake; None of any other error."""
+    """`error` as a UserError if it is one, or if a file or disk cannot be used; else None."""
     if isinstance(error, UserError):
         return error
     if isinstance(error, OSError) and error.filename is not None:
         return UserError(f"{error.filename}: {error.strerror}")
     if isinstance(error, OSError) and error.errno in _DISK_ERRORS:  # met while writing
-        return UserError(f"disk: {error.strerror} (look at the one of run.dir, and at its quota)")
+        return UserError(f"disk: {error.strerror} (check the disk of run.dir and its quota)")
     return None
 
 
 def _tell(error: UserError, is_told: Callable[[], bool]) -> None:
-    """Rank 0 speaks. The others meet the same error, as a rule, and are silent then."""
+    """Print the error on rank 0. Other ranks usually meet the same error and stay silent."""
     rank = _launched_rank()
     deadline = time.monotonic() + _PATIENCE_SECONDS
     while rank and time.monotonic() < deadline and not is_told():
-        time.sleep(0.05)  # launchers end all ranks when one has left: rank 0 must be the first
+        time.sleep(0.05)  # launchers end all ranks when one has left: rank 0 must report first
     if rank and is_told():
         return
     for problem in error.problems:
@@ -116,5 +119,5 @@ def _launched_rank() -> int:
 
     try:
         return launched_rank()
-    except UserError:  # told by every rank that cannot say which it is
+    except UserError:  # a rank that cannot tell which one it is reports the error itself
         return 0

@@ -1,4 +1,4 @@
-"""Locks between processes that would write to one place, on one machine or on several."""
+"""Locks against two processes writing to the same place, on one machine or several."""
 
 import errno
 import fcntl
@@ -18,20 +18,20 @@ PATIENCE_SECONDS = 3.0
 
 
 def take_lock(path: Path, where: str, patience: float = PATIENCE_SECONDS) -> int:
-    """Lock the file `path` for this process; the lock ends with the process, however it ends.
+    """Lock the file `path` for this process; the lock ends with the process in any case.
 
-    A later start of the same Slurm job takes over from an earlier one, whose node may be gone.
+    A later start of the same Slurm job takes the lock over, since the earlier node may be gone.
 
     Args:
-        path: lock file; created if it does not exist. It records who holds the lock.
-        where: the setting or option, and the place, that the error line names.
+        path: lock file; created if it does not exist. It records which process holds the lock.
+        where: setting or option with its value, for the error message.
         patience: seconds to wait for a holder that is about to end.
 
     Returns:
         The descriptor that holds the lock.
 
     Raises:
-        UserError: another process holds it; the line says which one.
+        UserError: another process holds it; the message names it.
         OSError: the file cannot be written.
     """
     job, restarts = slurm_job()
@@ -44,7 +44,7 @@ def take_lock(path: Path, where: str, patience: float = PATIENCE_SECONDS) -> int
             raise UserError(
                 f"{where} is in use by {holder} (wait for it, or choose another)"
             ) from None
-        # Held for a node that is gone, until the file system notices. A new file is ours for good.
+        # A lost node holds the lock until the file system notices. Replace the file to own it.
         new = path.with_name(f".{path.name}")
         descriptor = _lock(new, patience)
         os.rename(new, path)
@@ -74,7 +74,7 @@ def locked(path: Path, where: str) -> Iterator[None]:
 def _lock(path: Path, patience: float) -> int:
     """Open and lock `path`; returns the descriptor.
 
-    A child that a killed holder was just starting may have the lock a moment longer.
+    Waits for `patience` seconds: a child that a killed holder was starting may briefly hold it.
     """
     deadline = time.monotonic() + patience
     while True:
@@ -92,7 +92,7 @@ def _lock(path: Path, patience: float) -> int:
             if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
                 os.close(descriptor)
                 raise
-            print(f"warning: {path.parent}: cannot be locked on this file system", flush=True)
+            print(f"warning: {path.parent}: this file system does not support locks", flush=True)
             return descriptor
         os.close(descriptor)
 
@@ -108,14 +108,13 @@ _LOCK = "lock"
 
 
 def lock_run(run_dir: Path) -> int:
-    """Make this process the one that writes to a run; ends with the process, however it ends.
+    """Make this process the only writer of a run, until it ends.
 
     Returns:
         The descriptor that holds the lock.
 
     Raises:
-        UserError: another job, or another process of this one, holds it, or the folder cannot be
-            written.
+        UserError: another job or process holds it, or the folder cannot be written.
     """
     try:
         disk.make_folder(run_dir)

@@ -1,6 +1,6 @@
-"""Being asked to stop by a signal, SIGUSR1 or SIGTERM, and never missing or misreading one.
+"""Requests to stop by signal (SIGUSR1 or SIGTERM), from the first moment of a process on.
 
-Imports nothing slow, so that a launcher can listen before anything else happens.
+Imports nothing slow, so that a launcher can listen before it does anything else.
 """
 
 import os
@@ -10,24 +10,24 @@ import time
 
 from .errors import EXIT_PREEMPTED
 
-# A launcher and the scheduler above it often both pass the same signal on.
+# The launcher and the scheduler often both deliver the same signal.
 _ECHO_SECONDS = 1.0
 
 
 class StopRequest:
-    """Whether this process was asked to save and leave.
+    """Whether this process was asked to save and exit.
 
-    The first signal is remembered. A second one, unless it is an echo of the first, ends the
-    process at once with EXIT_PREEMPTED, whatever it is doing: what is on disk is whole at any time.
+    The first signal is recorded. A second one, unless it is an echo of the first, ends the process
+    at once with EXIT_PREEMPTED. This is safe, since the files on disk are intact at any time.
     """
 
     def __init__(self) -> None:
         self._asked_at: float | None = None
 
     def listen(self) -> "StopRequest":
-        """Take the signals over (main thread only)."""
-        # Python runs handlers between two instructions of the main thread, which may be waiting in
-        # a collective for ever. The byte in the pipe is written at once, and a thread reads it.
+        """Install the signal handlers (main thread only)."""
+        # Python runs handlers between two instructions of the main thread, which may be blocked in
+        # a collective. The byte in the pipe is written at once, and a thread reads it.
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
         for number in (signal.SIGUSR1, signal.SIGTERM):
@@ -48,5 +48,5 @@ class StopRequest:
 
     @property
     def is_asked(self) -> bool:
-        """A signal has come."""
+        """Whether a signal has arrived."""
         return self._asked_at is not None

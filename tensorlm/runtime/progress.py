@@ -7,18 +7,18 @@ from collections.abc import Callable, Iterator
 
 from tqdm import tqdm
 
-# Bars of bytes do not show for work that is done sooner.
+# Work that takes less time than this shows no byte bar.
 DELAY_SECONDS = 2.0
 
-# By default all processes that come from one share a semaphore, and one that is killed while it
-# holds it stops the bars, and so the work, of all others. Bars here are of one process each.
+# By default all child processes share a semaphore. One that is killed while it holds the semaphore
+# blocks the bars, and so the work, of all others. Here each bar belongs to one process.
 tqdm.set_lock(threading.RLock())
 
 
 def progress_bar(
     total: int, unit: str, title: str, *, is_shown: bool = True, delay: float = 0.0
 ) -> tqdm:
-    """A bar on standard error; into a log file it writes a line every 30 seconds."""
+    """Progress bar on stderr; one line every 30 seconds if stderr is not a terminal."""
     is_terminal = sys.stderr.isatty()
     return tqdm(
         total=total, unit=unit, unit_scale=unit != "prompt", desc=title, delay=delay,
@@ -28,7 +28,7 @@ def progress_bar(
 
 
 class _Lines:
-    """Standard error for a bar in a log file: whole lines, so that none has another's end."""
+    """stderr for a bar in a log file: writes complete lines, so that bars do not mix."""
 
     def write(self, text: str) -> None:
         if text.strip():
@@ -40,13 +40,16 @@ class _Lines:
 
 @contextlib.contextmanager
 def byte_bar(total: int, title: str, *, is_shown: bool = True) -> Iterator[Callable[[int], object]]:
-    """Yields what takes the number of bytes just moved, headers included, which `total` has not."""
+    """Byte bar; yields the function to call with the number of bytes just moved.
+
+    Those numbers may include headers that `total` does not count.
+    """
     with progress_bar(total, "B", title, is_shown=is_shown, delay=DELAY_SECONDS) as bar:
         yield lambda num_bytes: bar.update(min(num_bytes, total - bar.n))
 
 
 def format_duration(seconds: float) -> str:
-    """`1d02h`, `3h07m`, `4m05s` or `12s`."""
+    """Format as `1d02h`, `3h07m`, `4m05s` or `12s`."""
     minutes, s = divmod(round(seconds), 60)
     hours, m = divmod(minutes, 60)
     days, h = divmod(hours, 24)

@@ -1,4 +1,4 @@
-"""Ranks: how they meet, what they tell one another, how they leave."""
+"""Process groups: joining, exchanging small values, leaving."""
 
 import json
 import os
@@ -13,9 +13,9 @@ from torch.distributed.rendezvous import rendezvous
 from .errors import UserError
 from .launch_env import LaunchEnv, grow_memory_segments, launch_attempt
 
-# Ranks of one job start within a minute or two, even where all import from one slow file system.
+# Ranks of one job start within a minute or two, even if all import from one slow file system.
 _MEETING_LIMIT = timedelta(minutes=5)
-# Only the watchdog ends what hangs: these limits go on while a job is suspended.
+# Only the watchdog ends a hang: torch's timeouts keep counting while a job is suspended.
 EXCHANGE_LIMIT = timedelta(days=30)
 
 
@@ -23,7 +23,7 @@ def join_ranks(launch: LaunchEnv) -> torch.device:
     """Join the job's process group (NCCL on GPUs, gloo on CPUs); returns this rank's device.
 
     Raises:
-        UserError: too few GPUs, or the ranks do not meet.
+        UserError: there are too few GPUs, or the ranks cannot connect.
     """
     launch.export()
     if torch.cuda.is_available():
@@ -47,27 +47,29 @@ def join_ranks(launch: LaunchEnv) -> torch.device:
 
 
 def own_gpu(local_rank: int, local_world_size: int, num_gpus: int) -> torch.device:
-    """The GPU of a rank: its own among those of its node, or the only one it is allowed to see.
+    """The GPU of a rank: its own among those of its node, or the only one visible to it.
 
-    Ranks share GPUs where NCCL is told to allow that (from 2.30 on), to try things out.
+    Ranks may share GPUs, for experiments, if NCCL allows it (NCCL_MULTI_RANK_GPU_ENABLE=1, from
+    NCCL 2.30 on).
 
     Raises:
-        UserError: there are fewer GPUs than ranks, and not one alone that each was given.
+        UserError: there are fewer GPUs than ranks, and the launcher did not bind each rank to one.
     """
     is_shared = os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") == "1"
     is_bound = num_gpus == 1 and "CUDA_VISIBLE_DEVICES" in os.environ  # as srun --gpus-per-task=1
     if num_gpus < local_world_size and not (is_shared or is_bound):
         raise UserError(
-            f"{local_world_size} ranks, {num_gpus} GPUs on this machine (start one rank a GPU)"
+            f"ranks: must be at most one per GPU, got {local_world_size} ranks on a machine with "
+            f"{num_gpus} GPUs (start fewer ranks)"
         )
     return torch.device("cuda", local_rank % num_gpus)
 
 
 def _meet(launch: LaunchEnv) -> dist.Store:
-    """Where all ranks find one another; none of them is missing.
+    """The store through which all ranks connect; returns after all have arrived.
 
     Raises:
-        UserError: they do not, within _MEETING_LIMIT or soon after.
+        UserError: they cannot connect within about _MEETING_LIMIT.
     """
     if launch.world_size == 1:
         return dist.HashStore()
@@ -79,22 +81,25 @@ def _meet(launch: LaunchEnv) -> dist.Store:
         reason = str(error.strerror if isinstance(error, OSError) else error).splitlines()[0]
         raise UserError(
             f"MASTER_ADDR, MASTER_PORT: {launch.master_addr}:{launch.master_port}: {reason[:150]} "
-            f"(an address of rank 0, a free port there, and {launch.world_size} ranks are needed)"
+            f"(set an address of rank 0 and a free port there, and start {launch.world_size} ranks)"
         ) from None
     store.set_timeout(EXCHANGE_LIMIT)
     return dist.PrefixStore(launch_attempt(), store)
 
 
 def leave_distributed() -> None:
-    """Wait until every rank is done: one that left earlier could abort another's last exchange.
+    """Wait until every rank is done: leaving earlier could abort another rank's last exchange.
 
-    The process group is not taken down; the process is to end next (`run_launcher`).
+    The process group stays; the process ends next (`run_launcher`).
     """
     dist.barrier()
 
 
 def gather_json(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
-    """`value` of every rank, in order, on every rank; as JSON bytes, since pickles execute."""
+    """Gather `value` from all ranks, in rank order, on all ranks.
+
+    Sent as JSON, since unpickling can execute code.
+    """
     device = torch.device("cuda" if dist.get_backend(group) == "nccl" else "cpu")
     content = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
     size = torch.tensor([content.numel()], device=device)
@@ -112,7 +117,7 @@ def gather_json(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]
 
 
 def sum_over_ranks(device: torch.device, *values: float) -> list[float]:
-    """Each value summed over all ranks, in float64."""
+    """Sum each value over all ranks, in float64."""
     total = torch.tensor(values, dtype=torch.float64, device=device)
     dist.all_reduce(total)
     return total.tolist()

@@ -1,8 +1,8 @@
-"""Stochastic rounding to bfloat16: up or down by chance, so that the mean is what was rounded.
+"""Stochastic rounding to bfloat16: up or down at random, so that the mean is exact.
 
-Rounding to the nearest swallows every change of less than half a unit in the last place, and with
-it all that an average of many small changes would come to. The chance here is a function of a key
-and of an element's place alone: the same on any device, however the elements are divided.
+Rounding to nearest loses every change of less than half a unit in the last place, and so the sum of
+many small changes. The random bits depend only on a key and on the element's index: they are the
+same on any device and for any division of the elements among ranks.
 """
 
 import hashlib
@@ -10,14 +10,14 @@ import hashlib
 import torch
 from torch import Tensor
 
-_LOW_BITS = 0xFFFF  # of a float32, those that bfloat16 has not
+_LOW_BITS = 0xFFFF  # the bits of a float32 that bfloat16 drops
 _FIRST, _SECOND = 0x85EBCA6B, 0xC2B2AE35  # MurmurHash3's finalizer (Appleby, 2011)
 
 
 def random_words(key: str, first: int, count: int, device: torch.device) -> Tensor:
-    """[count] int32: random bits of the elements first ... first + count of whatever `key` names.
+    """[count] int32: random bits of the elements from `first` on of the tensor that `key` names.
 
-    A hash of place and key, so that any element's bits are found without those before it.
+    They are a hash of index and key, so any element's bits can be computed without earlier ones.
     """
     digest = hashlib.sha256(key.encode()).digest()
     start, middle = (int.from_bytes(digest[at : at + 4]) for at in (0, 4))
@@ -33,14 +33,14 @@ def random_words(key: str, first: int, count: int, device: torch.device) -> Tens
 
 
 def round_into(kept: Tensor, exact: Tensor, noise: Tensor) -> None:
-    """Round `exact` (float32) into `kept` (bfloat16) with 16 random bits an element.
+    """Round `exact` (float32) into `kept` (bfloat16) with 16 random bits per element.
 
     Args:
-        kept: [n].
+        kept: [n]; overwritten.
         exact: [n], finite.
         noise: [n] int32, from 0 to 0xFFFF; overwritten.
     """
-    # Sign and magnitude: what is added carries into the bits that stay as often as it should.
+    # In sign and magnitude, the sum carries into the kept bits with the right probability.
     noise += exact.view(torch.int32)
     noise &= ~_LOW_BITS
     kept.copy_(noise.view(torch.float32))

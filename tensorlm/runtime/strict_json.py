@@ -1,4 +1,4 @@
-"""JSON that every reader takes: numbers that are not finite become null."""
+"""JSON that every reader accepts: numbers that are not finite become null."""
 
 import json
 import math
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def json_text(value: Any, indent: int | None = None) -> str:
-    """`value` as JSON; Python's own writer would put NaN and Infinity, which are not JSON."""
+    """`value` as JSON; Python's own writer would emit NaN and Infinity, which are not JSON."""
     return json.dumps(_finite(value), indent=indent, allow_nan=False)
 
 

@@ -1,11 +1,13 @@
-"""The watchdog: a run that no longer moves says where, and ends, instead of burning its hours.
+"""The watchdog: ends a run that hangs, and reports where, so that it wastes no machine time.
 
-Every rank watches itself: one thread, and the time of its last progress. When one rank stands still
-the others soon wait for it. The first that reaches its limit leaves a report in RUN/hang/, the
-others follow as soon as they see it, and the lowest rank that still can says which is the odd one.
+Each rank watches itself with a thread and the time of its last progress. When one rank hangs, the
+others soon block, waiting for it. The first rank to reach its limit leaves a report in RUN/hang/,
+the others add theirs as soon as they see it, and the lowest rank that still runs prints which rank
+hangs.
 
-Time in which the whole process was stopped (`scontrol suspend`, Ctrl-Z, a paused machine) is not
-counted: the watching thread counts its own ticks, which do not come while nothing runs.
+Time during which the whole process was stopped (`scontrol suspend`, Ctrl-Z, a paused machine) does
+not count: the watching thread counts its own ticks, and there are none while the process is
+stopped.
 """
 
 import contextlib
@@ -24,19 +26,19 @@ from .errors import EXIT_INTERNAL
 from .strict_json import json_text
 
 FOLDER = "hang"
-# In the order in which a rank passes them, within one step.
+# In the order in which a rank passes through them within one step.
 PHASES = ("start", "resume", "data", "forward", "step", "log", "save", "agree", "eval")
 _SLOW_PHASES = ("start", "resume", "save", "eval")
-_FEWEST_STEPS = 3  # the first ones, of a stage too, compile kernels, open connections
+_FEWEST_STEPS = 3  # the first steps, also of a phase of the run, compile and open connections
 _MEDIANS = 5
-_GRACE_SECONDS = 5.0  # a report of another rank takes so long to be written, and to be seen
-_LEAD_SECONDS = 1.0  # launchers end all ranks when the first has left
-_LATE = 2.0  # a tick that took longer than so many periods counts as one: the process was stopped
+_GRACE_SECONDS = 5.0  # time for another rank's report to be written and seen
+_LEAD_SECONDS = 1.0  # launchers end all ranks when the first has left: let the report come first
+_LATE = 2.0  # a tick of more than this many periods counts as one: the process was stopped
 _COLLECTIVES = os.path.join("torch", "distributed")
 
 
 class Watchdog:
-    """Ends this process with EXIT_INTERNAL after too long a time without `enter` or `progress`."""
+    """Ends this process with EXIT_INTERNAL after too long without `enter` or `progress`."""
 
     def __init__(
         self,
@@ -47,10 +49,16 @@ class Watchdog:
         hang_seconds: float,
         slow_phase_seconds: float,
     ) -> None:
-        """`folder` is where the ranks leave their reports.
+        """Start watching.
 
-        A step may take `hang_seconds`, or five medians of the steps before it where that is more;
-        start, resume, saves and evaluations may stand still for `slow_phase_seconds`.
+        Args:
+            folder: where the ranks leave their reports.
+            rank: this rank.
+            world_size: number of ranks.
+            hang_seconds: limit of a step in seconds, or five times the median of recent steps if
+                that is more.
+            slow_phase_seconds: limit in seconds without progress in the start, a resume, a save or
+                an evaluation.
         """
         self._hang_seconds, self._slow_phase_seconds = hang_seconds, slow_phase_seconds
         self._folder = folder
@@ -63,15 +71,15 @@ class Watchdog:
         self._step_seconds: deque[float] = deque(maxlen=64)
         self._is_done, self._is_reported = threading.Event(), threading.Event()
         self._period = min(1.0, hang_seconds / 10)
-        if rank == 0:  # reports of an earlier start, perhaps of more ranks, are none of this one
+        if rank == 0:  # reports of an earlier start, perhaps of more ranks, do not belong to this
             for path in folder.glob("rank-*.json"):
                 path.unlink(missing_ok=True)
-        # Two threads, since it is perhaps the disk that does not answer.
+        # Two threads, since the disk may be what hangs.
         for target in (self._watch, self._look_for_reports):
             threading.Thread(target=target, name="watchdog", daemon=True).start()
 
     def enter(self, phase: str, step: int) -> None:
-        """This rank begins `phase` (one of PHASES) of step `step`."""
+        """Record that this rank begins `phase` (one of PHASES) of step `step`."""
         assert phase in PHASES
         self._progress_at = now = self._now()
         if phase == "data":
@@ -81,28 +89,28 @@ class Watchdog:
         self._phase, self._step = phase, step
 
     def expect_other_steps(self) -> None:
-        """The steps from now on are not like those before: nothing is known of their time."""
+        """Forget the times of earlier steps: steps from now on take a different time."""
         self._step_seconds.clear()
 
     def progress(self, part_of_save: str = "save") -> None:
-        """A slow phase is no hang: bytes moved, a prompt was answered, a part of a save is done."""
+        """Record progress in a slow phase: bytes moved, a prompt answered, part of a save done."""
         self._part_of_save = part_of_save
         if self._phase in _SLOW_PHASES:
             self._progress_at = self._now()
 
     def stop(self) -> None:
-        """No more watching."""
+        """Stop watching."""
         self._is_done.set()
 
     def limit(self) -> float:
-        """Seconds without progress that are too many now."""
+        """Seconds without progress after which the current phase counts as hung."""
         slow = self._phase in _SLOW_PHASES or len(self._step_seconds) < _FEWEST_STEPS
         if slow:
             return max(self._slow_phase_seconds, self._hang_seconds)
         return max(self._hang_seconds, _MEDIANS * statistics.median(self._step_seconds))
 
     def _now(self) -> float:
-        """Seconds on a clock that stands still while this process is stopped."""
+        """Seconds on a clock that does not run while this process is stopped."""
         return time.monotonic() - self._seconds_stopped
 
     def _watch(self) -> None:
@@ -117,16 +125,16 @@ class Watchdog:
                 self._end(seconds)
 
     def _set_back(self, seconds: float) -> None:
-        """The process was stopped for so long."""
+        """Set the clock back by the time for which the process was stopped."""
         self._seconds_stopped += seconds
-        # The main thread may have been faster, and have read the clock before it was set back.
+        # The main thread may have read the clock before it was set back.
         now = self._now()
         self._progress_at = min(self._progress_at, now)
         self._step_began_at = min(self._step_began_at, now)
 
     def _look_for_reports(self) -> None:
         while not self._is_done.wait(self._period) and not self._is_reported.is_set():
-            # Before the ranks have met, what is there may be what rank 0 is to remove.
+            # Until the ranks have connected, reports of an earlier start may still be there.
             if self._phase != PHASES[0] and self._reports():
                 self._is_reported.set()
 
@@ -163,26 +171,28 @@ class Watchdog:
             time.sleep(_LEAD_SECONDS)
 
     def _reports(self) -> list[dict[str, Any]]:
-        """Those of all ranks that have left one."""
+        """The reports that ranks have left."""
         reports = []
         for path in self._folder.glob("rank-*.json"):
-            with contextlib.suppress(OSError):  # removed, but NFS shows it for a while
+            with contextlib.suppress(OSError):  # NFS lists a removed file for a while
                 reports.append(json.loads(path.read_text()))
         return reports
 
 
 def _is_waiting() -> bool:
-    """The main thread is inside a collective: it waits for another rank (not seen on NCCL, whose
-    collectives return at once)."""
+    """Whether the main thread is blocked in a collective, waiting for another rank.
+
+    Always False with NCCL, whose collectives return at once.
+    """
     frame = sys._current_frames()[threading.main_thread().ident or 0]
     return _COLLECTIVES in frame.f_code.co_filename
 
 
 def describe_hang(reports: list[dict[str, Any]], world_size: int, seconds: float) -> str:
-    """Which rank stands still, in which phase, and where those are that wait for it.
+    """Describe which rank hangs, in which phase, and where the ranks are that wait for it.
 
-    It is one that left no report; else one outside a collective while others are inside; else one
-    of the fewest that are in the same place; else the last of all.
+    The hanging rank is one without a report; else one outside a collective while others are in
+    one; else one of the smallest group at the same place; else the one furthest behind.
     """
     places = {r["rank"]: (r["step"], PHASES.index(r["phase"])) for r in reports}
     silent = [rank for rank in range(world_size) if rank not in places]

@@ -99,18 +99,18 @@ def test_attention_in_words(settings: dict[str, Any], words: str) -> None:
         ),
         (
             ["fold=[]", "window=32", "layers=['strided', 'full', 'full', 'window']"],
-            ["fold must name an inner axis for strided layers, got [] (like [1024])"],
+            ["fold must have an inner axis for strided layers, got [] (like [1024])"],
         ),
         (
             ["layers=['full']", "full_every=2", "route_every=3", GIVEN],
             [
-                "layers must name one kind for each of num_layers = 4, got 1",
-                "full_every must be 0 where layers are listed, got 2 (remove full_every or layers)",
-                "route_every must be 0 where layers are listed, got 3 (remove route_every or",
+                "layers must have one entry for each of num_layers = 4, got 1",
+                "full_every must be 0 if layers is given, got 2 (remove full_every or layers)",
+                "route_every must be 0 if layers is given, got 3 (remove route_every or",
             ],
         ),
-        (["route_every=9", GIVEN], ["route must have a routed layer, got none (lower route_every"]),
-        (["full_every=1", GIVEN], ["route must have a routed layer, got none (lower route_every"]),
+        (["route_every=9", GIVEN], ["route must be used by at least one layer, got none (lower"]),
+        (["full_every=1", GIVEN], ["route must be used by at least one layer, got none (lower"]),
     ],
     ids=str,
 )  # fmt: skip

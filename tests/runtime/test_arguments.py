@@ -40,10 +40,10 @@ def test_what_is_no_setting_is_refused(
 @pytest.mark.parametrize(
     ("words", "problem"),
     [
-        ("data --documents 0", "--documents: must be positive"),
-        ("train --config configs/demo.toml --repeats 0", "--repeats: must be positive"),
-        ("train --config configs/demo.toml --lengths 8,0", "--lengths: 8,0 is not a list"),
-        ("train --config configs/demo.toml --plot x.svgz", "--plot: x.svgz is no PNG"),
+        ("data --documents 0", "--documents: must be above 0, got 0"),
+        ("train --config configs/demo.toml --repeats 0", "--repeats: must be above 0, got 0"),
+        ("train --config configs/demo.toml --lengths 8,0", "--lengths: must be integers above 0"),
+        ("train --config configs/demo.toml --plot x.svgz", "--plot: must end in .png, got x.svgz"),
         ("sp --config configs/demo.toml --overlap 2 --only-project", "--overlap: must be from 0"),
     ],
 )

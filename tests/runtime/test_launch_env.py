@@ -79,7 +79,7 @@ def test_ranks_of_one_machine_listen_to_no_other(
 
 
 def test_ranks_that_cannot_meet_are_told_what_is_missing() -> None:
-    with pytest.raises(UserError, match="MASTER_ADDR and MASTER_PORT: not set for 8 ranks"):
+    with pytest.raises(UserError, match="MASTER_ADDR, MASTER_PORT: must be set for 8 ranks"):
         read_launch_env(ENVIRONMENTS["srun"])
 
 
@@ -104,7 +104,8 @@ def test_each_rank_has_the_gpu_of_its_number_or_the_only_one_it_sees(
         with pytest.raises(UserError) as error:
             own_gpu(0, 4, num_gpus)
         assert str(error.value) == (
-            f"4 ranks, {num_gpus} GPUs on this machine (start one rank a GPU)"
+            f"ranks: must be at most one per GPU, got 4 ranks on a machine with {num_gpus} GPUs "
+            "(start fewer ranks)"
         )
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2")
     assert own_gpu(3, 4, 1).index == 0
