@@ -1,4 +1,4 @@
-"""A run's state becomes files, and files a state again; knows no engine."""
+"""Checkpoints: writing a run's state to files, and reading it back. Independent of the engine."""
 
 from .compatible import check_model, check_resumable, model_differences
 from .load import check_names, load_slices, load_weights, newest_checkpoint, select_checkpoint

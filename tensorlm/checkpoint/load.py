@@ -1,4 +1,4 @@
-"""Reading a checkpoint: find one that verifies, fill slices or a model from it."""
+"""Reading a checkpoint: find one that verifies, and fill slices or a model from it."""
 
 import time
 from collections.abc import Callable, Iterable
@@ -14,7 +14,7 @@ from .manifest import Checkpoint, list_steps, open_checkpoint, step_folder
 from .publish import LEDGER, has_trained, was_imported
 from .slices import STATE, ParameterSlice
 
-_SHOWN_STEPS = 8  # where one is asked for that is not there
+_SHOWN_STEPS = 8  # steps to list if the requested one does not exist
 _STALE_SECONDS = 90.0  # NFS may show a folder as it was a minute ago
 
 
@@ -26,15 +26,15 @@ def newest_checkpoint(
     before: int | None = None,
     progress: Callable[[], None] = lambda: None,
 ) -> Checkpoint | None:
-    """The newest checkpoint (older than step `before`) that verifies; None in a run without any.
+    """The newest intact checkpoint (older than step `before`); None if the run has none.
 
-    Collective where `world_size` > 1: rank 0 lists the folder and decides what is there, every rank
-    checks its share of the files, and all agree.
+    Collective if `world_size` > 1: rank 0 lists the folder, and each rank verifies its share of the
+    files.
 
     Raises:
-        UserError: there are, or were, checkpoints and none is good: a run never starts over by
-            itself, from imported weights either, nor is a run that began with imported weights
-            replayed from others.
+        UserError: the run has or had checkpoints, and none is intact. A run never silently restarts
+            from scratch or from its imported weights, and a replay of a run that began with
+            imported weights never begins with random ones.
     """
     steps = [s for s in list_steps(run_dir) if before is None or s < before]
     if before is None and has_trained(run_dir):
@@ -53,16 +53,16 @@ def newest_checkpoint(
             print(f"skipping checkpoint: {reasons[-1]}", flush=True)
     if reasons:
         raise UserError(
-            f"{run_dir}: no checkpoint is whole ({'; '.join(reasons[:3])}) "
+            f"{run_dir}: no checkpoint is intact ({'; '.join(reasons[:3])}) "
             "(restore one, or choose a new run.dir)"
         )
     if had_some:
         raise UserError(
-            f"{run_dir}: its checkpoints are gone, {LEDGER} lists them "
+            f"{run_dir}: the checkpoints listed in {LEDGER} are missing "
             "(restore one, or choose a new run.dir)"
             if before is None
             else f"--replay: no checkpoint before step {before} is left, and the run began with "
-            "imported weights (import them again, into another run.dir, and train)"
+            "imported weights (import them into another run.dir and train again)"
         )
     return None
 
@@ -70,12 +70,12 @@ def newest_checkpoint(
 def select_checkpoint(
     run_dir: Path, step: int | None, rank: int = 0, world_size: int = 1
 ) -> Checkpoint:
-    """The verified checkpoint of `step`, or the newest one.
+    """The verified checkpoint of `step`, or the newest intact one.
 
-    Collective where `world_size` > 1: every rank checks its share of the files.
+    Collective if `world_size` > 1: each rank verifies its share of the files.
 
     Raises:
-        UserError: there is none, or it is damaged.
+        UserError: there is no such checkpoint, or it is damaged.
     """
     if step is not None:
         steps = list_steps(run_dir)
@@ -97,10 +97,10 @@ def select_checkpoint(
 def _verify(
     folder: Path, rank: int, world_size: int, progress: Callable[[], None] = lambda: None
 ) -> Checkpoint:
-    """The checkpoint in `folder`: rank 0 opens it first, then every rank checks its share.
+    """Open and verify the checkpoint in `folder`: rank 0 opens it first, then each rank its share.
 
     Raises:
-        UserError: on all ranks, with all that is wrong for any of them.
+        UserError: on all ranks, with the problems found by any of them.
     """
     share = gather_json if world_size > 1 else lambda problems: [problems]
     checkpoint, problems = _open(folder, rank, progress) if rank == 0 else (None, [])
@@ -120,7 +120,7 @@ def _verify(
 def _open(
     folder: Path, rank: int, progress: Callable[[], None]
 ) -> tuple[Checkpoint | None, list[str]]:
-    """The checkpoint, or what is wrong with it. Ranks above 0 know that it is there, and wait."""
+    """The checkpoint, or its problems. Ranks above 0 know that it exists, and wait for it."""
     deadline = time.monotonic() + (_STALE_SECONDS if rank else 0)
     while True:
         try:
@@ -145,26 +145,28 @@ def load_slices(checkpoint: Checkpoint, slices: Iterable[ParameterSlice]) -> Non
         found = shapes.get(piece.name)
         if found != tuple(piece.shape):
             raise UserError(
-                f"{checkpoint.folder}: {piece.name} is {found or 'absent'}, "
-                f"the model has {tuple(piece.shape)}"
+                f"{checkpoint.folder}: {piece.name} must have the model's shape "
+                f"{tuple(piece.shape)}, got {found or 'no such parameter'}"
             )
         for key in keys:
             piece.state[key].copy_(checkpoint.read(piece.name, key, piece.start, piece.stop))
 
 
 def check_names(checkpoint: Checkpoint, names: Iterable[str]) -> None:
-    """Every parameter of a checkpoint is one of the model's, `names`.
+    """Check that every parameter of a checkpoint is among the model's `names`.
 
     Raises:
-        UserError: naming one that is not.
+        UserError: one is not; the message names it.
     """
     strange = sorted(checkpoint.shapes.keys() - set(names))
     if strange:
-        raise UserError(f"{checkpoint.folder}: holds {strange[0]}, which the model has not")
+        raise UserError(
+            f"{checkpoint.folder}: contains {strange[0]}, which the model does not have"
+        )
 
 
 def load_weights(checkpoint: Checkpoint, model: nn.Module) -> None:
-    """Copy the fp32 weights of a checkpoint into a plain model (no engine, one process).
+    """Copy a checkpoint's fp32 weights into a model without an engine, in one process.
 
     Raises:
         UserError: names or shapes are not those of this model.
@@ -173,6 +175,9 @@ def load_weights(checkpoint: Checkpoint, model: nn.Module) -> None:
     shapes = checkpoint.shapes
     for name, parameter in model.named_parameters():
         if shapes.get(name) != tuple(parameter.shape):
-            raise UserError(f"{checkpoint.folder}: {name} is {shapes.get(name) or 'absent'}")
+            raise UserError(
+                f"{checkpoint.folder}: {name} must have the model's shape "
+                f"{tuple(parameter.shape)}, got {shapes.get(name) or 'no such parameter'}"
+            )
         with torch.no_grad():
             parameter.copy_(checkpoint.read_parameter(name))

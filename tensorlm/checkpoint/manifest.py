@@ -1,10 +1,10 @@
-"""What a checkpoint is on disk, and how one is read without trusting it.
+"""The format of checkpoints on disk, and reading them without trusting their content.
 
     RUN/step-00001200/
         rank-00000.safetensors ...   flat fp32 slices, `NAME/master`, `/exp_avg`, `/exp_avg_sq`
-        manifest.json                who holds what; size and sha256 of each file and of itself
+        manifest.json                slices in each file; size and sha256 of each file and of itself
 
-Any number of ranks reads what any number wrote: slices are addressed by parameter name and range.
+Slices are addressed by parameter name and range, so any number of ranks can read a checkpoint.
 """
 
 import hashlib
@@ -48,7 +48,7 @@ class _File(BaseModel):
 
 
 class _Manifest(BaseModel):
-    """What every manifest holds; what the run adds to it is not this module's business."""
+    """Fields of every manifest. The run adds its own, which this module does not check."""
 
     model_config = ConfigDict(extra="allow", strict=True)
 
@@ -71,7 +71,7 @@ def list_steps(run_dir: Path) -> list[int]:
 
 
 def manifest_text(content: dict[str, Any]) -> str:
-    """A manifest as it stands in its file: sealed by a sha256 of itself."""
+    """The text of a manifest file, sealed by a sha256 of itself."""
     manifest = {"format": FORMAT, "version": VERSION, **content}
     seal = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
     return json.dumps({**manifest, "sha256": seal}, indent=1)
@@ -103,9 +103,9 @@ class Checkpoint:
     def bad_files(
         self, part: int = 0, num_parts: int = 1, progress: Callable[[], None] = lambda: None
     ) -> list[str]:
-        """What is wrong with the files (every `num_parts`-th, from `part`): size, sha256, links.
+        """Problems of the files (every `num_parts`-th one, from `part` on): size, sha256, links.
 
-        `progress` is called as they are read; the first part shows a bar.
+        `progress` is called while files are read; part 0 shows a progress bar.
         """
         entries, bad = self.manifest["files"][part::num_parts], []
         total = sum(entry["bytes"] for entry in entries)
@@ -122,7 +122,7 @@ class Checkpoint:
                     bad.append(f"{entry['name']}: {error.strerror}")
                     continue
                 if size != entry["bytes"]:
-                    bad.append(f"{entry['name']}: {size} bytes, not {entry['bytes']}")
+                    bad.append(f"{entry['name']}: must have {entry['bytes']} bytes, got {size}")
                 elif sha256 != entry["sha256"]:
                     bad.append(f"{entry['name']}: checksum differs")
         return bad
@@ -132,10 +132,10 @@ class Checkpoint:
         return bool(self.manifest.get("adam_state", True))
 
     def read(self, name: str, key: str, start: int, stop: int) -> Tensor:
-        """Elements [start, stop) of flattened parameter `name`, wherever ranks left them.
+        """Read elements [start, stop) of flattened parameter `name` from all files that hold them.
 
         Raises:
-            UserError: a file does not hold what the manifest says.
+            UserError: a file does not match the manifest.
         """
         result = torch.empty(stop - start)
         for entry in self.manifest["files"]:
@@ -153,38 +153,44 @@ class Checkpoint:
         return result
 
     def read_parameter(self, name: str) -> Tensor:
-        """A whole parameter in its shape, float32."""
+        """Read a whole parameter in its shape, float32."""
         shape = torch.Size(self.shapes[name])
         return self.read(name, "master", 0, shape.numel()).view(shape)
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
-    """Read and verify a manifest, and that the folder holds its files and no others.
+    """Read and verify a manifest, and check that the folder holds exactly its files.
 
-    The content of the files is verified by `Checkpoint.bad_files`.
+    `Checkpoint.bad_files` verifies the content of the files.
 
     Raises:
-        UserError: no manifest, a damaged one, one of another format, or one that lies.
+        UserError: the manifest is missing, damaged, of another format, or does not match the
+            folder.
     """
     path = folder / MANIFEST
     manifest = _read_manifest(path)
     if folder.name != step_folder(folder.parent, manifest["step"]).name:
-        raise UserError(f"{path}: of step {manifest['step']}, in folder {folder.name}")
+        raise UserError(
+            f"{path}: must be of the folder's step, got step {manifest['step']} in {folder.name}"
+        )
     _check_slices(path, manifest)
     names = {entry["name"] for entry in manifest["files"]} | {MANIFEST}
     found = {name for name in os.listdir(folder) if not name.startswith(".nfs")}
     if found != names:
         odd = sorted(found - names) or sorted(names - found)
-        raise UserError(f"{folder}: {odd[0]} is {'strange' if found - names else 'missing'}")
+        raise UserError(f"{folder}: {odd[0]} is {'unexpected' if found - names else 'missing'}")
     return Checkpoint(folder, manifest)
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
     try:
         if path.parent.is_symlink() or not stat.S_ISREG(path.lstat().st_mode):
-            raise UserError(f"{path}: a link or no file")
+            raise UserError(f"{path}: must be a regular file, not a link")
         if path.stat().st_size > _MAX_MANIFEST_BYTES:
-            raise UserError(f"{path}: {path.stat().st_size:,} bytes are too many")
+            raise UserError(
+                f"{path}: must have at most {_MAX_MANIFEST_BYTES:,} bytes, got "
+                f"{path.stat().st_size:,}"
+            )
         text = path.read_bytes().decode("ascii")
         manifest: dict[str, Any] = json.loads(text)
         seal = manifest.pop("sha256")
@@ -199,23 +205,24 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: {reason[:160]}") from None
     if manifest["format"] != FORMAT or manifest["version"] != VERSION:
         raise UserError(
-            f"{path}: format {manifest['format'][:40]} {manifest['version']} is not known"
+            f"{path}: format must be {FORMAT} {VERSION}, got {manifest['format'][:40]} "
+            f"{manifest['version']}"
         )
-    # Byte for byte what was written, not merely something that means the same.
+    # Require the written bytes, not merely JSON with the same meaning.
     if text != manifest_text(manifest) or not isinstance(seal, str):
         raise UserError(f"{path}: checksum differs")
     return manifest
 
 
 def _check_slices(path: Path, manifest: dict[str, Any]) -> None:
-    """The files' slices cover each parameter once, and fit into the files."""
+    """Check that slices cover each parameter exactly once and fit into their files."""
     num_keys = len(STATE) if manifest.get("adam_state", True) else 1
     shapes: dict[str, list[int]] = {}
     ranges: dict[str, list[list[int]]] = {}
     for entry in manifest["files"]:
         size = sum(stop - start for start, stop in entry["slices"].values())
         if size * 4 * num_keys > entry["bytes"] or entry["slices"].keys() != entry["shapes"].keys():
-            raise UserError(f"{path}: {entry['name']} cannot hold its slices")
+            raise UserError(f"{path}: {entry['name']} does not match its slices")
         for name, span in entry["slices"].items():
             ranges.setdefault(name, []).append(span)
             if shapes.setdefault(name, entry["shapes"][name]) != entry["shapes"][name]:
@@ -224,7 +231,12 @@ def _check_slices(path: Path, manifest: dict[str, Any]) -> None:
         at = 0
         for start, stop in sorted(span for span in spans if span[0] != span[1]):
             if start != at or stop < start:
-                raise UserError(f"{path}: elements {at} to {start} of {name} are not held once")
+                raise UserError(
+                    f"{path}: slices of {name} must be contiguous, got {start} after {at}"
+                )
             at = stop
         if at != torch.Size(shapes[name]).numel():
-            raise UserError(f"{path}: {name} ends at element {at}")
+            raise UserError(
+                f"{path}: slices of {name} must have {torch.Size(shapes[name]).numel()} elements, "
+                f"got {at}"
+            )

@@ -1,7 +1,7 @@
-"""Writing a checkpoint: files, the manifest that seals them, the rename that publishes them.
+"""Writing a checkpoint: files, the manifest that seals them, and the rename that publishes them.
 
-All is written into `RUN/.tmp-step-XXXXXXXX`, has reached the disk (fsync), and only then gets its
-name. A folder that goes away loses its name first. So no name ever stands for half a checkpoint.
+Files are written to `RUN/.tmp-step-XXXXXXXX` and synced to the disk (fsync) before the folder is
+renamed. A folder is renamed before it is removed. So a folder `step-*` is always complete.
 """
 
 import re
@@ -21,7 +21,7 @@ from .manifest import MANIFEST, list_steps, manifest_text, step_folder
 from .safetensors_file import write_safetensors
 
 LEDGER = "checkpoints.jsonl"
-_WEIGHT_FILE_BYTES = 1 << 30  # of imported weights, so that one file at a time is in memory
+_WEIGHT_FILE_BYTES = 1 << 30  # of imported weights: only one file at a time is in memory
 
 
 def write_tensors(
@@ -37,7 +37,7 @@ def write_tensors(
 
 def start_folder(temporary: Path) -> None:
     disk.make_folder(temporary.parent)
-    if temporary.exists():  # of a save that was cut off
+    if temporary.exists():  # left by an interrupted save
         disk.remove_tree(temporary)
     disk.make_folder(temporary)
 
@@ -47,10 +47,10 @@ def write_manifest(folder: Path, content: dict[str, Any]) -> None:
 
 
 def publish(temporary: Path, target: Path) -> None:
-    """The commit: a complete folder gets its final name in one step, and stays there."""
+    """Commit a complete folder: give it its final name in one atomic, durable step."""
     disk.sync_folder(temporary)
     doomed = _doomed(target)
-    if target.exists():  # a damaged one of the same step, passed over when the run resumed
+    if target.exists():  # a damaged one of the same step, skipped when the run resumed
         disk.rename(target, doomed)
     disk.rename(temporary, target)
     if doomed.exists():
@@ -58,7 +58,7 @@ def publish(temporary: Path, target: Path) -> None:
 
 
 def note(run_dir: Path, step: int, num_bytes: int, stall: float, seconds: float) -> None:
-    """One more line in the run's list of what was published: that it ever was is remembered."""
+    """Append a line to the run's ledger, which lists all checkpoints ever published."""
     record = {
         "step": step,
         "bytes": num_bytes,
@@ -70,20 +70,20 @@ def note(run_dir: Path, step: int, num_bytes: int, stall: float, seconds: float)
 
 
 def was_imported(run_dir: Path) -> bool:
-    """The first checkpoint of the run was imported weights, whether it is still there or not."""
+    """Whether the run began with imported weights, even if they have been removed since."""
     ledger = run_dir / LEDGER
     return ledger.exists() and ledger.read_text().startswith('{"step": 0,')
 
 
 def has_trained(run_dir: Path) -> bool:
-    """A checkpoint of a step after 0 was published, whether it is still there or not."""
+    """Whether a checkpoint after step 0 was ever published, even if it has been removed since."""
     ledger = run_dir / LEDGER
     lines = ledger.read_text().splitlines() if ledger.exists() else []
     return any(re.match(r'\{"step": [1-9]', line) for line in lines)
 
 
 def remove(folder: Path) -> None:
-    """Take the name away first: what is half removed does not look like a checkpoint."""
+    """Remove a checkpoint; rename it first, so that a partial one never looks like a checkpoint."""
     disk.rename(folder, _doomed(folder))
     disk.remove_tree(_doomed(folder))
 
@@ -93,13 +93,13 @@ def _doomed(folder: Path) -> Path:
 
 
 def sweep(run_dir: Path) -> None:
-    """Remove what saves and removals that were cut off left behind (one rank, before any save)."""
+    """Remove leftovers of interrupted saves and removals (on one rank, before any save)."""
     for path in [*run_dir.glob(".tmp-step-*"), *run_dir.glob(".del-step-*")]:
         try:
             disk.remove_tree(path)
         except OSError as error:
             raise UserError(
-                f"{describe_os_error(error, run_dir)} (left by a save that was cut off)"
+                f"{describe_os_error(error, run_dir)} (left by an interrupted save)"
             ) from None
 
 
@@ -113,15 +113,15 @@ def write_weights(
     info: dict[str, Any],
     progress: Callable[[int], object] = lambda num_bytes: None,
 ) -> Path:
-    """Publish whole parameters without Adam state as the checkpoint of step 0 (one process).
+    """Publish parameters without Adam state as the checkpoint of step 0, in one process.
 
     `progress` is called with the number of bytes just written.
 
     Raises:
-        UserError: the run has checkpoints already, or the disk refused.
+        UserError: the run already has checkpoints, or writing fails.
     """
     if list_steps(run_dir):
-        raise UserError(f"{run_dir}: has checkpoints already (choose a new run.dir)")
+        raise UserError(f"{run_dir}: already has checkpoints (choose a new run.dir)")
     target = step_folder(run_dir, 0)
     temporary = target.with_name(f".tmp-{target.name}")
     entries: list[dict[str, Any]] = []
@@ -153,7 +153,7 @@ def write_weights(
 def _groups(
     parameters: Iterable[tuple[str, Tensor]], num_bytes: int
 ) -> Iterator[list[tuple[str, Tensor]]]:
-    """Consecutive parameters of together about `num_bytes`."""
+    """Group consecutive parameters into groups of about `num_bytes`."""
     group: list[tuple[str, Tensor]] = []
     size = 0
     for name, tensor in parameters:

@@ -1,7 +1,7 @@
-"""Writing safetensors files piece by piece: hashed on the way, no tensor in memory twice.
+"""Streaming writer of safetensors files: hashes while writing, holds no tensor twice.
 
-`safetensors.torch.save_file` wants all tensors of a file at once, and does not hash. Format: 8
-bytes of header size (little endian), a JSON header, the tensors one after another.
+`safetensors.torch.save_file` needs all tensors of a file at once, and does not hash. Format: the
+header size in 8 bytes (little endian), a JSON header, then the tensors in order.
 """
 
 import json
@@ -29,10 +29,10 @@ def write_safetensors(
 
     Args:
         path: the file; it must not exist.
-        shapes: of the tensors, by name, in the order in which they are written.
-        dtype: of all of them, one of DTYPES.
-        pieces: their elements in that order, in contiguous CPU tensors of `dtype`, cut anywhere.
-        progress: is called with the number of bytes just written.
+        shapes: shapes of the tensors by name, in the order in which they are written.
+        dtype: dtype of all tensors, one of DTYPES.
+        pieces: the elements in that order, as contiguous CPU tensors of `dtype`, of any sizes.
+        progress: called with the number of bytes just written.
         metadata: strings for the header.
 
     Returns:

@@ -1,8 +1,8 @@
-"""Checkpoints: each rank writes its slices, a manifest seals them, a rename publishes.
+"""Saving checkpoints: each rank writes its slices, a manifest seals them, a rename publishes them.
 
-A checkpoint is published when all ranks agree that all they wrote is on the disk. There is no
-pointer to the newest one: it is the highest step that verifies. `manifest.py` has the format and
-how it is read, `publish.py` the order of writing.
+A checkpoint is published once all ranks have confirmed that their files are on the disk. There is
+no pointer to the newest checkpoint: it is the highest step that verifies. `manifest.py` describes
+the format, `publish.py` the order of writing.
 """
 
 import contextlib
@@ -41,10 +41,10 @@ _Result = TypeVar("_Result")
 
 
 class Saver:
-    """Publishes the checkpoints of one run, all ranks together; at most one is in flight.
+    """Publishes the checkpoints of one run (collective); at most one save is in progress.
 
-    With `config.background`, `save` returns as soon as a copy of the state is taken, and a thread
-    writes that copy while training goes on.
+    With `config.background`, `save` returns once it has copied the state, and a thread writes the
+    copy while training continues.
     """
 
     def __init__(
@@ -54,15 +54,21 @@ class Saver:
         resumed_at: int | None = None,
         progress: Callable[[str], None] = lambda part: None,
     ) -> None:
-        """`resumed_at` is the step that the run goes on from, None where that does not matter.
-        `progress("save")` is called as bytes are written, "agree" when others are waited for.
+        """Create the process group for saves; collective.
+
+        Args:
+            run_dir: folder of the run.
+            config: settings of checkpoints.
+            resumed_at: step from which the run continues; None: not known.
+            progress: called with "save" as bytes are written, and with "agree" before waiting for
+                other ranks.
         """
         self._run_dir = run_dir
         self._config = config
         self._resumed_at = resumed_at
         self._first_saved: int | None = None
         self._progress = progress
-        # Its own, since a background save talks while training does; on the CPU on any machine.
+        # A separate CPU group, since a background save communicates while training does.
         self._group = dist.new_group(backend="gloo", timeout=EXCHANGE_LIMIT)
         self._rank = dist.get_rank()
         self._copies: dict[str, Tensor] = {}
@@ -70,16 +76,16 @@ class Saver:
         self._error: BaseException | None = None
 
     def save(self, step: int, slices: Iterable[ParameterSlice], info: dict[str, Any]) -> None:
-        """Publish the checkpoint of `step` from this rank's slices, then let old ones go.
+        """Publish the checkpoint of `step` from this rank's slices, then remove old ones.
 
         Args:
-            step: optimizer steps done.
-            slices: this rank's slices; those that it does not own are passed over.
+            step: number of completed optimizer steps.
+            slices: this rank's slices; those that it does not own are skipped.
             info: plain values for the manifest (state, config, data fingerprint).
 
         Raises:
-            UserError: a rank could not write this one, or the one in flight before it; what was
-                published before is untouched.
+            UserError: a rank could not write this checkpoint or the previous one; published
+                checkpoints are untouched.
         """
         started = time.perf_counter()
         self.wait()
@@ -98,18 +104,18 @@ class Saver:
         def work() -> None:
             try:
                 self._publish(step, tensors, layout, info, started, stall)
-            except BaseException as error:  # whatever it is, `wait` raises it
+            except BaseException as error:  # `wait` raises it
                 self._error = error
 
         self._thread = Thread(target=work, name=f"save-{step}", daemon=True)
         self._thread.start()
 
     def wait(self) -> None:
-        """Return when nothing is in flight.
+        """Wait until no save is in progress.
 
         Raises:
-            UserError: on every rank, if the save that was in flight failed on any; or whatever kept
-                the ranks from telling one another.
+            UserError: on every rank, if the save failed on any rank. If the ranks could not
+                communicate, that error is raised instead.
         """
         if self._thread is not None:
             self._thread.join()
@@ -119,11 +125,11 @@ class Saver:
 
     @property
     def has_failed(self) -> bool:
-        """The save in flight has failed: `wait` will say how."""
+        """Whether the current background save has failed; `wait` raises its error."""
         return self._error is not None
 
     def _copy(self, name: str, value: Tensor) -> Tensor:
-        """The copy of one tensor that the thread writes; its memory is used by every save."""
+        """Copy one tensor for the writing thread; all saves reuse the same memory."""
         if name not in self._copies:
             self._copies[name] = torch.empty(value.shape, dtype=torch.float32)
         return self._copies[name].copy_(value)
@@ -150,11 +156,11 @@ class Saver:
             write_manifest(temporary, {"step": step, **info, "files": entries})
             publish(temporary, target)
             seconds = time.perf_counter() - started
-            num_bytes, stood_still = sum(e["bytes"] for e in entries), stall or seconds
-            note(self._run_dir, step, num_bytes, stood_still, seconds)
+            num_bytes, blocked = sum(e["bytes"] for e in entries), stall or seconds
+            note(self._run_dir, step, num_bytes, blocked, seconds)
             print(
                 f"checkpoint {step}: {num_bytes / 2**20:,.1f} MiB, published after "
-                f"{seconds:.2f} s, training stood still for {stood_still:.2f} s",
+                f"{seconds:.2f} s, training was blocked for {blocked:.2f} s",
                 flush=True,
             )
 
@@ -175,13 +181,13 @@ class Saver:
             action()
 
     def _agree(self, action: Callable[[], _Result]) -> list[_Result]:
-        """Do it on every rank; all learn all results, or all raise what went wrong on any."""
+        """Run `action` on every rank; returns all results, or raises the errors of all ranks."""
         self._progress("save")
         try:
             outcome: dict[str, Any] = {"result": action()}
         except OSError as error:
             outcome = {"error": f"rank {self._rank}: {describe_os_error(error, self._run_dir)}"}
-        except Exception as error:  # the others must learn of it, or they wait for ever
+        except Exception as error:  # the other ranks must learn of it, or they would wait forever
             traceback.print_exc()
             outcome = {"error": f"rank {self._rank}: {type(error).__name__}: {error}"}
         self._progress("agree")
@@ -194,8 +200,8 @@ class Saver:
     def _retire(self, step: int) -> None:
         """Remove older checkpoints, except the newest `keep_last`, each `keep_every` steps and 0.
 
-        Those between the one that the run goes on from and its own were passed over when it began,
-        and do not count as kept; nor do newer ones.
+        Checkpoints between the resumed step and the first saved one were skipped as damaged. They
+        do not count toward `keep_last`, and neither do newer ones.
         """
         if self._first_saved is None:
             self._first_saved = step
@@ -206,12 +212,13 @@ class Saver:
         oldest = min([step, *good[: self._config.keep_last - 1]])
         try:
             for old in older:
-                # Imported weights, step 0, stay: nothing else in the run can make them again.
+                # Keep imported weights (step 0): nothing else in the run can recreate them.
                 if 0 < old < oldest and not (every and old % every == 0):
                     remove(step_folder(self._run_dir, old))
         except OSError as error:
             print(
-                f"warning: old checkpoint kept: {describe_os_error(error, self._run_dir)}",
+                "warning: an old checkpoint could not be removed: "
+                f"{describe_os_error(error, self._run_dir)}",
                 flush=True,
             )
 
@@ -220,7 +227,7 @@ class Saver:
 
 
 def check_disk_space(run_dir: Path, num_bytes: int, num_kept: int) -> None:
-    """A checkpoint of `num_bytes` fits; a warning where not all that will be kept do.
+    """Check that a checkpoint of `num_bytes` fits; warn if `num_kept` plus one do not fit.
 
     Raises:
         UserError: it does not fit.
@@ -228,12 +235,12 @@ def check_disk_space(run_dir: Path, num_bytes: int, num_kept: int) -> None:
     free = shutil.disk_usage(run_dir).free
     if free < num_bytes:
         raise UserError(
-            f"run.dir: {free / 2**30:.2f} GiB are free, one checkpoint takes "
-            f"{num_bytes / 2**30:.2f} GiB (free some, or choose another run.dir)"
+            f"run.dir: must have {num_bytes / 2**30:.2f} GiB free for one checkpoint, got "
+            f"{free / 2**30:.2f} GiB (free some, or choose another run.dir)"
         )
     if free < num_bytes * (num_kept + 1):
         print(
-            f"warning: {run_dir}: {free / 2**30:.2f} GiB are free, {num_kept} checkpoints and one "
-            f"in the making take {num_bytes * (num_kept + 1) / 2**30:.2f} GiB",
+            f"warning: {run_dir}: {free / 2**30:.2f} GiB free; checkpoint.keep_last = {num_kept} "
+            f"and the one being written need {num_bytes * (num_kept + 1) / 2**30:.2f} GiB",
             flush=True,
         )

@@ -1,4 +1,4 @@
-"""What a checkpoint holds of one rank: slices of flattened parameters, with their Adam state."""
+"""One rank's part of a checkpoint: slices of flattened parameters with their Adam state."""
 
 from dataclasses import dataclass
 
@@ -10,11 +10,11 @@ STATE = ("master", *ADAM_STATE)
 
 @dataclass(frozen=True)
 class ParameterSlice:
-    """This rank's share [start, stop) of one flattened parameter, as live views."""
+    """This rank's range [start, stop) of one flattened parameter, as live views."""
 
     name: str
     shape: tuple[int, ...]
     start: int
     stop: int
-    state: dict[str, Tensor]  # by the names in STATE, each [stop - start]; fp32, moments maybe bf16
-    is_owned: bool = True  # False where another rank holds, and saves, the same values
+    state: dict[str, Tensor]  # a tensor [stop - start] per name in STATE; fp32, moments maybe bf16
+    is_owned: bool = True  # False if another rank holds and saves the same values

@@ -1,4 +1,4 @@
-"""Rows become a loss: the Llama decoder with folded attention."""
+"""The model: the Llama decoder with window, strided, routed and full attention layers."""
 
 from .llama import Block, Llama, WeightInit, create_llama
 

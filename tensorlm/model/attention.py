@@ -1,4 +1,4 @@
-"""The attention layer: projections, and between them the operator of the layer's kind.
+"""The attention layer: the projections, and the operator of the layer's kind between them.
 
 Shape letters: B batch, T tokens of this rank, H query heads, K key/value heads, D head size.
 """
@@ -19,23 +19,23 @@ from tensorlm.config import ModelConfig
 
 
 class KeptChoice:
-    """The blocks that one forward of one layer has chosen, for when it is computed again.
+    """The blocks that a layer chose in its forward pass, for its recomputation in backward.
 
-    T K (top_k + 1) int32 a layer, a few percent of the hidden state that is kept beside it.
+    Takes T K (top_k + 1) int32 per layer, a few percent of the checkpointed hidden state.
     """
 
     def __init__(self) -> None:
         self.choice: Tensor | None = None
 
     def __call__(self, choose: Callable[[], Tensor]) -> Tensor:
-        """The choice: the first time, what `choose` returns."""
+        """Return the kept choice; the first call computes it with `choose`."""
         if self.choice is None:
             self.choice = choose()
         return self.choice
 
 
 class Attention(nn.Module):
-    """Grouped-query attention to a window, a folded sequence, chosen blocks, or all of the past."""
+    """Grouped-query attention to a window, a folded sequence, chosen blocks or the whole past."""
 
     def __init__(self, config: ModelConfig, layer: int, grid: Grid, backend: Backend) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ class Attention(nn.Module):
         rotary: Rotary,
         kept: KeptChoice | None = None,
     ) -> Tensor:
-        """The operator of this layer: q [B, T, H, D], k and v [B, T, K, D] to [B, T, H, D]."""
+        """Apply this layer's operator to q [B, T, H, D], k and v [B, T, K, D]: [B, T, H, D]."""
         match self.kind:
             case "window":
                 return sharded_window_attention(

@@ -1,4 +1,4 @@
-"""Floating-point operations of the model, counted from its real folds and documents."""
+"""Floating-point operations of the model, counted for its layers and the actual documents."""
 
 import functools
 import re
@@ -10,15 +10,15 @@ from torch import Tensor
 from tensor_attention import fold_axes
 from tensorlm.config import LayerKind, ModelConfig
 
-# Dense bf16 FLOP/s by the words of a device's name; vendors' data sheets, no sparsity. The first
-# entry whose words are all in the name counts, so variants stand before the boards they vary.
+# Dense bf16 FLOP/s by the words of a device's name, from vendors' data sheets, without sparsity.
+# The first entry whose words are all in the name counts, so variants come before their base models.
 GPU_PEAKS = {
     "GB200": 2500e12, "B200": 2250e12, "GH200": 989e12,
     "H200 NVL": 835e12, "H200": 989e12,
     "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12,
     "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12, "MI300X": 1307e12,
 }  # fmt: skip
-# Words that make another device of a known name: a slice of it, or a smaller chip.
+# Words that turn a known name into another device: a slice of it, or a smaller chip.
 _OTHER_DEVICES = {"mig", "laptop", "d"}
 
 
@@ -31,10 +31,13 @@ def linear_flops_per_token(config: ModelConfig) -> int:
 
 
 def attention_flops(config: ModelConfig, depth: Tensor) -> int:
-    """Forward FLOPs of all attention layers for tokens that `depth` [...] others precede.
+    """Forward FLOPs of all attention layers; the choice of blocks is counted in `choice_flops`.
 
     Each visited (query, key) pair costs 2 D for the score and 2 D for the value, per query head.
-    What routed layers spend on their choice is in `choice_flops`.
+
+    Args:
+        config: shape of the model.
+        depth: [...] integer, number of earlier tokens in each token's document.
     """
     pairs = {kind: layer_pairs(config, kind, depth) for kind in set(config.layer_kinds)}
     per_pair = 4 * config.num_heads * config.head_size
@@ -42,26 +45,27 @@ def attention_flops(config: ModelConfig, depth: Tensor) -> int:
 
 
 def choice_flops(config: ModelConfig, depth: Tensor) -> int:
-    """Forward FLOPs of choosing blocks in all routed layers; it has no backward.
+    """Forward FLOPs of choosing blocks in all routed layers; the choice has no backward pass.
 
-    A score costs 2 D per key head: of the sum of its group's queries with the mean key of a block.
+    A score is the dot product of the sum of a group's queries and the mean key of a block: 2 D per
+    key head.
     """
     if config.route is None:
         return 0
     window, block = config.window_size, config.route.block
-    # Of the blocks that begin before the window all but the document's first are up for choice.
+    # Candidates are the blocks that begin before the window, except the document's first.
     scores = int(((depth - window).clamp(min=0) // block).sum())
     layers = config.layer_kinds.count("routed")
     return 2 * config.num_kv_heads * config.head_size * scores * layers
 
 
 def layer_pairs(config: ModelConfig, kind: LayerKind, depth: Tensor) -> int:
-    """(query, key) pairs that one layer of this kind visits.
+    """Number of (query, key) pairs that one layer of this kind visits.
 
-    A routed layer reads its window and top_k + 1 blocks, or all there is while that is less. The
+    A routed layer reads its window and top_k + 1 blocks, or the whole past if that is less. The
     newest block may reach into the window: a token that chooses it visits up to block - 1 pairs
-    less, which count, since they are computed. Blocks that earlier tokens of a tile have opened do
-    not count.
+    fewer. They count, since they are computed. Blocks opened by earlier tokens of a tile do not
+    count.
     """
     match kind:
         case "full":
@@ -77,7 +81,7 @@ def layer_pairs(config: ModelConfig, kind: LayerKind, depth: Tensor) -> int:
 
 
 def attention_pairs(fold: tuple[int, ...], depth: Tensor) -> int:
-    """(query, key) pairs of the hops of a fold: each hop's window, cut off by the document."""
+    """Number of (query, key) pairs of a fold's hops: each hop's length, cut at the document."""
     total = depth.numel()  # every token visits itself, once
     if not total:
         return 0
@@ -87,11 +91,11 @@ def attention_pairs(fold: tuple[int, ...], depth: Tensor) -> int:
 
 
 def train_flops(config: ModelConfig, depth: Tensor) -> int:
-    """Model FLOPs of forward and backward (recomputation not counted).
+    """Model FLOPs of forward and backward, without recomputation.
 
     Args:
         config: shape of the model.
-        depth: [...] integer, how many tokens of its document precede each token that counts.
+        depth: [...] integer, number of earlier tokens in each counted token's document.
     """
     forward = linear_flops_per_token(config) * depth.numel()
     return 3 * (forward + attention_flops(config, depth)) + choice_flops(config, depth)
@@ -100,11 +104,11 @@ def train_flops(config: ModelConfig, depth: Tensor) -> int:
 def recomputed_flops(
     config: ModelConfig, depth: Tensor, activation_checkpointing: bool, mlp_chunk: int = 0
 ) -> int:
-    """FLOPs that the backward pass spends on computing again; other arguments as in `train_flops`.
+    """FLOPs of recomputation in the backward pass; other arguments as in `train_flops`.
 
-    With activation checkpointing, all of each layer but its last product and the choice of blocks,
-    which is kept (tiles of the MLP are computed no more often); without, the first two products of
-    an MLP that is tiled.
+    With activation checkpointing, each layer is recomputed except for its last product and the
+    choice of blocks, which is kept; tiling the MLP adds nothing. Without, only the first two
+    products of a tiled MLP are recomputed.
     """
     is_tiled = 0 < mlp_chunk < depth.numel()
     linear = recomputed_linear_flops_per_token(config, activation_checkpointing, is_tiled)
@@ -115,7 +119,7 @@ def recomputed_flops(
 def recomputed_linear_flops_per_token(
     config: ModelConfig, activation_checkpointing: bool, is_tiled: bool
 ) -> int:
-    """Of `recomputed_flops`, those of products with weights, for one token."""
+    """The part of `recomputed_flops` in matrix products with weights, for one token."""
     product = 2 * config.num_layers * config.hidden_size * config.intermediate_size
     if not activation_checkpointing:
         return 2 * product if is_tiled else 0
@@ -124,12 +128,12 @@ def recomputed_linear_flops_per_token(
 
 
 def num_parameters(model: torch.nn.Module) -> int:
-    """Number of distinct parameters (tied ones count once), whole where ZeRO 3 divides them."""
+    """Number of distinct parameters over all ranks; tied weights count once."""
     return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
 
 
 def peak_flops(device: torch.device) -> float:
-    """Peak FLOP/s of one device: bf16 by the data sheet of known GPUs, else as measured here."""
+    """Peak FLOP/s of one device: bf16 from the data sheet of known GPUs, else measured here."""
     if device.type == "cuda":
         peak = sheet_peak(torch.cuda.get_device_name(device))
         return peak or _measured_flops(device, torch.bfloat16, size=8192)
@@ -137,13 +141,13 @@ def peak_flops(device: torch.device) -> float:
 
 
 def sheet_peak(name: str) -> float | None:
-    """Dense bf16 FLOP/s of the GPU that CUDA calls `name`; None where no data sheet applies."""
+    """Dense bf16 FLOP/s of the GPU that CUDA calls `name`; None if it is not in GPU_PEAKS."""
     board = find_board(name)
     return GPU_PEAKS[board] if board else None
 
 
 def find_board(name: str) -> str | None:
-    """The board of GPU_PEAKS that CUDA calls `name`."""
+    """The entry of GPU_PEAKS that CUDA calls `name`, or None."""
     words = _words(name)
     if words & _OTHER_DEVICES:
         return None
@@ -156,13 +160,13 @@ def _words(name: str) -> set[str]:
 
 @functools.cache
 def _measured_flops(device: torch.device, dtype: torch.dtype, size: int, repeats: int = 5) -> float:
-    """Best of a few matrix products [size, size]: a fair ceiling where no data sheet applies.
+    """FLOP/s of the fastest of a few matrix products [size, size], for unknown devices.
 
-    A GPU trains in bf16 and needs products this large to be busy; a CPU is measured in float32.
+    GPUs train in bf16 and need a large product to be busy; CPUs are measured in float32.
     """
     a = torch.randn(size, size, device=device, dtype=dtype)
     best = float("inf")
-    for _ in range(repeats + 1):  # the first one on a GPU loads its kernel
+    for _ in range(repeats + 1):  # on a GPU the first one loads the kernel
         start = time.perf_counter()
         product = a @ a
         product[0, 0].item()  # waits for it

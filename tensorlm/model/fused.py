@@ -1,4 +1,4 @@
-"""RMSNorm and SiLU times up as one Triton kernel each, where Liger (Hsu et al. 2024) is there."""
+"""RMSNorm and SiLU(gate) * up by Triton kernels of Liger (Hsu et al. 2024), if installed."""
 
 import importlib.util
 from functools import cache
@@ -17,18 +17,18 @@ def has_liger() -> bool:
 
 
 def check_layers(fused_layers: FusedLayers) -> None:
-    """Raise UserError where kernels are asked for that are not installed."""
+    """Raise UserError if the requested kernels are not installed."""
     if fused_layers == "liger" and not has_liger():
         raise UserError("train.fused_layers: liger is not installed (pip install liger-kernel)")
 
 
 def runs_liger(fused_layers: FusedLayers, on_gpu: bool) -> bool:
-    """Whether Liger's kernels run: by "auto" on GPUs, where it is installed."""
+    """Whether Liger's kernels run; "auto" runs them on GPUs if Liger is installed."""
     return fused_layers == "liger" or (fused_layers == "auto" and on_gpu and has_liger())
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """`layers.RMSNorm` by Liger: the same roundings, nothing in place."""
+    """`layers.RMSNorm` by Liger, with the same rounding and nothing in place."""
     from liger_kernel.ops import LigerRMSNormFunction
 
     return LigerRMSNormFunction.apply(x, weight, eps, 0.0, "llama", False, None)
@@ -37,7 +37,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def silu_multiply(gate: Tensor, up: Tensor, fused_layers: FusedLayers) -> Tensor:
     """silu(gate) * up.
 
-    By Liger, backward overwrites gate and up: nothing else may have saved them.
+    Liger's backward overwrites gate and up: nothing else may have saved them.
     """
     if not runs_liger(fused_layers, gate.is_cuda):
         return F.silu(gate) * up

@@ -1,4 +1,4 @@
-"""RMSNorm, SwiGLU, rotary table: the small parts of the Llama decoder.
+"""RMSNorm, SwiGLU and the rotary table of the Llama decoder.
 
 Shape letters: B batch, T tokens, C hidden size.
 """
@@ -15,7 +15,7 @@ from .tiled_mlp import tiled_swiglu
 
 
 class RMSNorm(nn.Module):
-    """Scale each token to unit root mean square, in float32, then by a learned weight."""
+    """Scale each token to unit root mean square in float32, then multiply by a learned weight."""
 
     def __init__(self, size: int, eps: float, fused_layers: fused.FusedLayers = "auto") -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class RMSNorm(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """down(silu(gate(x)) * up(x)), of `chunk` tokens at a time (0: all)."""
+    """down(silu(gate(x)) * up(x)), `chunk` tokens at a time (0: all at once)."""
 
     def __init__(
         self, config: ModelConfig, chunk: int = 0, fused_layers: fused.FusedLayers = "auto"
@@ -57,8 +57,8 @@ class SwiGLU(nn.Module):
 def rotary_table(config: ModelConfig, num_positions: int, device: torch.device) -> Rotary:
     """cos and sin of position x frequency, each [num_positions, head size / 2], float32.
 
-    Made anew in each forward pass (it is small next to one layer), so that no cast of the model to
-    bf16 can round it: at position 131,072 that would be tens of radians.
+    Computed in each forward pass, which is cheap compared with a layer, so that no cast of the
+    model to bf16 can round it: at position 131,072 the error would be tens of radians.
     """
     scaling = None if config.rope_scaling is None else config.rope_scaling.model_dump()
     frequencies = rotary_frequencies(config.head_size, config.rope_theta, scaling, device)

@@ -1,8 +1,8 @@
 """The Llama decoder with tensorized attention.
 
-Module names are those of Hugging Face's Llama, so that weights move both ways by name alone; the
-only parameters of our own are `self_attn.hop_bias`. Shape letters: B batch, T tokens of this rank,
-C hidden size, V vocabulary.
+Module names match Hugging Face's Llama, so weights move in both directions by name; only
+`self_attn.hop_bias` has no counterpart there. Shape letters: B batch, T tokens of this rank, C
+hidden size, V vocabulary size.
 """
 
 from contextlib import nullcontext
@@ -21,18 +21,18 @@ from .layers import RMSNorm, SwiGLU, rotary_table
 from .offload import HostOffload
 from .output_head import OutputHead, Reduction
 
-# Random weights that exist in float32 at one time. In memory that is used again they take half as
-# long as in a new tensor for each parameter. A multiple of 16 changes none of them.
+# Number of random weights drawn at a time, in float32. Reusing this buffer takes half as long as a
+# new tensor for each parameter. It must be a multiple of 16, or the weights would change.
 _DRAWN_AT_ONCE = 1 << 22
 
 
 def create_llama(
     shape: ModelConfig, train: TrainConfig, grid: Grid, device: torch.device
 ) -> "Llama":
-    """A model with the settings of a run, on `device` in its dtype from the start.
+    """Create a model with the settings of a run, on `device`, directly in its dtype.
 
-    (An fp32 model that is cast later would need twice the memory.) What its weights are is up to
-    the caller: `init_weights`, or a checkpoint.
+    Casting an fp32 model would need twice the memory. The caller sets the weights, with
+    `init_weights` or from a checkpoint.
 
     Raises:
         UserError: kernels for `train.fused_layers` are not installed.
@@ -57,7 +57,7 @@ def create_llama(
 
 
 class Block(nn.Module):
-    """One decoder layer: attention and SwiGLU, each behind a norm and a residual."""
+    """One decoder layer: attention and SwiGLU, each with a norm before it and a residual."""
 
     def __init__(
         self,
@@ -83,7 +83,7 @@ class Block(nn.Module):
 
 
 class Llama(nn.Module):
-    """Token ids in, logits or summed loss out."""
+    """The decoder: from token ids to logits or to the summed loss."""
 
     def __init__(
         self,
@@ -126,11 +126,11 @@ class Llama(nn.Module):
             tokens: [B, T] int64.
             doc_start: [B, T] int32, index in the row of the first token of each token's document;
                 None: one document.
-            labels: [B, T] int64, the token to predict at each position, IGNORED where none is.
-            reduction: "sum" of the losses at the labels, or "none": each of them.
+            labels: [B, T] int64, the token to predict at each position, or IGNORED.
+            reduction: "sum" for the sum of the losses, or "none" for the loss of each label.
 
         Returns:
-            Logits [B, T, V]; with labels, their cross-entropy: a float64 sum, or float32 [B, T].
+            Logits [B, T, V]. With labels, the cross-entropy: a float64 sum, or float32 [B, T].
         """
         if doc_start is None:
             doc_start = torch.zeros_like(tokens, dtype=torch.int32)
@@ -150,9 +150,9 @@ class Llama(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """Normal weights of `init_std`, output projections smaller by sqrt(2 x layers).
+        """Draw normal weights of deviation `init_std`, / sqrt(2 x layers) in output projections.
 
-        Depends on `seed` and the order of the parameters only, not on ranks or ZeRO stage.
+        They depend only on `seed` and the order of the parameters, not on ranks or ZeRO stage.
         """
         init = WeightInit(self.config, seed)
         for name, parameter in self.named_parameters():
@@ -169,7 +169,7 @@ class WeightInit:
 
     @torch.no_grad()
     def fill(self, name: str, parameter: Tensor) -> None:
-        """Give `parameter` its weights; those before it in the model must have theirs already."""
+        """Set the weights of `parameter`; call it for all parameters in the model's order."""
         config = self._config
         if name.endswith("hop_bias"):
             parameter.fill_(config.hop_bias_init)

@@ -1,9 +1,9 @@
-"""Hidden states that activation checkpointing keeps, in host memory until backward needs them.
+"""Activation offload: checkpointed hidden states in host memory until backward needs them.
 
-A checkpointed block saves one large tensor, its input. Each is copied to pinned memory during its
-block's forward pass and leaves the GPU when the next block begins; in backward, the input of block
-i - 1 comes back while block i computes. Copies have a stream of their own, which orders them: a
-buffer that one of them still reads is not written by the next.
+A checkpointed block saves one large tensor, its input. It is copied to pinned memory during the
+block's forward pass and freed on the GPU when the next block begins. In backward, the input of
+block i - 1 is copied back while block i computes. All copies run in one separate stream, in order:
+none writes a buffer that another still reads.
 """
 
 import weakref
@@ -16,29 +16,29 @@ from torch.autograd.graph import saved_tensors_hooks
 
 
 class _HiddenState:
-    """One saved tensor: in host memory, and on its device while somebody needs it there."""
+    """One saved tensor: in host memory, and on its device while it is needed there."""
 
     def __init__(self, tensor: Tensor, host: Tensor, before: "_HiddenState | None") -> None:
         self.on_device: Tensor | None = tensor.detach()
         self.device = tensor.device
         self.host = host
-        self.before = before  # the input of the block before, which backward needs next
-        self.copied: torch.cuda.Event | None = None  # the end of the last copy, on a GPU
+        self.before = before  # the input of the previous block, which backward needs next
+        self.copied: torch.cuda.Event | None = None  # the end of the last copy (GPU only)
 
 
 class HostOffload:
-    """Keeps what blocks save for backward in buffers of host memory, the same ones in every step.
+    """Keeps what blocks save for backward in host memory, in buffers that every step reuses.
 
-    On a CPU the copies are plain ones, and nothing overlaps.
+    On a CPU the copies are synchronous.
     """
 
     def __init__(self) -> None:
-        self.free_buffers: list[Tensor] = []  # of states whose backward is over
+        self.free_buffers: list[Tensor] = []  # of states whose backward pass is done
         self._last: _HiddenState | None = None
         self._stream: torch.cuda.Stream | None = None
 
     def saving(self) -> saved_tensors_hooks:
-        """A context for the blocks of one forward pass, each under `torch.utils.checkpoint`."""
+        """Context for the blocks of one forward pass, each under `torch.utils.checkpoint`."""
         self._last = None
         return saved_tensors_hooks(self._pack, self._unpack)
 
@@ -50,7 +50,7 @@ class HostOffload:
         with self._copying(state):
             state.host.copy_(tensor.detach(), non_blocking=True)
         if self._last is not None:
-            self._wait_for(self._last)  # it had the time of a whole block
+            self._wait_for(self._last)  # its copy had the time of a whole block
             self._last.on_device = None
         self._last = state
         return state
@@ -68,7 +68,7 @@ class HostOffload:
         return tensor
 
     def _fetch(self, state: _HiddenState) -> None:
-        """Start the copy to the device, unless it is there, as after the last block."""
+        """Start the copy to the device, unless the tensor is still there (the last block's)."""
         if state.on_device is not None:
             return
         tensor = torch.empty_like(state.host, device=state.device)
@@ -77,7 +77,7 @@ class HostOffload:
         state.on_device = tensor
 
     def _buffer_for(self, tensor: Tensor) -> Tensor:
-        """A free buffer of that shape; those of other shapes (an earlier stage's) are given up."""
+        """A free buffer of the same shape; buffers of other shapes (earlier phases) are freed."""
         while self.free_buffers:
             buffer = self.free_buffers.pop()
             if buffer.shape == tensor.shape and buffer.dtype == tensor.dtype:
@@ -86,7 +86,7 @@ class HostOffload:
 
     @contextmanager
     def _copying(self, state: _HiddenState) -> Iterator[None]:
-        """Copies inside run after all that is enqueued so far, beside all that follows."""
+        """Context for copies that run after all work enqueued so far, beside all later work."""
         if state.device.type != "cuda":
             yield
             return
@@ -97,6 +97,6 @@ class HostOffload:
             state.copied = self._stream.record_event()
 
     def _wait_for(self, state: _HiddenState) -> None:
-        """What is enqueued from here on runs after the state's last copy."""
+        """Make all work enqueued from now on wait for the state's last copy."""
         if state.copied is not None:
             torch.cuda.current_stream(state.device).wait_event(state.copied)

@@ -1,4 +1,4 @@
-"""The output head and its token-summed cross-entropy, without all logits at one time."""
+"""The output head with its cross-entropy summed over tokens, computed in chunks of tokens."""
 
 from typing import Any, Literal
 
@@ -12,9 +12,9 @@ Reduction = Literal["sum", "none"]
 
 
 class OutputHead(nn.Linear):
-    """Linear map to the vocabulary; with labels, straight to the summed loss.
+    """Linear map to the vocabulary; with labels, computes the loss directly.
 
-    The module that owns the weight calls it, so that ZeRO-3 has it gathered here.
+    The loss is computed in the module that owns the weight, where ZeRO-3 has gathered it.
     """
 
     def __init__(self, hidden_size: int, vocab_size: int) -> None:
@@ -27,16 +27,18 @@ class OutputHead(nn.Linear):
         chunk: int = 0,
         reduction: Reduction = "sum",
     ) -> Tensor:
-        """Logits [..., V], or the losses at labels that are not IGNORED.
+        """Compute logits [..., V], or with labels the losses.
 
-        Each token's loss is float32 (or that of `hidden`, if wider). Their sum is float64, so that
-        it does not depend on how the tokens are divided among chunks and ranks.
+        Each token's loss is float32, or of the dtype of `hidden` if that is wider. Their sum is
+        float64, so that it does not depend on how tokens are divided among chunks and ranks.
 
         Args:
             hidden: [..., C].
-            labels: [...] int64, IGNORED where there is nothing to predict.
-            chunk: tokens whose logits exist at one time (reduction "sum": in backward too); 0: all.
-            reduction: "sum" of the losses (a scalar), or "none": each, [...], 0 where IGNORED.
+            labels: [...] int64; IGNORED if there is nothing to predict.
+            chunk: number of tokens whose logits are in memory at a time (with "sum", also in
+                backward); 0: all.
+            reduction: "sum" for the sum of the losses (a scalar), or "none" for each loss [...]
+                (0 where IGNORED).
         """
         if labels is None:
             return super().forward(hidden)
@@ -50,7 +52,7 @@ class OutputHead(nn.Linear):
 
 
 class _SummedLoss(torch.autograd.Function):
-    """The sum, with its gradients made along with it: no logits are computed twice.
+    """Sum of the losses; forward computes the gradients too, so no logits are computed twice.
 
     The gradient of the weight is summed over the chunks in float32 (or wider).
     """
@@ -69,7 +71,7 @@ class _SummedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
-        """`scale` multiplies in float32: rounded to bf16 it would change the learning rate."""
+        """Multiply by `scale` in float32: rounded to bf16 it would change the learning rate."""
         (dhidden, dweight, chunk), ctx.gradients = ctx.gradients, None
         for part in dhidden.split(chunk):
             part.copy_(part.to(dweight.dtype) * scale)
@@ -79,9 +81,9 @@ class _SummedLoss(torch.autograd.Function):
 def _add_chunk(
     hidden: Tensor, weight: Tensor, labels: Tensor, dhidden: Tensor, dweight: Tensor
 ) -> Tensor:
-    """The summed loss of some tokens [n]; writes `dhidden` [n, C] and adds to `dweight` [V, C].
+    """Summed loss of one chunk [n]; writes `dhidden` [n, C] and adds to `dweight` [V, C].
 
-    A function of its own, so that what it holds [n, V] is gone before the next tokens' is made.
+    A separate function, so that its [n, V] tensors are freed before the next chunk.
     """
     losses, log_p = _losses(hidden, weight, labels)
     dlogits = _logit_gradients(log_p, labels).to(weight.dtype)
@@ -92,7 +94,7 @@ def _add_chunk(
 
 
 def _logit_gradients(log_p: Tensor, labels: Tensor) -> Tensor:
-    """softmax - one at the label, 0 where IGNORED; takes the memory of `log_p` [n, V]."""
+    """softmax - 1 at the label, 0 where IGNORED; overwrites `log_p` [n, V]."""
     ignored = (labels == IGNORED)[:, None]
     probabilities = log_p.exp_()
     probabilities.scatter_add_(1, labels.clamp(min=0)[:, None], -torch.ones_like(log_p[:, :1]))
@@ -100,7 +102,7 @@ def _logit_gradients(log_p: Tensor, labels: Tensor) -> Tensor:
 
 
 def _losses(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Losses [n] and log probabilities [n, V] of some tokens, in float32 (or wider)."""
+    """Losses [n] and log probabilities [n, V] of one chunk, in float32 (or wider)."""
     wide = torch.promote_types(weight.dtype, torch.float32)
     log_p = F.log_softmax(F.linear(hidden, weight).to(wide), -1)
     return F.nll_loss(log_p, labels, ignore_index=IGNORED, reduction="none"), log_p

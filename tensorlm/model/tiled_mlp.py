@@ -1,7 +1,7 @@
-"""SwiGLU of a few tokens at a time: its intermediates never exist for a whole row.
+"""SwiGLU in tiles of tokens: its intermediates never exist for a whole row.
 
-Backward makes them again. The function is a single step for autograd, so each weight gets one
-gradient, which is summed over the tiles in float32 (float64 for float64 weights).
+Backward recomputes them. Autograd sees a single function, so each weight gets one gradient, summed
+over the tiles in float32 (float64 for float64 weights).
 """
 
 from collections.abc import Callable
@@ -23,22 +23,22 @@ def tiled_swiglu(
         x: [..., C].
         gate, up: [I, C] weights.
         down: [C, I] weight.
-        chunk: tokens of a tile.
+        chunk: tokens per tile.
         multiply: silu(first) * second, differentiable.
 
     Returns:
         [..., C] in the dtype of x.
     """
     kept = _KeepInputs.apply(x, gate, up, down)
-    # In a tuple, autograd does not see it, and has no gradient for it to compute.
+    # Inside a tuple autograd does not see it, and computes no gradient for it.
     return _TiledSwiGLU.apply(x, gate, up, down, chunk, multiply, (kept,))
 
 
 class _KeepInputs(torch.autograd.Function):
     """Saves the inputs before the tiles are computed.
 
-    A block that is recomputed stops where its last saved tensor is known. Were the inputs saved by
-    the function that uses them, it would run all tiles first, in vain.
+    The recomputation of a block stops once its last saved tensor is known. If the function that
+    uses the inputs saved them, it would compute all tiles first, for nothing.
     """
 
     @staticmethod
@@ -57,7 +57,7 @@ class _TiledSwiGLU(torch.autograd.Function):
         ctx: Any, x: Tensor, gate: Tensor, up: Tensor, down: Tensor, chunk: int,
         multiply: Multiply, kept: tuple[Tensor],
     ) -> Tensor:  # fmt: skip
-        # The tensor, not its grad_fn alone: before torch 2.13 that does not keep what it saved.
+        # Keep the tensor, not only its grad_fn: before torch 2.13 that drops its saved tensors.
         ctx.kept, ctx.chunk, ctx.multiply = kept[0], chunk, multiply
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
         tiles = (tensor.flatten(0, -2).split(chunk) for tensor in (x, out))
@@ -83,9 +83,9 @@ def _add_gradients(
     x: Tensor, dx: Tensor, dout: Tensor, weights: list[Tensor], sums: list[Tensor],
     multiply: Multiply,
 ) -> None:  # fmt: skip
-    """Of one tile [tokens, C]: write dx, add to the sums of gate, up and down."""
+    """Compute one tile [tokens, C]: write dx, and add to the sums of gate, up and down."""
     gate, up, down = weights
-    # Leaves of a graph of their own: no gradient of a parameter is touched here.
+    # These are leaves of a separate graph: no parameter's gradient is touched here.
     gated, upped = (F.linear(x, weight).requires_grad_() for weight in (gate, up))
     with torch.enable_grad():
         hidden = multiply(gated, upped)

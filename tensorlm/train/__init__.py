@@ -1,1 +1,1 @@
-"""An update from a loss: the loop, the step, the engine. (Empty: the engine imports DeepSpeed.)"""
+"""Training: the loop, the step, the engine. Exports nothing: the engine imports DeepSpeed."""

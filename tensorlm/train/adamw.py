@@ -1,8 +1,9 @@
-"""AdamW whose moments are stored in bfloat16: 8 bytes a parameter instead of 12 with fp32 weights.
+"""AdamW with moments in bfloat16: 8 bytes per parameter instead of 12, with fp32 weights.
 
-Everything is computed in float32; only what is kept is rounded. A moment moves by the share
-1 - beta of its distance at every step, which for a beta of 0.999 is less than bfloat16 can tell:
-rounded to the nearest it would stand still. So it is rounded up or down by chance (rounding.py).
+All computations are in float32; only the stored moments are rounded. At each step a moment moves
+by the fraction 1 - beta of its distance. For beta = 0.999 that is less than bfloat16 can resolve:
+with rounding to nearest, the moment would never change. So rounding is stochastic
+(`runtime/stochastic_rounding.py`).
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,14 +15,16 @@ from torch import Tensor
 
 from tensorlm.runtime.stochastic_rounding import random_words, round_into
 
-# Elements updated at one time: four tensors of 4 bytes each exist meanwhile.
+# Elements updated at one time, which takes four temporary tensors of 4 bytes per element.
 CHUNK = 1 << 24
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Elements [begin, begin + size) of a tensor that AdamW was given are those of the parameter
-    `name` from element `first` on.
+    """A range of a tensor that AdamW updates, and the parameter elements stored there.
+
+    Elements [begin, begin + size) of the tensor are elements [first, first + size) of parameter
+    `name`.
     """
 
     name: str
@@ -33,8 +36,9 @@ class Piece:
 class LowMemoryAdamW(torch.optim.Optimizer):
     """`torch.optim.AdamW` (Loshchilov, Hutter, 2019) with `exp_avg`, `exp_avg_sq` in bfloat16.
 
-    The rounding of an element depends on the seed, the step, its parameter's name and its place in
-    it: not on ranks or on how ZeRO divides parameters, if `name_pieces` says what is where.
+    The rounding of an element depends only on the seed, the step, its parameter's name and its
+    index. If `name_pieces` was called, it does not depend on ranks or on how ZeRO divides
+    parameters.
     """
 
     def __init__(
@@ -51,7 +55,7 @@ class LowMemoryAdamW(torch.optim.Optimizer):
         self._pieces: Mapping[Tensor, Sequence[Piece]] = {}
 
     def name_pieces(self, pieces: Mapping[Tensor, Sequence[Piece]]) -> None:
-        """Say which parameters the tensors hold that will be updated; what no piece holds stays."""
+        """Set which parameters each updated tensor holds; elements outside all pieces stay."""
         self._pieces = pieces
 
     @torch.no_grad()
@@ -107,7 +111,7 @@ def _update(
 def new_state(
     parameter: Tensor, dtype: torch.dtype, step_device: torch.device
 ) -> dict[str, Tensor]:
-    """Adam's state before its first step."""
+    """Adam's state of `parameter` before the first step."""
     return {
         "step": torch.zeros((), device=step_device),
         "exp_avg": torch.zeros_like(parameter, dtype=dtype, requires_grad=False),

@@ -1,4 +1,4 @@
-"""What a run would do, found out without a process group: for login nodes and heads of job logs."""
+"""Checks of a run without a process group, for login nodes and the first lines of job logs."""
 
 import contextlib
 import hashlib
@@ -18,14 +18,14 @@ from tensorlm.runtime.errors import UserError
 
 
 def check_run(config: Config, num_ranks: int) -> list[str]:
-    """Check that `num_ranks` ranks could start this run; returns one `key = value` line per fact.
+    """Check that `num_ranks` ranks could start this run; returns lines `key = value` about it.
 
-    The hash is of all settings together, defaults included. Whether every byte of data and newest
-    checkpoint is whole is left to the run itself.
+    `config` is a hash of all settings, defaults included. Checksums of the data and of the newest
+    checkpoint are not verified; the run itself does that.
 
     Raises:
-        UserError: sizes that do not fit the ranks, data that cannot be used, or a newest checkpoint
-            of another run.
+        UserError: sizes do not fit the ranks, the data cannot be used, or the newest checkpoint
+            belongs to another run.
     """
     config.check_world(num_ranks)
     rows = open_rows(config, "train", verify=False)
@@ -53,7 +53,7 @@ def check_run(config: Config, num_ranks: int) -> list[str]:
 
 
 def _newest(run_dir: Path) -> Checkpoint | None:
-    """The newest checkpoint with a good manifest; the run passes the others over, too."""
+    """The newest checkpoint with a valid manifest; the run skips the others too."""
     for step in list_steps(run_dir):
         with contextlib.suppress(UserError):
             return open_checkpoint(step_folder(run_dir, step))

@@ -1,8 +1,8 @@
-"""DeepSpeed, and nothing else: the one module that imports it.
+"""The DeepSpeed engine. No other module imports DeepSpeed.
 
-All ranks form one ZeRO group. DeepSpeed computes, reduces and steps; the learning rate, counters,
-loss scaling and checkpoints are ours. `parameter_slices` is the door through which checkpoints read
-and write this rank's share of the fp32 weights and Adam state, for every ZeRO stage.
+All ranks form one ZeRO group. DeepSpeed computes and reduces gradients and applies steps; the
+learning rate, counters, loss scaling and checkpoints are ours. Checkpoints read and write this
+rank's share of the fp32 weights and Adam state through `parameter_slices`, at every ZeRO stage.
 """
 
 import io
@@ -34,23 +34,23 @@ from .optim import create_optimizer
 
 def init_distributed(launch: LaunchEnv) -> torch.device:
     """Join the job's process group (NCCL on GPUs, gloo on CPUs); returns this rank's device."""
-    # DeepSpeed calls these by the names that older versions of torch know too.
+    # DeepSpeed uses deprecated names, for older versions of torch.
     warnings.filterwarnings("ignore", r"`torch\.distributed\..*` is deprecated", FutureWarning)
     deepspeed_logger.setLevel(logging.WARNING)
     device = join_ranks(launch)
     if device.type == "cuda":
-        # What DeepSpeed takes for the number of the GPU.
+        # DeepSpeed takes these for the index of the GPU.
         for name in {"LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"} & os.environ.keys():
             os.environ[name] = str(device.index)
     else:
-        # Used for inference only, and compiled from source at start where this is not said.
+        # Used only for inference, but DeepSpeed would compile it from source at the start.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
     return device
 
 
 def deepspeed_config(config: Config) -> dict[str, Any]:
-    """DeepSpeed's JSON, generated from ours; every value that matters is stated."""
+    """DeepSpeed's JSON configuration, with every value that matters set explicitly."""
     zero: dict[str, Any] = {
         "stage": config.zero.stage,
         "overlap_comm": False,
@@ -69,7 +69,7 @@ def deepspeed_config(config: Config) -> dict[str, Any]:
         "steps_per_print": 10**9,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
-        # Stage 1: gradients become fp32 one by one, not all at the end of backward.
+        # Stage 1: convert each gradient to fp32 as it is ready, not all at the end of backward.
         "bf16": {"enabled": config.train.dtype == "bf16", "immediate_grad_update": True},
         "communication_data_type": "fp32",
         "data_types": {"grad_accum_dtype": "fp32"},
@@ -78,10 +78,11 @@ def deepspeed_config(config: Config) -> dict[str, Any]:
 
 
 def create_model(config: Config, grid: Grid, device: torch.device, seed: int | None) -> Llama:
-    """The model of a run, for an `Engine`: with the random weights of `seed`, or (None) with any.
+    """Create the model of a run for an `Engine`, with random weights of `seed`.
 
-    At ZeRO stage 3 it never is in memory as a whole: each parameter in turn is made, given its
-    weights and divided among the ranks; collective then.
+    With `seed` None the weights are arbitrary. At ZeRO stage 3 this is a collective call, and the
+    whole model is never in memory: each parameter in turn is created, initialized and divided among
+    the ranks.
     """
     if config.zero.stage < 3:
         model = create_llama(config.model, config.train, grid, device)
@@ -93,13 +94,13 @@ def create_model(config: Config, grid: Grid, device: torch.device, seed: int | N
     holders: dict[Tensor, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
         for key, parameter in module.named_parameters(recurse=False):
-            holders.setdefault(parameter, []).append((module, key))  # tied ones have two
+            holders.setdefault(parameter, []).append((module, key))  # tied weights have two
     divide = deepspeed.zero.Init(config_dict_or_path=deepspeed_config(config))
     for name, abstract in list(model.named_parameters()):
         parameter = nn.Parameter(torch.empty_like(abstract, device=device))
         if weights:
             weights.fill(name, parameter)
-        else:  # finite, as those that PyTorch begins with: a benchmark trains on them
+        else:  # must be finite, like PyTorch's initial weights: benchmarks train on them
             nn.init.normal_(parameter, std=config.model.init_std)
         for module, key in holders[abstract]:
             setattr(module, key, parameter)
@@ -120,7 +121,7 @@ class Engine:
         adamw = create_optimizer(model, config)
         if self._stage == 0:
             adamw.register_step_pre_hook(self._clip_unsharded)
-        with redirect_stdout(io.StringIO()):  # stage 1 prints what memory it takes, in passing
+        with redirect_stdout(io.StringIO()):  # stage 1 prints its memory use
             self._engine, self._optimizer, _, _ = deepspeed.initialize(
                 model=model,
                 optimizer=adamw,
@@ -138,26 +139,26 @@ class Engine:
 
     @property
     def adam_step(self) -> int:
-        """Updates that Adam has made (skipped steps are none)."""
+        """Number of updates that Adam has made; skipped steps do not count."""
         return max((int(state["step"]) for state in self._adamw.state.values()), default=0)
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        """The model's summed loss of one micro-batch; `backward` must follow."""
+        """Compute the summed loss of one micro-batch; `backward` must follow."""
         loss_sum: Tensor = self._engine(*inputs)
         return loss_sum
 
     def backward(self, scaled_loss: Tensor) -> None:
         """Accumulate the gradient of the last micro-batch.
 
-        Gradients are averaged over ranks: a loss sum scaled by world size / labels of the whole
-        step makes them those of the mean loss over the step's labels.
+        Gradients are averaged over ranks. If the summed loss is scaled by world size / labels of
+        the whole step, they are the gradients of the mean loss over the step's labels.
         """
         self._engine.backward(scaled_loss, scale_wrt_gas=False)
 
     def step(self, lr: float) -> float:
         """Clip and apply the accumulated gradients; returns their norm before clipping.
 
-        A norm that is not finite means that no rank applied the step.
+        If the norm is not finite, no rank has applied the step.
         """
         for group in self._optimizer.param_groups:
             group["lr"] = lr
@@ -168,18 +169,18 @@ class Engine:
         return float(norm) if self._engine.was_step_applied() else float("nan")
 
     def _clip_unsharded(self, *_: Any) -> None:
-        """Just before AdamW steps at stage 0, where DeepSpeed neither tells nor checks the norm."""
+        """Clip gradients before AdamW steps at stage 0, where DeepSpeed has no gradient norm."""
         gradients = [p.grad for p in self._names if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         self._unsharded_norm = float(norm)
         if not math.isfinite(self._unsharded_norm):
             for parameter in self._names:
-                parameter.grad = None  # AdamW passes over parameters without a gradient
+                parameter.grad = None  # AdamW skips parameters without a gradient
         elif self._grad_clip:
             torch.nn.utils.clip_grads_with_norm_(list(self._names), self._grad_clip, norm)
 
     def parameter_slices(self) -> Iterator[ParameterSlice]:
-        """This rank's slices; what is written into them takes effect with `refresh_weights`."""
+        """Yield this rank's slices; call `refresh_weights` after writing to them."""
         self._ensure_adam_state()
         for index, (parameter, name) in enumerate(self._names.items()):
             if self._stage == 0:
@@ -190,7 +191,7 @@ class Engine:
                 yield self._flat_slice(parameter, name)
 
     def _pieces(self) -> dict[Tensor, list[Piece]]:
-        """What each tensor that AdamW updates holds of which parameters."""
+        """The parameter ranges that each tensor updated by AdamW holds."""
         slices = list(self.parameter_slices())
         held = {state["exp_avg"].data_ptr(): p for p, state in self._adamw.state.items()}
         pieces: dict[Tensor, list[Piece]] = {tensor: [] for tensor in held.values()}
@@ -203,7 +204,7 @@ class Engine:
         return pieces
 
     def refresh_weights(self, adam_step: int) -> None:
-        """After slices were written: rebuild the working weights and set Adam's step count."""
+        """Rebuild the working weights after slices were written, and set Adam's step count."""
         for state in self._adamw.state.values():
             state["step"].fill_(adam_step)
         if self._stage in (1, 2):
@@ -217,7 +218,7 @@ class Engine:
                 persistent[0].all_gather(persistent)
 
     def replicas(self) -> dict[str, Tensor]:
-        """Working weights that every rank holds whole, and that must be equal everywhere."""
+        """Working weights that every rank holds in full, and that must be equal on all ranks."""
         return {
             name: parameter.data
             for parameter, name in self._names.items()
@@ -238,7 +239,7 @@ class Engine:
         return tensors
 
     def _ensure_adam_state(self) -> None:
-        """torch creates Adam's state at the first step; a checkpoint may need it before."""
+        """Create Adam's state if torch has not: a checkpoint may need it before the first step."""
         if self._stage == 3:
             held = self._optimizer.fp32_partitioned_groups_flat
         else:
@@ -249,14 +250,14 @@ class Engine:
                 self._adamw.state[p].update(new_state(p, self._moment_dtype, step_device))
 
     def _unsharded_slice(self, parameter: nn.Parameter, name: str, index: int) -> ParameterSlice:
-        """Stage 0: every rank holds all of it, and the ranks take turns in owning parameters."""
+        """Slice at stage 0: every rank holds the whole parameter; ownership is round-robin."""
         state = {"master": parameter.data, **self._adamw.state[parameter]}
         views = {key: state[key].view(-1) for key in STATE}
         is_owned = index % dist.get_world_size() == dist.get_rank()
         return ParameterSlice(name, parameter.shape, 0, parameter.numel(), views, is_owned)
 
     def _flat_slice(self, parameter: Any, name: str) -> ParameterSlice:
-        """Stages 1 and 2: a window of this rank's partition of one flat buffer per group."""
+        """Slice at stages 1 and 2: a range of this rank's partition of the group's flat buffer."""
         mapping = parameter._hp_mapping
         held, window = mapping.lp_fragment_address, mapping.hp_fragment_address
         (flat,) = self._adamw.param_groups[mapping.param_group_index]["params"]
@@ -265,7 +266,7 @@ class Engine:
         return ParameterSlice(name, parameter.shape, held.start, held.start + held.numel, views)
 
     def _stage3_slice(self, parameter: Any, name: str) -> ParameterSlice:
-        """Stage 3: each parameter is cut into equal parts, the last ones padded."""
+        """Slice at stage 3: each parameter is cut into equal parts, the last ones padded."""
         size = parameter.ds_tensor.ds_numel
         start = min(dist.get_rank() * size, parameter.ds_numel)
         stop = min(start + size, parameter.ds_numel)

@@ -1,4 +1,4 @@
-"""Guards around the steps of a run: bad steps, memory that changes, hangs."""
+"""Guards around the steps of a run: against bad steps, corrupted memory and hangs."""
 
 import math
 import statistics
@@ -16,13 +16,13 @@ from tensorlm.runtime.watchdog import Watchdog
 from .engine import Engine
 from .replicas import ParameterChecksums
 
-_DEVIATION_OF_MAD = 1.4826  # standard deviation of a normal distribution, in its MADs
+_DEVIATION_OF_MAD = 1.4826  # standard deviation / MAD (median absolute deviation), if normal
 
 
 class StepGuard:
     """Judges each step by its loss and gradient norm; its state is part of the checkpoint.
 
-    Only losses of applied steps enter the window, so that one bad value cannot hide the next.
+    Only losses of applied steps enter the window, so one bad value cannot mask the next.
     """
 
     def __init__(self, config: Config) -> None:
@@ -32,7 +32,7 @@ class StepGuard:
         self._num_skipped = 0  # in a row
 
     def state(self) -> dict[str, Any]:
-        """Plain values for the manifest."""
+        """The state as plain values, for the manifest."""
         return {"losses": list(self._losses), "num_skipped": self._num_skipped}
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -41,7 +41,7 @@ class StepGuard:
         self._num_skipped = state["num_skipped"]
 
     def loss_limit(self) -> float:
-        """The largest loss whose step may be applied; any finite one where there is no other."""
+        """The largest loss whose step may be applied; without a limit, the largest float."""
         if self._config.spike == "off" or len(self._losses) < self._config.spike_window // 2:
             return sys.float_info.max
         median, deviation = self._centre()
@@ -50,10 +50,11 @@ class StepGuard:
     def judge(
         self, step: int, loss: float, grad_norm: float, documents: Callable[[], list[str]]
     ) -> str | None:
-        """After step `step`: None where it was applied, else why it was skipped.
+        """Judge step `step` after it was done: None if it was applied, else why it was skipped.
 
         Raises:
-            UserError: `guards.spike` is "stop" and the loss jumped, or too many skips in a row.
+            UserError: the loss is a spike and `guards.spike` is "stop", or `train.max_skips`
+                consecutive steps were skipped.
         """
         limit = self.loss_limit()
         if math.isfinite(grad_norm):
@@ -64,46 +65,49 @@ class StepGuard:
         is_spike = math.isfinite(loss) and loss > limit
         if is_spike:
             median, deviation = self._centre()
-            reason = f"loss {loss:.4f} is above {limit:.4f} (median {median:.4f}, {deviation:.4f})"
+            reason = (
+                f"loss {loss:.4f} is above {limit:.4f} (median {median:.4f}, deviation "
+                f"{deviation:.4f})"
+            )
         else:
             reason = f"{'loss' if not math.isfinite(loss) else 'gradient'} is not finite"
         reason = f"step {step}: {reason}; documents {', '.join(documents())}"
         if is_spike and self._config.spike == "stop":
-            raise UserError(f'{reason} (look at them, or set guards.spike = "skip")')
+            raise UserError(f'{reason} (inspect them, or set guards.spike = "skip")')
         if self._num_skipped >= self._max_skips:
             raise UserError(
-                f"{reason}; {self._num_skipped} steps in a row were skipped "
-                "(lower optim.lr, or look at the data; train.max_skips)"
+                f"{reason}; {self._num_skipped} consecutive steps were skipped "
+                "(lower optim.lr, inspect the data, or raise train.max_skips)"
             )
         return reason
 
     def _centre(self) -> tuple[float, float]:
-        """Median, and a deviation that outliers do not move."""
+        """Median of the losses, and a robust estimate of their standard deviation."""
         median = statistics.median(self._losses)
         mad = statistics.median(abs(loss - median) for loss in self._losses)
-        # Of losses that hardly move, any change would be a spike.
+        # If losses hardly vary, any change would be a spike without this minimum.
         return median, max(_DEVIATION_OF_MAD * mad, 1e-3 * abs(median))
 
 
 class Guards:
-    """All that watches over the steps: a judge of their losses, checksums, and the watchdog."""
+    """All checks around the steps: the judge of their losses, checksums and the watchdog."""
 
     def __init__(self, config: Config, watchdog: Watchdog) -> None:
         self.watchdog = watchdog
         self.step_guard = StepGuard(config)
         self._config = config
         self._checksums = ParameterChecksums(config.guards.replica_every)
-        self._step = 0  # that is being done, counted from 1
+        self._step = 0  # the current step, from 1
 
     def begin_step(self, done: int) -> None:
-        """`done` steps are done, and the next one begins with its data."""
+        """Begin the step after `done` completed steps, with its data."""
         self._step = done + 1
         self.enter("data")
         if done and self._config.stage_at(done - 1) != self._config.stage_at(done):
             self.watchdog.expect_other_steps()
 
     def enter(self, phase: str) -> None:
-        """The step enters the next of its phases."""
+        """Record that the step enters `phase`."""
         self.watchdog.enter(phase, self._step)
 
     def loss_limit(self) -> float:
@@ -111,10 +115,10 @@ class Guards:
         return self.step_guard.loss_limit()
 
     def apply_step(self, engine: Engine, lr: float) -> float:
-        """`engine.step(lr)` on weights and state that nothing has changed since the last one.
+        """Call `engine.step(lr)` after checking that memory is unchanged since the last step.
 
         Raises:
-            MachineError: on all ranks, naming those on which something has.
+            MachineError: memory has changed; raised on all ranks, names the ranks concerned.
         """
         self.enter("step")
         self._checksums.check(self._step, engine.kept)
@@ -123,7 +127,7 @@ class Guards:
         return grad_norm
 
     def judge(self, loss: float, grad_norm: float, documents: Callable[[], list[str]]) -> bool:
-        """Whether the step was skipped; rank 0 prints why.
+        """Return whether the step was skipped; rank 0 prints why.
 
         Raises:
             UserError: the run must end (`StepGuard.judge`).

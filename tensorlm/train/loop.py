@@ -1,4 +1,4 @@
-"""The training run, in order, on one page."""
+"""The training run from start to end."""
 
 import time
 from collections.abc import Callable
@@ -40,20 +40,20 @@ from .profiler import start_profiler
 from .replicas import check_replicas
 from .step import Run, TrainState, train_step
 
-# In the run's directory: asks rank 0, at the end of a step, for a checkpoint and an end. Once it is
-# obeyed it is renamed. Launchers do not pass every signal on; a file needs none of them.
+# If this file exists in the run's folder, rank 0 ends the run after the current step, with a
+# checkpoint, and renames the file. It works with launchers that do not forward signals.
 STOP_FILE, OBEYED_FILE = "STOP", "STOPPED"
 
 
 def train(config: Config, launch: LaunchEnv, stop: StopRequest) -> int:
-    """Train from the newest checkpoint in `config.run.dir`, or from scratch where there is none.
+    """Train from the newest checkpoint in `config.run.dir`, or from scratch if there is none.
 
     Returns:
-        The exit code: EXIT_DONE, or EXIT_PREEMPTED after a signal or a stop file (saved, to be
-        continued).
+        The exit code: EXIT_DONE, or EXIT_PREEMPTED after a signal or a stop file (the run was saved
+        and can be resumed).
 
     Raises:
-        UserError: what the user can mend.
+        UserError: a mistake that the user can correct.
     """
     if launch.rank == 0:
         lock_run(Path(config.run.dir))
@@ -71,7 +71,7 @@ def train(config: Config, launch: LaunchEnv, stop: StopRequest) -> int:
     stop_file = run.dir / STOP_FILE
 
     def is_asked() -> bool:
-        """This rank knows a reason to end the run."""
+        """Whether this rank has a reason to end the run."""
         return stop.is_asked or saver.has_failed or (launch.rank == 0 and stop_file.exists())
 
     traced = config.train.profile if launch.rank == 0 else None
@@ -99,7 +99,7 @@ def train(config: Config, launch: LaunchEnv, stop: StopRequest) -> int:
         save_every, check_every = config.checkpoint.every, config.guards.replica_every
         is_last = stopping or state.step == last_step
         is_evaluating = is_evaluated(config, state.step) and not stopping
-        # Before an evaluation, too: it takes long, and whatever ends it costs no step then.
+        # Save before an evaluation too: it takes long, and a crash there must not cost steps.
         is_due = is_last or is_evaluating or (save_every > 0 and state.step % save_every == 0)
         is_saving = save_every > 0 and is_due
         if check_every and (is_saving or state.step % check_every == 0):
@@ -124,9 +124,9 @@ def train(config: Config, launch: LaunchEnv, stop: StopRequest) -> int:
 
 
 def describe_stop(config: Config, save_has_failed: bool) -> str:
-    """Why this start of the run ends with the step that is about to be done, and what is kept."""
+    """Describe why the run ends after the current step, and what is saved."""
     if save_has_failed:
-        return "a save in the background has failed: ending after this step"
+        return "a background save has failed: ending after this step"
     if not config.checkpoint.every:
         return "stop requested: ending after this step, nothing is saved (checkpoint.every = 0)"
     return "stop requested: saving after this step"
@@ -138,7 +138,7 @@ def is_evaluated(config: Config, step: int) -> bool:
 
 
 def lacks_evaluation(run: Run) -> bool:
-    """Whether an earlier start of the run saved this step and ended before it was evaluated."""
+    """Whether an earlier start of the run saved this step but ended before evaluating it."""
     step = run.state.step
     if not is_evaluated(run.config, step):
         return False
@@ -149,13 +149,13 @@ def lacks_evaluation(run: Run) -> bool:
 
 
 def evaluate_run(run: Run, metrics: Metrics | None, is_asked: Callable[[], bool]) -> bool:
-    """Evaluate the model as it is now, all ranks together.
+    """Evaluate the current model; collective.
 
     Returns:
-        Whether they left between two passes, since `is_asked` said on any rank that the run is to
-        end; the next start evaluates this step then.
+        True if the evaluation was interrupted between two forward passes, because `is_asked` was
+        True on any rank; the next start evaluates this step.
     """
-    # They import transformers: a quarter of the time that a rank takes to start.
+    # These modules import transformers, which takes a quarter of a rank's start-up time.
     from tensorlm.evaluation.launch import evaluate_in_training
     from tensorlm.evaluation.model import wrap_training_model
     from tensorlm.evaluation.ranks import LeaveRequest, LeftError
@@ -177,10 +177,10 @@ def evaluate_run(run: Run, metrics: Metrics | None, is_asked: Callable[[], bool]
 
 
 def start(config: Config, launch: LaunchEnv, before: int | None = None) -> Run:
-    """Set everything up, and load the newest checkpoint (older than step `before`)."""
+    """Set up a run and load the newest checkpoint (older than step `before`, if given)."""
     config.check_world(launch.world_size)
     run_dir = Path(config.run.dir)
-    # A replay may run beside the run itself, whose watchdogs must not take its reports for theirs.
+    # A replay may run beside the run itself: each watchdog must see only its own reports.
     reports = run_dir / (FOLDER if before is None else f"{FOLDER}-replay")
     watchdog = Watchdog(
         reports,
@@ -215,7 +215,7 @@ def start(config: Config, launch: LaunchEnv, before: int | None = None) -> Run:
 
 
 def check_room(run: Run) -> None:
-    """Raise UserError unless the disk has room for the checkpoints that are to be kept."""
+    """Raise UserError unless the disk has room for a checkpoint; warn if not for all to keep."""
     slices = run.engine.parameter_slices()
     own_bytes = sum(4 * t.numel() for s in slices if s.is_owned for t in s.state.values())
     (num_bytes,) = sum_over_ranks(run.device, own_bytes)
@@ -223,28 +223,28 @@ def check_room(run: Run) -> None:
 
 
 def resume(run: Run, found: Checkpoint) -> None:
-    """Continue from a whole checkpoint.
+    """Continue from a verified checkpoint.
 
     Raises:
-        UserError: it is of another model or data.
+        UserError: it belongs to another model or other data.
     """
     check_resumable(found, run.config, run.rows.fingerprint)
     try:
         run.state = TrainState(**found.manifest["state"])
-        # Earlier versions counted padding, too.
+        # Earlier versions counted padding too.
         run.state.tokens = run.rows.num_tokens(run.state.rows)
         guard = run.guards.step_guard
         guard.restore(found.manifest.get("guard", guard.state()))
         adam_step = found.manifest["adam_step"]
     except (KeyError, TypeError) as error:
-        raise UserError(f"{found.folder}: not the manifest of a run ({error})") from None
+        raise UserError(f"{found.folder}: must be a checkpoint of a run ({error})") from None
     check_names(found, (name for name, _ in run.engine.module.named_parameters()))
     load_slices(found, run.engine.parameter_slices())
     run.engine.refresh_weights(adam_step)
 
 
 def describe_state(run: Run) -> dict[str, Any]:
-    """What the manifest of a checkpoint says besides who holds which slice."""
+    """The content of a checkpoint's manifest, without the files and slices."""
     return {
         "state": asdict(run.state),
         "guard": run.guards.step_guard.state(),
@@ -257,7 +257,7 @@ def describe_state(run: Run) -> dict[str, Any]:
 
 
 def describe_run(run: Run) -> list[str]:
-    """What runs where, for the first lines of the log."""
+    """Describe the run, its model, data and ranks, for the first lines of the log."""
     config, grid = run.config, run.grid
     attention = attention_in_words(config.model)
     begin = f"resumed after step {run.state.step}" if run.state.step else "from scratch"
@@ -269,7 +269,7 @@ def describe_run(run: Run) -> list[str]:
     layers = "Liger" if runs_liger(config.train.fused_layers, is_gpu) else "torch"
     return [
         f"run {config.run.dir}: {begin}, {config.train.steps} steps, commit {git_commit()}",
-        f"model: {num:,} parameters, {attention}, {config.train.dtype}, layers by {layers}",
+        f"model: {num:,} parameters, {attention}, {config.train.dtype}, norms and MLPs by {layers}",
         *_notes_on_speed(config, is_gpu),
         *run.rows.describe(),
         "steps: "
@@ -284,14 +284,14 @@ def describe_run(run: Run) -> list[str]:
 
 
 def _notes_on_speed(config: Config, is_gpu: bool) -> list[str]:
-    """A note where the GPU kernels do not cover the routed layers."""
+    """A note if the GPU kernels do not support the routed layers."""
     reason = why_slow(config.model) if is_gpu and config.train.attention == "auto" else None
-    return [f"note: routed layers run in plain PyTorch, slowly: {reason}"] if reason else []
+    return [f"note: routed layers run in plain PyTorch, which is slow: {reason}"] if reason else []
 
 
 def _notes_on_tokenizers(run: Run) -> list[str]:
-    """A note where the run's weights were imported with another tokenizer than the data's."""
-    if not was_imported(run.dir):  # what follows imports transformers, which takes seconds
+    """A note if the weights were imported with a tokenizer other than that of the data."""
+    if not was_imported(run.dir):  # the imports below load transformers, which takes seconds
         return []
     from tensorlm.hf.import_folder import imported_folder
     from tensorlm.hf.imported_tokenizer import describe_another_tokenizer

@@ -1,4 +1,4 @@
-"""What a person watches: the progress line, metrics.jsonl and TensorBoard, written by rank 0."""
+"""Metrics of a run: the progress line, metrics.jsonl and TensorBoard, written by rank 0."""
 
 import json
 import os
@@ -15,8 +15,9 @@ from tensorlm.config import Config, config_toml
 from tensorlm.runtime.progress import format_duration
 from tensorlm.runtime.strict_json import json_text
 
-SETTINGS = "config.toml"  # in the run's folder: those of the newest start
-# TensorBoard sorts its other pages by tag, data/ before train/. Tags here are regular expressions.
+SETTINGS = "config.toml"  # in the run's folder: the settings of the newest start
+# A page of charts in this order; TensorBoard sorts its other pages by tag. The tags here are
+# regular expressions.
 _LAYOUT = {
     "training": {
         "loss": ["Multiline", ["train/loss"]],
@@ -33,9 +34,9 @@ _LAYOUT = {
 
 
 class Metrics:
-    """One per run, on rank 0; the other ranks have none.
+    """Writes the metrics of a run; exists only on rank 0.
 
-    A resumed run continues all three outputs: records of steps that will be done again are dropped.
+    A resumed run continues all three outputs; records of steps that it will repeat are dropped.
     """
 
     def __init__(self, config: Config, resumed_step: int, commit: str) -> None:
@@ -54,11 +55,11 @@ class Metrics:
         self._first_step = resumed_step
 
     def announce(self, lines: list[str]) -> None:
-        """Print the head of the log."""
+        """Print the first lines of the log."""
         print("\n".join(lines), f"watch: tensorboard --logdir {self.writer.log_dir}", sep="\n")
 
     def log_step(self, step: int, record: dict[str, Any]) -> None:
-        """Record optimizer step `step` (from 1); keys are TensorBoard tags, where it takes them."""
+        """Record optimizer step `step` (from 1); keys of numbers are TensorBoard tags."""
         self._file.write(json_text({"step": step, **record}) + "\n")
         for tag, value in record.items():
             if not isinstance(value, str):
@@ -80,7 +81,7 @@ class Metrics:
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Peak memory of this rank: allocated on its GPU, or resident on a CPU."""
+    """Peak memory of this rank in GiB: allocated on its GPU, or resident on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     unit = 1 if sys.platform == "darwin" else 1024
@@ -88,7 +89,7 @@ def peak_memory_gib(device: torch.device) -> float:
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """The records of metrics.jsonl; a last line cut off by a kill is left out."""
+    """Read the records of metrics.jsonl; an incomplete last line is left out."""
     path = run_dir / "metrics.jsonl"
     records = []
     for line in path.read_text().splitlines() if path.exists() else []:

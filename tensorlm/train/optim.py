@@ -1,4 +1,4 @@
-"""AdamW, its parameter groups, and the learning-rate schedule, a pure function of the step."""
+"""AdamW, its parameter groups, and the learning rate as a function of the step."""
 
 import math
 from typing import Any
@@ -12,7 +12,7 @@ from .adamw import LowMemoryAdamW
 
 
 def create_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
-    """AdamW over `model`, before DeepSpeed partitions it."""
+    """Create AdamW for `model`, before DeepSpeed partitions it."""
     groups, optim = parameter_groups(model, config.optim), config.optim
     if optim.state_dtype == "bf16":
         return LowMemoryAdamW(
@@ -23,7 +23,7 @@ def create_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
 
 
 def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
-    """Matrices decay; norms and hop biases do not."""
+    """Parameter groups: matrices have weight decay; norms and hop biases do not."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     decayed = [p for p in parameters if not _is_undecayed(model, p)]
     undecayed = [p for p in parameters if _is_undecayed(model, p)]
@@ -34,7 +34,7 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, An
 
 
 def _is_undecayed(model: nn.Module, parameter: nn.Parameter) -> bool:
-    shape = getattr(parameter, "ds_shape", parameter.shape)  # whole, where ZeRO 3 divides it
+    shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO 3 keeps the full shape here
     return len(shape) < 2 or any(
         p is parameter for name, p in model.named_parameters() if name.endswith("hop_bias")
     )
@@ -43,15 +43,15 @@ def _is_undecayed(model: nn.Module, parameter: nn.Parameter) -> bool:
 def learning_rate(step: int, num_steps: int, config: OptimConfig) -> float:
     """Learning rate of optimizer step `step` (from 0) in a run of `num_steps`.
 
-    All schedules reach `lr` at the last step of the linear warm-up, or at the first step without
-    one. `cosine` then falls to `min_lr`, which the last step has; `wsd` (warm-up-stable-decay, Hu
-    et al. 2024, MiniCPM) stays and falls linearly over the last `decay_steps`, again to `min_lr`
-    at the last one; `constant` stays.
+    All schedules reach `lr` at the last step of the linear warm-up, or at the first step without a
+    warm-up. `cosine` then falls to `min_lr` at the last step. `wsd` (warm-up-stable-decay, Hu et
+    al. 2024, MiniCPM) stays constant, then falls linearly over the last `decay_steps`, to `min_lr`
+    at the last step. `constant` stays constant.
     """
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     last = num_steps - 1
-    share = 1.0  # of the way from min_lr up to lr
+    share = 1.0  # position between min_lr (0) and lr (1)
     if config.schedule == "cosine":
         peak = max(0, config.warmup_steps - 1)
         share = (1 + math.cos(math.pi * (step - peak) / max(1, last - peak))) / 2

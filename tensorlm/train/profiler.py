@@ -1,4 +1,4 @@
-"""A trace of some optimizer steps, for https://ui.perfetto.dev or chrome://tracing."""
+"""Traces of optimizer steps, for https://ui.perfetto.dev or chrome://tracing."""
 
 from pathlib import Path
 
@@ -6,14 +6,17 @@ from torch.profiler import profile, schedule, tensorboard_trace_handler
 
 
 def start_profiler(run_dir: Path, steps: tuple[int, int], done: int) -> profile | None:
-    """Trace the optimizer steps start ... stop - 1 (from 1) into `run_dir/profile/`.
+    """Trace optimizer steps start ... stop - 1 (from 1) into `run_dir/profile/`.
 
     Call `step()` on the result after each optimizer step.
 
     Args:
         run_dir: folder of the run.
         steps: (start, stop).
-        done: steps done already; None is returned where nothing is left to trace.
+        done: number of completed steps.
+
+    Returns:
+        The profiler, or None if no step is left to trace.
     """
     start, stop = max(steps[0], done + 1), steps[1]
     if start >= stop:

@@ -1,4 +1,4 @@
-"""Computing one step of a run again: was it the data, or the machine?"""
+"""Repeating one step of a run, to find out whether the data or the machine caused a result."""
 
 import tomllib
 from pathlib import Path
@@ -16,23 +16,25 @@ from .step import last_rows, train_step
 
 
 def replay(config: Config, launch: LaunchEnv, step: int) -> int:
-    """Compute step `step` again, from the newest checkpoint before it, and print what it gives.
+    """Repeat step `step` from the newest checkpoint before it, and print the result.
 
-    Writes nothing. On the ranks and machine kind of the run, a loss other than the recorded one
-    means that the hardware, not the data, was at fault.
+    Writes nothing. With the same number of ranks and the same kind of machine, a loss that differs
+    from the recorded one means that the hardware, not the data, was at fault.
 
     Raises:
-        UserError: there is no such step, or what `start` raises.
+        UserError: there is no such step, or the run cannot start (`start`).
     """
     if not 1 <= step <= config.train.steps:
-        raise UserError(f"--replay: {step} is no step (they count from 1 to {config.train.steps})")
+        raise UserError(
+            f"--replay: must be from 1 to train.steps = {config.train.steps}, got {step}"
+        )
     run = start(config, launch, before=step)
     if launch.rank == 0:
         has_checkpoint = run.state.step or was_imported(run.dir)
         begin = f"checkpoint {run.state.step}" if has_checkpoint else "scratch"
         print(f"replay of step {step}: from {begin}", flush=True)
         if changed := changed_settings(config):
-            print(f"note: {', '.join(changed)}: not as when the run was last started", flush=True)
+            print(f"note: changed since the run was last started: {', '.join(changed)}", flush=True)
     while run.state.step < step:
         record, _ = train_step(run, must_stop=False)
     if launch.rank == 0:
@@ -41,14 +43,14 @@ def replay(config: Config, launch: LaunchEnv, step: int) -> int:
         print(f"documents: {', '.join(run.rows.documents(last_rows(run)))}")
         for key in ("train/loss", "train/grad_norm") if recorded else ():
             now, then = json_text(record[key]), json_text(recorded[-1][key])
-            print(f"{key}: {now}, then {then}: {'as recorded' if now == then else 'DIFFERS'}")
+            print(f"{key}: {now}, recorded {then}: {'equal' if now == then else 'DIFFERENT'}")
     leave_distributed()
     run.guards.watchdog.stop()
     return EXIT_DONE
 
 
 def changed_settings(config: Config) -> list[str]:
-    """Keys whose values are not those that the run left in its folder; none if it left nothing."""
+    """Keys whose values differ from the settings in the run's folder; empty without such a file."""
     path = Path(config.run.dir) / SETTINGS
     if not path.exists():
         return []

@@ -1,4 +1,4 @@
-"""Memory that must not change or differ: replicas over the ranks, own state between steps."""
+"""Checks of memory: replicas must be equal on all ranks, state must not change between steps."""
 
 from collections.abc import Callable
 
@@ -11,10 +11,10 @@ from tensorlm.runtime.ranks import gather_json
 
 
 def check_replicas(replicas: dict[str, Tensor], step: int) -> None:
-    """All ranks hold the same bits of `replicas`; costs one pass over them and one small gather.
+    """Check that all ranks hold the same bits; costs one pass over them and one small gather.
 
     Raises:
-        MachineError: on all ranks, naming those that differ from the majority.
+        MachineError: they differ; raised on all ranks, names those that differ from the majority.
     """
     if not replicas or dist.get_world_size() == 1:
         return
@@ -27,7 +27,7 @@ def check_replicas(replicas: dict[str, Tensor], step: int) -> None:
         return
     name = list(replicas)[int(is_odd.any(dim=0).nonzero()[0])]
     odd = is_odd.any(dim=1).nonzero().flatten().tolist()
-    if len(odd) * 2 >= len(table):  # no majority says which of them is right
+    if len(odd) * 2 >= len(table):  # without a majority, any of them may be wrong
         odd = list(range(len(table)))
     raise MachineError(
         f"rank {', '.join(map(str, odd))}: step {step}: weights differ between ranks, first in "
@@ -36,26 +36,26 @@ def check_replicas(replicas: dict[str, Tensor], step: int) -> None:
 
 
 class ParameterChecksums:
-    """What a rank keeps from one step to the next must not change in between.
+    """Checks that the weights and state of this rank do not change between two steps.
 
-    That is all that can be compared where no other rank holds the same, as at ZeRO stages 1 to 3.
+    At ZeRO stages 1 to 3 no other rank holds the same state to compare it with.
     """
 
     def __init__(self, every: int) -> None:
-        """`every`: steps between two that are guarded; 0: none is."""
+        """`every`: number of steps between two checks (0: no checks)."""
         self._every = every
         self._sums: Tensor | None = None
 
     def remember(self, step: int, kept: Callable[[], dict[str, Tensor]]) -> None:
-        """Right after step `step`, if the next one is to be guarded; costs a pass over `kept`."""
+        """Record checksums after step `step` if the next one checks; one pass over `kept`."""
         is_next_guarded = self._every and (step + 1) % self._every == 0
         self._sums = _bit_sums(kept()) if is_next_guarded else None
 
     def check(self, step: int, kept: Callable[[], dict[str, Tensor]]) -> None:
-        """Just before step `step` is applied: nothing has changed since `remember`; collective.
+        """Check, just before step `step` is applied, that nothing has changed; collective.
 
         Raises:
-            MachineError: on all ranks, naming those on which something has.
+            MachineError: something has changed; raised on all ranks, names the ranks concerned.
         """
         if self._sums is None:
             return
@@ -66,15 +66,15 @@ class ParameterChecksums:
         if odd:
             raise MachineError(
                 f"rank {', '.join(map(str, odd))}: step {step}: {found[odd[0]][0]} changed in "
-                f"memory since step {step - 1} (suspect that device; if there is a checkpoint of "
-                f"step {step - 1}, it may hold the change)"
+                f"memory since step {step - 1} (suspect that device; a checkpoint of step "
+                f"{step - 1} may contain the change)"
             )
 
 
 def _bit_sums(tensors: dict[str, Tensor]) -> Tensor:
-    """[N] int64, where the first tensor is: the sum of each one's bit patterns, as integers.
+    """[N] int64 on the first tensor's device: for each tensor, the sum of its bits as integers.
 
-    Any one flipped bit changes it.
+    Any single flipped bit changes it.
     """
     sums = []
     for tensor in tensors.values():

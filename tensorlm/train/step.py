@@ -1,4 +1,4 @@
-"""One optimizer step, and what it works on."""
+"""One optimizer step, and the state of a run."""
 
 import hashlib
 from dataclasses import dataclass
@@ -24,27 +24,27 @@ from .optim import learning_rate
 
 @dataclass(frozen=True)
 class Totals:
-    """What the micro-batches of one step hold, on all ranks together."""
+    """Sums over the micro-batches of one step, on all ranks."""
 
     num_labels: int
-    num_tokens: int  # of documents; padding is none
-    model_flops: float  # of documents
+    num_tokens: int  # of documents, without padding
+    model_flops: float  # of documents, without padding
     computed_flops: float  # padding and recomputation included
     must_stop: bool  # on any rank
-    digest: int  # of which tokens stood where in which rows, modulo 2^64
+    digest: int  # hash of all tokens and their places in the rows, modulo 2^64
 
 
 @dataclass
 class TrainState:
-    """All that a run is, besides its weights, Adam state and the window of its step guard."""
+    """The state of a run, besides its weights, Adam state and the window of its step guard."""
 
     step: int = 0
     rows: int = 0
-    tokens: int = 0  # of documents; padding is none
+    tokens: int = 0  # of documents, without padding
     data_hash: str = ""  # of all rows so far, their tokens and their order
 
     def advance(self, num_rows: int, totals: Totals) -> None:
-        """One more step is done, on so many rows."""
+        """Count one more step, on `num_rows` rows."""
         self.step += 1
         self.rows += num_rows
         self.tokens += totals.num_tokens
@@ -54,7 +54,7 @@ class TrainState:
 
 @dataclass
 class Run:
-    """What this rank works with."""
+    """A run on this rank: its settings, devices, data, engine and state."""
 
     config: Config
     device: torch.device
@@ -71,10 +71,13 @@ class Run:
 
 
 def train_step(run: Run, must_stop: bool) -> tuple[dict[str, Any], bool]:
-    """One optimizer step: advances the state, returns what to log and whether any rank must stop.
+    """Do one optimizer step and advance the state.
+
+    Returns:
+        The values to log, and whether any rank must stop.
 
     Raises:
-        UserError: one of the guards ends the run.
+        UserError: a guard ends the run.
     """
     config, state, guards = run.config, run.state, run.guards
     stage = config.stage_at(state.step)
@@ -104,13 +107,13 @@ def train_step(run: Run, must_stop: bool) -> tuple[dict[str, Any], bool]:
 
 
 def accumulate_gradients(run: Run, batches: list[Batch], num_labels: int) -> Tensor:
-    """Forward and backward passes of this rank's micro-batches.
+    """Run the forward and backward passes of this rank's micro-batches.
 
     Returns:
         The mean loss over all labels of the step, the same on all ranks: a float64 scalar.
     """
     num_losses = max(1, num_labels)  # rows of single-token documents have no label
-    # DeepSpeed averages gradients over ranks; this makes them those of the mean over all labels.
+    # DeepSpeed averages gradients over ranks; this factor gives those of the mean over all labels.
     loss_scale = torch.full((), run.grid.world_size / num_losses, device=run.device)
     total_loss = torch.zeros((), device=run.device, dtype=torch.float64)
     for index, batch in enumerate(batches, start=1):
@@ -118,8 +121,8 @@ def accumulate_gradients(run: Run, batches: list[Batch], num_labels: int) -> Ten
         total_loss += loss.detach()
         if index == len(batches):
             dist.all_reduce(total_loss)
-            # All ranks agree on the loss before the last backward pass. Gradients of a bad step
-            # become non-finite there, and DeepSpeed applies no such step, on any rank.
+            # All ranks know the loss before the last backward pass. That pass makes the gradients
+            # of a bad step non-finite, and DeepSpeed skips such a step on all ranks.
             is_bad = ~(total_loss / num_losses <= run.guards.loss_limit())
             loss_scale.masked_fill_(is_bad, torch.nan)
         run.engine.backward(loss * loss_scale)
@@ -127,7 +130,7 @@ def accumulate_gradients(run: Run, batches: list[Batch], num_labels: int) -> Ten
 
 
 def count_over_ranks(run: Run, batches: list[Batch], must_stop: bool) -> Totals:
-    """What all ranks' micro-batches hold, and whether any rank must stop: one all-reduce."""
+    """Sum over all ranks' micro-batches, and whether any rank must stop, in one all-reduce."""
     model, train = run.config.model, run.config.train
     digest = sum(batch.digest for batch in batches)
     run.guards.enter("forward")
@@ -155,6 +158,6 @@ def count_over_ranks(run: Run, batches: list[Batch], must_stop: bool) -> Totals:
 
 
 def last_rows(run: Run) -> range:
-    """Global indices of the rows of the step that was done last."""
+    """Global indices of the rows of the last completed step."""
     num_rows = run.config.stage_at(run.state.step - 1).rows_per_step
     return range(run.state.rows - num_rows, run.state.rows)

@@ -163,7 +163,7 @@ def test_every_setting_that_makes_another_model_is_told_and_no_other() -> None:
     keys = [line.partition(":")[0] for line in lines]
     settings = ("rope_theta", "rope_scaling", "tie_embeddings", "fold", "full_every")
     assert keys == [f"model.{name}" for name in settings]
-    assert lines[3] == "model.fold: is [8], the checkpoint has [16] (set it back)"
+    assert lines[3] == "model.fold: must be [16], as in the checkpoint, got [8] (restore it)"
     head_size = load_config(path).model.head_size
     same = ["model.fold=[16]", "model.init_std=0.5", "model.hop_bias_init=1.0", "train.steps=999"]
     same.append(f"model.head_dim={head_size}")

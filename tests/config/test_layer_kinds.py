@@ -196,4 +196,4 @@ def test_every_setting_of_routes_is_told_when_it_differs() -> None:
     routes = ["route.block", "route.top_k", "route.stretch", "route.open_tile"]
     assert sorted(differing(before)) == sorted(routes)
     (line,) = model_differences(before, load_config(DEMO, [GIVEN, "model.route.block=32"]))
-    assert line == "model.route.block: is 32, the checkpoint has 64 (set it back)"
+    assert line == "model.route.block: must be 64, as in the checkpoint, got 32 (restore it)"

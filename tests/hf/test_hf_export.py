@@ -319,7 +319,7 @@ def test_another_model_than_the_checkpoints_is_refused(
     export = ("export", "--config", config, "--output", tmp_path / "hf", "model.fold=[16]")
     assert launcher_here("convert.py", *export) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    what = "model.fold: is [16], the checkpoint has [4, 8] (set it back)"
+    what = "model.fold: must be [4, 8], as in the checkpoint, got [16] (restore it)"
     assert line == f"error: {checkpoint.folder}: {what}"
     assert not (tmp_path / "hf").exists()
     other = load_config(config, ["model.fold=[16]"])

@@ -201,9 +201,9 @@ def test_rank_that_sees_an_old_folder_waits_until_it_sees_what_rank_0_sees(
 def test_nothing_whole_is_an_error_not_a_start_from_scratch(saved: Path) -> None:
     for name in (NEWEST, OLDER):
         (saved / name / "rank-00001.safetensors").unlink()
-    with pytest.raises(UserError, match=r"no checkpoint is whole .*rank-00001.*missing"):
+    with pytest.raises(UserError, match=r"no checkpoint is intact .*rank-00001.*missing"):
         newest_checkpoint(saved)
     for name in (NEWEST, OLDER):
         shutil.rmtree(saved / name)
-    with pytest.raises(UserError, match="its checkpoints are gone"):
+    with pytest.raises(UserError, match="are missing"):
         newest_checkpoint(saved)

@@ -150,7 +150,7 @@ def test_too_many_skips_in_a_row_end_the_run_in_one_line(
     assert job.wait() == [EXIT_USER_ERROR]
     (line,) = job.errors()
     assert "step 7: loss is not finite" in line
-    assert "3 steps in a row" in line
+    assert "3 consecutive steps" in line
 
 
 def test_spike_can_end_the_run(tiny: TinyRuns, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,7 +222,7 @@ def test_spike_in_a_made_up_log_is_found_and_nothing_else(tiny: TinyRuns, seed: 
 
 def test_spike_that_lasts_ends_the_run(tiny: TinyRuns) -> None:
     guard = StepGuard(tiny("run", 'guards.spike="skip"'))
-    with pytest.raises(UserError, match=rf"step {SPIKE.start + 9}: .*10 steps in a row"):
+    with pytest.raises(UserError, match=rf"step {SPIKE.start + 9}: .*10 consecutive steps"):
         skipped_steps(guard, synthetic_log(0))
 
 
@@ -347,7 +347,7 @@ def test_only_a_later_start_of_the_same_job_takes_a_run_over(
 def test_checkpoint_that_cannot_fit_is_refused_at_start(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    with pytest.raises(UserError, match=r"run\.dir: .* GiB are free, one checkpoint takes"):
+    with pytest.raises(UserError, match=r"run\.dir: must have .* GiB free for one checkpoint"):
         check_disk_space(tmp_path, 1 << 60, 2)
     check_disk_space(tmp_path, 1 << 10, 2)
     assert capsys.readouterr().out == ""
@@ -379,8 +379,8 @@ def test_replay_gives_the_recorded_step_and_writes_nothing(
     lines = job.output().splitlines()
     recorded = losses(run)[step - 1]
     assert f"replay of step {step}: from {begin}" in lines
-    assert f"train/loss: {recorded!r}, then {recorded!r}: as recorded" in lines
-    assert sum(line.endswith(": as recorded") for line in lines) == 2
+    assert f"train/loss: {recorded!r}, recorded {recorded!r}: equal" in lines
+    assert sum(line.endswith(": equal") for line in lines) == 2
     assert any(line.startswith("documents: ") for line in lines)
     assert not any(line.startswith("note: ") for line in lines)
     assert snapshot(run) == before
@@ -390,7 +390,7 @@ def test_replay_names_settings_that_are_not_those_of_the_run(tiny: TinyRuns) -> 
     tiny.finish(tiny("run", "checkpoint.keep_every=2"))
     job = replay_job(tiny("run", "checkpoint.keep_every=2", "optim.lr=0.1", "zero.stage=1"), 5, 1)
     assert job.wait() == [0], job.output()
-    note = "note: optim.lr, zero.stage: not as when the run was last started"
+    note = "note: changed since the run was last started: optim.lr, zero.stage"
     assert note in job.output().splitlines()
 
 
@@ -398,7 +398,7 @@ def test_replay_names_settings_that_are_not_those_of_the_run(tiny: TinyRuns) -> 
 def test_replay_is_of_a_step_of_the_run(tiny: TinyRuns, step: int) -> None:
     job = replay_job(tiny("run"), step, 1)
     assert job.wait() == [EXIT_USER_ERROR], job.output()
-    assert job.errors() == [f"error: --replay: {step} is no step (they count from 1 to 8)"]
+    assert job.errors() == [f"error: --replay: must be from 1 to train.steps = 8, got {step}"]
 
 
 def test_replay_of_an_imported_run_never_begins_with_other_weights(tiny: TinyRuns) -> None:
@@ -434,10 +434,10 @@ def test_imported_weights_stay_and_no_run_starts_over_from_them(tiny: TinyRuns) 
     manifest = run / "step-00000004/manifest.json"
     content = manifest.read_bytes()
     manifest.write_bytes(content[:100])
-    with pytest.raises(UserError, match="no checkpoint is whole"):
+    with pytest.raises(UserError, match="no checkpoint is intact"):
         newest_checkpoint(run)
     shutil.rmtree(run / "step-00000004")
-    with pytest.raises(UserError, match="its checkpoints are gone"):
+    with pytest.raises(UserError, match="are missing"):
         newest_checkpoint(run)
     assert select_checkpoint(run, 0).step == 0
 
@@ -517,8 +517,8 @@ def test_an_earlier_stage_keeps_its_rows_per_step(tiny: TinyRuns, stage: str, ro
     job = Job(tiny("run", f"train.earlier_stages=[{stage}]"))
     assert job.wait() == [EXIT_USER_ERROR], job.output()
     (line,) = job.errors()
-    assert line.startswith(f"error: train.earlier_stages: 2 steps have {rows} rows, ")
-    assert line.endswith("has 16 (set them back, or choose a new run.dir)")
+    assert line.startswith("error: train.earlier_stages: 2 steps must have the 16 rows of ")
+    assert line.endswith(f", got {rows} (restore the phases, or choose a new run.dir)")
     # The last stage has no end, and may change.
     tiny.finish(tiny("run", stages, "train.rows_per_step=2", "train.steps=5"))
 

@@ -170,7 +170,7 @@ def test_background_save_whose_ranks_cannot_agree_is_no_success(tiny: TinyRuns) 
     config = tiny("run", "checkpoint.background=true", "checkpoint.every=40", "train.steps=100000")
     job = Job(config, 2, prepare)
     assert job.wait() == [EXIT_CRASH] * 2, job.output()
-    assert "a save in the background has failed: ending after this step" in job.output()
+    assert "a background save has failed: ending after this step" in job.output()
     assert "connection reset by peer" in job.output()
 
 

@@ -226,8 +226,8 @@ def test_request_to_stop_saves_and_asks_to_be_requeued(
 @pytest.mark.parametrize(
     ("override", "problem"),
     [
-        ("model.fold=[8]", "model.fold: is [8], the checkpoint has [16]"),
-        ("run.seed=5", "was trained on other data"),
+        ("model.fold=[8]", "model.fold: must be [16], as in the checkpoint, got [8]"),
+        ("run.seed=5", "was trained with other data"),
         ("run.dir={config}", "run.dir: {config} is not a directory"),
     ],
 )
@@ -258,7 +258,7 @@ def test_other_data_or_a_damaged_checkpoint_is_one_error_line(
     content[-3] ^= 4
     file.write_bytes(content)
     damaged = train_ranks(ranks=1, code=2)
-    assert "no checkpoint is whole" in damaged
+    assert "no checkpoint is intact" in damaged
     assert "Traceback" not in damaged
     manifest = json.loads((tmp_path / "run/step-00000003/manifest.json").read_text())
     assert manifest["step"] == 3
