@@ -1,1 +1,1 @@
-"""The commands: what `tensorlm NAME` and the files of launcher/ run."""
+"""The commands that `tensorlm NAME` and the files of launcher/ run."""

@@ -1,7 +1,7 @@
-"""The command `tensorlm`: one name for each thing that a user does.
+"""The command `tensorlm NAME`.
 
-Each runs what a file of launcher/ runs, with the same settings, errors and exit codes. DeepSpeed
-and Slurm start files; people type names.
+Each name runs the same code as a file of launcher/, with the same settings, errors and exit codes.
+The files are for DeepSpeed and Slurm, which start files.
 """
 
 import sys
@@ -13,7 +13,7 @@ from tensorlm.runtime.errors import EXIT_DONE, EXIT_USER_ERROR
 
 
 class Command(NamedTuple):
-    """A module of this room, and the arguments that stand before the user's."""
+    """A module of this package, and the arguments to insert before the user's."""
 
     module: str
     help: str
@@ -43,7 +43,7 @@ COMMANDS = {
 
 
 def main() -> None:
-    """Run the command that the first argument names, and end the process with its code."""
+    """Run the command named by the first argument, and end the process with its exit code."""
     words = sys.argv[1:]
     if words[:1] == ["--version"]:
         print(f"tensorlm {__version__}")
@@ -63,7 +63,7 @@ def main() -> None:
 
 
 def usage() -> str:
-    """All commands, a line each."""
+    """Help text: all commands, one line each."""
     width = max(map(len, COMMANDS))
     lines = [f"  {name:<{width}}  {command.help}" for name, command in COMMANDS.items()]
     return "\n".join(

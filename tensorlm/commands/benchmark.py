@@ -143,10 +143,11 @@ def attention(args: argparse.Namespace) -> int:
         folds = [_fold(part) for part in args.folds.split(";") if part]
         sizes = [_fold(part) for part in args.routes.split(";") if part]
         if any(len(size) != 2 for size in sizes):
-            raise ValueError("a route is TOP_K x BLOCK")
+            raise ValueError("a route must be TOP_KxBLOCK")
     except ValueError as reason:
         raise UserError(
-            f"--lengths, --folds, --routes: {reason} (like 32768,131072 and 1024;32x32 and 16x64)"
+            "--lengths, --folds, --routes: must be like 32768,131072 and 1024;32x32 and 16x64, got "
+            f"{args.lengths} and {args.folds} and {args.routes} ({reason})"
         ) from None
 
     import torch
@@ -171,7 +172,7 @@ def attention(args: argparse.Namespace) -> int:
         measured = bench.measure(length, folds, routes, documents, args.full_limit)
         rows += measured
         print(bench.format_table(measured, ceilings) + "\n", flush=True)
-        if args.json:  # after each length: what was measured outlives an interruption
+        if args.json:  # after each length, so that an interruption loses nothing
             args.json.write_text(json_text([row._asdict() for row in rows], indent=1) + "\n")
         if args.plot:
             bench.plot(rows, str(args.plot))
@@ -197,7 +198,7 @@ def add_sp(parser: argparse.ArgumentParser) -> None:
     )
     from tensorlm.plan.exchange import Machine
 
-    machine = Machine()  # that of docs/sequence_parallelism.md
+    machine = Machine()  # the machine of docs/sequence_parallelism.md
     parser.add_argument(
         "--gpus-per-node",
         type=int,
@@ -245,7 +246,7 @@ def sp(args: argparse.Namespace) -> int:
     config, launch = load_config(args.config, args.overrides), read_launch_env()
     check_positive(args, "repeats", "gpus_per_node", "nvlink", "network", "latency", "tflops")
     if args.overlap is not None and not 0 <= args.overlap <= 1:
-        raise UserError("--overlap: must be from 0 to 1")
+        raise UserError(f"--overlap: must be from 0 to 1, got {args.overlap:g}")
     if not args.only_project:
         config.check_ranks(launch.world_size)
 
@@ -333,7 +334,7 @@ def train(args: argparse.Namespace) -> int:
     methods = args.methods.split(",")
     unknown = [method for method in methods if method not in METHODS]
     if unknown:
-        raise UserError(f"--methods: must be of {', '.join(METHODS)}, got {unknown[0]}")
+        raise UserError(f"--methods: must be among {', '.join(METHODS)}, got {unknown[0]}")
     try:
         for method in methods:
             shape_of(config.model, method)
@@ -342,7 +343,7 @@ def train(args: argparse.Namespace) -> int:
     rows: list[bench.TrainMeasurement] = []
     found: dict[str, int] = {}
 
-    def save() -> None:  # after each measurement: it outlives an interruption
+    def save() -> None:  # after each measurement, so that an interruption loses nothing
         if args.json:
             content = {"rows": [row._asdict() for row in rows], "longest": found}
             args.json.write_text(json_text(content, indent=1) + "\n")
@@ -362,14 +363,37 @@ def train(args: argparse.Namespace) -> int:
 
 
 def add_decode(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", required=True, help="TOML file; its shape, layers and dtype")
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="replace a setting")
-    parser.add_argument("--lengths", default="32768,131072", help="tokens of the prompts")
     parser.add_argument(
-        "--methods", default="tensorlm,huggingface", help="methods to time, separated by commas"
+        "--config", required=True, help="TOML file of the run, for its shape, layers and dtype"
     )
-    parser.add_argument("--new-tokens", type=int, default=64, help="tokens to time (default 64)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every number")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key.sub=value",
+        help="settings that replace those of the file, such as train.steps=100",
+    )
+    parser.add_argument(
+        "--lengths",
+        default="32768,131072",
+        metavar="LIST",
+        help="prompt lengths in tokens, separated by commas (default: 32768,131072)",
+    )
+    parser.add_argument(
+        "--methods",
+        default="tensorlm,huggingface",
+        metavar="LIST",
+        help="methods to time, separated by commas (default: tensorlm,huggingface)",
+    )
+    parser.add_argument(
+        "--new-tokens",
+        type=int,
+        default=64,
+        metavar="N",
+        help="number of generated tokens to time (default: 64)",
+    )
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="also write every number to this file"
+    )
     parser.set_defaults(run=decode)
 
 
@@ -384,11 +408,11 @@ def decode(args: argparse.Namespace) -> int:
     unknown = [method for method in methods if method not in bench.METHODS]
     if unknown:
         allowed = ", ".join(bench.METHODS)
-        raise UserError(f"--methods: must be of {allowed}, got {unknown[0]} (correct it)")
+        raise UserError(f"--methods: must be among {allowed}, got {unknown[0]}")
     rows: list[bench.DecodeMeasurement] = []
     for row in bench.measure(config, lengths, methods, args.new_tokens):
         rows.append(row)
-        if args.json:  # after each measurement: it outlives an interruption
+        if args.json:  # after each measurement, so that an interruption loses nothing
             args.json.write_text(json_text([row._asdict() for row in rows], indent=1) + "\n")
     print(bench.format_table(rows), flush=True)
     return 0
@@ -468,7 +492,7 @@ def memory(args: argparse.Namespace) -> int:
     for outcome in bench.measure_points(points, args.seconds, args.each):
         outcomes.append(asdict(outcome))
         print(bench.format_outcome(outcome), flush=True)
-        if args.json:  # after each point: what was measured outlives an interruption
+        if args.json:  # after each point, so that an interruption loses nothing
             args.json.write_text(json_text(outcomes, indent=1) + "\n")
     return 0
 

@@ -119,13 +119,13 @@ def export(args: argparse.Namespace, config: Config) -> int:
     )
     from tensorlm.hf.streamed_loss import describe_losses
 
-    check_new_folder(args.output)  # now: to verify a large checkpoint takes minutes
+    check_new_folder(args.output)  # early: verifying a large checkpoint takes minutes
     run_dir = Path(config.run.dir)
     checkpoint = select_checkpoint(run_dir, args.checkpoint)
     trained = parse_config(checkpoint.manifest["config"], str(checkpoint.folder))
     check_model(checkpoint, config)
     imported = imported_folder(run_dir)
-    sha256 = checkpoint.manifest.get("tokenizer_sha256")  # None: it was imported, not trained
+    sha256 = checkpoint.manifest.get("tokenizer_sha256")  # None for imported weights
     data_tokenizer = Path(config.data.path) / "tokenizer"
     candidates = [data_tokenizer, *([imported] if imported else [])]
     if sha256 is None:
@@ -139,7 +139,7 @@ def export(args: argparse.Namespace, config: Config) -> int:
             if args.tokenizer is None:
                 raise
             print(f"note: {error}")
-    if args.push_to_hub:  # before the work, since this is what may be refused
+    if args.push_to_hub:  # before the export, since the Hub may refuse
         hub.create_repository(args.push_to_hub, public=args.public)
     rounds = args.dtype == "bf16" and checkpoint.step > 0 and was_imported(run_dir)
     start = imported_start(checkpoint) if rounds else None
@@ -168,7 +168,7 @@ def export(args: argparse.Namespace, config: Config) -> int:
 
 def _check_folder(folder: Path) -> None:
     if not folder.is_dir():
-        raise UserError(f"--hf {folder}: no such folder (download the model first)")
+        raise UserError(f"--hf: must be a folder, got {folder} (download the model first)")
 
 
 def _write_config(args: argparse.Namespace) -> int:
@@ -179,7 +179,7 @@ def _write_config(args: argparse.Namespace) -> int:
     command = shlex.join(["--config", str(args.write_config), "--hf", str(args.hf)])
     print(
         f"{args.write_config}: a configuration for {args.hf}; set [data], [optim] and [train], "
-        f"then: python launcher/convert.py import {command}"
+        f"then run: python launcher/convert.py import {command}"
     )
     return 0
 
@@ -190,7 +190,7 @@ def import_(args: argparse.Namespace, config: Config) -> int:
 
     folder = import_weights(args.hf, config)
     settings = shlex.join([args.config, *args.overrides])
-    print(f"{folder}: weights of {args.hf}; training with --config {settings} starts there")
+    print(f"{folder}: weights of {args.hf}; training with --config {settings} starts from them")
     tokenizer = Path(config.data.path) / "tokenizer"
     if note := describe_another_tokenizer(args.hf, tokenizer, config.data.path):
         print(note)

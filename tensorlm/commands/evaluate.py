@@ -1,9 +1,9 @@
 """Evaluate a checkpoint or a Hugging Face folder: perplexity, passkey, needles, RULER.
 
 Evaluate:
-  launcher/evaluate.py --config C --lengths 4096,8192,131072 --tasks ppl,recall,passkey,niah,ruler
+  python launcher/evaluate.py --config C --lengths 4096,131072 --tasks ppl,recall,passkey,niah,ruler
 Join the reports of several evaluations:
-  launcher/evaluate.py --compare DIR DIR ... --output DIR
+  python launcher/evaluate.py --compare DIR DIR ... --output DIR
 
 An evaluation writes report.json, report.md, report.html and the plots into RUN/eval/step-N, and
 scalars into the run's TensorBoard.
@@ -69,7 +69,7 @@ def main() -> int:
         help="folder for the report (default: below RUN/eval; required with --compare)",
     )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed adds it
-    args = parser.parse_intermixed_args()  # settings may stand anywhere
+    args = parser.parse_intermixed_args()  # settings may appear anywhere
     if args.compare:
         return _compare(args.compare, args.output)
     if not args.config:
@@ -80,7 +80,7 @@ def main() -> int:
     if args.tasks:
         names = ",".join(f'"{name}"' for name in args.tasks.split(","))
         overrides.append(f"eval.tasks=[{names}]")
-    overrides.append("eval.every=0")  # else what only holds in the middle of training is checked
+    overrides.append("eval.every=0")  # skip checks that only concern evaluation during training
     config = load_config(args.config, overrides)
 
     from tensorlm.evaluation.launch import evaluate_on_ranks

@@ -75,7 +75,7 @@ def main() -> int:
     tokenizer = load_tokenizer(args.model)
     model = load_folder(args.model).to(device)
     ids = tokenizer.encode(prompt, add_special_tokens=False)
-    if ids[:1] != [tokenizer.bos_token_id]:  # as documents began in training
+    if ids[:1] != [tokenizer.bos_token_id]:  # documents began with it in training
         ids.insert(0, tokenizer.bos_token_id)
     tokens = torch.tensor([ids], device=device)
     settings = {"do_sample": args.temperature > 0, "prefill_chunk_size": args.prefill_chunk}
@@ -88,32 +88,41 @@ def main() -> int:
 
 
 def check_arguments(args: argparse.Namespace) -> None:
-    """Raise UserError, a line for each option that makes no sense."""
+    """Raise UserError, with one line for each invalid option."""
     if not (args.model / "config.json").exists():
-        raise UserError(f"{args.model}: no config.json (make it with launcher/convert.py export)")
+        raise UserError(
+            f"{args.model}: must contain config.json (write the folder with launcher/convert.py "
+            "export)"
+        )
     chunk = 1 if args.prefill_chunk is None else args.prefill_chunk
     checks = [
-        ("max-new-tokens", args.max_new_tokens >= 1, "at least 1"),
-        ("temperature", args.temperature == 0 or 1e-6 <= args.temperature < math.inf,
-         "0 (greedy), or at least 1e-6"),
-        ("top-p", 0 < args.top_p <= 1, "above 0 and at most 1"),
-        ("seed", 0 <= args.seed < 2**64, "at least 0 and below 2**64"),
-        ("prefill-chunk", chunk >= 1, "at least 1"),
+        ("max-new-tokens", args.max_new_tokens, args.max_new_tokens >= 1, "at least 1"),
+        ("temperature", args.temperature,
+         args.temperature == 0 or 1e-6 <= args.temperature < math.inf,
+         "0 (greedy) or at least 1e-6"),
+        ("top-p", args.top_p, 0 < args.top_p <= 1, "above 0 and at most 1"),
+        ("seed", args.seed, 0 <= args.seed < 2**64, "at least 0 and below 2**64"),
+        ("prefill-chunk", chunk, chunk >= 1, "at least 1"),
     ]  # fmt: skip
-    problems = [f"--{name}: must be {what}" for name, is_good, what in checks if not is_good]
+    problems = [
+        f"--{name}: must be {rule}, got {value}" for name, value, is_good, rule in checks
+        if not is_good
+    ]  # fmt: skip
     if problems:
         raise UserError(*problems)
 
 
 def read_prompt(argument: str) -> str:
-    """The text of `--prompt`, or of standard input."""
+    """Read the text of `--prompt`, or of standard input."""
     content = sys.stdin.buffer.read() if argument == "-" else os.fsencode(argument)
     if not content:
-        raise UserError("--prompt: is empty")
+        raise UserError("--prompt: must not be empty")
     try:
         return content.decode()
     except UnicodeDecodeError as error:
-        raise UserError(f"--prompt: not UTF-8 text ({error.reason} at {error.start})") from None
+        raise UserError(
+            f"--prompt: must be UTF-8, got an {error.reason} at byte {error.start}"
+        ) from None
 
 
 def run() -> None:

@@ -35,10 +35,10 @@ def main() -> int:
         metavar="key.sub=value",
         help="settings that replace those of the file, such as train.steps=100",
     )
-    args = parser.parse_intermixed_args()  # settings may stand anywhere
+    args = parser.parse_intermixed_args()  # settings may appear anywhere
     config, gpu = load_config(args.config, args.overrides), find_gpu(args.gpu)
     if args.gpus < 1:
-        raise UserError(f"--gpus: {args.gpus} must be positive")
+        raise UserError(f"--gpus: must be at least 1, got {args.gpus}")
     plan = make_plan(config, args.gpus, gpu)
     proposals = propose(plan)
     print(format_plan(plan, proposals, args.config))

@@ -23,6 +23,7 @@ from tensorlm.data.tokenizer.tokenizers import (
     load_tokenizer,
     train_tokenizer,
 )
+from tensorlm.runtime.arguments import check_plot
 from tensorlm.runtime.errors import UserError
 from tensorlm.runtime.exit import run_launcher
 from tensorlm.runtime.launch_env import launched_world_size
@@ -154,7 +155,7 @@ def main() -> int:
 
     _check(args)
     if args.command == "tokenizer":
-        check_new_tokenizer(args.output)  # now: training takes minutes
+        check_new_tokenizer(args.output)  # early: training takes minutes
         files = find_files(args.input, args.exclude)
         texts = read_documents(files, args.text_field, args.max_bytes, args.max_document_bytes)
         train_tokenizer(texts, args.vocab_size, args.output)
@@ -176,34 +177,34 @@ def main() -> int:
             found, _ = open_shards(split)
             check_tokenizer(args.data / "tokenizer", found[0].header.tokenizer_sha256)
             load_tokenizer(args.data / "tokenizer")
-            print(f"{split}: {len(found)} shards are whole")
+            print(f"{split}: all shards are intact ({len(found)})")
     else:
         _inspect(args)
     return 0
 
 
 def _check(args: argparse.Namespace) -> None:
-    """Numbers and names that argparse takes as they are."""
+    """Check numbers and names that argparse does not check."""
     least = {
         "vocab_size": 1, "max_bytes": 0, "max_document_bytes": 1, "workers": 0, "shard_bytes": 1,
         "samples": 0,
     }  # fmt: skip
     for name, value in least.items():
         if getattr(args, name, value) < value:
-            raise UserError(f"--{name.replace('_', '-')}: {getattr(args, name)} is too small")
+            option = f"--{name.replace('_', '-')}"
+            raise UserError(f"{option}: must be at least {value}, got {getattr(args, name)}")
     if args.command == "encode" and not 0 <= args.holdout < 1:
-        raise UserError(f"--holdout: {args.holdout} is not a share (0 <= share < 1)")
+        raise UserError(f"--holdout: must be at least 0 and below 1, got {args.holdout}")
     if args.command == "inspect":
         if min(args.seq_len) < 1:
-            raise UserError(f"--seq-len: {min(args.seq_len)} is too small")
-        if args.plot and args.plot.suffix != ".png":
-            raise UserError(f"--plot: {args.plot} is not a name of a .png")
+            raise UserError(f"--seq-len: must be at least 1, got {min(args.seq_len)}")
+        check_plot(args.plot)
 
 
 def _splits(data: Path) -> list[Path]:
     splits = [data / name for name in ("train", "valid") if (data / name).is_dir()]
     if not splits:
-        raise UserError(f"{data}: no data set (no train/ or valid/; make one with encode)")
+        raise UserError(f"{data}: must contain train/ or valid/ (write a data set with encode)")
     return splits
 
 

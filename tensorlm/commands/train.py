@@ -35,8 +35,8 @@ def main(stop: StopRequest) -> int:
         "without training",
     )
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it
-    args = parser.parse_intermixed_args()  # settings may stand anywhere
-    # What imports torch takes seconds, in which signals are listened to already.
+    args = parser.parse_intermixed_args()  # settings may appear anywhere
+    # Importing torch takes seconds, and signals must be handled before that.
     from tensorlm.config import load_config
     from tensorlm.runtime.launch_env import (
         launched_world_size,
@@ -61,7 +61,7 @@ def main(stop: StopRequest) -> int:
     code = train(config, launch, stop)
     if code == EXIT_PREEMPTED and restarts_failed_ranks():
         if launch.rank == 0:
-            print("leaving with 0, not 75: torchrun --max-restarts would start again", flush=True)
+            print("exit code 0 instead of 75: torchrun would restart the run otherwise", flush=True)
         return EXIT_DONE
     return code
 
@@ -69,5 +69,6 @@ def main(stop: StopRequest) -> int:
 def run() -> None:
     """Run this command with the arguments of the process, and end the process."""
     stop = StopRequest().listen()
-    # Launchers end all ranks when one has left: a request to stop may mean that it has told why.
+    # Launchers end all ranks when one has left: a request to stop may mean that another rank has
+    # already reported the error.
     run_launcher(lambda: main(stop), leave_at_once=True, is_told=lambda: stop.is_asked)

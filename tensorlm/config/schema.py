@@ -287,7 +287,9 @@ class GuardsConfig(Section):
     replica_every: int = Field(
         100,
         ge=0,
-        description="steps between checks that all ranks hold the same weights (0: no checks)",
+        description="steps between checks that weights are equal on all ranks and that memory has "
+        "not changed since the last step; weights are also compared before each save (0: neither "
+        "check, not even before saves)",
     )
     hang_seconds: float = Field(
         30.0,

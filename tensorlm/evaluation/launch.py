@@ -43,7 +43,10 @@ def evaluate_on_ranks(
         UserError: what the user can mend; lengths that did not fit, after the report is written.
     """
     if hugging_face and not (hugging_face / "config.json").exists():
-        raise UserError(f"{hugging_face}: no config.json (make it with launcher/convert.py export)")
+        raise UserError(
+            f"{hugging_face}: must contain config.json (write the folder with launcher/convert.py "
+            "export)"
+        )
     folder = hugging_face or Path(config.data.path) / "tokenizer"
     logging.set_verbosity_error()  # else a warning that `tensorlm` is not one of its own models
     documents = _open_documents(config, config.eval.lengths, folder)

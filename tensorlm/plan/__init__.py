@@ -1,1 +1,1 @@
-"""Memory and time of a run, predicted from formulas before anything is built."""
+"""Predictions of a run's memory and time from formulas, without building anything."""

@@ -1,9 +1,11 @@
-"""Memory of activations on one rank: what blocks keep for the backward, and what one block and the
-output head need while they compute. Letters as in `job.py`.
+"""Memory of activations on one rank.
 
-The counts are those of `model.py`, `layers.py` and `loss.py` operation by operation; the tests
-compare them with every tensor that PyTorch makes. One rule decides most of them: an operation frees
-what it has saved when its own backward is over.
+Counts what blocks keep for the backward pass, and what one block and the output head need while
+they compute. Letters as in `job.py`.
+
+The counts follow `tensorlm/model` operation by operation; the tests compare them with every tensor
+that PyTorch allocates. One rule decides most of them: an operation frees what it has saved when its
+own backward is done.
 """
 
 from tensorlm.config import LayerKind
@@ -11,18 +13,20 @@ from tensorlm.config import LayerKind
 from .job import FP32, Job
 from .operator import OperatorMemory, operator_memory
 
-# Hidden states on their way to the host, or back, while the block before or after computes.
+# Hidden states being copied to the host, or back, while a neighbouring block computes.
 OFFLOADS_IN_FLIGHT = 2
 
 
 def hidden_state(job: Job) -> int:
-    """w C t: what one block passes to the next."""
+    """w C t: the tensor that one block passes to the next."""
     return job.itemsize * job.config.model.hidden_size * job.tokens
 
 
 def saved_by_norm(job: Job) -> int:
-    """Its input (float32, or as it is where Liger's kernel runs), the product with the weight, and
-    one float32 a token; PyTorch's operations also keep the normalized input.
+    """What a norm saves: its input, the product with the weight, and one float32 per token.
+
+    PyTorch's operations save the input in float32, and the normalized input too; Liger's kernel
+    saves the input unchanged.
     """
     per_token = FP32 * job.tokens
     if job.runs_liger:
@@ -31,18 +35,19 @@ def saved_by_norm(job: Job) -> int:
 
 
 def saved_by_first_norm(job: Job) -> int:
-    """As the others, but an input that is kept as it is is the block's own, counted there."""
+    """`saved_by_norm`, without an input that is already counted as the block's own input."""
     return saved_by_norm(job) - (hidden_state(job) if keeps_own_input(job) else 0)
 
 
 def keeps_own_input(job: Job) -> bool:
-    """Whether a norm keeps its input itself, not a float32 copy."""
+    """Whether a norm saves its input itself rather than a float32 copy."""
     return job.runs_liger or job.itemsize == FP32
 
 
 def norm_workspace(job: Job) -> int:
-    """Tensors at the peak of a norm's backward, its input among them: 6 in float32 (5 where none is
-    cast), or Liger's 3 of w bytes.
+    """Tensors at the peak of a norm's backward, including its input.
+
+    6 in float32 (5 if none is cast); with Liger 3 of w bytes per element.
     """
     if job.runs_liger:
         return 3 * hidden_state(job)
@@ -51,31 +56,32 @@ def norm_workspace(job: Job) -> int:
 
 
 def mlp_width(job: Job, tokens: int) -> int:
-    """w I of so many tokens: one of SwiGLU's intermediate tensors."""
+    """w I `tokens`: one of SwiGLU's intermediate tensors."""
     return job.itemsize * job.config.model.intermediate_size * tokens
 
 
 def is_tiled(job: Job) -> bool:
-    """Whether SwiGLU sees fewer tokens at one time than one forward pass has."""
+    """Whether SwiGLU processes a forward pass in tiles of tokens."""
     return 0 < job.config.train.mlp_chunk < job.tokens
 
 
 def saved_by_mlp(job: Job) -> int:
-    """gate, up and their product, and by PyTorch's operations silu(gate); nothing in tiles."""
+    """gate, up and their product; with PyTorch's operations silu(gate) too; nothing if tiled."""
     if is_tiled(job):
         return 0
     return (3 if job.runs_liger else 4) * mlp_width(job, job.tokens)
 
 
 def saved_by_block(job: Job, operator: OperatorMemory) -> int:
-    """All that the backward of a block needs, except its input."""
+    """What a block saves for its backward, except its input."""
     norms = saved_by_first_norm(job) + saved_by_norm(job)
     return norms + operator.saved + saved_by_mlp(job)
 
 
 def kept_by_block(job: Job, operator: OperatorMemory) -> int:
-    """What a block keeps on the GPU until its backward: with recomputation, its input, and the
-    choice of a routed layer.
+    """What a block keeps on the GPU until its backward.
+
+    With recomputation: its input, and the choice of a routed layer.
     """
     if job.offloads_activations:
         return operator.kept
@@ -86,12 +92,12 @@ def kept_by_block(job: Job, operator: OperatorMemory) -> int:
 
 
 def mlp_peak(job: Job, operator: OperatorMemory, reduction: int) -> int:
-    """SwiGLU's backward, before the norms and attention of the block have had theirs.
+    """Peak of SwiGLU's backward, which comes before that of the block's norms and attention.
 
-    By PyTorch's operations six of its tensors at once, and five beside the gradient of `down`, four
-    when that is reduced; Liger writes gradients over gate and up, so there are fewer. Last, that of
-    gate beside two gradients of the input. In tiles: seven (or four) tensors of one tile beside
-    float32 gradients of all three weights.
+    With PyTorch's operations: six of its tensors at once; then five with the gradient of `down`;
+    then four while that is reduced. Liger overwrites gate and up with gradients, so it needs fewer.
+    At the end: the gradient of gate and two gradients of the input. In tiles: seven tensors of one
+    tile (Liger: four) and float32 gradients of all three weights.
     """
     norms = saved_by_first_norm(job) + saved_by_norm(job)
     waiting = norms + operator.saved + hidden_state(job)
@@ -112,27 +118,35 @@ def mlp_peak(job: Job, operator: OperatorMemory, reduction: int) -> int:
 
 
 def norm_peak(job: Job, operator: OperatorMemory) -> int:
-    """The second norm's backward: the first norm and attention wait, the residual is beside it."""
+    """Peak of the second norm's backward: what the first norm and attention saved is still there,
+    and the residual's gradient.
+    """
     waiting = saved_by_first_norm(job) + operator.saved + hidden_state(job)
     return waiting + norm_workspace(job) + held_by_tiles(job)
 
 
 def attention_peak(job: Job, operator: OperatorMemory) -> int:
-    """The operator's backward: the first norm waits, the residual is beside it."""
+    """Peak of attention's backward: what the first norm saved is still there, and the residual's
+    gradient.
+    """
     waiting = saved_by_first_norm(job) + operator.saved + hidden_state(job)
     return waiting + operator.backward + held_by_tiles(job)
 
 
 def held_by_tiles(job: Job) -> int:
-    """Tiles that are not recomputed hold their input until the whole backward is over."""
+    """Input of a tiled SwiGLU, kept until the whole backward is done if it is not recomputed."""
     return hidden_state(job) if is_tiled(job) and not job.recomputes else 0
 
 
 def block_peak(job: Job, operator: OperatorMemory, reduction: int = 0) -> int:
-    """One block's backward, with all that it keeps or has computed again, except its input (and
-    a choice that recomputation has kept).
+    """Peak of one block's backward, with everything it has kept or recomputed.
 
-    `reduction`: bytes that gradients of weights need on their way to other ranks meanwhile.
+    Excludes its input, and a choice that recomputation keeps.
+
+    Args:
+        job: the job.
+        operator: memory of the block's attention operator.
+        reduction: bytes that the reduction of weight gradients needs at the same time.
     """
     if job.recomputes:
         operator = operator._replace(saved=operator.saved - operator.kept)
@@ -142,7 +156,7 @@ def block_peak(job: Job, operator: OperatorMemory, reduction: int = 0) -> int:
 
 
 def saved_activations(job: Job, operators: dict[LayerKind, OperatorMemory], blocks: int) -> int:
-    """What the first `blocks` blocks keep."""
+    """Bytes that the first `blocks` blocks keep for their backward."""
     kept = sum(kept_by_block(job, operators[kind]) for kind in job.kinds[:blocks])
     if job.offloads_activations:
         kept += min(blocks, OFFLOADS_IN_FLIGHT) * hidden_state(job)
@@ -150,10 +164,10 @@ def saved_activations(job: Job, operators: dict[LayerKind, OperatorMemory], bloc
 
 
 def head_peak(job: Job) -> int:
-    """The last norm, and the output head with its gradients, one chunk of logits at a time.
+    """Peak of the output head: what the last norm saved, and the head with its gradients.
 
-    Float32 gradients of the weight, and those of hidden states. Beside them float32 logits and
-    their softmax; or the logits' gradients and the weight's, of one chunk.
+    Gradients of the weight in float32, and of the hidden states. In addition, for one chunk of
+    tokens: float32 logits and their softmax, or the gradients of logits and weight.
     """
     chunk = min(job.config.train.loss_chunk, job.tokens)
     logits = job.config.model.vocab_size * chunk
@@ -162,34 +176,34 @@ def head_peak(job: Job) -> int:
 
 
 def head_gradient(job: Job, reduction: int) -> int:
-    """The backward of the head: its weight's gradient, which is cast from float32, or reduced."""
+    """Peak of the head's backward: its weight's gradient, cast from float32 or being reduced."""
     gradient, chunk = job.itemsize * job.table, min(job.config.train.loss_chunk, job.tokens)
     scaled = FP32 * job.config.model.hidden_size * chunk  # hidden states' gradients, by chunk
     cast = FP32 * job.table if job.itemsize < FP32 else scaled
-    # The norm's output is gone, the gradient of it is there.
+    # The norm's output has been freed; its gradient takes the same space.
     return saved_by_norm(job) + gradient + max(cast, reduction)
 
 
 def embedding_peak(job: Job) -> int:
-    """The embedding's backward: the gradients of its output and of the whole table."""
+    """Peak of the embedding's backward: the gradients of its output and of the whole table."""
     return hidden_state(job) + job.itemsize * job.table
 
 
 def shared_gradient(job: Job) -> int:
-    """A tied table: the head's part of its gradient waits for the embedding's."""
+    """The head's part of a tied table's gradient, kept until the embedding's part is computed."""
     return job.itemsize * job.table if job.config.model.tie_embeddings else 0
 
 
 def rotary_table(job: Job, positions: int | None = None) -> int:
-    """4 D per position (of the whole row): a cosine and a sine for each pair."""
+    """4 D per position of the whole row: a cosine and a sine for each pair of elements."""
     return FP32 * job.config.model.head_size * (positions or job.stage.seq_len)
 
 
 def batch(job: Job) -> int:
-    """Tokens and labels (int64), document starts (int32)."""
+    """Tokens and labels (int64) and document starts (int32)."""
     return (8 + 8 + 4) * job.tokens
 
 
 def operators_of(job: Job) -> dict[LayerKind, OperatorMemory]:
-    """The attention operator of each kind of layer, on a GPU."""
+    """Memory of the attention operator on a GPU, by kind of layer."""
     return {kind: operator_memory(job, kind) for kind in set(job.kinds)}

@@ -1,4 +1,4 @@
-"""Memory of perplexity in the middle of training: passes over whole windows, without a backward.
+"""Memory of perplexity during training: forward passes over whole windows.
 
 Windows are batched as in `tensorlm/evaluation/perplexity.py`.
 """
@@ -14,7 +14,7 @@ from .operator import OperatorMemory, sizes
 
 
 def window_jobs(job: Job) -> list[Job]:
-    """The passes of an evaluation, one for each length: `job` with its windows as rows."""
+    """The passes of an evaluation, one per length: `job` with the windows as its rows."""
     settings = job.config.eval
     if not settings.every or "ppl" not in settings.tasks:
         return []
@@ -30,20 +30,20 @@ def window_jobs(job: Job) -> list[Job]:
 
 
 def pass_peak(job: Job, operators: dict[LayerKind, OperatorMemory]) -> int:
-    """Of one pass: its largest block, or the output head."""
+    """Peak of one pass: the largest block, or the output head."""
     return max(*(block_pass(job, operators[kind]) for kind in job.kinds), head_pass(job))
 
 
 def block_pass(job: Job, operator: OperatorMemory) -> int:
-    """The largest of a block's parts, each beside the hidden states that wait for it."""
+    """Peak of one block: its largest part, with the hidden states that are still needed."""
     x = act.hidden_state(job)
     q, k, _, _ = sizes(job)
-    attention = max(operator.forward, 2 * (q + k) + x)  # the last product, beside q, k, v
+    attention = max(operator.forward, 2 * (q + k) + x)  # the last product, with q, k, v
     return max(2 * x + attention, 2 * x + norm_pass(job), 3 * x + mlp_pass(job))
 
 
 def norm_pass(job: Job) -> int:
-    """A norm's output; by PyTorch's operations also what it is the product of, in float32 first."""
+    """A norm's output; with PyTorch's operations, also its factors, in float32 at first."""
     x, wide = act.hidden_state(job), FP32 * job.config.model.hidden_size * job.tokens
     if job.runs_liger:
         return x + FP32 * job.tokens
@@ -51,7 +51,7 @@ def norm_pass(job: Job) -> int:
 
 
 def mlp_pass(job: Job) -> int:
-    """gate, up and their product (PyTorch: silu(gate) too), and in tiles the product before."""
+    """gate, up and their product (PyTorch: silu(gate) too); in tiles also the previous product."""
     tensors = 3 if job.runs_liger else 4
     if not act.is_tiled(job):
         return tensors * act.mlp_width(job, job.tokens)
@@ -60,7 +60,7 @@ def mlp_pass(job: Job) -> int:
 
 
 def head_pass(job: Job) -> int:
-    """The last norm beside its input, or float32 logits of a chunk and their logarithms."""
+    """The last norm with its input, or a chunk's float32 logits and their log-softmax."""
     chunk = min(job.config.train.loss_chunk, job.tokens)
     logits = 2 * FP32 * job.config.model.vocab_size * chunk
     return act.hidden_state(job) + max(norm_pass(job), logits)

@@ -1,7 +1,7 @@
-"""What one shared layer would take on 8 to 1,024 GPUs, from link bandwidths and a compute rate.
+"""Projected time of one layer with sequence parallelism on 8 to 1,024 GPUs.
 
-The formula is in docs/sequence_parallelism.md, and so are the measurements of two GPUs that the
-rates inside a node come from; what it gives for more GPUs is measured nowhere.
+docs/sequence_parallelism.md has the formula, and the measurements on two GPUs that give the rates
+inside a node. Projections for more GPUs have not been compared with measurements.
 """
 
 from collections.abc import Sequence
@@ -19,21 +19,21 @@ GPUS = (8, 16, 32, 64, 128, 256, 512, 1024)
 
 @dataclass(frozen=True)
 class Machine:
-    """What one GPU is assumed to reach; bandwidths are one way.
+    """Rates that one GPU is assumed to reach; bandwidths are one way.
 
-    Those marked so were measured on two H200, 65,536 tokens of Llama-8B on each.
+    Values marked "measured": two H200, each with 65,536 tokens of Llama-8B.
     """
 
     gpus_per_node: int = 8
-    nvlink: float = 200e9  # bytes/s of a swap, packing included (measured; NVLink 4 itself: 450)
+    nvlink: float = 200e9  # bytes/s of a swap, packing included (measured; NVLink 4: 450e9)
     network: float = 40e9  # bytes/s: 80 % of 400 Gbit/s per GPU
     latency: float = 2e-6  # seconds per message
-    flops: float = 570e12  # FLOP/s of a layer that exchanges nothing (measured; peak: 989 in bf16)
-    overlap: float = 0.45  # of what hop 1 could hide of the swap of q and k (measured)
+    flops: float = 570e12  # FLOP/s of a layer without exchange (measured; bf16 peak: 989e12)
+    overlap: float = 0.45  # share of the possible overlap of hop 1 with the swap (measured)
 
 
 class Projection(NamedTuple):
-    """Of one layer, forward and backward, per GPU."""
+    """Bytes and times of one layer, forward and backward, per GPU."""
 
     gpus: int
     seq_len: int
@@ -50,7 +50,7 @@ class Projection(NamedTuple):
 
 
 def project(config: Config, gpus: int, machine: Machine) -> Projection:
-    """Layer 0 of `config`, one row of as many tokens per GPU as `config` gives each rank."""
+    """Project layer 0 of `config` for one row, with the tokens per GPU of `config` per rank."""
     model, tokens = config.model, config.data.seq_len // config.parallel.sp
     seq_len, kind = tokens * gpus, model.layer_kind(0)
     per_pair = 4 * model.num_heads * model.head_size
@@ -66,7 +66,7 @@ def project(config: Config, gpus: int, machine: Machine) -> Projection:
         swaps = [_swap_seconds(size, others, machine) for size in sizes if size]
         halo = 0.0
         if neighbours:
-            # A node's last GPU sends to another node; all wait for it.
+            # A node's last GPU sends to another node, and all GPUs wait for it.
             link = machine.network if others[1] else machine.nvlink
             halo = neighbours / link + machine.latency
         hidden = min(swaps[0], hop_1 * (2 if backward else 1)) if swaps and hop_1 else 0.0
@@ -79,7 +79,7 @@ def project(config: Config, gpus: int, machine: Machine) -> Projection:
 
 
 def _sent(config: Config, seq_len: int, sp: int, backward: bool) -> tuple[float, ...]:
-    """Bytes of layer 0 per token of the row: to neighbours, then of each exchange of all ranks."""
+    """Bytes of layer 0 per token of the row: sent to neighbours, then in each exchange of all."""
     model, kind = config.model, config.model.layer_kind(0)
     itemsize = 2 if config.train.dtype == "bf16" else 4
     if kind in ("window", "routed"):
@@ -97,14 +97,14 @@ def _sent(config: Config, seq_len: int, sp: int, backward: bool) -> tuple[float,
 
 
 def _swap_seconds(num_bytes: float, others: tuple[int, int], machine: Machine) -> float:
-    """One swap: both kinds of links at the same time, and a message to each other rank."""
+    """Seconds of one swap: both kinds of links work in parallel, one message per other rank."""
     inside, outside = (num_bytes * count / sum(others) for count in others)
     slower = max(inside / machine.nvlink, outside / machine.network)
     return slower + sum(others) * machine.latency
 
 
 def project_all(config: Config, machine: Machine) -> list[Projection]:
-    """For each number of GPUs in GPUS that can share such a row."""
+    """Projections for each number of GPUs in GPUS that can share such a row."""
     tokens = config.data.seq_len // config.parallel.sp
     projections = []
     for gpus in GPUS:
@@ -123,13 +123,15 @@ def format_projection(projections: Sequence[Projection], config: Config, machine
     lines = [
         "Projection, not a measurement: one layer, forward and backward, per GPU. "
         f"Each GPU holds {tokens:,} tokens of one row, {kind}, {config.train.dtype}.",
-        f"Assumed: {machine.gpus_per_node} GPUs a node, {machine.nvlink / 1e9:g} GB/s inside it, "
-        f"{machine.network / 1e9:g} GB/s a GPU between nodes, {machine.latency * 1e6:g} us a "
-        f"message, {machine.flops / 1e12:g} TFLOP/s a GPU; nothing is recomputed.",
-        "A swap takes max(bytes inside / node, bytes outside / network) + (GPUs - 1) messages; "
-        f"hop 1 hides {machine.overlap:.0%} of what it could of the first one; exposed: the rest.",
+        f"Assumed: {machine.gpus_per_node} GPUs per node; bandwidth per GPU "
+        f"{machine.nvlink / 1e9:g} GB/s inside a node and {machine.network / 1e9:g} GB/s between "
+        f"nodes; {machine.latency * 1e6:g} us per message; {machine.flops / 1e12:g} TFLOP/s per "
+        "GPU; no recomputation.",
+        "A swap takes max(bytes inside a node / its bandwidth, bytes between nodes / their "
+        "bandwidth) + (GPUs - 1) messages. Hop 1 hides "
+        f"{machine.overlap:.0%} of the possible overlap with the first swap; the rest is exposed.",
         "",
-        "| GPUs = sp | tokens a row | sent MB | between nodes MB | compute ms | exchange ms | "
+        "| GPUs = sp | tokens per row | sent MB | between nodes MB | compute ms | exchange ms | "
         "exposed ms | efficiency |",
         "|---" * 8 + "|",
     ]

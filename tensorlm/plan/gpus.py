@@ -1,6 +1,4 @@
-"""The GPUs that a run can be planned for: figures of their data sheets, and the shares of them
-that training reaches.
-"""
+"""GPUs for plans: figures from data sheets, and the shares of them that training reaches."""
 
 from dataclasses import dataclass
 
@@ -10,32 +8,33 @@ from tensorlm.runtime.errors import UserError
 GIB = 2**30
 
 # Shares of the data sheet. A product of 8192^3 reaches 0.8 of an H100's peak and a copy 0.9 of its
-# bandwidth (kernels/README.md); a layer's products are smaller, other kernels less simple.
+# bandwidth (kernels/README.md); a layer's products are smaller, and its other kernels less simple.
 MATMUL_SHARE = 0.70
 BANDWIDTH_SHARE = 0.80
 LINK_SHARE = 0.80
 SWAP_SHARE = 0.44  # of NVLink, packing included: two H200 (docs/sequence_parallelism.md)
 
-# Tensorized attention, FLOPs per second as a share of the peak, and full attention by the same
-# kernels: both measured on H100 and H200 (kernels/README.md, "Measured").
+# FLOP/s of tensorized attention, and of full attention by the same kernels, as shares of the peak:
+# both measured on H100 and H200 (kernels/README.md, "Measured").
 FOLDED_SHARE = (0.30, 0.21)  # forward, backward
 FULL_SHARE = (0.46, 0.37)
-# A window, a routed hop, and the scores of a choice: H200, 131,072 tokens, window 1,024, 16 blocks
-# of 64 (the same place; 32,768 tokens follow to 4 %). Of the routed hop, the pairs of a token's
-# own choice count, and the time is of the union of a tile's.
+# The same for a window, a routed hop and the scores of a choice, measured on an H200 with 131,072
+# tokens, window 1,024 and 16 blocks of 64 (same section; 32,768 tokens agree within 4 %). For the
+# routed hop, FLOPs count the pairs of each token's own choice; the time is that of the union of a
+# tile's choices.
 WINDOW_SHARE = (0.40, 0.29)
 ROUTED_SHARE = (0.17, 0.12)
 CHOICE_SHARE = 0.077
 
-# CPU and host of one rank: AdamW of PyTorch on its share of the cores, in bytes/s. An assumption.
+# Bytes/s of PyTorch's AdamW on the CPU, on one rank's share of the cores. An assumption.
 HOST_BANDWIDTH = 20e9
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """One GPU as its data sheet has it; bandwidths in bytes/s, links one way.
+    """One GPU, from its data sheet; bandwidths in bytes/s, of links one way.
 
-    `memory` is what a program can allocate, in bytes: less than the sheet's gigabytes.
+    `memory` is what a program can allocate, in bytes, which is less than on the data sheet.
     """
 
     name: str
@@ -43,12 +42,12 @@ class Gpu:
     flops: float  # dense bf16, FLOP/s
     bandwidth: float  # of its memory
     nvlink: float  # to the other GPUs of its node
-    network: float  # to other nodes: one adapter a GPU
+    network: float  # to other nodes: one adapter per GPU
     host_link: float  # PCI Express
     per_node: int = 8
 
 
-# NVIDIA data sheets of the SXM boards; network adapters of the DGX of each generation.
+# NVIDIA's data sheets of the SXM boards; network adapters of each generation's DGX.
 GPUS = {
     "a100": Gpu("A100", 79 * GIB, GPU_PEAKS["A100"], 2.04e12, 300e9, 25e9, 32e9),
     "h100": Gpu("H100", 78 * GIB, GPU_PEAKS["H100"], 3.35e12, 450e9, 50e9, 64e9),
@@ -58,10 +57,10 @@ GPUS = {
 
 
 def find_gpu(text: str) -> Gpu:
-    """A GPU by name, or one with so many GiB and otherwise an H100.
+    """Find a GPU by name, or by its GiB of memory (all other figures are then an H100's).
 
     Raises:
-        UserError: neither a known name nor a positive number.
+        UserError: `text` is neither a known name nor a positive number.
     """
     if text.lower() in GPUS:
         return GPUS[text.lower()]
@@ -70,9 +69,9 @@ def find_gpu(text: str) -> Gpu:
     except ValueError:
         gib = 0.0
     if not 0 < gib < float("inf"):
-        raise UserError(f"--gpu: {text} is unknown (valid: {', '.join(GPUS)}, or GiB of memory)")
+        raise UserError(f"--gpu: must be {', '.join(GPUS)} or GiB of memory, got {text}")
     sheet = GPUS["h100"]
     return Gpu(
-        f"GPU of {gib:g} GiB, else as an H100", gib * GIB, sheet.flops, sheet.bandwidth,
+        f"GPU with {gib:g} GiB (otherwise H100)", gib * GIB, sheet.flops, sheet.bandwidth,
         sheet.nvlink, sheet.network, sheet.host_link,
     )  # fmt: skip

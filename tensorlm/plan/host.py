@@ -1,4 +1,4 @@
-"""Host memory of one rank, in bytes: what is offloaded, copied, read ahead."""
+"""Host memory of one rank, in bytes: what is offloaded, copied and read ahead."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,15 +7,17 @@ from . import activations as act
 from .job import FP32, Job
 from .state import moment_bytes
 
-# Python, PyTorch, and CUDA's own host memory in one process. An assumption.
+# Python, PyTorch and CUDA in one process. An assumption.
 PROCESS = 4 << 30
-_SAVED_STATE = 3 * FP32  # a background save copies weights and moments in float32 (checkpoint.py)
+_SAVED_STATE = 3 * FP32  # a background save copies weights and moments in float32
 
 
 @dataclass(frozen=True)
 class HostMemory:
-    """Bytes of one rank by part, while it trains and before; `mapped` are the token files, which
-    a node's ranks share and the system can drop.
+    """Bytes of one rank: by part while it trains, and at the start.
+
+    `mapped` is the size of the token files. A node's ranks share them, and the system can drop them
+    from memory.
     """
 
     parts: dict[str, int]
@@ -28,7 +30,7 @@ class HostMemory:
 
 
 def host_memory(job: Job) -> HostMemory:
-    """What one rank needs of its node."""
+    """Host memory that one rank needs."""
     parts = {
         "process": PROCESS,
         "offloaded_optimizer": offloaded_optimizer(job),
@@ -40,12 +42,15 @@ def host_memory(job: Job) -> HostMemory:
 
 
 def pinned(num_bytes: int) -> int:
-    """PyTorch's allocator of pinned memory rounds up to a power of two."""
+    """Bytes that PyTorch's pinned allocator takes: it rounds up to a power of two."""
     return 1 << (num_bytes - 1).bit_length() if num_bytes else 0
 
 
 def offloaded_optimizer(job: Job) -> int:
-    """Weights, gradients, both moments, two tensors of AdamW's own; stage 3: gradients twice."""
+    """Weights, gradients, both moments and AdamW's two temporary tensors.
+
+    At ZeRO stage 3 gradients are there twice.
+    """
     if not job.offloads_optimizer:
         return 0
     moments = moment_bytes(job) * job.shard
@@ -58,12 +63,12 @@ def offloaded_optimizer(job: Job) -> int:
 
 
 def offloaded_activations(job: Job) -> int:
-    """The hidden state that each block keeps."""
+    """The hidden states that all blocks keep."""
     return job.layers * pinned(act.hidden_state(job)) if job.offloads_activations else 0
 
 
 def checkpoint_copy(job: Job) -> int:
-    """12 P / N with background saves: what the thread writes while training goes on."""
+    """12 P / N with background saves: the copy that the thread writes while training continues."""
     if not job.config.checkpoint.background:
         return 0
     owned = job.shard if job.zero else job.parameters // job.gpus
@@ -71,18 +76,19 @@ def checkpoint_copy(job: Job) -> int:
 
 
 def batches(job: Job) -> int:
-    """This step's and the next one's."""
+    """Batches of the current and the next step."""
     return 2 * job.micro_batches * act.batch(job)
 
 
 def initialisation(job: Job) -> int:
-    """DeepSpeed's stage 3 moves its shard through the host. (Of random weights, 16 MiB are there at
-    one time.)
+    """DeepSpeed's stage 3 copies its shard through the host.
+
+    (Drawing random weights takes only 16 MiB at a time.)
     """
     return job.itemsize * job.shard if job.zero == 3 else 0
 
 
 def mapped_data(job: Job) -> int:
-    """Token files of the training split, where they are on this machine."""
+    """Bytes of the training split's token files; 0 if they are not on this machine."""
     folders = [Path(source.path) / "train" for source in job.config.data.all_sources]
     return sum(path.stat().st_size for folder in folders for path in folder.glob("*.tokens"))

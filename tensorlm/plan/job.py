@@ -1,8 +1,8 @@
-"""What all formulas read: a configuration on a number of GPUs, one stage of it, in plain numbers.
+"""The input of all formulas: one phase of a configuration on a number of GPUs.
 
-The letters are those of the formulas: V vocabulary, C hidden size, I size of SwiGLU, L layers, H
-query heads and K key heads of size D, t tokens that one rank passes through the model at one time,
-N ranks, w bytes of a working weight or activation.
+Letters in the formulas: V vocabulary size, C hidden size, I width of SwiGLU, L layers, H query
+heads and K key heads of size D, P parameters, t tokens of one forward pass on one rank, N ranks, w
+bytes of a working weight or activation.
 """
 
 from dataclasses import dataclass
@@ -16,12 +16,12 @@ FP32 = 4  # bytes of a float32
 
 @dataclass(frozen=True)
 class Platform:
-    """What differs between the device that trains and the CPU that tests count tensors on."""
+    """Differences between a GPU and the CPU on which the tests count tensors."""
 
     is_gpu: bool = True
     fused_adam: bool = True  # no temporary tensors in the update (optim.py)
-    rotates_above: int = 256  # windows from which keys are rotated into a copy (gpu/tiles.py)
-    library_workspace: int = 32 << 20  # cuBLAS allocates it through PyTorch, on Hopper
+    rotates_above: int = 256  # keys per query above which keys are rotated into a copy (tiles.py)
+    library_workspace: int = 32 << 20  # of cuBLAS on Hopper, allocated through PyTorch
 
 
 CUDA = Platform()
@@ -29,13 +29,13 @@ CUDA = Platform()
 
 @dataclass(frozen=True)
 class ZeroLimits:
-    """DeepSpeed's limits, in elements: `tensorlm/train/engine.py` leaves them at their defaults."""
+    """DeepSpeed's limits, in elements; `tensorlm/train/engine.py` keeps the defaults."""
 
     reduce_bucket: int = 500_000_000
-    sub_group: int = 1_000_000_000  # stage 3: elements that are updated at one time
-    prefetch: int = 50_000_000  # stage 3: gathered ahead
-    max_reuse: int = 1_000_000_000  # stage 3: not released if used again within so many
-    persistent: int = 100_000  # stage 3: largest parameter that every rank keeps whole
+    sub_group: int = 1_000_000_000  # stage 3: elements updated at one time
+    prefetch: int = 50_000_000  # stage 3: elements gathered ahead
+    max_reuse: int = 1_000_000_000  # stage 3: kept if used again within this many elements
+    persistent: int = 100_000  # stage 3: largest parameter that every rank keeps in full
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Weight:
 
 @dataclass(frozen=True)
 class Job:
-    """One stage of a run, as one rank sees it."""
+    """One phase of a run, seen from one rank."""
 
     config: Config
     gpus: int
@@ -86,7 +86,7 @@ class Job:
 
     @property
     def micro_batches(self) -> int:
-        """Forward passes of one rank in one optimizer step."""
+        """Number of forward passes of one rank in one optimizer step."""
         return max(1, self.stage.rows_per_step // (self.dp * self.stage.micro_batch))
 
     @property
@@ -95,12 +95,12 @@ class Job:
 
     @property
     def runs_liger(self) -> bool:
-        """Whether norms and SwiGLU are Liger's kernels; "auto" asks what is installed here."""
+        """Whether norms and SwiGLU run Liger's kernels; "auto" depends on this installation."""
         return runs_liger(self.config.train.fused_layers, self.platform.is_gpu)
 
     @property
     def offloads_activations(self) -> bool:
-        """Only what a recomputed block keeps can be offloaded."""
+        """Whether activations are offloaded, which requires recomputation."""
         return self.recomputes and self.config.train.activation_offload
 
     @property
@@ -125,7 +125,7 @@ class Job:
 
     @cached_property
     def parameters(self) -> int:
-        """P: parameters of the model."""
+        """P: number of parameters of the model."""
         return sum(weight.total for weight in self.weights)
 
     @cached_property
@@ -140,7 +140,7 @@ class Job:
 
     @property
     def table(self) -> int:
-        """V C: elements of the embedding, and of the output head; the largest parameters."""
+        """V C: elements of the embedding and of the output head, the largest parameters."""
         return self.config.model.vocab_size * self.config.model.hidden_size
 
     @property
@@ -174,10 +174,10 @@ def plan_jobs(
     platform: Platform = CUDA,
     limits: ZeroLimits = ZeroLimits(),
 ) -> list[Job]:
-    """One job for each stage of the run.
+    """One job for each phase of the run.
 
     Raises:
-        UserError: so many ranks cannot share its work.
+        UserError: `gpus` ranks cannot share its work.
     """
     config.check_world(gpus)
     return [Job(config, gpus, stage, platform, limits) for stage in config.stages]

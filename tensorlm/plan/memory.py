@@ -1,4 +1,4 @@
-"""GPU memory of one rank: what exists at the same time, in each phase of a step."""
+"""GPU memory of one rank: what exists at the same time, at each moment of a step."""
 
 from dataclasses import dataclass
 
@@ -9,18 +9,18 @@ from . import evaluation, prompts, state
 from .job import Job
 from .operator import OperatorMemory
 
-# PyTorch's allocator holds blocks that fit no request: reserved beyond what tensors need. Measured:
-# 0.2 to 5 %, and 8 % of a step of 10 GiB (docs/planning.md).
+# PyTorch's allocator reserves more than the tensors need, since free blocks do not fit all
+# requests. Measured: 0.2 to 5 %, and 8 % in a step of 10 GiB (docs/planning.md).
 ALLOCATOR_SLACK = 0.04
-# Outside the allocator: CUDA's context and kernels, 1.65 GiB measured in a step of the 8B model;
-# and NCCL's buffers where there are other ranks, an assumption.
+# Outside the allocator: CUDA's context and kernels, 1.65 GiB measured in a step of the 8B model,
+# and with several ranks NCCL's buffers (an assumption).
 CUDA_CONTEXT = 1700 << 20
 NCCL_BUFFERS = 1 << 30
 
 
 @dataclass(frozen=True)
 class Phase:
-    """A moment of a step and the bytes of each part then, by the names of the functions."""
+    """A moment of a step, and the bytes of each part at that moment, by name of its function."""
 
     name: str
     parts: dict[str, int]
@@ -32,7 +32,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class GpuMemory:
-    """All phases of one job, in bytes per rank."""
+    """Memory at all moments of a job, in bytes per rank."""
 
     phases: tuple[Phase, ...]
     gpus: int
@@ -48,22 +48,23 @@ class GpuMemory:
 
     @property
     def overhead(self) -> int:
-        """Beyond tensors: slack of the allocator, CUDA and NCCL."""
+        """Bytes beyond tensors: the allocator's slack, CUDA and NCCL."""
         outside = CUDA_CONTEXT + (NCCL_BUFFERS if self.gpus > 1 else 0)
         return round(self.allocated * ALLOCATOR_SLACK) + outside
 
     @property
     def needed(self) -> int:
-        """What the GPU must have."""
+        """Bytes that the GPU must have."""
         return self.allocated + self.overhead
 
 
 def gpu_memory(job: Job, operators: dict[LayerKind, OperatorMemory] | None = None) -> GpuMemory:
-    """All phases of a step, and the start.
+    """Memory at the start and at all moments of a step.
 
     Args:
-        operators: memory of the attention operator by kind of layer; that of the Triton kernels by
-            default.
+        job: the job.
+        operators: memory of the attention operator by kind of layer (default: that of the Triton
+            kernels).
     """
     operators = operators or act.operators_of(job)
     layers = job.layers
@@ -77,14 +78,15 @@ def gpu_memory(job: Job, operators: dict[LayerKind, OperatorMemory] | None = Non
         _update(job),
     ]
     done = _blocks_before_reductions(job)
-    # From one to the next, gradients grow and saved activations shrink: an end is the largest.
+    # From one reduction to the next, gradients grow and saved activations shrink, both linearly:
+    # the largest sum is at the first or the last.
     for blocks in sorted({*done[:1], *done[-1:]}):
         phases.append(_block(job, operators, layers - blocks, job.limits.reduce_bucket))
     return GpuMemory(tuple(phases), job.gpus)
 
 
 def evaluation_memory(job: Job) -> dict[int, GpuMemory]:
-    """Perplexity between two steps, by the length of its windows; none where it is not measured."""
+    """Memory of perplexity between two steps, by window length; empty if it is not measured."""
     memories = {}
     for windows in evaluation.window_jobs(job):
         length = windows.stage.seq_len
@@ -99,7 +101,7 @@ def evaluation_memory(job: Job) -> dict[int, GpuMemory]:
 
 
 def prompt_memory(job: Job) -> dict[int, GpuMemory]:
-    """Prompts between two steps, by their length; none where no task has prompts."""
+    """Memory of prompts between two steps, by length; empty if no task has prompts."""
     memories = {}
     for length in prompts.prompt_lengths(job):
         prompt = prompts.PromptPass(job, length)
@@ -114,7 +116,7 @@ def prompt_memory(job: Job) -> dict[int, GpuMemory]:
 
 
 def _between_steps(job: Job) -> dict[str, int]:
-    """What exists while the model is evaluated in the middle of training."""
+    """What exists while the model is evaluated during training."""
     return _resting(job) | {
         "gradients": state.gradients(job, 0),
         "reduce_bucket": state.reduce_bucket(job) if job.zero == 3 else 0,
@@ -122,7 +124,7 @@ def _between_steps(job: Job) -> dict[str, int]:
 
 
 def _resting(job: Job) -> dict[str, int]:
-    """What exists all the time."""
+    """What exists at all times."""
     return {
         "weights": state.weights(job),
         "master_weights": state.master_weights(job),
@@ -133,7 +135,7 @@ def _resting(job: Job) -> dict[str, int]:
 
 
 def _with_gradients(job: Job, computed: int) -> dict[str, int]:
-    """Also the gradients, after `computed` elements of this micro-batch and all of those before."""
+    """`_resting` and gradients, after `computed` elements of the last micro-batch."""
     reduces_all = job.micro_batches > 1 or computed == job.parameters
     grads = state.gradients(job, job.parameters if reduces_all else computed, reduces_all)
     return _resting(job) | {"gradients": grads, "reduce_bucket": state.reduce_bucket(job)}
@@ -146,7 +148,7 @@ def _inputs(job: Job) -> dict[str, int]:
 def _loss(job: Job, operators: dict[LayerKind, OperatorMemory]) -> Phase:
     parts = _with_gradients(job, 0) | _inputs(job)
     if job.zero != 3:
-        parts["reduce_bucket"] = 0  # made with the first gradient
+        parts["reduce_bucket"] = 0  # allocated with the first gradient
     return Phase(
         "loss",
         parts
@@ -159,7 +161,7 @@ def _loss(job: Job, operators: dict[LayerKind, OperatorMemory]) -> Phase:
 
 
 def _head_gradient(job: Job, operators: dict[LayerKind, OperatorMemory]) -> Phase:
-    """The first gradient: it is cast, or reduced at once where the bucket is too small for it."""
+    """The first gradient is cast, or reduced at once if the bucket is too small for it."""
     large = job.zero < 2 or job.table > job.limits.reduce_bucket
     reduction = state.reduction(job, job.table) if large else 0
     return Phase(
@@ -177,13 +179,13 @@ def _head_gradient(job: Job, operators: dict[LayerKind, OperatorMemory]) -> Phas
 def _block(
     job: Job, operators: dict[LayerKind, OperatorMemory], left: int, reduced: int = 0
 ) -> Phase:
-    """Backward of block `left` (from 1): `left - 1` blocks have theirs before them."""
+    """Backward of block `left` (from 1); `left - 1` blocks still follow."""
     layers = job.layers
     computed = job.table + (layers - left) * job.block
     each = job.config.model.hidden_size * job.config.model.intermediate_size
     reduction = state.reduction(job, reduced or (each if job.zero < 2 else 0))
     is_reducing = " while gradients are reduced" if reduced else ""
-    # Without recomputation what this block has kept is part of its own peak.
+    # Without recomputation, what this block has kept is part of its own peak.
     before = left if job.recomputes else left - 1
     return Phase(
         f"backward of block {left} of {layers}{is_reducing}",
@@ -202,7 +204,7 @@ def _block(
 
 
 def _embedding(job: Job) -> Phase:
-    """The last gradient, and the reduction of all that is in the bucket, or of the table alone."""
+    """The last gradient, and the reduction of the bucket or of the table alone."""
     elements = min(job.parameters, job.limits.reduce_bucket)
     if job.zero < 2 or job.table > job.limits.reduce_bucket:
         elements = job.table
@@ -226,7 +228,7 @@ def _update(job: Job) -> Phase:
 
 
 def _blocks_before_reductions(job: Job) -> list[int]:
-    """How many blocks are done when one's gradients no longer fit the bucket, which is reduced."""
+    """Numbers of blocks after which the bucket is full and is reduced."""
     if job.zero < 2:
         return []
     head = 0 if job.table > job.limits.reduce_bucket else job.table

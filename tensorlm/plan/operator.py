@@ -1,8 +1,9 @@
-"""Memory of the attention operator, from the tensors that its Triton kernels are launched with.
+"""Memory of the attention operator, from the tensors that its Triton kernels need.
 
-`chain` is `kernels/tensor_attention/gpu/chain.py`, on whole rows. `shared` is the same on rows
-that `sp` ranks share (`parallel/fold_parallel/attention.py`): one operator per hop, and exchanges.
-Both are per rank and layer, in bytes, and count the letters of `job.py`; m is the number of hops.
+`chain` follows `kernels/tensor_attention/gpu/chain.py` for whole rows. `shared` follows
+`parallel/fold_parallel/attention.py` for rows that `sp` ranks share, with one operator per hop and
+exchanges. All sizes are bytes per rank and layer, in the letters of `job.py`; m is the number of
+hops.
 """
 
 import math
@@ -19,9 +20,13 @@ STATE = 4  # bytes of a log-sum-exp, a row sum, or a token's reach: float32, int
 
 
 class OperatorMemory(NamedTuple):
-    """`saved` lives from forward to backward, with q, k, v and the output. `backward` is what the
-    backward adds at its peak, with the gradient that arrives. `forward` is the peak of a forward
-    that keeps nothing, with q, k, v. `kept` is the part of `saved` that recomputation keeps too.
+    """Bytes of the operator of one layer.
+
+    Attributes:
+        saved: kept from forward to backward, including q, k, v and the output.
+        backward: what backward adds at its peak, including the incoming gradient.
+        forward: peak of a forward pass that saves nothing, including q, k, v.
+        kept: the part of `saved` that recomputation keeps too.
     """
 
     saved: int
@@ -31,7 +36,7 @@ class OperatorMemory(NamedTuple):
 
 
 def operator_memory(job: Job, kind: LayerKind) -> OperatorMemory:
-    """Of one layer of this kind."""
+    """Memory of one layer of this kind."""
     fold = job.config.model.fold if kind == "strided" else ()
     if kind == "routed":
         return routed(job) if job.sp == 1 else _with_gathered(job, routed(job))
@@ -44,8 +49,10 @@ def operator_memory(job: Job, kind: LayerKind) -> OperatorMemory:
 
 
 def chain(job: Job, axes: Sequence[Axis]) -> OperatorMemory:
-    """q, k, v, z of every hop, a log-sum-exp and a reach each; backward dq, dk, two dz, and q and k
-    rotated where windows are long.
+    """Memory of hops on whole rows.
+
+    Saved: q, k, v, and z, log-sum-exp and reach of every hop. Backward: dq, dk, two dz, and rotated
+    q and k if windows are long.
     """
     q, k, lse, token = sizes(job)
     hops = len(axes)
@@ -53,9 +60,9 @@ def chain(job: Job, axes: Sequence[Axis]) -> OperatorMemory:
     peaks = []
     for i, axis in enumerate(axes):
         is_last = i == hops - 1
-        # dq, dk, dvalues, and dz that the hop after has left
+        # dq, dk, dvalues, and dz from the next hop
         gradients = q + k + (q if i else k) + (0 if is_last else q)
-        # <dz, z>; dlse from the hop after; dbias, dlse and <dz, z> for the hop before
+        # <dz, z>; dlse from the next hop; dbias, dlse and <dz, z> for the previous hop
         rows = 1 + (not is_last) + (3 if i else 0)
         peaks.append(gradients + sum(_rotated(job, axis.stride, axis.length)) + rows * lse)
     keys = max(_rotated(job, axis.stride, axis.length)[1] for axis in axes)
@@ -63,8 +70,11 @@ def chain(job: Job, axes: Sequence[Axis]) -> OperatorMemory:
 
 
 def routed(job: Job) -> OperatorMemory:
-    """The window's q, k, v, z, log-sum-exp and reach; those two of the routed hop, the documents'
-    starts and the choice. Lists of blocks are made anew in each direction (gpu/routed_lists.py).
+    """Memory of a routed layer on whole rows.
+
+    Saved: q, k, v, and z, log-sum-exp and reach of the window; z and log-sum-exp of the routed hop,
+    document starts and the choice. Lists of blocks are computed in each direction
+    (gpu/routed_lists.py).
     """
     q, k, lse, token = sizes(job)
     model, route = job.config.model, job.config.model.route
@@ -81,21 +91,21 @@ def routed(job: Job) -> OperatorMemory:
     backward = max(
         # dz; dq, dk, dvalues, dz of the window; its dlse, <dz, z>; keys and queries rotated
         q + 2 * lists.entries + lists.ends + (2 * q + 2 * k + 2 * lse) + k + q,
-        # The same of the window, while those of the routed hop, whose own results are gone, wait.
+        # The same for the window, with the gradients of the routed hop, whose results are freed.
         2 * (q + 2 * k) + lse + window_q + window_k - choice - token,
     )
     return OperatorMemory(saved, backward, forward, kept=choice)
 
 
 def _with_window_in_front(job: Job, alone: OperatorMemory) -> OperatorMemory:
-    """Hop 1 of a shared row keeps q, k, v and z of as many tokens more as the window has.
+    """Memory of hop 1 of a shared row, which has q, k, v and z of one more window of tokens.
 
-    An upper bound: all of it is counted as that much longer (`fold_parallel/window.py`).
+    This is an upper bound: all tensors are counted as longer (`fold_parallel/window.py`).
     """
     window = min(job.config.model.window_size, job.stage.seq_len)
     longer = 1 + job.stage.micro_batch * window / job.tokens
     q, k, _, _ = sizes(job)
-    copies = q + 2 * k  # of q, k, v behind the halo
+    copies = q + 2 * k  # q, k, v joined to the halo
     return OperatorMemory(
         round(longer * (alone.saved + copies)), round(longer * alone.backward),
         round(longer * (alone.forward + copies)), alone.kept,
@@ -103,9 +113,9 @@ def _with_window_in_front(job: Job, alone: OperatorMemory) -> OperatorMemory:
 
 
 def _with_gathered(job: Job, alone: OperatorMemory) -> OperatorMemory:
-    """Keys and values of the whole row, a rotated copy, and gradients of both that ranks exchange.
+    """Memory of a routed layer with the whole row's keys and values, and their gradients.
 
-    An upper bound: what is freed before something else is made is counted with it.
+    This is an upper bound: tensors are counted together that do not exist at the same time.
     """
     shared_window = _with_window_in_front(job, alone)
     _, k, _, token = sizes(job)
@@ -117,15 +127,17 @@ def _with_gathered(job: Job, alone: OperatorMemory) -> OperatorMemory:
 
 
 def kept_choice(job: Job) -> int:
-    """T K (top_k + 1) int32: the choice of a routed layer, which recomputation keeps."""
+    """t K (top_k + 1) int32: the choice of a routed layer, which recomputation keeps."""
     model = job.config.model
     assert model.route is not None
     return job.tokens * model.num_kv_heads * (model.route.top_k + 1) * STATE
 
 
 class _Lists(NamedTuple):
-    """Bytes of the open blocks of all tiles (and of the tiles that read each block), and of where
-    each block's readers end.
+    """Bytes of the lists of blocks.
+
+    `entries`: the blocks that each tile reads, and the tiles that read each block. `ends`: where
+    the list of each block ends.
     """
 
     entries: int
@@ -144,46 +156,52 @@ def _lists(job: Job, route: RouteConfig) -> _Lists:
 
 
 def shared(job: Job, fold: Sequence[int]) -> OperatorMemory:
-    """Hop 1 keeps one inner row more (the halo); q, k, z are kept in rows and in columns."""
+    """Memory of hops on a shared row.
+
+    Hop 1 keeps one more inner row (the halo); q, k, z are kept in rows and in columns.
+    """
     q, k, lse, token = sizes(job)
     axes = fold_axes(fold, job.stage.seq_len)
     outer = len(axes) - 1
-    longer = 1 + job.stage.micro_batch * fold[0] / job.tokens  # the inner row in front
-    # Rank 0 makes a rotary table of its own: positions before the row have none.
+    longer = 1 + job.stage.micro_batch * fold[0] / job.tokens  # one more inner row: the halo
+    # Rank 0 has a separate rotary table, since there are no positions before the row.
     table = 4 * job.config.model.head_size * (job.stage.seq_len // job.sp + fold[0])
     in_rows = longer * (2 * q + 2 * k + lse + token) + table
     in_columns = 2 * q + k + lse + outer * (q + lse + token)
 
     peaks: list[float] = []
-    for done, axis in enumerate(reversed(axes[1:])):  # hops whose backward is over
-        summed = q + k if done else 0  # dq, dk of the hops before, until these are there
+    for done, axis in enumerate(reversed(axes[1:])):  # number of hops whose backward is done
+        summed = q + k if done else 0  # dq, dk of those hops, until these are added
         rows = 5 if done else 4
         rotated = sum(_rotated(job, axis.stride // job.sp, axis.length))
         work: float = 3 * q + k + rows * lse + rotated
         peaks.append(in_rows + in_columns - done * (q + lse + token) + summed + work)
-    # Hop 1, while the gradients of q and k travel: sent and received.
+    # Hop 1, while the gradients of q and k are exchanged: sent and received.
     work = longer * (2 * q + 2 * k + 3 * lse + sum(_rotated(job, 1, fold[0])))
     peaks.append(in_rows + 2 * (q + k) + work)
-    saved = in_rows + in_columns + q  # and the output in rows, which is freed before
+    saved = in_rows + in_columns + q  # and the output in rows, which is freed earlier
     forward = q + 2 * k + max(
-        # Hop 1 beside the halo, while q, k and depths travel: sent and received.
+        # Hop 1 with the halo, while q, k and depths are exchanged: sent and received.
         2 * (q + k + token) + in_rows + token
         + (longer - 1) * 2 * k + longer * _rotated(job, 1, fold[0])[1],
-        # Its results, while they travel.
+        # The results of hop 1, while they are exchanged.
         q + k + token + longer * (q + lse) + 2 * (q + lse),
     )  # fmt: skip
     return OperatorMemory(round(saved), round(max(peaks) - saved), round(forward))
 
 
 def shared_heads(job: Job) -> OperatorMemory:
-    """Full attention on H / P heads of the whole row; key heads repeated until P divides them."""
+    """Memory of full attention on H / sp heads of the whole row.
+
+    Key heads are repeated until sp divides their number.
+    """
     q, k, lse, token = sizes(job)
     m = job.config.model
     # q, k, v, and the documents' starts within the row
     given = q + 2 * k + token
     repeats = math.lcm(m.num_kv_heads, job.sp) // m.num_kv_heads
     k *= repeats
-    saved = 3 * q + 2 * k + lse + job.sp * token  # the output by heads, and by tokens
+    saved = 3 * q + 2 * k + lse + job.sp * token  # the output by heads and by tokens
     backward = q + 2 * k + lse  # dz and dq, without the output by tokens
     by_heads, rotates = q + 2 * k + job.sp * token, job.stage.seq_len > job.platform.rotates_above
     if rotates:
@@ -205,7 +223,7 @@ def sizes(job: Job) -> tuple[int, int, int, int]:
 
 
 def _rotated(job: Job, stride: int, length: int) -> tuple[int, int]:
-    """q and k rotated into copies, where a query sees many keys; forward copies k alone."""
+    """Rotated copies of q and k if queries see many keys, else 0; forward copies only k."""
     q, k, _, _ = sizes(job)
     steps = -(-(job.tokens // job.stage.micro_batch) // stride)
     return (q, k) if min(length, steps) > job.platform.rotates_above else (0, 0)

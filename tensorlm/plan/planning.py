@@ -1,4 +1,4 @@
-"""A whole plan: whether a configuration fits these GPUs, what is left, how long rows may be."""
+"""The plan: whether a configuration fits these GPUs, with what margin, and the longest row."""
 
 import math
 from dataclasses import dataclass
@@ -13,25 +13,26 @@ from .job import Job, plan_jobs
 from .memory import GpuMemory, evaluation_memory, gpu_memory, prompt_memory
 from .speed import StepTime, step_time
 
-_LONGEST = 1 << 30  # tokens: no search for rows beyond
-_UNIT = 1024  # row lengths are told in multiples of it
+_LONGEST = 1 << 30  # tokens: longest row to try
+_UNIT = 1024  # tokens: row lengths are reported in multiples of this
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A configuration on `gpus` GPUs of one kind; memory is that of its largest stage, time that of
-    its last.
+    """A configuration on `gpus` GPUs of one kind.
+
+    Memory is that of the phase that needs the most, time that of the last phase.
     """
 
     config: Config
     gpus: int
     gpu: Gpu
     jobs: tuple[Job, ...]
-    memories: tuple[GpuMemory, ...]  # of each stage
+    memories: tuple[GpuMemory, ...]  # of each phase
 
     @property
     def largest(self) -> int:
-        """Index of the stage that needs the most memory."""
+        """Index of the phase that needs the most memory."""
         return max(range(len(self.memories)), key=lambda i: self.memories[i].needed)
 
     @property
@@ -40,7 +41,7 @@ class Plan:
 
     @property
     def margin(self) -> float:
-        """Bytes of the GPU that are left; negative if it does not fit."""
+        """Bytes of the GPU's memory that stay free; negative if the run does not fit."""
         return self.gpu.memory - self.memory.needed
 
     @property
@@ -49,7 +50,7 @@ class Plan:
 
     @property
     def can_start(self) -> bool:
-        """Whether the whole model, which is made before it is divided, fits one GPU."""
+        """Whether the whole model, which exists before it is divided, fits on one GPU."""
         job = self.jobs[self.largest]
         return job.itemsize * job.parameters <= self.gpu.memory
 
@@ -59,22 +60,22 @@ class Plan:
 
     @cached_property
     def evaluations(self) -> dict[int, GpuMemory]:
-        """Memory of perplexity during training, by length. One that does not fit is left out."""
+        """Memory of perplexity during training, by length; the run skips one that does not fit."""
         return evaluation_memory(self.jobs[-1])
 
     @cached_property
     def prompts(self) -> dict[int, GpuMemory]:
-        """Memory of prompts (passkey, needles, RULER) during training, by length, likewise."""
+        """Memory of prompts (passkey, needles, RULER) during training, by length."""
         return prompt_memory(self.jobs[-1])
 
     @cached_property
     def time(self) -> StepTime:
-        """One step of the last stage."""
+        """Time of one step of the last phase."""
         return step_time(self.jobs[-1], self.gpu)
 
     @property
     def cost(self) -> float:
-        """GPU seconds of one step of the last stage."""
+        """GPU seconds of one step of the last phase."""
         return self.time.seconds * self.gpus
 
 
@@ -82,16 +83,16 @@ def make_plan(config: Config, gpus: int, gpu: Gpu) -> Plan:
     """Plan a configuration.
 
     Raises:
-        UserError: so many GPUs cannot share its work, with the sizes that can.
+        UserError: `gpus` ranks cannot share its work; the message lists legal sizes.
     """
     jobs = tuple(plan_jobs(config, gpus))
     return Plan(config, gpus, gpu, jobs, tuple(gpu_memory(job) for job in jobs))
 
 
 def longest_row(plan: Plan) -> int:
-    """The longest row of the last stage that fits with all other settings as they are; 0: none.
+    """The longest row in tokens that fits in the last phase, all other settings unchanged; 0: none.
 
-    A multiple of 1,024 that the ranks can share.
+    It is a multiple of 1,024 that the ranks can share.
     """
     model, sp = plan.config.model, plan.config.parallel.sp
     unit = math.lcm(_UNIT, sp * (model.window_size or 1))
@@ -113,7 +114,7 @@ def longest_row(plan: Plan) -> int:
 
 
 def is_legal(config: Config, gpus: int) -> bool:
-    """Whether `config` is valid and so many ranks can share its work."""
+    """Whether `config` is valid and `gpus` ranks can share its work."""
     try:
         parse_config(config.model_dump(), "").check_world(gpus)
     except UserError:

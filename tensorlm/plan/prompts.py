@@ -1,10 +1,9 @@
-"""Memory of prompts in the middle of training (passkey, needles, RULER): a cache, and the pass that
-fills it.
+"""Memory of prompts during training (passkey, needles, RULER): the cache, and the pass filling it.
 
-Each rank answers prompts of its own with a generating model on the same weights, so that a whole
-prompt is on one rank, whatever `sp` is. It is read `eval.prefill_chunk` tokens at a time. The
-counts are those of `hf/cache_tensorlm.py` and `hf/modeling_tensorlm.py`. Letters as in `job.py`,
-but t is the tokens of a prompt with its answer, and n those of one pass.
+Each rank answers different prompts with a generating model on the same weights, so a whole prompt
+is on one rank for any `sp`. The prompt is read `eval.prefill_chunk` tokens at a time. The counts
+follow `hf/cache_tensorlm.py` and `hf/modeling_tensorlm.py`. Letters as in `job.py`, except that t
+is the number of tokens of a prompt with its answer, and n that of one pass.
 """
 
 from dataclasses import dataclass
@@ -33,18 +32,18 @@ class PromptPass:
         return self.job.itemsize * self.job.config.model.hidden_size * self.tokens
 
     def queries(self, tokens: int) -> int:
-        """w H D of so many tokens: q, or z of a hop."""
+        """w H D `tokens`: q, or z of a hop."""
         model = self.job.config.model
         return self.job.itemsize * model.num_heads * model.head_size * tokens
 
     def keys(self, tokens: int) -> int:
-        """w K D of so many tokens: k, or v."""
+        """w K D `tokens`: k, or v."""
         model = self.job.config.model
         return self.job.itemsize * model.num_kv_heads * model.head_size * tokens
 
 
 def prompt_lengths(job: Job) -> list[int]:
-    """Lengths at which prompts are answered during training; none without such tasks."""
+    """Lengths of the prompts answered during training; empty without such tasks."""
     settings = job.config.eval
     if not settings.every or not set(settings.tasks) & set(GENERATION_TASKS):
         return []
@@ -52,12 +51,13 @@ def prompt_lengths(job: Job) -> list[int]:
 
 
 def cache(prompt: PromptPass) -> int:
-    """What all layers keep of a prompt.
+    """Bytes of the cache of all layers.
 
-    A strided layer: keys and z of every hop but the last, of all tokens; values of the newest pass
-    and the inner axis in front of it, with a quarter to spare. A full layer: keys and values. A
-    window layer: those of the newest pass and the window in front. A routed layer: keys and values
-    of all tokens, keys once more as a window layer, and the mean keys of its blocks.
+    A strided layer keeps keys and z of every hop but the last, for all tokens, and values of the
+    newest pass and of one inner axis before it, with a quarter in reserve. A full layer keeps keys
+    and values. A window layer keeps those of the newest pass and of one window before it. A routed
+    layer keeps keys and values of all tokens, rotated keys like a window layer, and the mean keys
+    of its blocks.
     """
     model, everything = prompt.job.config.model, prompt.keys(prompt.length)
     seen = prompt.tokens + (model.window_size if prompt.length > prompt.tokens else 0)
@@ -73,30 +73,30 @@ def cache(prompt: PromptPass) -> int:
 
 
 def prompt_pass(prompt: PromptPass) -> int:
-    """The largest of a block's parts.
+    """Peak of a pass: the largest part of a block, with three hidden states.
 
-    Three hidden states wait: the embeddings, the block's input, and the sum that follows attention.
+    These are the embeddings, the block's input, and the sum after attention.
     """
     parts = [_norm(prompt), _mlp(prompt), *(_attention(prompt, kind) for kind in prompt.job.kinds)]
     return 3 * prompt.hidden + max(parts)
 
 
 def _norm(prompt: PromptPass) -> int:
-    """Two float32 tensors, whatever w is."""
+    """Two float32 tensors, for any w."""
     return 2 * FP32 * prompt.job.config.model.hidden_size * prompt.tokens
 
 
 def _mlp(prompt: PromptPass) -> int:
-    """Its input, silu(gate), up and their product; there are no tiles."""
+    """The input of SwiGLU, silu(gate), up and their product; it is not tiled."""
     model = prompt.job.config.model
     return prompt.hidden + 3 * prompt.job.itemsize * model.intermediate_size * prompt.tokens
 
 
 def _attention(prompt: PromptPass, kind: LayerKind) -> int:
-    """q and z beside one hop, which runs on all rows within reach where earlier passes have been.
+    """q and z, and one hop, which runs on all earlier tokens within reach.
 
-    A full layer: q and keys rotated, and z in the kernel's order and the model's. Of window and
-    routed layers an estimate: the same, and a choice's keys once more.
+    Full layer: rotated q and keys, and z in the kernel's and the model's layout. Window and routed
+    layers (an estimate): the same, and for a choice the keys once more.
     """
     new, rows = prompt.queries(prompt.tokens), prompt.length
     if kind == "window":
@@ -106,5 +106,5 @@ def _attention(prompt: PromptPass, kind: LayerKind) -> int:
     if kind == "full":
         mask = prompt.tokens * rows if set(prompt.job.kinds) == {"full"} else 0
         return 4 * new + 2 * prompt.keys(rows) + (mask if rows > prompt.tokens else 0)
-    padded = 2 * prompt.queries(rows) if rows > prompt.tokens else 0  # q, and z of the hop before
+    padded = 2 * prompt.queries(rows) if rows > prompt.tokens else 0  # q, and z of the last hop
     return 2 * new + padded + prompt.queries(rows) + 2 * prompt.keys(rows)

@@ -1,4 +1,4 @@
-"""Settings that fit, or that cost less: every choice of a few changes, planned, the best kept."""
+"""Proposals of settings that fit, or cost less: plans all combinations of a few changes."""
 
 import itertools
 from collections.abc import Iterator
@@ -10,12 +10,12 @@ from tensorlm.config import Config
 from .planning import Plan, is_legal, make_plan
 
 MAX_PROPOSALS = 5
-GAIN = 0.03  # a change that saves less of the cost is not worth proposing
-SPARE = 0.03  # of the GPU's memory, which a proposal leaves: predictions are not exact
-# Changes at one time: to fit, more than usual only where fewer do not suffice.
+GAIN = 0.03  # minimum share of the cost that a proposal must save
+SPARE = 0.03  # share of the GPU's memory that a proposal leaves free: predictions are not exact
+# Maximum number of changes at a time. More than usual only if the run does not fit otherwise.
 _CHANGES_TO_SAVE, _USUAL_CHANGES, _CHANGES_TO_FIT = 2, 3, 4
 GPUS = "gpus"
-# What changes the numbers that training computes, not only where they are.
+# Settings that change the results of training, not only its memory and speed.
 CHANGES_TRAINING = ("optim.state_dtype", "model.fold")
 
 Change = tuple[str, Any]  # a setting as `section.key`, or "gpus", and its new value
@@ -40,9 +40,9 @@ class Proposal:
 
 
 def propose(plan: Plan) -> list[Proposal]:
-    """At most 5 proposals that fit, cheapest (GPU seconds a step) first.
+    """At most 5 proposals that fit, cheapest (in GPU seconds per step) first.
 
-    Where the plan itself fits, only those that cost noticeably less.
+    If the plan itself fits, only proposals that cost noticeably less.
     """
     if not plan.can_start:
         return []
@@ -63,7 +63,7 @@ def _has_room(plan: Plan) -> bool:
 
 
 def _serves_as_well(known: Proposal, other: Proposal) -> bool:
-    """Whether `known` changes nothing that `other` leaves, and costs about as little."""
+    """Whether `known` changes a subset of the settings of `other`, at about the same cost."""
     is_smaller = set(known.settings) <= set(other.settings)
     return is_smaller and known.plan.cost * (1 - GAIN) <= other.plan.cost
 
@@ -80,7 +80,7 @@ def _all(plan: Plan, count: int) -> Iterator[Proposal]:
 
 
 def _options(plan: Plan) -> dict[str, list[Any]]:
-    """Other values of each setting; fewer GPUs where the plan fits, more where it does not."""
+    """Other values of each setting; fewer GPUs if the plan fits, more if it does not."""
     config, tokens = plan.config, plan.jobs[plan.largest].tokens
     train, zero, fold = config.train, config.zero, config.model.fold
     kinds = config.model.layer_kinds

@@ -1,4 +1,4 @@
-"""A plan as a person reads it, and as JSON."""
+"""The report of a plan, as text and as JSON."""
 
 from typing import Any
 
@@ -6,22 +6,22 @@ from .gpus import GIB
 from .planning import Plan, longest_row
 from .proposals import CHANGES_TRAINING, Proposal
 
-_SMALL = 0.005  # parts with a smaller share are added up
+_SMALL = 0.005  # parts with a smaller share are shown as one
 
 
 def format_plan(plan: Plan, proposals: list[Proposal], name: str) -> str:
-    """Memory, time and proposals; `name` is that of the configuration."""
+    """Format memory, time and proposals; `name` is the configuration's file name."""
     sections = [_head(plan, name), _gpu_table(plan), _verdict(plan), _host(plan), _time(plan)]
     return "\n\n".join([*sections, _proposals(plan, proposals)])
 
 
 def _head(plan: Plan, name: str) -> str:
     job = plan.jobs[plan.largest]
-    stage = f", stage {plan.largest + 1} of {len(plan.jobs)}" if len(plan.jobs) > 1 else ""
+    stage = f", phase {plan.largest + 1} of {len(plan.jobs)}" if len(plan.jobs) > 1 else ""
     return (
         f"{name} on {plan.gpus} x {plan.gpu.name}{stage}: {job.parameters / 1e9:.3g} B parameters, "
-        f"dp {job.dp} x sp {job.sp}, ZeRO stage {job.zero}, {job.tokens:,} tokens a rank "
-        f"({job.stage.micro_batch} x {job.stage.seq_len:,} / {job.sp}), layers by "
+        f"dp {job.dp} x sp {job.sp}, ZeRO stage {job.zero}, {job.tokens:,} tokens per rank "
+        f"({job.stage.micro_batch} x {job.stage.seq_len:,} / {job.sp}), norms and MLPs by "
         f"{'Liger' if job.runs_liger else 'torch'}\n"
         "predicted from formulas (docs/planning.md), not measured"
     )
@@ -33,12 +33,12 @@ def _gpu_table(plan: Plan) -> str:
     rows = sorted(rows, key=lambda row: -row[1])
     rest = peak.total - sum(size for _, size in rows)
     lines = [
-        f"GPU memory of a rank, largest in: {peak.name}",
+        f"GPU memory per rank at its peak: {peak.name}",
         f"{'part':<24}{'GiB':>8}{'share':>8}",
     ]
-    for part, size in [*rows, ("others", rest), ("overhead", plan.memory.overhead)]:
+    for part, size in [*rows, ("other parts", rest), ("overhead", plan.memory.overhead)]:
         lines.append(f"{part:<24}{size / GIB:>8.2f}{size / needed:>8.0%}")
-    lines.append(f"{'all':<24}{needed / GIB:>8.2f}")
+    lines.append(f"{'total':<24}{needed / GIB:>8.2f}")
     return "\n".join(lines)
 
 
@@ -48,15 +48,15 @@ def _verdict(plan: Plan) -> str:
     capacity, needed = plan.gpu.memory / GIB, memory.needed / GIB
     word, left = ("fits", "to spare") if plan.fits else ("does not fit", "missing")
     row = longest_row(plan)
-    longest = f"longest row that fits: {row:,} tokens" if row else "no row fits"
+    longest = f"longest row that fits: {row:,} tokens" if row else "no row length fits"
     lines = [
         f"{word}: {needed:.1f} of {capacity:g} GiB, {abs(plan.margin) / GIB:.1f} GiB {left}; the "
         f"largest part is {dominating} ({peak.parts[dominating] / memory.needed:.0%})",
-        f"{longest}, all else as it is",
+        f"{longest}, with all other settings unchanged",
     ]
     for evaluation in (*plan.evaluations.values(), *plan.prompts.values()):
         fits = evaluation.needed <= plan.gpu.memory
-        verdict = "fits" if fits else "does not fit, and will be left out"
+        verdict = "fits" if fits else "does not fit and will be skipped"
         lines.append(f"{evaluation.peak.name}: {evaluation.needed / GIB:.1f} GiB, {verdict}")
     return "\n".join(lines)
 
@@ -66,8 +66,9 @@ def _host(plan: Plan) -> str:
     parts = [f"{part} {size / GIB:.1f}" for part, size in host.parts.items() if size >= GIB / 10]
     mapped = f"; token files {host.mapped / GIB:.1f} GiB, shared and mapped" if host.mapped else ""
     return (
-        f"host memory: {host.needed / GIB:.1f} GiB a rank, {host.needed * ranks / GIB:.0f} GiB for "
-        f"{ranks} on a node ({', '.join(parts)}; at the start {host.start / GIB:.1f}){mapped}"
+        f"host memory: {host.needed / GIB:.1f} GiB per rank, {host.needed * ranks / GIB:.0f} GiB "
+        f"for {ranks} ranks on a node ({', '.join(parts)}; at the start {host.start / GIB:.1f})"
+        f"{mapped}"
     )
 
 
@@ -76,7 +77,7 @@ def _time(plan: Plan) -> str:
     rate = time.tokens_per_second
     lines = [
         f"step of {stage.rows_per_step} rows of {stage.seq_len:,} tokens: {time.seconds:.2f} s, "
-        f"{rate:,.0f} tokens/s ({rate / plan.gpus:,.0f} a GPU), MFU {time.mfu:.0%}",
+        f"{rate:,.0f} tokens/s ({rate / plan.gpus:,.0f} per GPU), MFU {time.mfu:.0%}",
         f"{'part':<24}{'s':>8}{'share':>8}",
     ]
     for part, seconds in sorted(time.parts.items(), key=lambda item: -item[1]):
@@ -88,14 +89,14 @@ def _time(plan: Plan) -> str:
 def _proposals(plan: Plan, proposals: list[Proposal]) -> str:
     if not proposals:
         if plan.fits:
-            return "proposals: none costs noticeably less"
+            return "proposals: no change costs noticeably less"
         if not plan.can_start:
             return "proposals: none, since each GPU must hold the whole model at the start"
-        return "proposals: none of the settings fits, alone or with others"
+        return "proposals: no combination of settings fits"
     title = "proposals that cost less" if plan.fits else "proposals that fit"
     lines = [
-        f"{title}, cheapest first (GPU seconds a step; now {plan.cost:.1f})",
-        f"{'GPU GiB':>8}{'host GiB':>10}{'s a step':>10}{'GPU s':>10}  change",
+        f"{title}, cheapest first (now {plan.cost:.1f} GPU seconds per step)",
+        f"{'GPU GiB':>8}{'host GiB':>10}{'s/step':>10}{'GPU s':>10}  change",
     ]
     for proposal in proposals:
         other = proposal.plan
@@ -108,7 +109,7 @@ def _proposals(plan: Plan, proposals: list[Proposal]) -> str:
 
 
 def plan_json(plan: Plan, proposals: list[Proposal]) -> dict[str, Any]:
-    """Every number, in bytes and seconds."""
+    """All numbers of a plan, in bytes and seconds."""
     return {
         "gpus": plan.gpus,
         "gpu": plan.gpu.name,

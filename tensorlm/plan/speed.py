@@ -1,7 +1,7 @@
-"""Time of one optimizer step: operations and bytes over what a GPU and its links reach.
+"""Time of one optimizer step: operations and bytes, divided by the rates of a GPU and its links.
 
-The rates are in `gpus.py`; what overlaps is said beside each part. In seconds per rank, and next to
-those of real steps in docs/planning.md.
+Times are in seconds per rank. `gpus.py` has the rates; each part states what it overlaps with.
+docs/planning.md compares predictions with real steps.
 """
 
 from dataclasses import dataclass
@@ -34,28 +34,29 @@ from .gpus import (
 )
 from .job import FP32, Job
 
-# 10 H D FLOPs for each (query, key) pair, where the forward has 4 (kernels/README.md).
+# 10 H D FLOPs for each (query, key) pair, against 4 in the forward pass (kernels/README.md).
 BACKWARD_PER_FORWARD = 2.5
-# Bytes that operations other than products read and write in bf16, forward and backward, counted
-# in layers.py, fused.py, loss.py: for each element of the hidden size (two norms, residuals), of
-# SwiGLU's width, and of the vocabulary (both at once); by PyTorch's operations, and by Liger's.
+# Bytes that operations other than matrix products read and write in bf16, (forward, backward),
+# counted in tensorlm/model. Per token and element of the hidden size (two norms, residuals), of
+# SwiGLU's width, and of the vocabulary (forward plus backward). Keys: whether Liger runs.
 HIDDEN_TRAFFIC = {False: (2 * 36 + 12, 2 * 92 + 30), True: (2 * 4 + 12, 2 * 6 + 30)}
 MLP_TRAFFIC = {False: (10, 18), True: (6, 10)}
 LOGIT_TRAFFIC = 30
-HEAD_GRADIENT_TRAFFIC = 12  # of each element of the head's weight, for each chunk of tokens
-# Bytes for each parameter of the update, the norm, and clipping (in bf16 more than half of them for
-# the noise that rounding takes, read off adamw.py and not yet timed); AdamW of torch on the CPU.
+HEAD_GRADIENT_TRAFFIC = 12  # per element of the head's weight and chunk of tokens
+# Bytes per parameter of the update, the norm and clipping. With bf16 moments more than half of them
+# are for the noise of stochastic rounding: counted in adamw.py, not yet timed. Then the same for
+# torch's AdamW on the CPU.
 UPDATE_TRAFFIC = {"fp32": 70, "bf16": 330}
 HOST_UPDATE_TRAFFIC = 110
 
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of each part, one after the other, and the rates that follow."""
+    """Seconds of each part, which do not overlap, and the resulting rates."""
 
     parts: dict[str, float]
-    tokens: int  # of the whole step, all ranks
-    model_flops: float  # of the whole step, nothing recomputed
+    tokens: int  # of the whole step, on all ranks
+    model_flops: float  # of the whole step, without recomputation
     peak_flops: float  # of all ranks together
 
     @property
@@ -72,7 +73,7 @@ class StepTime:
 
 
 def step_time(job: Job, gpu: Gpu) -> StepTime:
-    """One optimizer step of one document a row."""
+    """Time of one optimizer step, with one document per row."""
     model, tokens = job.config.model, job.micro_batches * job.tokens
     attention, choice = sum(_attention_flops(job, kind) for kind in job.kinds), _choice_flops(job)
     seconds = [_attention_seconds(job, kind, gpu) for kind in job.kinds]
@@ -96,18 +97,18 @@ def step_time(job: Job, gpu: Gpu) -> StepTime:
 
 
 def _attention_flops(job: Job, kind: LayerKind) -> float:
-    """Forward, of one layer of this kind, in one step of one rank."""
+    """Forward FLOPs of one layer of this kind, in one step of one rank."""
     return _pair_flops(job, _row_pairs(job.config.model, kind, job.stage.seq_len))
 
 
 def _pair_flops(job: Job, row_pairs: int) -> float:
-    """Forward FLOPs of so many (query, key) pairs a row, in one step of one rank."""
+    """Forward FLOPs of `row_pairs` (query, key) pairs per row, in one step of one rank."""
     model, rows = job.config.model, job.stage.micro_batch * job.micro_batches
     return 4.0 * model.num_heads * model.head_size * row_pairs * rows / job.sp
 
 
 def _choice_flops(job: Job) -> float:
-    """Of all routed layers, in one step of one rank."""
+    """FLOPs of the choice in all routed layers, in one step of one rank."""
     rows = job.stage.micro_batch * job.micro_batches
     return _row_choice(job.config.model, job.stage.seq_len) * rows / job.sp
 
@@ -123,7 +124,10 @@ def _row_choice(model: ModelConfig, seq_len: int) -> int:
 
 
 def _attention_seconds(job: Job, kind: LayerKind, gpu: Gpu) -> tuple[float, float]:
-    """Forward and backward of one layer, without a choice. A routed layer is a window and a hop."""
+    """Seconds of one layer's forward and backward, without the choice.
+
+    A routed layer is a window and a routed hop.
+    """
     shares = {"full": FULL_SHARE, "strided": FOLDED_SHARE, "window": WINDOW_SHARE}
     if kind == "routed":
         near = _attention_flops(job, "window")
@@ -136,7 +140,7 @@ def _attention_seconds(job: Job, kind: LayerKind, gpu: Gpu) -> tuple[float, floa
 
 
 def _traffic(job: Job) -> float:
-    """Bytes a token of all operations that are no products, forward and backward."""
+    """Bytes per token of all operations other than matrix products, forward and backward."""
     model = job.config.model
     gradient = HEAD_GRADIENT_TRAFFIC * job.table / min(job.config.train.loss_chunk, job.tokens)
     head = LOGIT_TRAFFIC * model.vocab_size + gradient
@@ -144,7 +148,7 @@ def _traffic(job: Job) -> float:
 
 
 def _layer_traffic(job: Job) -> tuple[float, float]:
-    """Bytes a token of one layer in bf16, forward and backward."""
+    """Bytes per token of one layer in bf16: forward, backward."""
     hidden, width = HIDDEN_TRAFFIC[job.runs_liger], MLP_TRAFFIC[job.runs_liger]
     model = job.config.model
     forward, backward = (
@@ -155,7 +159,7 @@ def _layer_traffic(job: Job) -> tuple[float, float]:
 
 
 def _recomputation(job: Job, gpu: Gpu) -> float:
-    """What the backward computes again: products, attention, the rest of the forward."""
+    """Seconds of recomputation: products, attention and the rest of the forward pass."""
     model, tokens = job.config.model, job.micro_batches * job.tokens
     products = recomputed_linear_flops_per_token(model, job.recomputes, act.is_tiled(job))
     seconds = products * tokens / (gpu.flops * MATMUL_SHARE)
@@ -167,7 +171,7 @@ def _recomputation(job: Job, gpu: Gpu) -> float:
 
 
 def _activation_transfers(job: Job, gpu: Gpu) -> float:
-    """Hidden states to the host and back, less the time in which a block computes forward."""
+    """Seconds of copying hidden states to the host and back, beyond a block's forward time."""
     if not job.offloads_activations:
         return 0.0
     linear = linear_flops_per_token(job.config.model) * job.tokens / job.layers
@@ -177,11 +181,11 @@ def _activation_transfers(job: Job, gpu: Gpu) -> float:
 
 
 def _weight_exchange(job: Job, gpu: Gpu) -> float:
-    """ZeRO over all ranks; nothing of it overlaps (overlap_comm is off in engine.py).
+    """Seconds of ZeRO's exchanges over all ranks; none overlaps (engine.py: overlap_comm is off).
 
-    Stages 0, 1 all-reduce float32 gradients once a step, stage 2 every micro-batch; 1 and 2 gather
-    weights after the update. Stage 3 gathers them for every forward and backward and
-    reduce-scatters gradients. A ring over nodes uses every adapter of a node.
+    Stages 0 and 1 all-reduce float32 gradients once per step, stage 2 in every micro-batch. Stages
+    1 and 2 gather weights after the update. Stage 3 gathers them for every forward and backward
+    pass, and reduce-scatters gradients. A ring over nodes uses all network adapters of a node.
     """
     all_reduce, gather = 2 * FP32, job.itemsize
     per_micro_batch = {2: all_reduce, 3: FP32 + 2 * gather}.get(job.zero, 0)
@@ -192,7 +196,10 @@ def _weight_exchange(job: Job, gpu: Gpu) -> float:
 
 
 def _row_exchange(job: Job, gpu: Gpu) -> float:
-    """Swaps and halos of shared rows that hop 1 does not hide (docs/sequence_parallelism.md)."""
+    """Seconds of sequence parallelism's exchanges that hop 1 does not hide.
+
+    The formula is in docs/sequence_parallelism.md.
+    """
     if job.sp == 1:
         return 0.0
     machine = Machine(
@@ -202,12 +209,12 @@ def _row_exchange(job: Job, gpu: Gpu) -> float:
     data = job.config.data.model_copy(update={"seq_len": job.stage.seq_len})
     config = job.config.model_copy(update={"data": data})
     layer = project(config, job.sp, machine).exposed_seconds
-    passes = 1.5 if job.recomputes else 1.0  # the forward's half comes again
+    passes = 1.5 if job.recomputes else 1.0  # recomputation repeats the forward half
     return layer * job.layers * job.stage.micro_batch * job.micro_batches * passes
 
 
 def _update(job: Job, gpu: Gpu) -> float:
-    """AdamW over this rank's shard; on the host if offloaded, with gradients and weights moved."""
+    """Seconds of AdamW on this rank's shard; if offloaded, on the host, with copies both ways."""
     if job.offloads_optimizer:
         moved = (FP32 + job.itemsize) * job.shard / (gpu.host_link * LINK_SHARE)
         return moved + HOST_UPDATE_TRAFFIC * job.shard / HOST_BANDWIDTH

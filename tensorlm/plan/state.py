@@ -1,19 +1,19 @@
-"""Memory of weights, gradients and Adam state on one rank, and of what DeepSpeed moves them in.
+"""Memory of weights, gradients and Adam state on one rank, and of DeepSpeed's buffers for them.
 
-Read in the source of DeepSpeed 0.19.8 for the JSON that `tensorlm/train/engine.py` gives it (bf16
-with float32 accumulation and communication, or fp32), and compared with its tensors by the tests.
-In bytes; letters as in `job.py`.
+Taken from the source of DeepSpeed 0.19.8, for the settings of `tensorlm/train/engine.py` (bf16 with
+float32 accumulation and communication, or fp32). The tests compare it with DeepSpeed's tensors. All
+sizes are in bytes; letters as in `job.py`.
 """
 
 from .job import FP32, Job
 
-DOUBLE = 8  # DeepSpeed takes the norms of stages 2 and 3 in float64, parameter by parameter
+DOUBLE = 8  # DeepSpeed computes norms in float64 at stages 2 and 3, parameter by parameter
 _ALL_REDUCE = 500_000_000  # elements of a message of stage 0 (DeepSpeed's engine)
 _ADAM_CHUNK = 1 << 24  # elements that LowMemoryAdamW updates at one time (adamw.py)
 
 
 def weights(job: Job) -> int:
-    """w P; a shard in stage 3, where small parameters are kept whole beside it."""
+    """w P; at stage 3 a shard, and small parameters in full."""
     if job.zero == 0:
         return job.itemsize * job.parameters
     if job.zero < 3:
@@ -23,7 +23,7 @@ def weights(job: Job) -> int:
 
 
 def master_weights(job: Job) -> int:
-    """4 P / N: the float32 weights that AdamW updates; stage 0 updates the working weights."""
+    """4 P / N: the float32 weights that AdamW updates; stage 0 has no separate ones."""
     return FP32 * job.shard if job.zero and not job.offloads_optimizer else 0
 
 
@@ -38,11 +38,11 @@ def moments(job: Job) -> int:
 
 
 def gradients(job: Job, computed: int, reduced: bool = False) -> int:
-    """Gradients of weights, when those of `computed` elements have been computed.
+    """Gradients of weights, after those of `computed` elements have been computed.
 
-    Stage 0, and stage 1 in float32: 4 of each until the update; in bf16, 4 P from the start.
-    Stage 2: 4 P / N once any were `reduced`, as the bucket was full. Stage 3: 4 P / N from the
-    start, on the host if offloaded.
+    Stage 0, and stage 1 in float32: 4 bytes per computed element until the update. Stage 1 in bf16:
+    4 P from the start. Stage 2: 4 P / N after the first reduction of the bucket. Stage 3: 4 P / N
+    from the start, on the host if offloaded.
     """
     if job.zero == 3:
         return 0 if job.offloads_optimizer else FP32 * job.shard
@@ -54,13 +54,15 @@ def gradients(job: Job, computed: int, reduced: bool = False) -> int:
 
 
 def accumulates_apart(job: Job) -> bool:
-    """Stage 1 in bf16 is DeepSpeed's BF16_Optimizer: a float32 gradient of every weight."""
+    """Whether DeepSpeed's BF16_Optimizer keeps a float32 gradient of each weight: stage 1, bf16."""
     return job.zero == 1 and job.itemsize < FP32 and not job.offloads_optimizer
 
 
 def reduce_bucket(job: Job) -> int:
-    """Stage 3: 4 bytes of each element of the bucket, for good; other stages, in the backward:
-    stage 2 w bytes, stage 1 4 bytes where it does not accumulate apart.
+    """The reduce bucket.
+
+    Stage 3: 4 bytes per element of the bucket, at all times. During backward only: w bytes at stage
+    2, and 4 bytes at stage 1 unless it keeps separate float32 gradients.
     """
     if job.zero == 0 or accumulates_apart(job):
         return 0
@@ -68,16 +70,16 @@ def reduce_bucket(job: Job) -> int:
 
 
 def offload_buffer(job: Job) -> int:
-    """Stages 1 and 2 with an offloaded optimizer: w bytes of the largest parameter."""
+    """w bytes per element of the largest parameter: stages 1 and 2 with an offloaded optimizer."""
     return job.itemsize * job.largest if job.offloads_optimizer and job.zero < 3 else 0
 
 
 def reduction(job: Job, elements: int) -> int:
-    """What reducing `elements` elements needs beside the bucket, if that many fit.
+    """What reducing `elements` elements needs in addition to the bucket.
 
-    Stage 3 orders them by rank in float32; stage 2 orders them in w bytes and casts that to
-    float32. A gradient larger than the bucket is cast alone, as each is in stage 1. On a CPU, gloo
-    scatters a copy.
+    Stage 3 orders them by rank in float32. Stage 2 orders them in w bytes and casts the result to
+    float32. A gradient larger than the bucket is cast alone, like every gradient at stage 1. On a
+    CPU, gloo scatters a copy.
     """
     if job.zero < 2:
         return FP32 * elements if accumulates_apart(job) else 0
@@ -89,8 +91,10 @@ def reduction(job: Job, elements: int) -> int:
 
 
 def gathered_weights(job: Job, needed: int) -> int:
-    """Stage 3: whole weights while they are used: `needed` elements, some fetched ahead (twice for
-    a moment), and those of the last blocks, which stay from forward to backward.
+    """Gathered weights at stage 3; 0 at other stages.
+
+    These are `needed` elements, prefetched ones (twice for a moment), and those of the last blocks,
+    which stay from forward to backward.
     """
     if job.zero < 3 or job.gpus == 1:
         return 0
@@ -102,7 +106,7 @@ def gathered_weights(job: Job, needed: int) -> int:
 
 
 def update_workspace(job: Job) -> int:
-    """Temporary tensors of the update: a norm in float64, gradients in one piece, AdamW's own."""
+    """Temporary tensors of the update: a norm in float64, joined gradients, AdamW's workspace."""
     norm = 0
     if job.zero == 3:
         norm = DOUBLE * -(-job.largest // job.gpus)
@@ -119,8 +123,9 @@ def update_workspace(job: Job) -> int:
 
 
 def adam_workspace(job: Job, elements: int) -> int:
-    """Two float32 tensors where AdamW is not fused; four of 4 bytes where its moments are bf16, for
-    a parameter, or a chunk of it, at one time.
+    """AdamW's workspace: two float32 tensors if it is not fused.
+
+    With bf16 moments: four tensors of 4 bytes per element, for one parameter or chunk at a time.
     """
     if job.config.optim.state_dtype == "bf16":
         piece = -(-job.largest // job.gpus) if job.zero == 3 else job.largest
@@ -131,8 +136,8 @@ def adam_workspace(job: Job, elements: int) -> int:
 def initialisation(job: Job) -> int:
     """w P: the whole model before DeepSpeed divides it. Stages 1 and 2 copy it into one buffer.
 
-    Stage 3 makes and divides one parameter at a time, and gathers each once more when all of the
-    state but the moments is there.
+    Stage 3 creates and divides one parameter at a time, and gathers each once more when all state
+    except the moments exists.
     """
     w = job.itemsize
     if job.zero in (1, 2):

@@ -117,5 +117,5 @@ def test_launcher_prints_measurement_and_projection(tmp_path: Path, config: Path
     assert "1 x CPU" in numbers["measured"]["ranks"]
     assert numbers["measured"]["forward_bytes"] == 0
     assert [p["gpus"] for p in numbers["projected"]] == [8, 16]
-    for text in ("| decoder layer |", "1 TFLOP/s a GPU", "| 16 | 2,048 |"):
+    for text in ("| decoder layer |", "1 TFLOP/s per GPU", "| 16 | 2,048 |"):
         assert text in result.stdout

@@ -43,9 +43,9 @@ def tokenizer(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (["--samples", "-1"], "--samples: -1 is too small"),
-        (["--seq-len", "4096", "0"], "--seq-len: 0 is too small"),
-        (["--plot", "lengths.foo"], "--plot: lengths.foo is not a name of a .png"),
+        (["--samples", "-1"], "--samples: must be at least 0, got -1"),
+        (["--seq-len", "4096", "0"], "--seq-len: must be at least 1, got 0"),
+        (["--plot", "lengths.foo"], "--plot: must end in .png, got lengths.foo"),
     ],
 )
 def test_inspect_is_asked_for_what_makes_sense(
@@ -58,9 +58,9 @@ def test_training_a_tokenizer_is_asked_for_what_makes_sense(
     tmp_path: Path, corpus: Path, capsys: Capture
 ) -> None:
     source: list[str | Path] = ["tokenizer", "--input", corpus, "--output", tmp_path / "new"]
-    assert error(capsys, *source, "--vocab-size", "0") == "--vocab-size: 0 is too small"
+    assert error(capsys, *source, "--vocab-size", "0") == "--vocab-size: must be at least 1, got 0"
     line = error(capsys, *source, "--vocab-size", "300", "--max-bytes", "-3")
-    assert line == "--max-bytes: -3 is too small"
+    assert line == "--max-bytes: must be at least 0, got -3"
     assert "too large for these texts" in error(capsys, *source, "--vocab-size", "32000")
     corpus.write_text('{"text": "fine"}\n{"text": "\\ud800"}')
     assert error(capsys, *source, "--vocab-size", "300").startswith(
@@ -99,7 +99,7 @@ def test_no_held_out_documents_are_told_and_are_no_error(
     assert "valid 0 documents" in summary
     assert note == f"note: {output / 'valid'} is empty (raise --holdout)"
     assert launcher_here("prepare_data.py", "verify", output) == 0
-    assert f"{output / 'valid'}: 1 shards are whole" in capsys.readouterr().out
+    assert f"{output / 'valid'}: all shards are intact (1)" in capsys.readouterr().out
     assert launcher_here("prepare_data.py", "inspect", output, "--seq-len", "512") == 0
     shown = capsys.readouterr().out
     assert f"{output / 'valid'}: empty" in shown

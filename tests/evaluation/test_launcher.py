@@ -45,7 +45,7 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
         "eval: near: must be at least 4, or 0 (not measured), got 3",
         "eval: ruler: must be among niah_single_1, ",
         "eval: ruler: qa_1 and qa_2 need data files (set eval.qa)",
-        "no config.json (make it with launcher/convert.py export)",
+        "must contain config.json (write the folder with launcher/convert.py export)",
         f"{tmp_path}/file: cannot be written (Not a directory; choose another folder with --out",
         f"{tmp_path}/file/out: cannot be written (Not a directory; ",
         "error: /proc: cannot be written (",

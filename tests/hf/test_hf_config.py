@@ -43,7 +43,7 @@ def test_configuration_that_import_writes_is_one_that_it_takes(
     assert config.run.dir == "runs/Tiny-Llama"
     assert config.model.fold == (16,)
     assert not list_steps(Path(config.run.dir))  # nothing is imported yet
-    command = shlex.split(said.rpartition("then: python launcher/convert.py ")[2])
+    command = shlex.split(said.rpartition("then run: python launcher/convert.py ")[2])
     assert launcher_here("convert.py", *command) == 0
     assert list_steps(Path(config.run.dir)) == [0]
     assert launcher_here("convert.py", *written) == 2

@@ -280,25 +280,25 @@ def test_options_and_prompts_that_make_no_sense_are_one_line_each(
         assert code == 2
         return capsys.readouterr().err.splitlines()
 
-    assert errors("x")[0].startswith(f"error: {tmp_path}: no config.json")
+    assert errors("x")[0].startswith(f"error: {tmp_path}: must contain config.json")
     (tmp_path / "config.json").write_text("{}")
     numbers = ("--temperature", "-1", "--top-p", "2", "--seed", str(2**64))
     assert errors("x", *numbers, "--max-new-tokens", "0", "--prefill-chunk", "0") == [
-        "error: --max-new-tokens: must be at least 1",
-        "error: --temperature: must be 0 (greedy), or at least 1e-6",
-        "error: --top-p: must be above 0 and at most 1",
-        "error: --seed: must be at least 0 and below 2**64",
-        "error: --prefill-chunk: must be at least 1",
+        "error: --max-new-tokens: must be at least 1, got 0",
+        "error: --temperature: must be 0 (greedy) or at least 1e-6, got -1.0",
+        "error: --top-p: must be above 0 and at most 1, got 2.0",
+        f"error: --seed: must be at least 0 and below 2**64, got {2**64}",
+        "error: --prefill-chunk: must be at least 1, got 0",
     ]
     for number in ("nan", "inf", "1e-40"):
         assert len(errors("x", "--temperature", number)) == 1
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"abc\xff")))
-    assert errors("-") == ["error: --prompt: not UTF-8 text (invalid start byte at 3)"]
+    assert errors("-") == ["error: --prompt: must be UTF-8, got an invalid start byte at byte 3"]
     expected = "error: --prompt: must be UTF-8, got abc\\xff (correct it, or rename the file)"
     assert errors("abc\udcff") == [expected]
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"")))
     for prompt in ("-", ""):
-        assert errors(prompt) == ["error: --prompt: is empty"]
+        assert errors(prompt) == ["error: --prompt: must not be empty"]
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -304,7 +304,7 @@ def test_what_is_good_already_is_left_alone() -> None:
     good = plan("train.micro_batch=2")
     assert good.fits
     assert propose(good) == []
-    assert "none costs noticeably less" in format_plan(good, [], "name")
+    assert "no change costs noticeably less" in format_plan(good, [], "name")
 
 
 def test_nothing_is_proposed_where_the_model_cannot_start() -> None:

@@ -164,7 +164,7 @@ def test_torchrun_restarts_a_killed_run_and_ends_it_when_it_is_asked_to_stop(
     assert found is not None
     assert found.step == len(losses(run))
     assert (run / "STOPPED").exists()
-    assert "leaving with 0, not 75" in output
+    assert "exit code 0 instead of 75" in output
 
 
 def test_bf16_follows_fp32_and_resumes_exactly(tmp_path: Path, train_ranks: TrainRanks) -> None:
