@@ -1,8 +1,8 @@
-"""Adapt a stock Llama to a fold with Hugging Face's Trainer, optionally with LoRA.
+"""Adapt a stock Llama to strided attention with Hugging Face's Trainer, optionally with LoRA.
 
     python docs/attach_example.py --model LLAMA_FOLDER --text FILE.txt --fold 1024 --output DIR
 
-The folder DIR then loads with AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True).
+Load the result with AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True).
 """
 
 import argparse
@@ -21,16 +21,21 @@ from tensorlm.hf import attach
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", required=True, help="Llama folder")
-    parser.add_argument("--text", required=True, help="one document per line")
-    parser.add_argument("--fold", type=int, nargs="+", default=[1024])
-    parser.add_argument("--output", required=True)
-    parser.add_argument("--length", type=int, default=8192, help="tokens of a document, at most")
-    parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--lora", action="store_true", help="train adapters and hop biases alone")
+    parser.add_argument("--model", required=True, help="folder of a Llama model")
+    parser.add_argument("--text", required=True, help="text file with one document per line")
+    parser.add_argument(
+        "--fold", type=int, nargs="+", default=[1024],
+        help="lengths of the inner axes, innermost first (default: 1024)",
+    )  # fmt: skip
+    parser.add_argument("--output", required=True, help="folder to write")
+    parser.add_argument(
+        "--length", type=int, default=8192, help="maximum tokens per document (default: 8192)"
+    )
+    parser.add_argument("--steps", type=int, default=100, help="training steps (default: 100)")
+    parser.add_argument("--lora", action="store_true", help="train only adapters and hop biases")
     args = parser.parse_args()
 
-    tokenizer = load_tokenizer(args.model)  # the ids of its tokenizer.json
+    tokenizer = load_tokenizer(args.model)  # gives the ids of tokenizer.json
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     model = AutoModelForCausalLM.from_pretrained(args.model)
     attach(model, fold=args.fold)  # in place, before PEFT and before the optimizer
@@ -39,7 +44,7 @@ def main() -> None:
 
         model = get_peft_model(model, LoraConfig(target_modules=["q_proj", "v_proj"]))
         for name, parameter in model.named_parameters():
-            if name.endswith("hop_bias"):  # PEFT froze them with the rest
+            if name.endswith("hop_bias"):  # PEFT has frozen them
                 parameter.requires_grad = True
 
     def encode(lines: dict[str, list[str]]) -> dict[str, list[list[int]]]:
@@ -62,7 +67,7 @@ def main() -> None:
     )
     trainer.train()
     if args.lora:
-        model = model.merge_and_unload()  # an adapter alone would not hold the hop biases
+        model = model.merge_and_unload()  # an adapter alone does not contain the hop biases
     model.save_pretrained(args.output)
     tokenizer.save_pretrained(args.output)
 

@@ -1,4 +1,4 @@
-"""Measure on this machine: `python launcher/benchmark.py attention --lengths 32768,131072`."""
+"""Measure speed and memory: `python launcher/benchmark.py attention --lengths 32768,131072`."""
 
 from tensorlm.commands.benchmark import run
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The main job from end to end, on the source text of this machine's own Python standard library:
-# tokenizer, shards, training, resumption, evaluation, export, generation. Run it with `make demo`.
+# The whole workflow, on the source code of this machine's Python standard library: tokenizer,
+# shards, training, resume, evaluation, export, generation. Run it with `make demo`.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -34,14 +34,14 @@ run python launcher/prepare_data.py encode "${corpus[@]}" --tokenizer $out/token
   --output $out/data --holdout 0.12
 
 train --config $config train.stop_at=80
-train --config $config # goes on from its checkpoint
+train --config $config # resumes from checkpoint 80
 
 run python launcher/evaluate.py --config $config --lengths 4096,8192,16384
 run python launcher/convert.py export --config $config --output $out/hf --dtype fp32
 
 prompt='def read_file(path):
     """'
-printf '\n\033[1mgenerate with plain transformers\033[0m\n'
+printf '\n\033[1mgenerate with transformers alone\033[0m\n'
 (cd $out && python -I - "$prompt" <<'PYTHON'
 import sys
 
@@ -58,7 +58,7 @@ PYTHON
 
 checkpoint=$(ls -d $out/train/step-* | tail -n 1)
 evaluation=$out/train/eval/$(basename "$checkpoint")
-printf '\n\033[1m%-17s %s\033[0m\n' "made in $((SECONDS - started)) s" where
+printf '\n\033[1m%-17s %s\033[0m\n' "done in $((SECONDS - started)) s" file
 row() { printf '%-17s %s\n' "$1" "$2"; }
 row tokenizer $out/tokenizer
 row shards $out/data
@@ -66,8 +66,8 @@ row checkpoint "$checkpoint"
 row metrics $out/train/metrics.jsonl
 row TensorBoard ".venv/bin/tensorboard --logdir $out/train/tensorboard"
 row 'evaluation' "$evaluation/report.html"
-row 'plot of it' "$evaluation/ratio.png"
+row plot "$evaluation/ratio.png"
 row 'Hugging Face' $out/hf
 row 'more text' ".venv/bin/python launcher/generate.py --model $out/hf --prompt 'class Stack:'"
-printf '\n\033[1mfound\033[0m\n'
+printf '\n\033[1mresults\033[0m\n'
 sed -n 's/^\*\*\(.*\)\*\*$/\1/p' "$evaluation/report.md" | fold -sw 100

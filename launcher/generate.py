@@ -1,4 +1,4 @@
-"""Write text with an exported folder: `python launcher/generate.py --model DIR --prompt TEXT`."""
+"""Generate text: `python launcher/generate.py --model DIR --prompt TEXT`."""
 
 from tensorlm.commands.generate import run
 

@@ -8,14 +8,14 @@
 #SBATCH --open-mode=append
 #SBATCH --output=slurm/logs/%x-%j.out
 #
-# Converts weights between checkpoints and Hugging Face folders; no GPU:
+# Convert weights between checkpoints and Hugging Face folders, without a GPU:
 #   sbatch [options of sbatch] slurm/convert.sh import --config FILE --hf DIR [key=value ...]
 #   sbatch [options of sbatch] slurm/convert.sh export --config FILE --output DIR [key=value ...]
-# With --dependency it goes before a training or an evaluation, or after it: docs/clusters.md.
+# Use --dependency to run it before or after a training or an evaluation (docs/clusters.md).
 set -uo pipefail
 cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}" || exit
 if [ ! -f slurm/common.sh ]; then
-  echo "error: $PWD: not the top folder of tensorlm (submit the job from there)" >&2
+  echo "error: $PWD: must be the top folder of tensorlm (submit the job from there)" >&2
   exit 2
 fi
 . slurm/common.sh

@@ -11,18 +11,18 @@
 #SBATCH --open-mode=append
 #SBATCH --output=slurm/logs/%x-%A_%a.out
 #
-# Evaluates checkpoints at 4k to 128k, each (checkpoint, length) by itself, side by side; when all
-# have ended, one more job joins their reports:
+# Evaluate checkpoints at 4k to 128k, each (checkpoint, length) separately and in parallel. When all
+# have ended, another job joins their reports:
 #   sbatch [options of sbatch] slurm/eval_128k.sh [--config FILE] [--lengths 4096,8192,...]
 #     [--checkpoints STEP,STEP,... | --hf DIR] [options of launcher/evaluate.py] [key=value ...]
 #
-# Without --checkpoints: the newest when the first task starts. Any number of array tasks will do:
-# they share the work (`--array=0-11%4`). Several GPUs in a task share the prompts, and with
-# parallel.sp also each window. Result: RUN/eval/eval128k-JOB/report.html. Guide: docs/clusters.md.
+# Default checkpoint: the newest one when the first task starts. Any number of array tasks share the
+# work (`--array=0-11%4`). The GPUs of a task share the prompts, and with parallel.sp also each
+# window. Result: RUN/eval/eval128k-JOB/report.html. Guide: docs/clusters.md.
 set -uo pipefail
 cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}" || exit
 if [ ! -f slurm/common.sh ]; then
-  echo "error: $PWD: not the top folder of tensorlm (submit the job from there)" >&2
+  echo "error: $PWD: must be the top folder of tensorlm (submit the job from there)" >&2
   exit 2
 fi
 . slurm/common.sh
@@ -36,7 +36,7 @@ if [ "${1:-}" = --collect ]; then
   python launcher/evaluate.py --compare "$out/parts" --output "$out" || exit
   while read -r part; do
     if [ ! -f "$out/parts/$part/report.json" ]; then
-      echo "error: $out/parts/$part: no report (see its log in slurm/logs)" >&2
+      echo "error: $out/parts/$part: report.json is missing (see its log in slurm/logs)" >&2
       code=1
     fi
   done <"$out/expected"
@@ -69,8 +69,8 @@ out=$run_dir/eval/$SLURM_JOB_NAME-$SLURM_ARRAY_JOB_ID
 echo "output = $out"
 mkdir -p "$out/parts" || exit
 
-# The first task to arrive settles for all of them which (checkpoint, length) there are, and submits
-# the job that joins the reports. A link appears whole or not at all, and never twice.
+# The first task to arrive decides the list of (checkpoint, length) for all tasks, and submits the
+# job that joins the reports. `ln` is atomic and fails if the name exists.
 if [ ! -f "$out/expected" ]; then
   if [ -n "$hugging_face" ]; then
     names=hf
@@ -82,13 +82,14 @@ if [ ! -f "$out/expected" ]; then
     for length in ${lengths//,/ }; do echo "$name-$length"; done
   done >"$mine"
   if ln "$mine" "$out/expected" 2>/dev/null; then
-    # afterany: whatever failed is named by the joint report's job.
+    # afterany: the job that joins the reports names the parts that failed.
     collect=(sbatch --parsable --dependency="afterany:$SLURM_ARRAY_JOB_ID" --array=0
       --job-name="$SLURM_JOB_NAME-report" --partition="$SLURM_JOB_PARTITION"
       ${SLURM_JOB_ACCOUNT:+"--account=$SLURM_JOB_ACCOUNT"} ${SLURM_JOB_QOS:+"--qos=$SLURM_JOB_QOS"}
       --nodes=1 --gpus-per-node=0 --ntasks-per-node=1 --cpus-per-task=1 --mem=8G --time=30
       slurm/eval_128k.sh --collect "$out")
-    echo "report = job $("${collect[@]}")" || echo "warning: submit this by hand: ${collect[*]}"
+    echo "report = job $("${collect[@]}")" ||
+      echo "warning: cannot submit the job that joins the reports; submit it yourself: ${collect[*]}"
   fi
   rm "$mine"
 fi
@@ -106,7 +107,7 @@ while read -r part <&3; do
   which=(--checkpoint "$checkpoint")
   if [ -n "$hugging_face" ]; then which=(--hf "$hugging_face"); fi
   echo "part = $part"
-  # eval.segment: whatever the length, the same held-out tokens are predicted.
+  # eval.segment: all lengths predict the same held-out tokens.
   srun --kill-on-bad-exit=1 --ntasks="$ranks" --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" \
     python launcher/evaluate.py --config "$config" "${which[@]}" --lengths "${part##*-}" \
     --output "$out/parts/$part" "${options[@]}" "eval.segment=$longest" "${settings[@]}" ||

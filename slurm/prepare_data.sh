@@ -9,23 +9,23 @@
 #SBATCH --open-mode=append
 #SBATCH --output=slurm/logs/%x-%j.out
 #
-# Encodes documents into shards, on all tasks of the job; no GPU:
+# Encode documents into shards, on all tasks of the job, without a GPU:
 #   sbatch [options of sbatch] slurm/prepare_data.sh --input GLOB ... --tokenizer DIR --output DIR
 #     [more options of launcher/prepare_data.py encode]
-# Whatever ends it early, the same command goes on from the shards that are finished.
+# If the job ends early, submit the same command again: it continues after the finished shards.
 #
-# mpirun starts the ranks; or srun, where Slurm and MPI know each other (SRUN_MPI=pmix or pmi2).
+# mpirun starts the ranks, or srun if Slurm supports MPI (SRUN_MPI=pmix or pmi2).
 set -uo pipefail
 cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}" || exit
 if [ ! -f slurm/common.sh ]; then
-  echo "error: $PWD: not the top folder of tensorlm (submit the job from there)" >&2
+  echo "error: $PWD: must be the top folder of tensorlm (submit the job from there)" >&2
   exit 2
 fi
 . slurm/common.sh
 load_site
 need_job prepare_data.sh
 if [ "$SLURM_NTASKS" = 1 ]; then
-  start=() # one process uses the cores that it has by itself
+  start=() # a single process uses all its cores without MPI
 elif [ -n "${SRUN_MPI:-}" ]; then
   start=(srun --mpi="$SRUN_MPI" --kill-on-bad-exit=1)
 else

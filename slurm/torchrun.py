@@ -1,4 +1,4 @@
-"""torchrun, with the exit code of the first rank that failed: its own is 1 for all of them."""
+"""Run torchrun, and exit with the code of the first failed rank; torchrun itself always uses 1."""
 
 import sys
 
@@ -10,4 +10,4 @@ try:
 except ChildFailedError as error:
     print(error, file=sys.stderr, flush=True)
     _, failure = error.get_first_failure()
-    sys.exit(failure.exitcode if failure.exitcode > 0 else 1)  # ended by a signal: negative
+    sys.exit(failure.exitcode if failure.exitcode > 0 else 1)  # negative: ended by a signal

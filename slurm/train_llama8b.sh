@@ -11,18 +11,18 @@
 #SBATCH --open-mode=append
 #SBATCH --output=slurm/logs/%x-%j.out
 #
-# Trains until the run is done, from its newest checkpoint where there is one:
+# Train until the run is done, from its newest checkpoint if it has one:
 #   sbatch [options of sbatch] slurm/train_llama8b.sh [--config FILE] [key=value ...]
-# Check the settings first, on the login node, for the nodes and GPUs that would be asked for:
+# First check the settings on the login node, for the requested nodes and GPUs:
 #   slurm/train_llama8b.sh --dry-run [--nodes=N ...] [--config FILE] [key=value ...]
 #
-# When its time is nearly up, or when it is preempted, the job saves, goes back into the queue and
-# continues there. LAUNCHER=deepspeed|torchrun|srun|mpirun starts the ranks, one per GPU. Settings
-# of your site: slurm/env.sh (see env.sh.example). Guide: docs/clusters.md.
+# When its time is nearly up, or when it is preempted, the job saves a checkpoint, returns to the
+# queue and continues later. LAUNCHER=deepspeed|torchrun|srun|mpirun starts the ranks, one per GPU.
+# Settings of your site: slurm/env.sh (see env.sh.example). Guide: docs/clusters.md.
 set -uo pipefail
 cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}" || exit
 if [ ! -f slurm/common.sh ]; then
-  echo "error: $PWD: not the top folder of tensorlm (submit the job from there)" >&2
+  echo "error: $PWD: must be the top folder of tensorlm (submit the job from there)" >&2
   exit 2
 fi
 . slurm/common.sh
@@ -31,17 +31,17 @@ export LAUNCHER=${LAUNCHER:-deepspeed}
 case $LAUNCHER in
 deepspeed | torchrun | mpirun) need "$LAUNCHER" ;;
 srun) ;;
-*) die "LAUNCHER: $LAUNCHER is unknown (deepspeed, torchrun, srun or mpirun)" ;;
+*) die "LAUNCHER: must be deepspeed, torchrun, srun or mpirun, got $LAUNCHER" ;;
 esac
 
-# `check RANKS ARGUMENTS...` prints one `key = value` line per fact, or one line per mistake.
+# check RANKS ARGUMENTS...: print `key = value` lines about the run, or one line per problem.
 check() {
   python launcher/train.py --dry-run "$@"
 }
 
 # --------------------------------------------------------------------------------------- dry run
 
-# `header OPTION`: what sbatch is told above.
+# header OPTION: print the value of an #SBATCH line above.
 header() {
   sed -n "s/^#SBATCH --$1=//p" slurm/train_llama8b.sh
 }
@@ -52,7 +52,7 @@ if [ "${1:-}" = --dry-run ]; then
   nodes=$(header nodes) gpus=$(header gpus-per-node) tasks=$(header ntasks-per-node)
   cpus=$(header cpus-per-task) partition=${SBATCH_PARTITION:-}
   while [ $# -gt 0 ]; do
-    case $1 in # what is read here becomes two words: an option and its value
+    case $1 in # split an option and its value into two words
     --nodes=* | --gpus-per-node=* | --ntasks-per-node=* | --cpus-per-task=* | --partition=* | --config=*)
       set -- "${1%%=*}" "${1#*=}" "${@:2}"
       ;;
@@ -62,18 +62,18 @@ if [ "${1:-}" = --dry-run ]; then
     -N | --nodes | --gpus-per-node | --ntasks-per-node | --config) need_value "$@" ;;&
     -c | --cpus-per-task | -p | --partition) need_value "$@" ;;&
     --config) settings+=("$1" "$2") && shift ;;
-    -N | --nodes) nodes=${2##*-} ;;& # of 2-4 the 4
-    --gpus-per-node) gpus=${2##*:} ;;& # of h100:8 the 8
+    -N | --nodes) nodes=${2##*-} ;;& # the 4 of 2-4
+    --gpus-per-node) gpus=${2##*:} ;;& # the 8 of h100:8
     --ntasks-per-node) tasks=$2 ;;&
     -c | --cpus-per-task) cpus=$2 ;;&
     -p | --partition) partition=$2 ;;&
     -*) options+=("$1") ;;
     [a-z]*=*) settings+=("$1") ;;
-    *) options+=("$1") ;; # what an option is set to
+    *) options+=("$1") ;; # the value of an option
     esac
     shift
   done
-  [[ $nodes$gpus$tasks =~ ^[0-9]+$ ]] || die "--nodes, --gpus-per-node: not whole numbers"
+  [[ $nodes$gpus$tasks =~ ^[0-9]+$ ]] || die "--nodes, --gpus-per-node: must be integers"
   check_tasks "$tasks" "$gpus"
   check $((nodes * gpus)) "${settings[@]}" || exit
   sbatch --test-only "${options[@]}" slurm/train_llama8b.sh
@@ -85,7 +85,7 @@ fi
 # ------------------------------------------------------------------------------------- the start
 
 need_job train_llama8b.sh
-# A request to stop, from Slurm. Rank 0 runs on this node and reads the file after each step.
+# Slurm requests a stop. Rank 0 runs on this node and reads the file after each step.
 interrupted=
 request_stop() {
   interrupted=1
@@ -106,7 +106,7 @@ export RUN_DIR
 mkdir -p "$RUN_DIR/logs" && ln -sfn "$(job_field StdOut)" "$RUN_DIR/logs/" || exit
 rm -f "$RUN_DIR"/{STOP,STOPPED,REQUEUE}
 
-# Restarts in a row that began at the same checkpoint: three such, and it stays down.
+# Count consecutive restarts from the same checkpoint. After MAX_RESTARTS (3), the job stops.
 first_step=$(newest_step "$RUN_DIR") in_a_row=0
 if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] && [ -f "$RUN_DIR/restarts" ]; then
   read -r step in_a_row <"$RUN_DIR/restarts"
@@ -114,14 +114,14 @@ if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] && [ -f "$RUN_DIR/restarts" ]; then
 fi
 if [ "$in_a_row" -ge "${MAX_RESTARTS:-3}" ]; then
   die "$RUN_DIR: $in_a_row restarts without a checkpoint after step $first_step" \
-    "(read the log above; submit again when it is mended)"
+    "(read the log above; fix the cause and submit again)"
 fi
 echo "$first_step $in_a_row" >"$RUN_DIR/restarts"
 
 choose_rendezvous
 scontrol show hostnames "$SLURM_JOB_NODELIST" | sed "s/\$/ slots=$RANKS_PER_NODE/" \
   >"$RUN_DIR/hostfile"
-echo "launcher = $LAUNCHER, $ranks ranks meet at $MASTER_ADDR:$MASTER_PORT"
+echo "launcher = $LAUNCHER, $ranks ranks, rendezvous at $MASTER_ADDR:$MASTER_PORT"
 
 # -------------------------------------------------------------------------------------- training
 
@@ -131,7 +131,7 @@ srun)
     --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" slurm/task.sh)
   ;;
 mpirun)
-  # Open MPI starts an agent on each node by itself, as a step of this job.
+  # Open MPI itself starts an agent on each node, as a step of this job.
   export OMPI_MCA_orte_launch_agent="$PWD/slurm/task.sh orted"
   start=(mpirun -np "$ranks" --map-by "ppr:$RANKS_PER_NODE:node" --bind-to none
     -x MASTER_ADDR -x MASTER_PORT python)
@@ -142,10 +142,10 @@ mpirun)
   ;;
 esac
 trap request_stop USR1 TERM
-if [ -n "$interrupted" ]; then request_stop; fi # it came while the settings were checked
+if [ -n "$interrupted" ]; then request_stop; fi # a signal arrived during the checks
 "${start[@]}" launcher/train.py "$@" &
 child=$!
-while # `wait` returns early when a signal has arrived
+while # `wait` returns early if a signal arrives
   interrupted=
   wait "$child"
   code=$?
@@ -156,20 +156,20 @@ trap '' USR1 TERM # a requeue sends TERM to this script
 # --------------------------------------------------------------------------------------- the end
 
 last_step=$(newest_step "$RUN_DIR") reason=
-# A launcher that was killed itself may leave with 0: deepspeed does.
+# A launcher that was killed may still exit with 0: deepspeed does.
 if [ $code = 0 ] && [ "$last_step" -lt "${end_step:-0}" ]; then
-  echo "error: $LAUNCHER: has ended before checkpoint $end_step" >&2
+  echo "error: $LAUNCHER: ended before checkpoint $end_step" >&2
   code=70
 fi
 if [ $code = 0 ]; then
   echo "done after step $last_step"
-elif [ -e "$RUN_DIR/STOPPED" ]; then # obeyed; without a request from Slurm, somebody wants it so
+elif [ -e "$RUN_DIR/STOPPED" ]; then # stopped on request, of Slurm (REQUEUE) or of a user
   if [ -e "$RUN_DIR/REQUEUE" ]; then reason="saved on Slurm's request"; fi
 elif [ $code != 2 ] && [ "$last_step" != "$first_step" ]; then
   reason="exit code $code, after new checkpoints"
 fi
-rm -f "$RUN_DIR"/{STOP,REQUEUE} # a request that nobody obeyed is no request to the next start
-# A job that is being cancelled or requeued already is no longer called RUNNING.
+rm -f "$RUN_DIR"/{STOP,REQUEUE} # a pending request must not stop the next start
+# The state of a job that is already being cancelled or requeued is not RUNNING.
 if [ -n "$reason" ] && [ "$(job_field JobState)" = RUNNING ]; then
   echo "requeue: $reason; continues after step $last_step"
   scontrol requeue "$SLURM_JOB_ID"

@@ -43,7 +43,9 @@ def check_head_of_log(log: Path, run: Path) -> None:
     ):
         assert line in head.splitlines(), line
     assert re.search(r"^gpus = 1 on each node \(.+\)$", head, re.MULTILINE)
-    (port,) = re.findall(r"^launcher = srun, 2 ranks meet at 127.0.0.1:(\d+)$", head, re.MULTILINE)
+    (port,) = re.findall(
+        r"^launcher = srun, 2 ranks, rendezvous at 127.0.0.1:(\d+)$", head, re.MULTILINE
+    )
     with socket.socket() as probe:
         assert probe.connect_ex(("127.0.0.1", int(port))) != 0  # nobody listens any more
     assert (run / f"logs/{log.name}").read_text() == log.read_text()
@@ -114,7 +116,7 @@ def check_course(log: str, launchers: list[str], num_saved: int) -> None:
     assert len(saved) == num_saved
     assert starts[: num_saved + 1] == ["from scratch", *saved]
     # deepspeed left with 0 when it was killed: that is not taken for the end.
-    assert "\nerror: deepspeed: has ended before checkpoint 80\n" in log
+    assert "\nerror: deepspeed: ended before checkpoint 80\n" in log
     assert "\nrequeue: exit code 70, after new checkpoints;" in log
 
 
@@ -262,7 +264,8 @@ def test_bad_settings_are_one_line_each_before_the_queue_and_in_the_job(
     for nodes in (("-N2",), ("-N", "2", "-p", "debug"), ("--nodes", "1-2")):
         assert dry_run(site, "parallel.sp=2", size=(*nodes, *PER_NODE)).stdout == good.stdout, nodes
     unequal = dry_run(site, size=("-N2", "--gpus-per-node", "2", "--ntasks-per-node", "1"))
-    assert unequal.stderr == "error: --ntasks-per-node: 1 tasks for 2 GPUs (ask for as many)\n"
+    wanted = "error: --ntasks-per-node: must be at least 2, one task per GPU, got 1\n"
+    assert unequal.stderr == wanted
     bad = dry_run(site, "train.stepz=3", "parallel.sp=two")
     assert bad.returncode == 2
     errors = [line for line in bad.stderr.splitlines() if line.startswith("error: ")]
@@ -278,5 +281,5 @@ def test_bad_settings_are_one_line_each_before_the_queue_and_in_the_job(
         arguments = ("--config", str(site.config), f"run.dir={tmp_path / 'run'}")
         job = site.submit(script, *arguments, options=("--nodes=1", "--gpus-per-node=2", *options))
         assert site.cluster.wait_for(job) == "FAILED"
-        assert "\nerror: --ntasks-per-node: 1 tasks for 2 GPUs" in site.log(job)
+        assert "\nerror: --ntasks-per-node: must be at least 2, one task per GPU" in site.log(job)
     assert not (tmp_path / "run").exists()
