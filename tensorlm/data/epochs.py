@@ -1,8 +1,9 @@
-"""One source through the stages of a run: every token once an epoch, whatever the row lengths.
+"""The rows of one source in all phases of a run: each token once per epoch, at any row length.
 
-A stage takes as many shuffled documents of the current epoch as fill its rows, and packs them; the
-other documents, and what its last rows could not hold, are there for the next stage. The last stage
-has no end: it takes the rest of the epoch, then whole epochs.
+A phase takes as many shuffled documents of the current epoch as fill its rows, and packs them. The
+next phase gets the other documents, and the parts that did not fit into the last rows. The last
+phase has no fixed end: it takes the rest of the epoch, then whole epochs. In this code, a phase is
+called a stage.
 """
 
 from collections.abc import Sequence
@@ -13,12 +14,12 @@ import numpy as np
 
 from .packing import Int, Pieces, RowPlan, pack, plan_rows, shuffled
 
-_ROWS, _DOCUMENTS = 0, 1  # what a permutation is of: part of its key
+_ROWS, _DOCUMENTS = 0, 1  # what is permuted: part of the key of a permutation
 
 
 @dataclass(frozen=True)
 class Stretch:
-    """What one stage takes from one epoch: the first `num_rows` rows of its plan, shuffled."""
+    """What one phase takes from one epoch: the first `num_rows` rows of its shuffled plan."""
 
     stage: int
     epoch: int
@@ -27,13 +28,13 @@ class Stretch:
 
 
 class SourceRows:
-    """The rows of one source, in order, stage by stage.
+    """The rows of one source, in order, phase by phase.
 
     Args:
-        lengths: tokens of each document, none of them 0.
-        stages: (seq_len, rows of this source) of each stage; None for the last, which has no end.
+        lengths: number of tokens of each document, at least 1.
+        stages: (seq_len, rows of this source) of each phase; None for the last phase, without end.
         packing: "best_fit" or "concat".
-        seed: of the run.
+        seed: seed of the run.
     """
 
     def __init__(
@@ -45,7 +46,7 @@ class SourceRows:
         self._order = lru_cache(maxsize=2)(self._shuffled_rows)
         self._stretches: list[list[Stretch]] = []
         epoch = 0
-        rest: Pieces | None = None  # of the epoch; None: all of it
+        rest: Pieces | None = None  # the rest of the epoch; None: all of it
         for stage, (seq_len, num_rows) in enumerate(stages):
             self._stretches.append([])
             left = num_rows
@@ -60,21 +61,21 @@ class SourceRows:
 
     @property
     def last_plan(self) -> RowPlan:
-        """How the rows of the last stage are packed, to begin with."""
+        """The first plan of the last phase."""
         return self._stretches[-1][0].plan
 
     def locate(self, stage: int, row: int) -> tuple[RowPlan, int]:
-        """The plan that holds row `row` of a stage (counted in this source), and its row there."""
+        """The plan that holds row `row` of a phase (counted in this source), and its row there."""
         stretch, row = self._stretch(stage, row)
         order = self._order(stretch.stage, stretch.epoch, stretch.plan.num_rows)
         return stretch.plan, int(order[row])
 
     def epochs(self, stage: int, row: int) -> float:
-        """How many epochs the rows before row `row` of a stage are, by their tokens."""
+        """Epochs in the rows before row `row` of a phase, counted in tokens."""
         return self.num_tokens(stage, row) / self._num_tokens
 
     def num_tokens(self, stage: int, row: int) -> int:
-        """Tokens of all rows before row `row` of a stage, padding not counted."""
+        """Number of tokens in all rows before row `row` of a phase, without padding."""
         if stage < 0:
             return 0
         if row == 0:
@@ -93,7 +94,7 @@ class SourceRows:
             if row < stretch.num_rows:
                 return stretch, row
             row -= stretch.num_rows
-        assert stage == len(self._stretches) - 1, "a stage has the rows that were asked for"
+        assert stage == len(self._stretches) - 1, "row must be inside the phase"
         plan = self._whole_plan(stretch.plan.seq_len)
         epochs, row = divmod(row, plan.num_rows)
         return Stretch(stage, stretch.epoch + 1 + epochs, plan, plan.num_rows), row
@@ -101,7 +102,7 @@ class SourceRows:
     def _take(
         self, stage: int, epoch: int, rest: Pieces | None, seq_len: int, num_rows: int | None
     ) -> tuple[Stretch, Pieces]:
-        """Plan at most `num_rows` rows from the front of `rest`; returns what is left, too."""
+        """Plan at most `num_rows` rows from the front of `rest`; returns them and the new rest."""
         num_tokens = self._num_tokens if rest is None else rest.num_tokens
         nothing = Pieces(*np.empty((3, 0), np.int64))
         if num_rows is None or num_rows * seq_len >= num_tokens:
@@ -129,10 +130,10 @@ class SourceRows:
         return stretch, left
 
     def _whole_plan(self, seq_len: int) -> RowPlan:
-        """The plan of a whole epoch: the same for each, since its rows are shuffled anew."""
+        """The plan of a whole epoch; all epochs share it, and each shuffles its rows."""
         if seq_len not in self._whole_plans:
             plan = plan_rows(self._lengths, seq_len, self._packing, self._seed)
-            self._whole_plans = {seq_len: plan}  # one is enough: stages do not come back
+            self._whole_plans = {seq_len: plan}  # earlier lengths are not needed again
         return self._whole_plans[seq_len]
 
     def _shuffled_rows(self, stage: int, epoch: int, num_rows: int) -> Int:

@@ -1,4 +1,4 @@
-"""What is in a data set: counts, document lengths as text and plot, decoded samples."""
+"""The content of a data set: counts, document lengths as text and plot, decoded samples."""
 
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ _NUM_BINS = 60
 
 
 def length_histogram(lengths: NDArray[np.int64]) -> list[tuple[int, int, int, int]]:
-    """Documents by length, in powers of two: (low, high, documents, tokens) for low <= n < high."""
+    """Histogram of lengths in powers of two: (low, high, documents, tokens), low <= n < high."""
     powers = np.frexp(lengths.astype(np.float64))[1] - 1  # floor(log2(length)), exact
     rows = []
     for power in range(int(powers.min()), int(powers.max()) + 1):
@@ -30,7 +30,7 @@ def is_empty(folder: Path) -> bool:
 
 
 def describe_split(folder: Path, seq_lens: list[int]) -> str:
-    """Counts, histogram and packing of one split, as text."""
+    """Describe counts, length histogram and packing of one split, as text."""
     corpus = Corpus(folder)
     num_bytes = sum(shard.header.num_bytes for shard in corpus.shards)
     quantiles = np.quantile(corpus.lengths, [0.5, 0.9, 0.99]).astype(int)
@@ -38,11 +38,12 @@ def describe_split(folder: Path, seq_lens: list[int]) -> str:
         f"{folder}: {len(corpus):,} documents, {corpus.num_tokens:,} tokens, "
         f"{num_bytes:,} bytes of text in {len(corpus.shards)} shards",
         f"vocabulary {corpus.vocab_size:,}, {corpus.shards[0].header.dtype}, "
-        f"{num_bytes / corpus.num_tokens:.2f} bytes a token, fingerprint {corpus.fingerprint[:16]}",
+        f"{num_bytes / corpus.num_tokens:.2f} bytes per token, fingerprint "
+        f"{corpus.fingerprint[:16]}",
         f"document length: mean {corpus.lengths.mean():,.0f}, median {quantiles[0]:,}, "
-        f"90 % {quantiles[1]:,}, 99 % {quantiles[2]:,}, longest {corpus.lengths.max():,}",
+        f"90 % {quantiles[1]:,}, 99 % {quantiles[2]:,}, longest {corpus.lengths.max():,} tokens",
         "",
-        f"{'tokens':>23} {'documents':>12} {'of tokens':>10}",
+        f"{'length in tokens':>23} {'documents':>12} {'of tokens':>10}",
     ]
     rows = length_histogram(corpus.lengths)
     most = max(tokens for *_, tokens in rows)
@@ -50,17 +51,17 @@ def describe_split(folder: Path, seq_lens: list[int]) -> str:
         bar = "#" * round(_BAR_WIDTH * tokens / most)
         share = tokens / corpus.num_tokens
         lines.append(f"{low:>11,}-{high - 1:>11,} {documents:>12,} {share:>10.2%} {bar}".rstrip())
-    lines += ["", f"{'seq_len':>11} {'rows':>11} {'filled':>12} {'whole':>10}"]
+    lines += ["", f"{'seq_len':>11} {'rows':>11} {'filled':>12} {'uncut':>10}"]
     for seq_len in seq_lens:
         plan = plan_rows(corpus.lengths, seq_len, "best_fit", 0)
         whole = float((corpus.lengths <= seq_len).mean())
         lines.append(f"{seq_len:>11,} {plan.num_rows:>11,} {plan.fill:>12.3%} {whole:>10.2%}")
-    lines.append("(whole: documents that are not cut)")
+    lines.append("(filled: share of row slots with tokens; uncut: share of documents not cut)")
     return "\n".join(lines)
 
 
 def sample_documents(data: Path, split: str, count: int, width: int = 160) -> list[str]:
-    """Beginnings of `count` documents spread over the split, decoded with its own tokenizer."""
+    """Beginnings of `count` documents spread over the split, decoded with the data's tokenizer."""
     corpus, tokenizer = Corpus(data / split), load_tokenizer(data / "tokenizer")
     lines = []
     for document in np.linspace(0, len(corpus) - 1, min(count, len(corpus))).astype(int):
@@ -71,16 +72,16 @@ def sample_documents(data: Path, split: str, count: int, width: int = 160) -> li
 
 
 def plot_lengths(folders: list[Path], path: Path) -> None:
-    """Histogram of document lengths, weighted by tokens, as a PNG."""
+    """Write a histogram of document lengths, weighted by tokens, as a PNG."""
     lengths_figure({str(folder): Corpus(folder).lengths for folder in folders}).savefig(
         path, dpi=120
     )
 
 
 def lengths_figure(lengths_of: dict[str, NDArray[np.int64]]) -> Any:
-    """A matplotlib figure: histograms of document lengths (each [D], in tokens), by tokens.
+    """A matplotlib figure with histograms of document lengths ([D], tokens), weighted by tokens.
 
-    The axis reaches from the shortest document to the longest.
+    The axis reaches from the shortest to the longest document.
     """
     from matplotlib.figure import Figure
 
@@ -104,14 +105,14 @@ def lengths_figure(lengths_of: dict[str, NDArray[np.int64]]) -> Any:
 
 
 def _ticks(shortest: int, longest: int) -> list[int]:
-    """At most ten powers of two, equal factors apart; both ends where there are fewer than two."""
+    """At most ten evenly spaced powers of two; both ends if there are fewer than two."""
     first, last = (shortest - 1).bit_length(), longest.bit_length() - 1
     powers = range(first, last + 1, max(1, -(-(last + 1 - first) // 10)))
     return [1 << power for power in powers] if len(powers) > 1 else sorted({shortest, longest})
 
 
 def _short(length: int) -> str:
-    """600, 4k, 1M: as lengths are written everywhere."""
+    """Format a length as 600, 4k or 1M."""
     for factor, unit in ((1 << 20, "M"), (1 << 10, "k")):
         if length % factor == 0:
             return f"{length // factor}{unit}"

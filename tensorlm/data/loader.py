@@ -1,7 +1,7 @@
-"""Serving packed rows: which row comes when is a pure function of (seed, global row index).
+"""Serving packed rows: the order of rows is a pure function of (seed, global row index).
 
-The whole state of the loader is how many rows the run has consumed. Neither the number of ranks nor
-the micro-batch is part of the order: they only decide who reads which row, or which slice of it.
+The whole state of the loader is the number of rows consumed. Number of ranks and micro-batch do not
+change the order. They only decide which rank reads which row, or which slice of it.
 """
 
 import bisect
@@ -34,22 +34,22 @@ _WORD = (1 << 64) - 1
 
 @dataclass(frozen=True)
 class RowStage:
-    """Rows of one length: `num_rows` of them, or None for the last stage, which has no end."""
+    """A phase: `num_rows` rows of one length; None for the last phase, which has no fixed end."""
 
     seq_len: int
     num_rows: int | None
 
 
 class PackedRows:
-    """The rows of a run in order: sources mixed by weight, stages one after another.
+    """The rows of a run in order: sources mixed by weight, phase after phase.
 
     Args:
         corpora: the sources.
         weights: their shares of the rows, in any unit.
-        stages: the last one has no end.
+        stages: the phases; the last one has no fixed end.
         packing: "best_fit" or "concat".
-        seed: of the run.
-        num_rows: how many rows the run will ask for.
+        seed: seed of the run.
+        num_rows: number of rows that the run will use.
     """
 
     def __init__(
@@ -79,8 +79,8 @@ class PackedRows:
             seed,
         ]
         self.fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
-        # Makes every plan that the run will need: 4 s for a million documents are too long for a
-        # step in which an epoch happens to end.
+        # Compute every plan that the run will need now: a plan takes 4 s for a million documents,
+        # too long for a training step in which an epoch ends.
         self.epochs(num_rows)
 
     def seq_len(self, index: int) -> int:
@@ -89,11 +89,11 @@ class PackedRows:
 
     @property
     def tokenizer_sha256(self) -> str:
-        """That of all sources."""
+        """Hash of the tokenizer, which is the same for all sources."""
         return self.corpora[0].tokenizer_sha256
 
     def describe(self) -> list[str]:
-        """One line for each source: how much of it the run will take."""
+        """One line for each source: its size, and how much of it the run will use."""
         total = self.mix.period
         return [
             f"data: {corpus.name}: {corpus.num_tokens:,} tokens, {share / total:.1%} of the rows, "
@@ -104,7 +104,7 @@ class PackedRows:
         ]
 
     def epochs(self, num_rows: int) -> list[float]:
-        """How many epochs of each source the first `num_rows` rows are."""
+        """Number of epochs of each source in the first `num_rows` rows."""
         stage = self._stage(num_rows)
         return [
             rows.epochs(stage, self._row_of_source(source, num_rows, stage))
@@ -112,7 +112,7 @@ class PackedRows:
         ]
 
     def num_tokens(self, num_rows: int) -> int:
-        """Tokens of the first `num_rows` rows, padding not counted."""
+        """Number of tokens in the first `num_rows` rows, without padding."""
         stage = self._stage(num_rows)
         return sum(
             rows.num_tokens(stage, self._row_of_source(source, num_rows, stage))
@@ -120,7 +120,10 @@ class PackedRows:
         )
 
     def batch(self, indices: range, tokens: slice = slice(None), *, pin: bool = False) -> Batch:
-        """The slice `tokens` of the global rows `indices`, all of one stage; only it is read."""
+        """The slice `tokens` of the global rows `indices`, which are of one phase.
+
+        Only this slice is read.
+        """
         first, stop, _ = tokens.indices(self.seq_len(indices[0]))
         shape = (len(indices), stop - first)
         (ids, a), (labels, b), (doc_start, c) = (
@@ -146,8 +149,7 @@ class PackedRows:
         return [self.batch(range(at, at + micro_batch), tokens, pin=pin) for at in firsts]
 
     def documents(self, indices: range) -> list[str]:
-        """The documents that the rows `indices` hold: their number in their source, and its name
-        where there are several."""
+        """Documents in the rows `indices`: `number`, or `source:number` with several sources."""
         found: set[tuple[int, int]] = set()
         for index in indices:
             source, plan, row = self._locate(index)
@@ -160,7 +162,7 @@ class PackedRows:
         return bisect.bisect_right(self._stage_first, index) - 1
 
     def _row_of_source(self, source: int, index: int, stage: int) -> int:
-        """How many rows of a source the stage has before global row `index`."""
+        """Number of rows of a source in this phase before global row `index`."""
         count = self.mix.count
         return count(source, index) - count(source, self._stage_first[stage])
 
@@ -177,8 +179,10 @@ class PackedRows:
         labels: NDArray[np.int64],
         doc_start: NDArray[np.int32],
     ) -> int:
-        """Write tokens first ... first + len(tokens) of a row; where it is padded, `tokens` is 0,
-        `labels` is ignored, and each token is a document. Returns where the padding begins."""
+        """Write tokens first ... first + len(tokens) of a row; returns where the padding begins.
+
+        In the padding, `tokens` is 0, `labels` is IGNORED, and each token is its own document.
+        """
         source, plan, row = self._locate(index)
         corpus, stop = self.corpora[source], first + len(tokens)
         pieces = plan.pieces[plan.row_first[row] : plan.row_first[row + 1]]
@@ -200,7 +204,7 @@ class PackedRows:
             begin, end = end, end + length
             a, b = max(begin - first, 0), min(end, stop) - first
             start += a + first - begin
-            # One token more than is here, where the document goes on: the last label.
+            # Read one more token if the document continues: it is the last label.
             count = min(b - a + 1, whole - start)
             text = corpus.shards[shard].tokens[at + start : at + start + count]
             tokens[a:b] = text[: b - a]
@@ -214,7 +218,7 @@ class PackedRows:
 
 
 def _new(shape: tuple[int, int], dtype: torch.dtype, pin: bool) -> tuple[Tensor, NDArray[Any]]:
-    """A tensor to fill, and its memory, which NumPy makes faster than PyTorch where it is plain."""
+    """A tensor to fill, and its memory as an array; NumPy allocates unpinned memory faster."""
     if pin:
         tensor = torch.empty(shape, dtype=dtype, pin_memory=True)
         return tensor, tensor.numpy()
@@ -223,14 +227,14 @@ def _new(shape: tuple[int, int], dtype: torch.dtype, pin: bool) -> tuple[Tensor,
 
 
 def _digest(index: int, first: int, tokens: NDArray[np.int64], doc_start: NDArray[np.int32]) -> int:
-    """Sum over tokens of (token, document start) times words that place and row determine."""
+    """Sum over tokens of (token, document start) times words given by position and row."""
     words = _words(first + len(tokens))[:, first:]
     place = int(words[0] @ tokens.view(np.uint64)) + int(words[1] @ doc_start.astype(np.uint64))
     return place * (_mixed(index) | 1) & _WORD
 
 
 def _mixed(number: int) -> int:
-    """SplitMix64 (Steele, Lea, Flood 2014): neighbours get words that have nothing in common."""
+    """SplitMix64 (Steele, Lea, Flood 2014): neighbouring numbers give unrelated words."""
     word = (number + 1) * 0x9E3779B97F4A7C15 & _WORD
     word = (word ^ word >> 30) * 0xBF58476D1CE4E5B9 & _WORD
     word = (word ^ word >> 27) * 0x94D049BB133111EB & _WORD
@@ -239,7 +243,7 @@ def _mixed(number: int) -> int:
 
 @cache
 def _words(seq_len: int) -> NDArray[np.uint64]:
-    """[2, seq_len] odd random words, fixed for ever."""
+    """[2, seq_len] odd random words, which never change."""
     return np.stack([np.random.Philox(key).random_raw(seq_len) | 1 for key in (1, 2)])
 
 
@@ -247,9 +251,9 @@ def open_rows(config: Config, split: str, *, verify: bool) -> PackedRows:
     """Open a split of every configured source.
 
     Raises:
-        UserError: damaged or missing shards, sources that do not go together, a tokenizer beside
-            them that is not theirs, token ids that the model's vocabulary lacks, or more epochs
-            than a source allows.
+        UserError: shards are damaged or missing, sources do not match each other, a data set
+            contains another tokenizer than it was encoded with, the model's vocabulary is too
+            small, or the run needs more epochs than a source allows.
     """
     sources, vocab_size = config.data.all_sources, config.model.vocab_size
     corpora = [Corpus(Path(source.path) / split, verify=verify) for source in sources]
@@ -257,8 +261,8 @@ def open_rows(config: Config, split: str, *, verify: bool) -> PackedRows:
     for source, corpus in zip(sources, corpora, strict=True):
         if corpus.vocab_size > vocab_size:
             raise UserError(
-                f"model.vocab_size: {vocab_size} is smaller than that of {source.path} "
-                f"({corpus.vocab_size})"
+                f"model.vocab_size: must be at least {corpus.vocab_size}, the vocabulary of "
+                f"{source.path}, got {vocab_size}"
             )
         if (tokenizer := Path(source.path) / "tokenizer").exists():
             check_tokenizer(tokenizer, corpus.tokenizer_sha256)
@@ -267,8 +271,8 @@ def open_rows(config: Config, split: str, *, verify: bool) -> PackedRows:
             tokenizers.append(corpus.tokenizer_sha256)
         if tokenizers[-1] != tokenizers[0]:
             raise UserError(
-                f"data.sources: {source.path} and {sources[0].path} were encoded with different "
-                "tokenizers (prepare both with one)"
+                f"data.sources: must be encoded with the same tokenizer, but {source.path} and "
+                f"{sources[0].path} were not (prepare both with one tokenizer)"
             )
     *earlier, last = config.stages
     stages = [RowStage(stage.seq_len, stage.num_rows) for stage in earlier]
@@ -284,8 +288,8 @@ def open_rows(config: Config, split: str, *, verify: bool) -> PackedRows:
     for source, epochs in zip(sources, rows.epochs(num_rows), strict=True):
         if source.max_epochs and epochs > source.max_epochs:
             raise UserError(
-                f"data.sources: the run takes {epochs:.2f} epochs of {source.path}, max_epochs is "
-                f"{source.max_epochs} (lower its weight below "
-                f"{source.weight * source.max_epochs / epochs:.3g}, or train.steps)"
+                f"data.sources: {source.path} must last for the run with at most max_epochs = "
+                f"{source.max_epochs}, got {epochs:.2f} epochs (lower its weight below "
+                f"{source.weight * source.max_epochs / epochs:.3g}, or lower train.steps)"
             )
     return rows

@@ -1,9 +1,9 @@
-"""Which source the n-th row of a run comes from: exact shares at every prefix.
+"""The source of each row of a run, with exact shares in every prefix.
 
-With the weights as integers a_i of sum W, source i has had n * a_i / W rows after n rows, give or
-take less than one. This is Tijdeman's algorithm ("The chairman assignment problem", 1980): of the
-sources that have fallen far enough behind, the one that must come soonest is next. The sequence
-has period W, so that any place in it is found without walking there.
+With the weights as integers a_i of sum W, source i has n * a_i / W of the first n rows, with an
+error below one row. This is Tijdeman's algorithm ("The chairman assignment problem", 1980): of the
+sources that are far enough behind, the one with the earliest deadline is next. The sequence has
+period W, so any place in it can be found directly.
 """
 
 import math
@@ -16,7 +16,7 @@ from .packing import Int
 
 
 class Mix:
-    """An infinite sequence of sources; `num_rows` is how far it is likely to be asked for."""
+    """An infinite sequence of sources; its first `num_rows` are computed at the start."""
 
     def __init__(self, weights: Sequence[float], num_rows: int) -> None:
         self.shares = _integers(weights)
@@ -29,7 +29,7 @@ class Mix:
         return int(self._reaching(place + 1)[0][place])
 
     def count(self, source: int, num_rows: int) -> int:
-        """How many of the first `num_rows` rows are of `source`."""
+        """Number of rows of `source` among the first `num_rows`."""
         periods, rest = divmod(num_rows, self.period)
         return periods * self.shares[source] + int(self._reaching(rest)[1][source, rest])
 
@@ -39,15 +39,15 @@ class Mix:
         return self._known
 
     def _first_rows(self, num_rows: int) -> tuple[Int, Int]:
-        """Of the first rows of a period, n of them: sources [n], and how many rows of each source
-        come before each place [K, n + 1]."""
+        """The first n rows of a period: their sources [n], and the number of rows of each source
+        before each place [K, n + 1]."""
         sources = _tijdeman(self.shares, min(self.period, num_rows))
         is_source = sources == np.arange(len(self.shares))[:, None]
         return sources, np.cumsum(np.pad(is_source, ((0, 0), (1, 0))), axis=1)
 
 
 def _integers(weights: Sequence[float]) -> list[int]:
-    """The smallest integers in the proportions of `weights`, read as the decimals they print as."""
+    """The smallest integers with the proportions of `weights`, taken as their printed decimals."""
     fractions = [Fraction(repr(float(weight))) for weight in weights]
     scale = math.lcm(*(f.denominator for f in fractions))
     numbers = [int(f * scale) for f in fractions]
@@ -56,7 +56,7 @@ def _integers(weights: Sequence[float]) -> list[int]:
 
 
 def _tijdeman(shares: list[int], num_rows: int) -> Int:
-    """Source of each of the first rows; all in integers, so exact."""
+    """Source of each of the first rows, in exact integer arithmetic."""
     total, slack = sum(shares), max(1, 2 * len(shares) - 2)
     counts = [0] * len(shares)
     sequence = np.empty(num_rows, dtype=np.int64)
@@ -66,7 +66,7 @@ def _tijdeman(shares: list[int], num_rows: int) -> Int:
             behind = slack * (n * share - counts[i] * total)  # rows owed, times slack * total
             if behind < total:
                 continue
-            # How many rows it can still wait before it is 1 - 1/slack rows behind.
+            # Number of rows after which it would be 1 - 1/slack rows behind.
             wait = ((slack - 1) * total - behind) // (slack * share)
             if best < 0 or wait < soonest:
                 best, soonest = i, wait

@@ -1,8 +1,8 @@
 """Packing documents into rows of `seq_len` tokens: a pure function of lengths, mode and seed.
 
 Documents longer than a row are cut at row length. Best-fit decreasing then puts each piece, longest
-first, into the fullest row that still has room; `concat` fills rows in a shuffled document order
-and cuts at every row end. Rows come in no useful order: whoever serves them shuffles.
+first, into the fullest row that still has room. `concat` fills rows in a shuffled document order
+and cuts at each row end. The order of the rows is arbitrary: the loader shuffles them.
 """
 
 import bisect
@@ -36,7 +36,7 @@ class Pieces:
 
 @dataclass(frozen=True)
 class RowPlan:
-    """Which pieces make up each row: those of row r are pieces[row_first[r] : row_first[r + 1]]."""
+    """The pieces of each row: row r has pieces[row_first[r] : row_first[r + 1]]."""
 
     seq_len: int
     pieces: Pieces
@@ -48,7 +48,7 @@ class RowPlan:
 
     @cached_property
     def row_tokens(self) -> Int:
-        """Tokens in each row, [num_rows]."""
+        """[num_rows]: number of tokens in each row."""
         return np.add.reduceat(self.pieces.length, self.row_first[:-1])
 
     @property
@@ -58,9 +58,9 @@ class RowPlan:
 
 
 def shuffled(count: int, *key: int) -> Int:
-    """A permutation of range(count) that depends on `key` alone, in every version of numpy.
+    """A permutation of range(count) that depends only on `key`, in all versions of numpy.
 
-    It sorts raw random words: numpy promises these to stay as they are, but not `permutation`.
+    It sorts raw random words: numpy guarantees that these never change, but not `permutation`.
     """
     words = np.random.Philox(np.random.SeedSequence(key)).random_raw(count)
     return np.argsort(words, kind="stable")
@@ -73,13 +73,13 @@ def plan_rows(lengths: Int, seq_len: int, mode: str, seed: int) -> RowPlan:
 
 
 def pack(parts: Pieces, seq_len: int, mode: str, seed: int) -> RowPlan:
-    """Pack parts of documents into rows of `seq_len`; their order plays no role.
+    """Pack parts of documents into rows of `seq_len`; the result does not depend on their order.
 
     Args:
-        parts: at least one; none empty, and none that overlap.
+        parts: at least one part; parts must not be empty or overlap.
         seq_len: tokens in a row.
         mode: "best_fit" or "concat".
-        seed: of the document order of `concat`.
+        seed: seed of the document order of `concat`.
     """
     parts = _joined(parts)
     if mode == "concat":
@@ -94,7 +94,7 @@ def pack(parts: Pieces, seq_len: int, mode: str, seed: int) -> RowPlan:
 
 
 def _joined(parts: Pieces) -> Pieces:
-    """In document order, and what lies end to end in one document as one piece."""
+    """Sort parts by document, and join parts that are contiguous in a document."""
     if (np.diff(parts.document) > 0).all():
         return parts
     parts = parts[np.lexsort((parts.start, parts.document))]
@@ -105,7 +105,7 @@ def _joined(parts: Pieces) -> Pieces:
 
 
 def _split(parts: Pieces, seq_len: int) -> Pieces:
-    """Cut every part into pieces of at most `seq_len`."""
+    """Cut each part into pieces of at most `seq_len`."""
     counts = -(-parts.length // seq_len)
     first = np.repeat(np.cumsum(counts) - counts, counts)
     offset = (np.arange(len(first)) - first) * seq_len
@@ -142,7 +142,7 @@ def _best_fit_decreasing(lengths: Int, seq_len: int) -> Int:
 
 
 def _concat(parts: Pieces, seq_len: int, seed: int) -> tuple[Pieces, Int]:
-    """Pieces of the shuffled parts laid end to end, cut at row ends; and their rows."""
+    """Concatenate the shuffled parts and cut at row ends; returns the pieces and their rows."""
     parts = parts[shuffled(len(parts), seed)]
     ends = np.cumsum(parts.length)
     begins = ends - parts.length

@@ -1,6 +1,6 @@
-"""One rank's micro-batches, step by step; the next step's are read while this one computes.
+"""Prefetch of one rank's micro-batches: reads the next step's batches while this one computes.
 
-It keeps no place of its own: the caller says which rows come next. A wrong guess only costs time.
+It keeps no position: the caller passes the rows of each step. A wrong guess only costs time.
 """
 
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,7 +13,7 @@ from .loader import PackedRows
 
 
 class Feed:
-    """Serves the rows of `rows` that this rank of `grid` works on, in pinned memory with `pin`."""
+    """Serves this rank's share of `rows` on `grid`; in pinned memory if `pin`."""
 
     def __init__(self, rows: PackedRows, config: Config, grid: Grid, *, pin: bool) -> None:
         self._rows, self._config, self._grid, self._pin = rows, config, grid, pin

@@ -1,4 +1,4 @@
-"""Token shards on disk: map them into memory, know when they are damaged (docs/data_format.md).
+"""Token shards on disk: maps them into memory and detects damage (docs/data_format.md).
 
 A data set is a folder with `train/`, `valid/` (splits of shards) and `tokenizer/`. A split holds
 
@@ -40,7 +40,7 @@ class FileEntry(Section):
 
 
 class ShardHeader(Section):
-    """What shard-0000N.json says; `num_bytes` is the UTF-8 text that became the tokens."""
+    """Content of shard-0000N.json; `num_bytes` is the size of the encoded text in UTF-8."""
 
     format: Literal["tensorlm-shard"] = FORMAT
     version: Literal[2] = VERSION
@@ -83,31 +83,32 @@ def read_header(path: Path) -> ShardHeader:
     """Read and check one header.
 
     Raises:
-        UserError: it is missing, not a header, of another version, or contradicts itself.
+        UserError: it is missing, not a header, of another version, or inconsistent.
     """
     try:
         header = ShardHeader.model_validate_json(_read(path))
     except ValidationError as error:
         where = ".".join(str(part) for part in error.errors()[0]["loc"]) or "content"
         raise UserError(
-            f"{path}: not a shard header of version {VERSION} ({where}: {_REPAIR})"
+            f"{path}: must be a shard header of version {VERSION}, got an invalid {where} "
+            f"({_REPAIR})"
         ) from None
     if header.max_id >= header.vocab_size:
         raise UserError(
-            f"{path}: token id {header.max_id} is outside the vocabulary of {header.vocab_size} "
-            "(prepare the data again, with one tokenizer)"
+            f"{path}: token ids must be below the vocabulary size {header.vocab_size}, got "
+            f"{header.max_id} (prepare the data again, with one tokenizer)"
         )
     sizes = {
         f"{path.stem}.tokens": header.num_tokens * np.dtype(header.dtype).itemsize,
         f"{path.stem}.ends": header.num_documents * 8,
     }
     if {name: entry.bytes for name, entry in header.files.items()} != sizes:
-        raise UserError(f"{path}: file sizes contradict dtype and counts ({_REPAIR})")
+        raise UserError(f"{path}: file sizes must match dtype and counts ({_REPAIR})")
     return header
 
 
 def check_files(path: Path, header: ShardHeader) -> None:
-    """Compare the files of the shard whose header is at `path` with the sizes that it names.
+    """Compare the sizes of a shard's files with its header, which is at `path`.
 
     Raises:
         UserError: one is missing or has another size.
@@ -118,12 +119,12 @@ def check_files(path: Path, header: ShardHeader) -> None:
             raise UserError(f"{file}: missing ({_REPAIR})")
         if file.stat().st_size != entry.bytes:
             raise UserError(
-                f"{file}: {file.stat().st_size} bytes, expected {entry.bytes} ({_REPAIR})"
+                f"{file}: must have {entry.bytes} bytes, got {file.stat().st_size} ({_REPAIR})"
             )
 
 
 def is_complete(path: Path) -> bool:
-    """Whether a shard has its header, at `path`, and its files in their sizes."""
+    """Whether a shard's header exists at `path`, and its files exist with the right sizes."""
     try:
         check_files(path, read_header(path))
     except UserError:
@@ -132,19 +133,19 @@ def is_complete(path: Path) -> bool:
 
 
 def seal(content: dict[str, Any]) -> str:
-    """sha256 of plain values: how index.json seals itself, and the identity of a split."""
+    """sha256 of plain values: the seal of index.json, and the fingerprint of a split."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _read_index(folder: Path) -> tuple[list[Path], str]:
-    """Header paths of a split in order, and its fingerprint."""
+    """Read the header paths of a split, in order, and its fingerprint."""
     path = folder / INDEX
     if not path.exists():
         has_shards = any(folder.glob("shard-*"))
         raise UserError(
-            f"{path}: missing: preparing did not finish (run prepare_data.py encode again)"
+            f"{path}: missing, since preparing did not finish (run prepare_data.py encode again)"
             if has_shards
-            else f"{folder}: no shards (make them with launcher/prepare_data.py encode)"
+            else f"{folder}: must contain shards (write them with launcher/prepare_data.py encode)"
         )
     try:
         index = json.loads(_read(path))
@@ -162,14 +163,14 @@ def _read_index(folder: Path) -> tuple[list[Path], str]:
         raise UserError(f"{path}: damaged, or not of version {VERSION} ({_REPAIR})")
     for header, digest in digests.items():
         if not re.fullmatch(r"shard-\d{5,}\.json", header.name) or header.parent != folder:
-            raise UserError(f"{path}: {header.name} is no shard ({_REPAIR})")
+            raise UserError(f"{path}: {header.name} is not the name of a shard ({_REPAIR})")
         if hashlib.sha256(_read(header)).hexdigest() != digest:
             raise UserError(f"{header}: differs from {INDEX} ({_REPAIR})")
     strangers = set(folder.glob("shard-*.json")) - set(digests)
     if strangers:
         raise UserError(
-            f"{min(strangers)}: not in {INDEX}: from another data set? (remove it, or prepare "
-            "both together)"
+            f"{min(strangers)}: must be listed in {INDEX}; it may be from another data set (remove "
+            "it, or prepare both together)"
         )
     return list(digests), fingerprint
 
@@ -177,11 +178,11 @@ def _read_index(folder: Path) -> tuple[list[Path], str]:
 def open_shards(folder: str | Path, *, verify: bool = False) -> tuple[list[Shard], str]:
     """Map every shard of a split, in order; returns them and the split's fingerprint.
 
-    Index, headers and document ends are checked whole, token files by their size; with `verify`,
-    every byte of those too.
+    Checksums of index, headers and document ends are verified. Of token files, only the size is
+    checked; with `verify`, their checksums too.
 
     Raises:
-        UserError: no shard, or one that is not as it was written; the line names the file.
+        UserError: there is no shard, or one has changed; the message names the file.
     """
     folder = Path(folder)
     paths, fingerprint = _read_index(folder)
@@ -190,8 +191,8 @@ def open_shards(folder: str | Path, *, verify: bool = False) -> tuple[list[Shard
         for key in ("tokenizer_sha256", "vocab_size", "dtype", "bos_id", "eos_id"):
             if getattr(shard.header, key) != getattr(shards[0].header, key):
                 raise UserError(
-                    f"{path}: {key} differs from {paths[0].name} (mixed data sets: prepare them "
-                    "apart, and mix with data.sources)"
+                    f"{path}: {key} must be the same as in {paths[0].name} (prepare different data "
+                    "sets separately, and mix them with data.sources)"
                 )
     if verify:
         bad = verify_shards(folder)
@@ -247,7 +248,7 @@ def _digest(item: tuple[Path, FileEntry]) -> tuple[Path, FileEntry, str]:
 class Corpus:
     """All documents of a split as one indexed sequence of token arrays.
 
-    `lengths` [D]: tokens of each document; `begins` [D]: where each begins in its shard.
+    `lengths` [D]: number of tokens of each document. `begins` [D]: its offset in its shard.
     """
 
     def __init__(self, folder: str | Path, *, verify: bool = False) -> None:
@@ -255,7 +256,8 @@ class Corpus:
         self.shards, self.fingerprint = open_shards(folder, verify=verify)
         if not any(shard.header.num_documents for shard in self.shards):
             raise UserError(
-                f"{self.folder}: holds no documents (prepare it with more text or --holdout)"
+                f"{self.folder}: must contain documents, got none (prepare it with more text, or "
+                "with --holdout)"
             )
         header = self.shards[0].header
         self.vocab_size = header.vocab_size
@@ -264,7 +266,7 @@ class Corpus:
         self.begins = np.concatenate([np.append(0, e)[:-1] for e in ends])
         self.lengths = np.concatenate(ends) - self.begins
         if int(self.lengths.min()) <= 0:
-            raise UserError(f"{self.folder}: holds an empty document ({_REPAIR})")
+            raise UserError(f"{self.folder}: contains an empty document ({_REPAIR})")
         self.first_document = np.cumsum([0] + [len(e) for e in ends])
 
     def __len__(self) -> int:
@@ -277,7 +279,7 @@ class Corpus:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of all documents."""
+        """Number of tokens of all documents."""
         return sum(shard.header.num_tokens for shard in self.shards)
 
     def shard_of(self, document: Any) -> Any:
@@ -291,5 +293,5 @@ class Corpus:
         return tokens[begin + start : begin + min(stop, length)]
 
     def documents(self) -> Iterator[NDArray[Any]]:
-        """Every document, whole."""
+        """All documents, one array each."""
         return (self.tokens(i, 0, int(self.lengths[i])) for i in range(len(self)))

@@ -68,7 +68,7 @@ def stopped_by_a_bad_row(folder: Path, tokenizer: Path, output: Path) -> list[st
     """Three inputs, the second of which has a bad row: the first ones' shards get finished."""
     rows = lines("b")
     files = write(folder, a=lines("a"), b=[*rows[:40], BAD, *rows[40:]], c=lines("c"))
-    with pytest.raises(UserError, match=r"b\.jsonl: byte .* holds no text"):
+    with pytest.raises(UserError, match=r"b\.jsonl: byte .* must be text"):
         prepare(files, tokenizer, output)
     assert finished(output)
     return files
@@ -99,8 +99,10 @@ def test_after_a_bad_row_is_mended_only_its_file_is_encoded_again(
     else:
         write(tmp_path, b=rows)
     summary = prepare(files, tokenizers[0], output, workers=2)
-    assert "note: changed or left out: " + str(tmp_path / "b.jsonl") in capsys.readouterr().err
-    assert f"{len(before.keys() - holds_b)} were there" in summary
+    assert (
+        "note: inputs changed or removed: " + str(tmp_path / "b.jsonl") in capsys.readouterr().err
+    )
+    assert f"{len(before.keys() - holds_b)} shards existed" in summary
     after = finished(output)
     assert len(after) == len(plan)
     kept = {name: inode for name, inode in before.items() if name not in holds_b}
@@ -120,9 +122,7 @@ def test_holding_out_every_document_is_explained_and_names_the_way_on(
 ) -> None:
     files, output = write(tmp_path, a=lines("a")), tmp_path / "set"
     rule = "train must have at least 1 document, got 0 of "
-    with pytest.raises(
-        UserError, match=rule + r"\d+, the others are held out \(add texts or lower"
-    ):
+    with pytest.raises(UserError, match=rule + r"\d+, since all are held out \(add texts or lower"):
         encode(files, tokenizers[0], output, holdout=1.0 - 1e-9)
     with pytest.raises(UserError, match=r"was begun with other holdout .* or remove this one\)"):
         encode(files, tokenizers[0], output, holdout=0.1)
@@ -163,7 +163,7 @@ def test_rows_of_a_data_set_that_has_changed_are_not_mixed(
         return prepare([f"hf:{folder}"], tokenizers[0], output)
 
     save([*old, None])
-    with pytest.raises(UserError, match="row 60: field 'text' holds no text"):
+    with pytest.raises(UserError, match="row 60: field 'text' must be text"):
         prepare_once_more()
     assert finished(output)
     save([*new, "and an end"])
@@ -197,9 +197,9 @@ def test_before_the_first_shard_everything_may_change(
 ) -> None:
     output = tmp_path / "set"
     files = write(tmp_path, a=lines("a"), b=[BAD])
-    with pytest.raises(UserError, match="no field 'body'"):
+    with pytest.raises(UserError, match="must have a field 'body'"):
         prepare(files, tokenizers[0], output, text_field="body", holdout=0.5)
-    with pytest.raises(UserError, match="holds no text"):
+    with pytest.raises(UserError, match="must be text"):
         prepare(files[1:], tokenizers[0], output, holdout=0.5, shard_bytes=10**6)
     (tmp_path / "other").mkdir()
     (tmp_path / "other/tokenizer.json").write_text("{}")
@@ -217,7 +217,10 @@ def test_a_folder_of_other_files_is_left_alone(tmp_path: Path, tokenizers: list[
     files = write(tmp_path, a=lines("a"))
     for folder in (tmp_path, tokenizers[0]):
         before = sorted(folder.rglob("*"))
-        with pytest.raises(UserError, match=rf"^{folder}: holds other files .* another --output"):
+        with pytest.raises(
+            UserError,
+            match=rf"^{folder}: must be empty or a data set, got other files .* another --output",
+        ):
             prepare(files, tokenizers[0], folder)
         assert sorted(folder.rglob("*")) == before
     # Its own tokenizer may be made first.
@@ -233,10 +236,10 @@ def test_a_damaged_plan_or_shards_without_one_are_left_alone(
     output = tmp_path / "set"
     files = stopped_by_a_bad_row(tmp_path, tokenizers[0], output)
     (output / "prepare.json").write_text('{"version": 2}')
-    with pytest.raises(UserError, match=r"prepare\.json: damaged, or of another version"):
+    with pytest.raises(UserError, match=r"prepare\.json: is damaged or of another version"):
         prepare(files, tokenizers[0], output)
     (output / "prepare.json").unlink()
-    with pytest.raises(UserError, match="holds shards already"):
+    with pytest.raises(UserError, match="already contains shards"):
         prepare(files, tokenizers[0], output)
     assert finished(output)
 

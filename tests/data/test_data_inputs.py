@@ -188,10 +188,10 @@ def test_patterns_are_sorted_and_excluded(tmp_path: Path) -> None:
     ("pattern", "exclude", "words"),
     [
         ("*.doc", "", "no such file"),
-        ("", "", r": is a folder \(write '.*/\*\*/\*\.txt'\)"),
-        ("*.txt", "*.txt", "--exclude: leaves nothing of 40 files"),
-        ("more/*", "", r"b\.CSV\.gz: \.csv is not read \(make it \.jsonl"),
-        ("more/*", "*.gz", r"c\.pt: \.pt is not read"),
+        ("", "", r": must be files, got a folder \(write '.*/\*\*/\*\.txt'\)"),
+        ("*.txt", "*.txt", "--exclude: must leave at least 1 file, got 0 of 40"),
+        ("more/*", "", r"b\.CSV\.gz: \.csv files cannot be read \(convert it to \.jsonl"),
+        ("more/*", "*.gz", r"c\.pt: \.pt files cannot be read"),
     ],
 )
 def test_patterns_that_name_nothing_to_read_are_one_line(
@@ -220,7 +220,7 @@ def test_a_name_that_is_not_utf8_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         find_files([str(tmp_path / "*.txt")])
     (line,) = caught.value.problems
-    assert line.startswith(rf"{tmp_path}/caf\xe9.txt: the name is not UTF-8 (rename it")
+    assert line.startswith(rf"{tmp_path}/caf\xe9.txt: the name must be UTF-8 (rename it")
     assert len(find_files([str(tmp_path / "*.txt")], ["*/caf*"])) == len(TEXTS)
 
 
@@ -254,19 +254,19 @@ def numbers(folder: Path) -> str:
 @pytest.mark.parametrize(
     ("write", "word"),
     [
-        (damaged("a.jsonl", LINES[:300] + b"{broken\n" + LINES[300:]), "not JSON"),
-        (damaged("a.jsonl", b'{"body": "x"}\n["x"]\n'), "byte 14: no field 'body'"),
-        (damaged("a.jsonl", b'{"text": "x"}\n'), "no field 'body' (has text"),
-        (damaged("a.jsonl", b'{"body": null}\n'), "byte 0: field 'body' holds no text"),
-        (damaged("a.jsonl", b'{"body": "\xff"}\n'), "not JSON"),
+        (damaged("a.jsonl", LINES[:300] + b"{broken\n" + LINES[300:]), "must be JSON"),
+        (damaged("a.jsonl", b'{"body": "x"}\n["x"]\n'), "byte 14: must have a field 'body'"),
+        (damaged("a.jsonl", b'{"text": "x"}\n'), "must have a field 'body' (text fields: text"),
+        (damaged("a.jsonl", b'{"body": null}\n'), "byte 0: field 'body' must be text"),
+        (damaged("a.jsonl", b'{"body": "\xff"}\n'), "must be JSON"),
         (
             damaged("a.jsonl", b'{"body": "x"}\n{"body": "\\ud800 x"}'),
             "byte 14: contains an unpaired surrogate",
         ),
         (damaged("a.json", b'[{"body": "\\udfff"}]'), "record 0: contains an unpaired surrogate"),
-        (damaged("a.jsonl", b'{"body": ' + b"[" * 100_000 + b"}"), "byte 0: not JSON: nested"),
-        (damaged("a.json", b"[" * 100_000), "content: not JSON: nested too deeply"),
-        (damaged("a.json", b'[{"body": "x"}'), "not JSON"),
+        (damaged("a.jsonl", b'{"body": ' + b"[" * 100_000 + b"}"), "byte 0: must be JSON: nested"),
+        (damaged("a.json", b"[" * 100_000), "content: must be JSON: nested too deeply"),
+        (damaged("a.json", b'[{"body": "x"}'), "must be JSON"),
         (damaged("a.jsonl.gz", gzip.compress(LINES)[:-20]), "cannot be read"),
         (damaged("a.jsonl.gz", LINES), "cannot be read"),
         (damaged("a.jsonl.zst", LINES), "cannot be read"),
@@ -275,7 +275,7 @@ def numbers(folder: Path) -> str:
         (damaged("a.arrow", LINES), "cannot be read as arrow"),
         (truncated_parquet, "cannot be read as parquet"),
         (corrupt_parquet, "cannot be read"),
-        (numbers, "row 0: field 'body' holds no text"),
+        (numbers, "row 0: field 'body' must be text"),
         (lambda folder: f"hf:{folder / 'nowhere'}", "cannot be loaded by datasets"),
     ],
 )

@@ -76,16 +76,18 @@ def test_a_tokenizer_is_never_overwritten(
         return ["tokenizer", "--input", corpus, "--output", output, "--vocab-size", "275"]
 
     sha256 = tokenizer_sha256(tokenizer)
-    line = f"{tokenizer}: holds a tokenizer already (choose another --output)"
+    line = f"{tokenizer}: already contains a tokenizer (choose another --output)"
     assert error(capsys, *command(tokenizer)) == line
     assert tokenizer_sha256(tokenizer) == sha256
     exported = tmp_path / "hf"
     exported.mkdir()
     (exported / "tokenizer_config.json").write_text("{}")
-    assert error(capsys, *command(exported)).startswith(f"{exported}: holds a tokenizer already")
-    assert error(capsys, *command(corpus)) == f"{corpus}: not a directory (choose another --output)"
+    assert error(capsys, *command(exported)).startswith(f"{exported}: already contains a tokenizer")
+    assert (
+        error(capsys, *command(corpus)) == f"{corpus}: must be a folder (choose another --output)"
+    )
     assert launcher_here("prepare_data.py", *command(tmp_path / "new")) == 0
-    assert error(capsys, *command(tmp_path / "new")).startswith(f"{tmp_path / 'new'}: holds")
+    assert error(capsys, *command(tmp_path / "new")).startswith(f"{tmp_path / 'new'}: already")
 
 
 def test_no_held_out_documents_are_told_and_are_no_error(
@@ -110,9 +112,13 @@ def test_verify_compares_the_tokenizer(tmp_path: Path, data: Path, capsys: Captu
     copy = shutil.copytree(data, tmp_path / "copy")
     train_tokenizer(["other words"] * 9, 270, copy / "tokenizer")
     line = error(capsys, "verify", copy)
-    assert line.startswith(f"{copy / 'tokenizer'}: is not the tokenizer that the data was encoded")
+    assert line.startswith(
+        f"{copy / 'tokenizer'}: must be the tokenizer with which the data was encoded"
+    )
     shutil.rmtree(copy / "tokenizer")
-    assert error(capsys, "verify", copy).startswith(f"{copy / 'tokenizer'}: no tokenizer.json")
+    assert error(capsys, "verify", copy).startswith(
+        f"{copy / 'tokenizer'}: must contain tokenizer.json"
+    )
 
 
 def test_a_disk_that_fills_up_with_the_tokenizer_is_one_line(
@@ -227,7 +233,7 @@ def test_a_decompression_bomb_is_one_line(tmp_path: Path, tokenizer: Path, capsy
     for words, limit in (([], "268,435,456"), (["--max-document-bytes", "1000"], "1,000")):
         assert launcher_here("prepare_data.py", *encode, *words) == 2
         assert capsys.readouterr().err.splitlines()[-1] == (
-            f"error: {bomb}: content: must be at most {limit} bytes long (split it, or raise "
+            f"error: {bomb}: content: must have at most {limit} bytes (split it, or raise "
             "--max-document-bytes)"
         )
     assert not list(output.rglob("shard-*"))

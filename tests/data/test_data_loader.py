@@ -283,7 +283,8 @@ def test_more_epochs_than_a_source_allows_are_refused_before_the_run(tmp_path: P
     open_rows(changed(config, sources=sources), "train", verify=True)
     sources[2]["max_epochs"] = 1.5
     line = problem(changed(config, sources=sources))
-    assert f"{taken[2]:.2f} epochs of {sources[2]['path']}, max_epochs is 1.5" in line
+    assert f"{sources[2]['path']} must last for the run with at most max_epochs = 1.5" in line
+    assert f"got {taken[2]:.2f} epochs" in line
 
 
 def test_sources_of_different_tokenizers_are_refused(tmp_path: Path) -> None:
@@ -291,13 +292,13 @@ def test_sources_of_different_tokenizers_are_refused(tmp_path: Path) -> None:
     for path in (tmp_path / "two/train").iterdir():
         path.unlink()
     write_split(tmp_path / "two/train", [[np.arange(9)]], 100_000, tokenizer="other")
-    assert "were encoded with different tokenizers" in problem(config)
+    assert "must be encoded with the same tokenizer" in problem(config)
 
 
 def test_ids_beyond_the_model_are_refused(tmp_path: Path) -> None:
     tree = run_config(tmp_path).model_dump(mode="json", exclude_none=True)
     tree["model"]["vocab_size"] = 5000
-    assert problem(parse_config(tree, "test")).startswith("model.vocab_size: 5000 is smaller")
+    assert problem(parse_config(tree, "test")).startswith("model.vocab_size: must be at least ")
 
 
 def test_another_tokenizer_beside_the_shards_is_refused(tmp_path: Path, data: Path) -> None:
@@ -310,7 +311,7 @@ def test_another_tokenizer_beside_the_shards_is_refused(tmp_path: Path, data: Pa
     )
     open_rows(config, "train", verify=False)
     train_tokenizer(["other words"] * 9, 270, tmp_path / "set/tokenizer")
-    with pytest.raises(UserError, match=r"set/tokenizer: is not the tokenizer that the data"):
+    with pytest.raises(UserError, match=r"set/tokenizer: must be the tokenizer"):
         open_rows(config, "train", verify=False)
 
 

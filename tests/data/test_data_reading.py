@@ -163,7 +163,7 @@ def test_utf16_is_one_clear_line(tmp_path: Path, name: str, encoding: str) -> No
     content = content_of(name, *(f"some words {n}\n" for n in range(20))).encode(encoding)
     (tmp_path / name).write_bytes(compressed(name, content))
     line = problem(tmp_path / name)
-    assert line.startswith("must be UTF-8, starts like UTF-16 or UTF-32 (convert it,")
+    assert line.startswith("must be UTF-8, got what looks like UTF-16 or UTF-32 (convert it,")
 
 
 def test_zeros_in_utf8_are_text(tmp_path: Path) -> None:
@@ -219,12 +219,15 @@ def test_every_field_that_is_offered_can_be_chosen_and_no_other_is_offered(
 ) -> None:
     source = write(tmp_path, RECORDS)
     line = problem(source)
-    assert "no field 'text' (has meta.lang, meta.page.text; choose --text-field)" in line
+    assert (
+        "must have a field 'text' (text fields: meta.lang, meta.page.text; choose --text-field)"
+        in line
+    )
     line = problem(source, "meta")
-    assert "field 'meta' holds no text, got an object (has meta." in line
+    assert "field 'meta' must be text, got an object (has meta." in line
     assert problem(source, "meta.page.body").count("meta.page.text") == 1
-    assert "field 'tags' holds no text, got a list (choose" in problem(source, "tags")
-    assert "no field 'id.x'" in problem(source, "id.x")
+    assert "field 'tags' must be text, got a list (choose" in problem(source, "tags")
+    assert "must have a field 'id.x'" in problem(source, "id.x")
 
 
 @pytest.mark.parametrize("write", FORMATS)
@@ -272,14 +275,14 @@ def test_an_array_is_read_record_by_record(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ('[{"text": "x"},]', "content: not JSON: Expecting value in record 1"),
-        ('[{"text": "x"} {"text": "y"}]', "content: not JSON: expecting , or ] behind record 0"),
-        ('[{"text": "x"}] x', "content: not JSON: extra data"),
-        ('[{"text": "x"}', "content: not JSON: expecting , or ] behind record 0"),
-        ('[{"text": "x"}, {"text": "y', "content: not JSON: Unterminated string"),
+        ('[{"text": "x"},]', "content: must be JSON: Expecting value in record 1"),
+        ('[{"text": "x"} {"text": "y"}]', "content: must be JSON: expecting , or ] after record 0"),
+        ('[{"text": "x"}] x', "content: must be JSON: extra data"),
+        ('[{"text": "x"}', "content: must be JSON: expecting , or ] after record 0"),
+        ('[{"text": "x"}, {"text": "y', "content: must be JSON: Unterminated string"),
         ('[{"text": "x"}, {"text" "y"}' + " " * 3_000_000, "record 1 (fix or remove it"),
-        ('[{"text": "x"}, 7]', "record 1: no field 'text' (has none;"),
-        ("[", "content: not JSON"),
+        ('[{"text": "x"}, 7]', "record 1: must have a field 'text' (text fields: none;"),
+        ("[", "content: must be JSON"),
     ],
 )
 def test_an_array_that_is_not_json_is_one_line(tmp_path: Path, content: str, words: str) -> None:
@@ -312,7 +315,7 @@ def test_documents_without_end_are_one_line_each_and_little_memory(tmp_path: Pat
     *problems, kibibytes = result.stdout.splitlines()
     for name, line in zip(names, problems, strict=True):
         assert line.startswith(f"{name}: ")
-        assert "must be at most 16,777,216 bytes long (split it, or raise --max-document" in line
+        assert "must have at most 16,777,216 bytes (split it, or raise --max-document" in line
     assert int(kibibytes) < 128 << 10
 
 
@@ -338,11 +341,11 @@ def test_the_limit_can_be_set_and_holds_for_every_format(tmp_path: Path) -> None
         folder.mkdir()
         source = write(folder, [{"text": "x" * 100}, {"text": "y" * 300}])
         assert len(list(read_documents([source], "text", longest=400))) == 2
-        with pytest.raises(UserError, match="must be at most 200 bytes long"):
+        with pytest.raises(UserError, match="must have at most 200 bytes"):
             list(read_documents([source], "text", longest=200))
     (tmp_path / "a.txt").write_text("ü" * 100)
     assert list(read_documents([str(tmp_path / "a.txt")], "text", longest=200)) == ["ü" * 100]
-    with pytest.raises(UserError, match="content: must be at most 199 bytes long"):
+    with pytest.raises(UserError, match="content: must have at most 199 bytes"):
         list(read_documents([str(tmp_path / "a.txt")], "text", longest=199))
 
 

@@ -48,7 +48,7 @@ def test_a_writer_that_fails_leaves_nothing(tmp_path: Path) -> None:
             shard.add([np.arange(12)])
             shard.add([np.arange(5), np.arange(13)])
 
-    with pytest.raises(UserError, match="token id 12 is outside the vocabulary of 12"):
+    with pytest.raises(UserError, match="token ids must be below the vocabulary size 12, got 12"):
         write()
     assert list(tmp_path.iterdir()) == []
 
@@ -225,7 +225,9 @@ def test_there_are_enough_mutations() -> None:
 
 
 def test_a_missing_folder_says_how_to_make_it(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no shards \(make them with launcher/prepare_data.py"):
+    with pytest.raises(
+        UserError, match=r"must contain shards \(write them with launcher/prepare_data.py"
+    ):
         open_shards(tmp_path / "nowhere")
 
 

@@ -44,10 +44,16 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 DIFFERS = "transformers would give other ids than sentencepiece"
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "unigram": ({**LLAMA, "model_type": "unigram"}, f"a unigram model, not bpe: {DIFFERS}"),
-    "characters": ({**LLAMA, "model_type": "char"}, f"a char model, not bpe: {DIFFERS}"),
+    "unigram": (
+        {**LLAMA, "model_type": "unigram"},
+        f"its type must be bpe, got unigram: {DIFFERS}",
+    ),
+    "characters": ({**LLAMA, "model_type": "char"}, f"its type must be bpe, got char: {DIFFERS}"),
     "normalization": ({}, f"it normalizes text (nmt_nfkc): {DIFFERS}"),
-    "no beginning": ({**LLAMA, "bos_id": -1}, "no piece for the beginning or the end of a text"),
+    "no beginning": (
+        {**LLAMA, "bos_id": -1},
+        "it has no piece for the beginning or the end of a text",
+    ),
     "symbols after a space": ({**LLAMA, **SYMBOLS}, f"{DIFFERS}, for example for "),
     "space behind": (
         {**LLAMA, "treat_whitespace_as_suffix": True},
@@ -125,7 +131,7 @@ def test_a_model_whose_ids_would_differ_is_refused_in_one_line(tmp_path: Path, k
         copy_tokenizer(tmp_path / "a.model", tmp_path / "copy")
     (line,) = caught.value.problems
     assert line.startswith(f"{tmp_path / 'a.model'}: cannot be used: {reason}")
-    assert line.endswith("or give a Hugging Face folder with a tokenizer.json)")
+    assert line.endswith("or pass a Hugging Face folder with a tokenizer.json)")
     assert not (tmp_path / "copy").exists()
 
 
@@ -136,7 +142,7 @@ def test_pieces_of_equal_score_and_other_files_are_refused(tmp_path: Path) -> No
     model = definition.ModelProto.FromString((tmp_path / "a.model").read_bytes())
     model.pieces[300].score = model.pieces[301].score
     (tmp_path / "equal.model").write_bytes(model.SerializeToString())
-    with pytest.raises(UserError, match="some pieces have equal scores"):
+    with pytest.raises(UserError, match="it has pieces with equal scores"):
         tokenizer_sha256(tmp_path / "equal.model")
     (tmp_path / "other.model").write_bytes(b"IQ== 0\nIg== 1\n")  # such is Llama 3's
     with pytest.raises(UserError, match="not a sentencepiece model"):
@@ -155,10 +161,10 @@ def test_our_own_tokenizer_keeps_every_space(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("texts", "vocab_size", "words"),
     [
-        (["a few words"] * 9, 5000, r"5000: too large for these texts \((\d+) is the largest"),
-        (["a few words"] * 9, 260, r"260: too small for the characters .* \((\d+) is the smallest"),
-        ([], 300, "300: the input holds no text to train on"),
-        (["\n\n", ""], 300, "300: the input holds no text to train on"),
+        (["a few words"] * 9, 5000, r"5000: too large for these texts \(at most (\d+)\)"),
+        (["a few words"] * 9, 260, r"260: too small for the characters .* \(at least (\d+)\)"),
+        ([], 300, "300: the input contains no text to train on"),
+        (["\n\n", ""], 300, "300: the input contains no text to train on"),
     ],
 )
 def test_a_vocabulary_that_does_not_fit_says_which_would(
@@ -203,7 +209,7 @@ def test_a_tokenizer_takes_the_place_of_another_whole(tmp_path: Path) -> None:
     sha256 = tokenizer_sha256(tmp_path / "copy")
     check_tokenizer(tmp_path / "copy", sha256)
     (tmp_path / "copy/special_tokens_map.json").write_text("{}")
-    with pytest.raises(UserError, match=r"copy: is not the tokenizer .* \(restore its files"):
+    with pytest.raises(UserError, match=r"copy: must be the tokenizer .* \(restore its files"):
         check_tokenizer(tmp_path / "copy", sha256)
     copy_tokenizer(tmp_path / "a.model", tmp_path / "copy")
     check_tokenizer(tmp_path / "copy", sha256)

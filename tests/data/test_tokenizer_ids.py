@@ -138,7 +138,7 @@ def test_special_tokens_behind_a_sentencepiece_model_keep_their_ids(
     assert DocumentEncoder(folder).vocab_size == size + 1
     assert largest_text_id(load_tokenizer(folder)) == size - 1
     write(size + 1)
-    with pytest.raises(UserError, match=f"'<pad>' \\(id {size + 1}\\) must be a special token"):
+    with pytest.raises(UserError, match=f"'<pad>' must be a special token .* got id {size + 1}"):
         DocumentEncoder(folder)
 
 

@@ -105,7 +105,9 @@ def test_another_tokenizer_than_the_models_is_refused(tmp_path: Path) -> None:
         with pytest.raises(UserError) as caught:
             open_checkpoint_model(config, 0, device, grid)
         (line,) = caught.value.problems
-        assert line.startswith(f"{other}: is not the tokenizer that the data was encoded with (set")
+        assert line.startswith(
+            f"{other}: must be the tokenizer with which the data was encoded (set"
+        )
     with pytest.raises(UserError, match=r"tokenizer: has 420 ids, the model's vocab_size is 400"):
         open_random_model(config, device, grid)
     folder = tmp_path / "hf"

@@ -89,7 +89,7 @@ def test_held_out_records_may_have_another_field(tmp_path: Path, model: Evaluate
     (tmp_path / "e.jsonl").write_text('{"text": "\\ud800"}')
     (tmp_path / "f.txt.gz").write_bytes(gzip.compress(bytes(1 << 24)) * 17)
     fixes = {
-        "a.jsonl": "no field 'text' (has body; choose eval.text_field)",
+        "a.jsonl": "must have a field 'text' (text fields: body; choose eval.text_field)",
         "b.txt": "choose other files with eval.text)",
         "c.csv": "choose other files with eval.text)",
         "d.jsonl": "choose eval.text_field, or remove the record)",

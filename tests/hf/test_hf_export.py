@@ -247,7 +247,7 @@ def test_export_that_cannot_be_written_leaves_nothing_behind(
 ) -> None:
     checkpoint, settings, _ = random_checkpoint(config)
     output = tmp_path / "out"
-    with pytest.raises(UserError, match=r"no tokenizer\.json"):
+    with pytest.raises(UserError, match=r"must contain tokenizer\.json"):
         export_checkpoint(checkpoint, settings, output, "bf16", tmp_path)
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):

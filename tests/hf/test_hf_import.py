@@ -330,7 +330,7 @@ def test_training_starts_from_imported_weights_and_exports_their_tokenizer(
     assert f"run {tmp_path / 'run'}: from imported weights, 8 steps" in result.stdout
     note = f"note: {data} was encoded with another tokenizer than that of {tmp_path / 'run'}"
     assert f"{note}/imported/Tiny-Llama" in result.stdout
-    assert "their ids are the same on all texts that were compared" in result.stdout
+    assert "their ids are the same for all compared texts" in result.stdout
     after = select_checkpoint(tmp_path / "run", 1)
     name = "layers.0.self_attn.q_proj.weight"
     wanted = reference.state_dict()[f"model.{name}"]
@@ -340,7 +340,7 @@ def test_training_starts_from_imported_weights_and_exports_their_tokenizer(
     assert launcher_here("convert.py", *export) == 2
     (line,) = capsys.readouterr().err.splitlines()
     carried = tmp_path / "run/imported/Tiny-Llama"
-    what = f"{carried}: is not the tokenizer that the data was encoded with"
+    what = f"{carried}: must be the tokenizer with which the data was encoded"
     assert line == f"error: {what} (choose one with --tokenizer DIR)"
     assert not (tmp_path / "hf").exists()
     assert launcher_here("convert.py", *export, "--tokenizer", carried) == 0

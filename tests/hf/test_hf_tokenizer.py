@@ -155,7 +155,7 @@ def test_a_note_names_what_differs_between_two_tokenizers(tmp_path: Path) -> Non
     form = json.loads(byte_level())
     form["model"]["merges"] = form["model"]["merges"][:-20]
     cases = {
-        "their files differ, their ids are the same on all texts that were compared": (
+        "their files differ, but their ids are the same for all compared texts": (
             write_folder(tmp_path / "template", byte_level(), chat_template="x")
         ),
         "their vocabularies differ": write_folder(tmp_path / "llama", like_llama2()),
@@ -220,11 +220,11 @@ def test_a_tokenizer_whose_training_was_cut_off_between_files_is_trained_again(
     assert (output / "tokenizer.model").exists()
     assert not (output / "tokenizer.json").exists()
     with pytest.raises(
-        UserError, match=r"tok: must hold a whole tokenizer, got one whose training"
+        UserError, match=r"tok: must contain a complete tokenizer, got one whose training"
     ):
         load_tokenizer(output)
     assert launcher_here("prepare_data.py", *train) == 0
     assert tokenizer_sha256(output) == tokenizer_sha256(model)
     assert {path.name for path in output.iterdir()} == {path.name for path in model.iterdir()}
     assert launcher_here("prepare_data.py", *train) == 2
-    assert "holds a tokenizer already" in capsys.readouterr().err
+    assert "already contains a tokenizer" in capsys.readouterr().err

@@ -231,19 +231,19 @@ def dry_run(
     [
         (
             ("-N2", "--gpus-per-node=2"),
-            "--ntasks-per-node x --cpus-per-task: must be at most 64, the CPUs of a node, "
-            "got 8 x 12 = 96 (pass --ntasks-per-node=2, a task for each GPU)",
+            "--ntasks-per-node x --cpus-per-task: must be at most 64, the CPUs in a node, "
+            "got 8 x 12 = 96 (pass --ntasks-per-node=2, one task per GPU)",
         ),
         (
             ("-N1", "--gpus-per-node=2", "--ntasks-per-node=2", "-c40", "-purgent"),
-            "--ntasks-per-node x --cpus-per-task: must be at most 64, the CPUs of a node, "
+            "--ntasks-per-node x --cpus-per-task: must be at most 64, the CPUs in a node, "
             "got 2 x 40 = 80 (pass --cpus-per-task=32)",
         ),
         (
             ("-N1", "--gpus-per-node=4", "--ntasks-per-node=4"),
-            "--gpus-per-node: must be at most 2, the GPUs of a node, got 4",
+            "--gpus-per-node: must be at most 2, the GPUs in a node, got 4",
         ),
-        (("-N4", *PER_NODE), "--nodes: must be at most 2, the nodes of the partition, got 4"),
+        (("-N4", *PER_NODE), "--nodes: must be at most 2, the partition's number of nodes, got 4"),
     ],
 )
 def test_a_dry_run_names_what_no_node_has(site: Site, size: tuple[str, ...], cause: str) -> None:

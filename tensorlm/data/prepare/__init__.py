@@ -1,1 +1,1 @@
-"""Documents from files and hubs, encoded into shards."""
+"""Preparing data: documents from files and the Hugging Face Hub are encoded into shards."""

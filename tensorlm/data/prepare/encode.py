@@ -1,8 +1,9 @@
-"""From texts to token shards: the same bytes for any number of workers, and after any kill.
+"""Encoding texts into token shards: the same bytes for any number of workers and after any kill.
 
-The inputs are cut into shards before anybody reads them. A worker reads the parts of one shard,
-encodes their documents, holds some out, and writes the shard of each split whole. What exists is
-never made again; the index that makes a split readable is written when all of its shards are there.
+The inputs are divided into shards before they are read. A worker reads the parts of one shard,
+encodes their documents, holds some out, and writes the shard of each split atomically. Finished
+shards are never encoded again. The index, which makes a split readable, is written after all its
+shards.
 """
 
 import contextlib
@@ -33,18 +34,18 @@ _BATCH_DOCUMENTS, _BATCH_CHARACTERS = 64, 1 << 21
 
 @dataclass(frozen=True)
 class ShardJob:
-    """What every worker has to know, and the shard that it is to make."""
+    """A shard to encode, and the settings for it."""
 
     output: Path
     settings: Settings
-    tokenizer: Path  # as the user calls it
+    tokenizer: Path  # as given by the user
     number: int
     parts: tuple[Part, ...]
     longest: int = LONGEST_DOCUMENT  # bytes
 
     @property
     def is_done(self) -> bool:
-        """Whether the shard of every split is there, with all of its files."""
+        """Whether the shard exists in every split, with all its files."""
         name = f"{shard_name(self.number)}.json"
         return all(is_complete(self.output / split / name) for split in self.settings.splits)
 
@@ -64,24 +65,24 @@ def encode(
     """Encode documents into shards `output/train`, `output/valid`; returns a one-line summary.
 
     Each document becomes BOS, its ids, EOS. The tokenizer is copied to `output/tokenizer`. Under
-    `mpirun` or `srun`, every rank calls it and does a share; rank 0 has the summary. A call
-    that was killed goes on where it was when it is repeated; one that was done makes again what is
-    missing of the data set, or does nothing. Only one call at a time can work on an output.
+    `mpirun` or `srun`, every rank calls this function and does a share; rank 0 returns the summary.
+    After a kill, repeat the call to continue. Repeating a finished call restores missing parts of
+    the data set, or does nothing. Only one call at a time can work on an output.
 
     Args:
         files: from `find_files`.
         tokenizer: a Hugging Face folder, or a sentencepiece model.
         output: folder of the data set.
         text_field: field (column) that holds the text.
-        max_bytes: cut the inputs off after this many bytes; 0: read all.
-        shard_bytes: input bytes in one shard.
-        holdout: share of the documents that go to `valid`, chosen by their text alone.
-        workers: processes of this rank. One encodes with the tokenizer's own threads.
-        longest: bytes of the longest document, of a JSON file of the longest record.
+        max_bytes: stop after this many bytes of input (0: read all).
+        shard_bytes: input bytes per shard.
+        holdout: share of the documents that go to `valid`, chosen only by their text.
+        workers: number of processes of this rank; 1 uses the tokenizer's threads instead.
+        longest: maximum bytes of a document, or of a record of a JSON file.
 
     Raises:
-        UserError: unreadable inputs, a full disk, or an output that was begun in another way or
-            is in use.
+        UserError: inputs cannot be read, the disk is full, or the output was begun with other
+            settings or is in use.
     """
 
     def prepare() -> tuple[list[ShardJob], tuple[str, ...], int]:
@@ -96,7 +97,7 @@ def encode(
             ShardJob(output, settings, tokenizer, number, tuple(parts), longest)
             for number, parts in enumerate(shards)
         ]
-        _encoder_of(jobs[0])  # a bad tokenizer is reported now, and once
+        _encoder_of(jobs[0])  # reports a bad tokenizer early, and only once
         check_plain_reading(output / "tokenizer", "llama", named=tokenizer)
         return [job for job in jobs if not job.is_done], settings.splits, len(jobs)
 
@@ -112,7 +113,7 @@ def encode(
 
 @contextlib.contextmanager
 def _progress_bar(jobs: list[ShardJob], is_shown: bool) -> Iterator[Callable[[list[int]], None]]:
-    """Yields what shows (documents, tokens, bytes) done so far, with rates and the time left."""
+    """Progress bar; yields the function to call with (documents, tokens, bytes) done so far."""
     total = sum(part.num_bytes for job in jobs for part in job.parts)
     started = time.monotonic()
     with progress_bar(total, "B", "encode", is_shown=is_shown and bool(jobs)) as bar:
@@ -135,12 +136,12 @@ def _encoder_of(job: ShardJob) -> DocumentEncoder:
 
 @cache
 def _load_encoder(folder: Path, _: str, named: Path) -> DocumentEncoder:
-    """Once a process, for each hash of what the folder holds."""
+    """Load once per process, for each hash of the tokenizer's files."""
     return DocumentEncoder(folder, named)
 
 
 def encode_shard(job: ShardJob, progress: Progress) -> None:
-    """Make the shard of each split: the work of one worker."""
+    """Encode one shard for each split."""
     encoder, settings = _encoder_of(job), job.settings
     with contextlib.ExitStack() as stack:
         writers = {
@@ -178,12 +179,12 @@ def encode_shard(job: ShardJob, progress: Progress) -> None:
 
 
 def _place(content: bytes) -> float:
-    """A number in [0, 1) that a document has by its text alone."""
+    """A number in [0, 1) that depends only on a document's text."""
     return float(int.from_bytes(hashlib.sha256(content).digest()[:8]) / 2**64)
 
 
 def batches(texts: Iterator[str]) -> Iterator[list[str]]:
-    """Group documents so that the tokenizer can use its threads, and memory stays small."""
+    """Group documents into batches for the tokenizer's threads, of limited size."""
     batch: list[str] = []
     num_characters = 0
     for text in texts:
@@ -197,10 +198,10 @@ def batches(texts: Iterator[str]) -> Iterator[list[str]]:
 
 
 def _nothing_to_train_on(output: Path, splits: tuple[str, ...], num_shards: int) -> str:
-    """Why there are no training documents, and what to do about it."""
+    """The error message if there are no training documents."""
     names = [f"{split}/{shard_name(n)}.json" for split in splits for n in range(num_shards)]
     total = sum(read_header(output / name).num_documents for name in names)
-    held_out, fix = (", the others are held out", " or lower --holdout") if total else ("", "")
+    held_out, fix = (", since all are held out", " or lower --holdout") if total else ("", "")
     return (
         f"{output}: train must have at least 1 document, got 0 of {total}{held_out} "
         f"(add texts{fix}; choose another --output or remove this one)"
@@ -210,7 +211,7 @@ def _nothing_to_train_on(output: Path, splits: tuple[str, ...], num_shards: int)
 def _finish(
     output: Path, splits: tuple[str, ...], num_shards: int, num_made: int, seconds: float
 ) -> str:
-    """Write the indexes; returns what there is now, in a line, and notes."""
+    """Write the indexes; returns a one-line summary, and notes."""
     parts, notes = [], ""
     for split in splits:
         names = [f"{shard_name(number)}.json" for number in range(num_shards)]
@@ -223,5 +224,5 @@ def _finish(
         tokens = sum(header.num_tokens for header in headers)
         parts.append(f"{split} {documents:,} documents, {tokens:,} tokens")
     made = f"{num_made} shards in {tqdm.format_interval(seconds)}" if num_made else "nothing to do"
-    kept = f", {num_shards - num_made} were there" if num_made < num_shards else ""
+    kept = f", {num_shards - num_made} shards existed" if num_made < num_shards else ""
     return f"{output}: {'; '.join(parts)} ({made}{kept}){notes}"

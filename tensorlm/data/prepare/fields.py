@@ -1,6 +1,6 @@
-"""The field that holds a document's text: of a record or a table, at the top or inside others.
+"""Finding the field with a document's text in a record or table, at the top level or nested.
 
-`meta.text` names the field `meta.text` if there is one, else the field `text` inside `meta`.
+`meta.text` means the field named `meta.text` if it exists, else the field `text` inside `meta`.
 """
 
 import itertools
@@ -15,16 +15,16 @@ _MOST_NAMED = 20
 
 
 def schema_tree(schema: pa.Schema | pa.StructType) -> dict[str, Any]:
-    """The fields of a table as nested dicts; the leaves are their types."""
+    """The fields of a table as nested dicts, with types as leaves."""
     tree: dict[str, Any] = {}
     for field in schema:
         inner = schema_tree(field.type) if pa.types.is_struct(field.type) else field.type
-        tree.setdefault(field.name, inner)  # of two fields with one name, the first counts
+        tree.setdefault(field.name, inner)  # if a name occurs twice, the first field counts
     return tree
 
 
 def locate(tree: Mapping[str, Any], name: str) -> tuple[str, ...] | None:
-    """The keys that lead to field `name` of nested dicts; None if it is not there."""
+    """The keys that lead to field `name` of nested dicts; None if it does not exist."""
     if name in tree:
         return (name,)
     for dot in (index for index, character in enumerate(name) if character == "."):
@@ -39,7 +39,7 @@ def locate_column(schema: pa.Schema, name: str) -> tuple[str, ...]:
     """The names that lead to column `name` of a table.
 
     Raises:
-        InputError: it is not there; the line lists those that could be chosen.
+        InputError: it does not exist; the message lists the columns with text.
     """
     tree = schema_tree(schema)
     path = locate(tree, name)
@@ -52,7 +52,7 @@ def value_of(record: Any, name: str) -> Any:
     """The value of field `name` of a record (a dict, else it has no fields).
 
     Raises:
-        InputError: it is not there; the line lists those that could be chosen.
+        InputError: it does not exist; the message lists the fields with text.
     """
     fields = record if isinstance(record, dict) else {}
     path = locate(fields, name)
@@ -62,24 +62,26 @@ def value_of(record: Any, name: str) -> Any:
 
 
 def inner_value(value: Any, path: tuple[str, ...]) -> Any:
-    """What lies behind all keys of `path`; None where one of the values on the way is None."""
+    """The value at `path`; None if a value on the path is None."""
     for key in path:
         value = None if value is None else value[key]
     return value
 
 
 def not_text(value: Any, name: str) -> InputError:
-    """The error for a field whose value is not text; it lists texts inside the value."""
+    """The error for a field whose value is not text; lists the texts inside the value."""
     inside = (f"{name}.{inner}" for inner in _text_fields(value, _is_text)) if value else iter(())
     has = f"has {names}; " if (names := _listed(inside)) else ""
     return InputError(
-        f"field {name!r} holds no text, got {_kind_of(value)}",
+        f"field {name!r} must be text, got {_kind_of(value)}",
         f"{has}{{field}}, or remove the record",
     )
 
 
 def _missing(name: str, there: Iterator[str]) -> InputError:
-    return InputError(f"no field {name!r}", f"has {_listed(there) or 'none'}; {{field}}")
+    return InputError(
+        f"must have a field {name!r}", f"text fields: {_listed(there) or 'none'}; {{field}}"
+    )
 
 
 def _listed(names: Iterator[str]) -> str:
@@ -88,7 +90,7 @@ def _listed(names: Iterator[str]) -> str:
 
 
 def _text_fields(tree: Any, is_text: Callable[[Any], bool]) -> Iterator[str]:
-    """Names of the fields that hold text, in their order; of nested ones with dots."""
+    """Names of the fields with text, in order; nested names have dots."""
     pending = [("", tree)]
     while pending:
         name, value = pending.pop()

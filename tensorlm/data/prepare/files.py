@@ -1,4 +1,4 @@
-"""Which files the inputs name, each of them once, and of what kind each is."""
+"""The files named by the inputs, each only once, and the kind of each file."""
 
 import fnmatch
 import glob
@@ -31,14 +31,14 @@ def find_files(
     exclude: list[str] | None = None,
     advice: Advice = PREPARE,
 ) -> list[str]:
-    """Files that match any glob pattern (`**` reaches into folders), sorted, less the excluded.
+    """Find the files that match any glob pattern (`**` includes sub-folders), without `exclude`.
 
-    A pattern that is the name of a file stands for that one alone. Names that start with `hf:` are
-    passed on. A file that several names lead to (links, `./`) is there once.
+    The result is sorted. A pattern that is the name of a file means that file only. Names that
+    start with `hf:` are passed through. A file with several names (links, `./`) is listed once.
 
     Raises:
-        UserError: a pattern matches nothing, nothing is left, or a file is of a kind not read, or
-            has a name that is not UTF-8.
+        UserError: a pattern matches nothing, no file is left, or a file is of an unsupported kind
+            or has a name that is not UTF-8.
     """
     found: set[str] = set()
     for pattern in patterns:
@@ -47,13 +47,17 @@ def find_files(
             continue
         files = [f for f in glob.glob(pattern, recursive=True) if Path(f).is_file()]
         if not files and Path(pattern).is_dir():
-            raise UserError(f"{pattern}: is a folder (write '{Path(pattern) / '**' / '*.txt'}')")
+            raise UserError(
+                f"{pattern}: must be files, got a folder (write '{Path(pattern) / '**' / '*.txt'}')"
+            )
         if not files:
             raise UserError(f"{pattern}: no such file")
         found.update(files)
     kept = [file for file in found if not any(_matches(file, e) for e in exclude or [])]
     if not kept:
-        raise UserError(f"--exclude: leaves nothing of {len(found)} files (exclude fewer)")
+        raise UserError(
+            f"--exclude: must leave at least 1 file, got 0 of {len(found)} (exclude fewer)"
+        )
     kept = _each_once(kept)
     for file in kept:
         _check(file, advice)
@@ -61,20 +65,20 @@ def find_files(
 
 
 def kind_of(source: str) -> str:
-    """How a source is read: text, json, jsonl, parquet, arrow or dataset."""
+    """The kind of a source: text, json, jsonl, parquet, arrow or dataset."""
     if source.startswith(HUB):
         return "dataset"
     kind = _KINDS.get(_suffix(source), "text")
-    return "json" if kind == "jsonl" and compression_of(source) else kind  # it cannot be cut
+    return "json" if kind == "jsonl" and compression_of(source) else kind  # cannot be divided
 
 
 def compression_of(source: str) -> str | None:
-    """The compression that a file's name tells, as pyarrow calls it."""
+    """The compression given by a file's suffix, under pyarrow's name."""
     return _COMPRESSIONS.get(os.path.splitext(source.lower())[1])
 
 
 def is_unicode(text: str) -> bool:
-    """Whether UTF-8 can hold the text: it has no half of a surrogate pair."""
+    """Whether the text can be encoded in UTF-8, which an unpaired surrogate cannot."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -83,13 +87,13 @@ def is_unicode(text: str) -> bool:
 
 
 def _suffix(source: str) -> str:
-    """In lower case, without that of a compression."""
+    """The suffix in lower case, without that of a compression."""
     name, suffix = os.path.splitext(source.lower())
     return os.path.splitext(name)[1] if suffix in _COMPRESSIONS else suffix
 
 
 def _matches(file: str, pattern: str) -> bool:
-    """Whether a name matches a pattern, as they are written or both without `./` and `//`."""
+    """Whether a name matches a pattern, as written or with both normalized (`./`, `//`)."""
     if fnmatch.fnmatch(file, pattern):
         return True
     is_name = not file.startswith(HUB)
@@ -97,7 +101,7 @@ def _matches(file: str, pattern: str) -> bool:
 
 
 def _each_once(names: Iterable[str]) -> list[str]:
-    """One name for each file, sorted: one that is not a link if there is any, and a short one."""
+    """One name for each file, sorted: not a link if possible, then the shortest."""
     names_of: dict[object, list[str]] = {}
     identity = _identifier()
     for name in names:
@@ -110,12 +114,12 @@ def _preference(name: str) -> tuple[bool, int, str]:
 
 
 def _identifier() -> Callable[[str], object]:
-    """What a name leads to: equal for two names of one file or data set.
+    """A function that maps names to identities, which are equal for the same file or data set.
 
-    File systems without inode numbers of their own may give one to two files. So inodes are
-    compared only where a file has several names, and paths elsewhere.
+    File systems without real inode numbers may give two files the same one. So inodes are compared
+    only if a file has several names; otherwise paths are compared.
     """
-    real_folder = cache(os.path.realpath)  # of few folders, for many files
+    real_folder = cache(os.path.realpath)  # many files are in few folders
 
     def identity(name: str) -> object:
         if name.startswith(HUB):
@@ -134,8 +138,9 @@ def _identifier() -> Callable[[str], object]:
 def _check(file: str, advice: Advice) -> None:
     if not is_unicode(file):
         shown = os.fsencode(file).decode(errors="backslashreplace")
-        raise UserError(f"{shown}: the name is not UTF-8 (rename it, or {advice.skip})")
+        raise UserError(f"{shown}: the name must be UTF-8 (rename it, or {advice.skip})")
     if not file.startswith(HUB) and _suffix(file) in _NOT_READ:
         raise UserError(
-            f"{file}: {_suffix(file)} is not read (make it .jsonl or .parquet, or {advice.skip})"
+            f"{file}: {_suffix(file)} files cannot be read (convert it to .jsonl or .parquet, or "
+            f"{advice.skip})"
         )

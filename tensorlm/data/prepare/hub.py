@@ -1,4 +1,4 @@
-"""`hf:` inputs: data sets of the hub, or local folders, that `datasets` loads."""
+"""`hf:` inputs: data sets of the Hugging Face Hub, or local folders, loaded by `datasets`."""
 
 from functools import cache
 from pathlib import Path
@@ -10,13 +10,13 @@ HUB = "hf:"
 
 
 def parse_hub_name(source: str) -> tuple[str, str, str]:
-    """(name, subset, split) of `hf:NAME[:SUBSET[:SPLIT]]`; the split is train by default."""
+    """(name, subset, split) of `hf:NAME[:SUBSET[:SPLIT]]`; the default split is train."""
     name, subset, split = (*source.removeprefix(HUB).split(":"), "", "")[:3]
     return name, subset, split or "train"
 
 
 def dataset_identity(source: str) -> tuple[int, str]:
-    """Rows and fingerprint of an `hf:` source: equal in every process as long as it is unchanged.
+    """Rows and fingerprint of an `hf:` source: equal in all processes while it is unchanged.
 
     Raises:
         UserError: it cannot be loaded.
@@ -27,7 +27,7 @@ def dataset_identity(source: str) -> tuple[int, str]:
 
 @cache
 def open_dataset(source: str) -> Any:
-    """A `datasets` data set; once a process, since a hub name may be looked up over the network."""
+    """Open a `datasets` data set, once per process, since opening may use the network."""
     import datasets
 
     name, subset, split = parse_hub_name(source)
@@ -37,6 +37,6 @@ def open_dataset(source: str) -> Any:
         if (Path(name) / "dataset_dict.json").exists():
             return datasets.load_from_disk(name)[split]
         return datasets.load_dataset(name, subset or None, split=split)
-    except Exception as error:  # each builder raises what it likes
+    except Exception as error:  # builders raise exceptions of any class
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{source}: cannot be loaded by datasets ({reason})") from None

@@ -1,4 +1,4 @@
-"""What is wrong with an input, and how its user corrects it, in one line."""
+"""Errors of inputs: the problem and its fix, on one line."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,13 +11,13 @@ from tensorlm.runtime.errors import UserError
 
 @dataclass(frozen=True)
 class Advice:
-    """What the user of an input can set, in the words of the command that reads it.
+    """Fixes for the user of an input, in terms of the command that reads it.
 
-    field: choose another text field; skip: read without this file; larger: allow longer documents.
+    field: choose another text field; skip: skip this file; larger: allow longer documents.
     """
 
     field: str = "choose --text-field"
-    skip: str = "leave it out with --exclude"
+    skip: str = "skip it with --exclude"
     larger: str = "raise --max-document-bytes"
 
 
@@ -25,7 +25,7 @@ PREPARE = Advice()  # of launcher/prepare_data.py
 
 
 class InputError(Exception):
-    """A problem of one input, and its fix: text in which `{skip}` stands for `Advice.skip`."""
+    """A problem of one input, and its fix, in which `{skip}` stands for `Advice.skip`."""
 
     def __init__(self, problem: str, fix: str = "fix it, or {skip}") -> None:
         super().__init__(problem)
@@ -34,10 +34,10 @@ class InputError(Exception):
 
 @contextmanager
 def problems_named(source: str, kind: str = "", advice: Advice = PREPARE) -> Iterator[None]:
-    """Turn what goes wrong while `source` is read (as `kind`) into one line that names it.
+    """Turn errors while `source` is read (as `kind`) into one line that names it.
 
     Raises:
-        UserError: for an InputError, and for what reading a file raises.
+        UserError: on an InputError, or an error of reading a file.
     """
     try:
         yield

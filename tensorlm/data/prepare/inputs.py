@@ -1,13 +1,13 @@
-"""Where documents come from: files and data sets, cut into parts that workers read on their own.
+"""Inputs: files and data sets, divided into parts that workers read independently.
 
-    *.txt and others      one UTF-8 document a file
-    *.jsonl, *.ndjson     a record a line; cut anywhere by bytes
-    *.json                the same, or one array of records
-    *.parquet, *.arrow    cut anywhere by rows
-    hf:NAME[:SUBSET[:SPLIT]]   a `datasets` name on the hub, or a local folder; cut by rows
+    *.txt and others      one UTF-8 document per file
+    *.jsonl, *.ndjson     one record per line; divided by bytes
+    *.json                one record per line, or one array of records
+    *.parquet, *.arrow    divided by rows
+    hf:NAME[:SUBSET[:SPLIT]]   a `datasets` name on the Hub, or a local folder; divided by rows
 
-`.gz` and `.zst` may follow a text or JSON suffix; such a file is one part. Suffixes of tables and
-binary files that are not read are refused; any other suffix is text.
+`.gz` and `.zst` may follow a text or JSON suffix; such a file is one part. Suffixes of unsupported
+tables and binary files are rejected. Any other suffix is text.
 """
 
 from collections.abc import Collection, Iterator
@@ -27,15 +27,15 @@ __all__ = [
 def plan_shards(
     sources: list[str], text_field: str, shard_bytes: int, max_bytes: int = 0
 ) -> list[list[Part]]:
-    """Cut all inputs, in order, into the parts of each shard: about `shard_bytes` a shard.
+    """Divide all inputs, in order, into parts for each shard, with about `shard_bytes` per shard.
 
-    It depends on the inputs alone, never on who will read them.
+    The result depends only on the inputs, not on the workers.
 
     Args:
         sources: from `find_files`.
         text_field: field (column) that holds the text.
-        shard_bytes: input bytes in one shard (of Parquet and Arrow: of the text column).
-        max_bytes: cut the inputs off after this much; 0: read all.
+        shard_bytes: input bytes per shard (for Parquet and Arrow: of the text column).
+        max_bytes: stop after this many bytes of input (0: read all).
     """
     shards: list[list[Part]] = [[]]
     room, left = shard_bytes, max_bytes or float("inf")
@@ -69,19 +69,19 @@ def mend_shards(
     shard_bytes: int,
     max_bytes: int = 0,
 ) -> list[list[Part]]:
-    """The same cut of inputs of which some have changed, or are no longer among `files`.
+    """Keep the division into shards after some inputs have changed or were removed from `files`.
 
-    The last part of a changed source ends where the source now ends; all other sources stay as they
-    are cut. A changed source without parts (it was empty) gets new shards behind the others. A
-    shard may have no parts left.
+    The last part of a changed source ends where the source now ends. All other sources keep their
+    parts. A changed source without parts (it was empty) gets new shards after the others. A shard
+    may end up without parts.
 
     Args:
         shards: from `plan_shards`.
-        changed: sources that are not as they were.
-        files: the sources that there still are, in the order of `plan_shards`.
+        changed: changed or removed sources.
+        files: the remaining sources, in the order of `plan_shards`.
         text_field: field (column) that holds the text.
-        shard_bytes: that of `plan_shards`.
-        max_bytes: that of `plan_shards`; where it cut the inputs off, it still does.
+        shard_bytes: as for `plan_shards`.
+        max_bytes: as for `plan_shards`; it still ends the inputs at the same place.
     """
     extents = {source: extent_of(source, text_field) for source in changed if source in files}
     end = {part.source: part for shard in shards for part in shard}
@@ -119,17 +119,17 @@ def read_documents(
     longest: int = LONGEST_DOCUMENT,
     advice: Advice = PREPARE,
 ) -> Iterator[str]:
-    """Yield the text of each document that is not empty.
+    """Yield the text of each non-empty document.
 
     Args:
         files: from `find_files`.
         text_field: field (column) that holds the text.
-        max_bytes: stop before the document that would exceed this many bytes of text; 0: no limit.
-        longest: bytes of the longest document.
-        advice: what the user can set, for errors.
+        max_bytes: stop before the document that would exceed this many bytes of text (0: no limit).
+        longest: maximum bytes of a document.
+        advice: fixes for error messages.
 
     Raises:
-        UserError: what cannot be read, by file and place.
+        UserError: a document cannot be read; the message names file and place.
     """
     total = 0
     for source in files:

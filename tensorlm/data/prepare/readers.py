@@ -28,14 +28,14 @@ from .streams import (
     too_long,
 )
 
-LONGEST_DOCUMENT = 1 << 28  # bytes; encoding takes about a hundred times as much memory
+LONGEST_DOCUMENT = 1 << 28  # bytes; encoding needs about a hundred times as much memory
 _BATCH_ROWS = 256
 
 
 @dataclass(frozen=True)
 class Part:
-    """Documents that one worker reads: [start, stop) of `source`, in bytes of a JSONL file or in
-    rows of a table; a file that cannot be cut is [0, 1). `num_bytes` estimates the work."""
+    """A range [start, stop) of `source` that one worker reads: bytes of a JSONL file, rows of a
+    table, or [0, 1) for a file that cannot be divided. `num_bytes` estimates the work."""
 
     source: str
     start: int
@@ -45,17 +45,17 @@ class Part:
 
 @dataclass(frozen=True)
 class Reading:
-    """How documents are read.
+    """Settings of reading documents.
 
-    text_field: field (column) that holds the text; longest: bytes of the longest document, of a
-    JSON file of the longest record.
+    text_field: field (column) that holds the text; longest: maximum bytes of a document, or of a
+    record of a JSON file.
     """
 
     text_field: str
     longest: int = LONGEST_DOCUMENT
 
 
-# (where in the source, value of the field, bytes of the part that are read)
+# (place in the source, value of the field, bytes of the part read so far)
 Values = Iterator[tuple[str, Any, int]]
 
 
@@ -66,17 +66,18 @@ def read_part(
     longest: int = LONGEST_DOCUMENT,
     advice: Advice = PREPARE,
 ) -> Iterator[str]:
-    """Yield the text of each document of `part` that is not empty.
+    """Yield the text of each non-empty document of `part`.
 
     Args:
         part: from `plan_shards`.
         text_field: field (column) that holds the text.
-        count: called with the bytes read since the last call, `part.num_bytes` in all.
-        longest: bytes of the longest document, of a JSON file of the longest record.
-        advice: what the user can set.
+        count: called with the number of bytes read since the last call; the sum is
+            `part.num_bytes`.
+        longest: maximum bytes of a document, or of a record of a JSON file.
+        advice: fixes for error messages.
 
     Raises:
-        UserError: what cannot be read, by file and place.
+        UserError: a document cannot be read; the message names file and place.
     """
     done = 0
     with problems_named(part.source, advice=advice):
@@ -96,10 +97,10 @@ def extent_of(
     text_field: str,
     advice: Advice = PREPARE,
 ) -> tuple[int, int, bool]:
-    """(bytes or rows, bytes, whether it can be cut) of a source.
+    """(bytes or rows, bytes, whether it can be divided) of a source.
 
     Raises:
-        UserError: it cannot be read, or is a table without such a column.
+        UserError: it cannot be read, or is a table without the column `text_field`.
     """
     kind = kind_of(source)
     with problems_named(source, kind, advice):
@@ -117,7 +118,7 @@ def extent_of(
 
 @contextmanager
 def _located(where: str) -> Iterator[None]:
-    """Name the place in the source at which an InputError arises."""
+    """Add the place in the source to an InputError."""
     try:
         yield
     except InputError as error:
@@ -142,7 +143,7 @@ def _read_text(part: Part, reading: Reading) -> Values:
 
 
 def _read_jsonl(part: Part, reading: Reading) -> Values:
-    """The records whose lines begin in [start, stop)."""
+    """Read the records whose lines begin in [start, stop)."""
     with open_bytes(part.source) as (file, _):
         if part.start:
             file.seek(part.start - 1)
@@ -158,7 +159,7 @@ def _read_jsonl(part: Part, reading: Reading) -> Values:
 
 
 def _read_json(part: Part, reading: Reading) -> Values:
-    """A file that is read from its beginning."""
+    """Read a JSON file from its beginning."""
     with open_bytes(part.source) as (file, position):
         records = _array_records if starts_array(file) else _line_records
         for where, record in records(file, reading.longest):
@@ -197,7 +198,7 @@ def _json_errors() -> Iterator[None]:
         yield
     except (ValueError, RecursionError) as error:
         reason = error if isinstance(error, ValueError) else "nested too deeply"
-        raise InputError(f"not JSON: {reason}", "fix or remove it") from None
+        raise InputError(f"must be JSON: {reason}", "fix or remove it") from None
 
 
 def _parquet_extent(source: str, text_field: str) -> tuple[int, int, bool]:
@@ -237,7 +238,7 @@ def _read_arrow(part: Part, reading: Reading) -> Values:
 def _rows(
     batches: Iterable[Any], path: tuple[str, ...], at: int, part: Part, reading: Reading
 ) -> Values:
-    """The rows [start, stop) of a column of batches, the first of which begins at row `at`."""
+    """Rows [start, stop) of a column of batches; the first batch begins at row `at`."""
     for batch in batches:
         rows = batch.slice(max(0, part.start - at), max(0, part.stop - max(at, part.start)))
         column = rows.column(rows.schema.names.index(path[0]))
@@ -253,7 +254,7 @@ def _bytes_before(row: int, part: Part) -> int:
 
 
 def _open_arrow(source: str) -> Any:
-    """The table of an Arrow file, mapped: the stream format that `datasets` writes, or Feather."""
+    """Map the table of an Arrow file: the stream format that `datasets` writes, or Feather."""
     with pa.memory_map(source) as mapped:
         try:
             return pa.ipc.open_stream(mapped).read_all()

@@ -1,8 +1,8 @@
-"""What a data set was begun with (`prepare.json`): a later call goes on with it, or is refused.
+"""Resuming the preparation of a data set with the settings in `prepare.json`.
 
-As long as no shard is finished, every call begins anew. From then on settings are kept, and so is
-the cut into shards. Inputs may be mended or left out until the data set is complete: the shards
-that held them are made again, and all others stay.
+Until a shard is finished, each call starts over. After that, settings and the division into shards
+are fixed, and a call with others is rejected. Until the data set is complete, inputs may be changed
+or removed: their shards are encoded again, and all others stay.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ _CHOOSE = "choose another --output"
 
 
 class Settings(Section):
-    """What must not change once there are shards."""
+    """Settings that must not change once a shard is finished."""
 
     tokenizer_sha256: str
     text_field: str
@@ -39,16 +39,16 @@ class Settings(Section):
 
     @property
     def splits(self) -> tuple[str, ...]:
-        """The splits that are made."""
+        """The splits to write."""
         return _SPLITS if self.holdout > 0 else _SPLITS[:1]
 
 
 class Begun(Section):
-    """The content of the file.
+    """The content of `prepare.json`.
 
-    sources: (name, bytes, time of the last change) of each, of a data set (name, rows, number that
-    its fingerprint gives); shards: the parts of each, which are (index of the source, start, stop,
-    bytes).
+    sources: (name, bytes, time of the last change) of each file; (name, rows, number derived from
+    its fingerprint) of each data set. shards: the parts of each shard, as (index of the source,
+    start, stop, bytes).
     """
 
     settings: Settings
@@ -57,7 +57,7 @@ class Begun(Section):
 
     @classmethod
     def of(cls, settings: Settings, files: list[str], shards: list[list[Part]]) -> "Begun":
-        """What `shards` of `files` is as the content of the file."""
+        """Make the content of the file for `shards` of `files`."""
         index = {file: number for number, file in enumerate(files)}
         parts = [
             [(index[part.source], part.start, part.stop, part.num_bytes) for part in shard]
@@ -76,10 +76,10 @@ class Begun(Section):
 
 @contextlib.contextmanager
 def output_locked(output: Path) -> Iterator[None]:
-    """Keep every other call out of a data set; its folder is made, unless it holds other files.
+    """Lock a data set against other calls; create its folder if needed.
 
     Raises:
-        UserError: another call is at work there, or the folder cannot be written or holds other
+        UserError: another call is working there, or the folder cannot be written or contains other
             files.
     """
     _check_output(output)
@@ -93,7 +93,7 @@ def output_locked(output: Path) -> Iterator[None]:
             raise
         raise UserError(f"{output}: cannot be written ({error.strerror})") from None
     finally:
-        if is_new:  # and nothing came into it
+        if is_new:  # remove it again if it is still empty
             with contextlib.suppress(OSError):
                 output.rmdir()
 
@@ -101,31 +101,34 @@ def output_locked(output: Path) -> Iterator[None]:
 def _check_output(output: Path) -> None:
     there = [entry.name for entry in output.glob("[!.]*")]
     if there and not _ENTRIES.intersection(there):
-        raise UserError(f"{output}: holds other files than a data set's ({_CHOOSE})")
+        raise UserError(f"{output}: must be empty or a data set, got other files ({_CHOOSE})")
 
 
 def begin(output: Path, settings: Settings, files: list[str]) -> list[list[Part]]:
-    """Make the folders of a data set, or see how it was begun; returns the parts of each shard.
+    """Begin or resume a data set; returns the parts of each shard.
 
     Raises:
-        UserError: there are shards of other settings or inputs, or other files only, or there is
+        UserError: the folder has shards with other settings or inputs, or other files, or there is
             nothing to read.
     """
     path = output / PLAN
     _check_output(output)
     if not path.exists() and any(any((output / split).glob("shard-*")) for split in _SPLITS):
-        raise UserError(f"{output}: holds shards already ({_CHOOSE})")
+        raise UserError(f"{output}: already contains shards ({_CHOOSE})")
     if _has_finished(output):
         now = _go_on(path, settings, files)
     else:
         shards = plan_shards(files, settings.text_field, settings.shard_bytes, settings.max_bytes)
         if not shards:
-            raise UserError(f"{files[0]}: nothing to read (empty, or longer than --max-bytes)")
+            raise UserError(
+                f"{files[0]}: must contain text within --max-bytes, got nothing to read (the input "
+                "is empty, or --max-bytes is too small)"
+            )
         now = Begun.of(settings, files, shards)
         _remove(output, "shard-*")
         _remove(output, INDEX)
         with contextlib.suppress(OSError):
-            (output / _SPLITS[-1]).rmdir()  # left by a call that was to hold documents out
+            (output / _SPLITS[-1]).rmdir()  # left by a call with --holdout
     for split in settings.splits:
         make_folder(output / split)
     _remove(output, "*.tmp")
@@ -137,7 +140,7 @@ def _go_on(path: Path, settings: Settings, files: list[str]) -> Begun:
     try:
         begun = Begun.model_validate_json(path.read_bytes())
     except ValidationError:
-        raise UserError(f"{path}: damaged, or of another version ({_CHOOSE})") from None
+        raise UserError(f"{path}: is damaged or of another version ({_CHOOSE})") from None
     before = {source[0]: source for source in begun.sources}
     now = {file: _identity(file) for file in files}
     changed = {file for file in before if now.get(file) != before[file]}
@@ -160,14 +163,15 @@ def _go_on(path: Path, settings: Settings, files: list[str]) -> Begun:
         _remove(path.parent, f"{shard_name(number)}.json")
     names = ", ".join(sorted(changed)[:3]) + (", ..." if len(changed) > 3 else "")
     print(
-        f"note: changed or left out: {names} ({len(again)} of {len(shards)} shards are made again)",
+        f"note: inputs changed or removed: {names} ({len(again)} of {len(shards)} shards are "
+        "encoded again)",
         file=sys.stderr,
     )
     return Begun.of(settings, files, shards)
 
 
 def _has_finished(output: Path) -> bool:
-    """Whether a shard is there in all splits."""
+    """Whether any shard is finished in all splits."""
     splits = [output / split for split in _SPLITS if (output / split).is_dir()]
     headers = [{path.name for path in split.glob("shard-*.json")} for split in splits]
     return bool(headers and set.intersection(*headers))

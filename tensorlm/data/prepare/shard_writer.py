@@ -36,7 +36,7 @@ _BUFFER_BYTES = 1 << 20
 
 
 def token_dtype(vocab_size: int) -> str:
-    """Smallest of uint16 and uint32 that holds every id."""
+    """The smaller of uint16 and uint32 that can hold every id."""
     return "uint16" if vocab_size <= 1 << 16 else "uint32"
 
 
@@ -113,10 +113,10 @@ def write_atomically(path: Path, content: bytes) -> FileEntry:
 
 
 class ShardWriter:
-    """One shard of `folder`, written as its documents come; a context that publishes or discards.
+    """Writes one shard of `folder` as documents arrive; a context that publishes or discards it.
 
     Raises:
-        UserError: a token id outside the vocabulary, or a file that cannot be written.
+        UserError: a token id is outside the vocabulary, or a file cannot be written.
     """
 
     def __init__(
@@ -142,15 +142,15 @@ class ShardWriter:
         self._tokens = _AtomicFile(self._path.with_suffix(".tokens"))
 
     def add(self, documents: Sequence[NDArray[Any]], num_bytes: int = 0) -> None:
-        """Append documents, none of them empty, that are `num_bytes` bytes of text together."""
+        """Append non-empty documents with `num_bytes` bytes of text in total."""
         if not documents:
             return
         ids = np.concatenate(documents)
         largest = int(ids.max())
         if largest >= self._header["vocab_size"]:
             raise UserError(
-                f"{self._path}: token id {largest} is outside the vocabulary of "
-                f"{self._header['vocab_size']} (check the tokenizer's files)"
+                f"{self._path}: token ids must be below the vocabulary size "
+                f"{self._header['vocab_size']}, got {largest} (check the tokenizer's files)"
             )
         self._tokens.write(ids.astype(self._header["dtype"]).tobytes())
         self._max_id = max(self._max_id, largest)
@@ -191,12 +191,12 @@ class ShardWriter:
 
 
 def write_index(folder: Path, num_shards: int) -> None:
-    """Seal a split of shards 0 ... num_shards - 1: from now on it can be opened.
+    """Write the index of a split with shards 0 ... num_shards - 1, which makes it readable.
 
-    An index that is there and right is left as it is.
+    A correct index is not written again.
 
     Raises:
-        UserError: a shard is missing, lacks a file or its header is damaged.
+        UserError: a shard or one of its files is missing, or its header is damaged.
     """
     digests = {}
     for number in range(num_shards):

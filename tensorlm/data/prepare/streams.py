@@ -1,4 +1,4 @@
-"""Reading text and JSON from files of any size, in the memory of one document."""
+"""Reading text and JSON from files of any size, with only one document in memory."""
 
 import codecs
 import io
@@ -15,13 +15,14 @@ from .input_errors import InputError
 
 _CHUNK_BYTES = 1 << 20
 _SPACE = re.compile(r"[ \t\n\r]*")
-_LONGEST_WORD = 16  # characters that a cut-off `-Infinity` or escape leaves at the end
+_LONGEST_WORD = 16  # at least the length of a truncated `-Infinity` or escape at the end
 
 
 @contextmanager
 def open_bytes(source: str) -> Iterator[tuple[io.BufferedReader, Callable[[], int]]]:
-    """The file's content as a buffered stream, decompressed where its name says so; and a function
-    that gives how many bytes of the file that has taken.
+    """Open a file as a buffered stream, decompressed according to its suffix.
+
+    Yields the stream, and a function that returns the number of bytes of the file read so far.
 
     Raises:
         InputError: the content is UTF-16 or UTF-32.
@@ -40,24 +41,24 @@ def open_bytes(source: str) -> Iterator[tuple[io.BufferedReader, Callable[[], in
 
 
 def _check_encoding(file: io.BufferedReader) -> None:
-    """Refuse what begins with a byte order mark of UTF-16 or UTF-32, or with two of its letters."""
+    """Reject content that starts like UTF-16 or UTF-32: a byte order mark, or zero bytes."""
     head = file.peek(4)[:4]
     marks = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)
     zeros = "".join("0" if byte == 0 else "x" for byte in head)
     if head.startswith(marks) or zeros in ("x0x0", "0x0x", "x000", "000x"):
         raise InputError(
-            "must be UTF-8, starts like UTF-16 or UTF-32",
+            "must be UTF-8, got what looks like UTF-16 or UTF-32",
             "convert it, for example with iconv -f UTF-16 -t UTF-8, or {skip}",
         )
 
 
 def too_long(longest: int) -> InputError:
-    """The error for a document or record that has more than `longest` bytes."""
-    return InputError(f"must be at most {longest:,} bytes long", "split it, or {larger}")
+    """The error for a document or record with more than `longest` bytes."""
+    return InputError(f"must have at most {longest:,} bytes", "split it, or {larger}")
 
 
 def read_text(file: io.BufferedReader, longest: int) -> str:
-    """The whole content, without a byte order mark.
+    """Read the whole content, without a byte order mark.
 
     Raises:
         InputError: it has more than `longest` bytes.
@@ -72,7 +73,7 @@ def read_text(file: io.BufferedReader, longest: int) -> str:
 
 
 def read_line(file: io.BufferedReader, longest: int) -> bytes:
-    """The next line with its end; b"" at the end of the file.
+    """Read the next line with its line end; b"" at the end of the file.
 
     Raises:
         InputError: it has more than `longest` bytes.
@@ -84,13 +85,13 @@ def read_line(file: io.BufferedReader, longest: int) -> bytes:
 
 
 def skip_line(file: io.BufferedReader) -> None:
-    """Go behind the next line end, however far that is."""
+    """Skip to the end of the line, of any length."""
     while (part := file.readline(_CHUNK_BYTES)) and not part.endswith(b"\n"):
         pass
 
 
 def is_blank(line: bytes) -> bool:
-    """Whether a line holds nothing but whitespace and a byte order mark."""
+    """Whether a line contains only whitespace and a byte order mark."""
     return not line.removeprefix(codecs.BOM_UTF8).strip()
 
 
@@ -100,14 +101,14 @@ def starts_array(file: io.BufferedReader) -> bool:
 
 
 class ArrayReader:
-    """The records of a file that is one JSON array; memory holds little more than one of them."""
+    """Iterates over the records of one JSON array, with little more than one record in memory."""
 
     def __init__(self, file: io.BufferedReader, longest: int) -> None:
-        """`longest`: characters of the longest record that is read."""
+        """`longest`: maximum characters of a record."""
         self._file, self._longest = file, longest
         self._decode = codecs.getincrementaldecoder("utf-8-sig")("surrogatepass").decode
         self._scan = json.JSONDecoder().raw_decode
-        self._text, self._at = "", 0  # what is read, and how far it is understood
+        self._text, self._at = "", 0  # text read so far, and the position up to which it is parsed
 
     def __iter__(self) -> Iterator[Any]:
         """Yield each record.
@@ -124,9 +125,9 @@ class ArrayReader:
             yield self._record(number)
             mark, number = self._mark(), number + 1
             if mark not in (",", "]"):
-                raise ValueError(f"expecting , or ] behind record {number - 1}")
+                raise ValueError(f"expecting , or ] after record {number - 1}")
         if self._peek():
-            raise ValueError("extra data behind the array")
+            raise ValueError("extra data after the array")
 
     def _record(self, number: int) -> Any:
         self._peek()
@@ -141,7 +142,7 @@ class ArrayReader:
                     raise ValueError(f"{error.msg} in record {number}") from None
 
     def _mark(self) -> str:
-        """The next character that is not whitespace; it is taken."""
+        """Consume and return the next character that is not whitespace."""
         mark = self._peek()
         self._at += 1
         return mark
@@ -158,7 +159,7 @@ class ArrayReader:
                 return ""
 
     def _read_more(self) -> bool:
-        """Read as much again as is not understood yet; False at the end of the file."""
+        """Read as much again as is not parsed yet; False at the end of the file."""
         self._text, self._at = self._text[self._at :], 0
         room = self._longest - len(self._text)
         if room < 0:

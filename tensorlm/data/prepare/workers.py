@@ -1,7 +1,7 @@
-"""Running independent tasks on all processes that there are: cores of this machine, MPI ranks.
+"""Running independent tasks on all processes: cores of this machine, MPI ranks.
 
-Each task is done by one worker, whichever is free; what a task does must not depend on who does it.
-Ranks of `mpirun` or `srun` are found by themselves and share the tasks among them.
+Each task is done by any free worker, so its result must not depend on the worker. Ranks of `mpirun`
+or `srun` are detected and share the tasks.
 """
 
 import ctypes
@@ -21,11 +21,11 @@ from tensorlm.runtime.errors import EXIT_INTERNAL, EXIT_INTERRUPTED, UserError
 from tensorlm.runtime.launch_env import launched_world_size
 
 ValueT = TypeVar("ValueT")
-_TICK = 0.5  # seconds between two looks at the progress
+_TICK = 0.5  # seconds between two checks of the progress
 
 
 class CancelledError(Exception):
-    """Another task has failed: this one ends early."""
+    """Ends a task early, because another task has failed."""
 
 
 class Progress:
@@ -36,10 +36,10 @@ class Progress:
         self._stop = context.Event()
 
     def add(self, documents: int, tokens: int, num_bytes: int) -> None:
-        """Count work that is done.
+        """Count finished work.
 
         Raises:
-            CancelledError: the work is no longer wanted.
+            CancelledError: the work was cancelled.
         """
         if self._stop.is_set():
             raise CancelledError
@@ -48,16 +48,16 @@ class Progress:
                 self._counts[i] += amount
 
     def read(self) -> list[int]:
-        """Documents, tokens, bytes so far."""
+        """Documents, tokens and bytes so far."""
         return list(self._counts)
 
     def stop(self) -> None:
-        """Let every task end at its next `add`."""
+        """Make every task end at its next `add`."""
         self._stop.set()
 
 
 class Ranks:
-    """The processes of `mpirun` or `srun`; one rank where there is neither."""
+    """The ranks of `mpirun` or `srun`; one rank without them."""
 
     def __init__(self) -> None:
         self.rank, self.size, self._world = 0, 1, None
@@ -68,19 +68,19 @@ class Ranks:
             from mpi4py import MPI
         except ImportError as error:
             raise UserError(
-                f"{started} ranks: mpi4py cannot be imported ({error}; apt-get install "
-                "libopenmpi-dev, pip install mpi4py)"
+                f"ranks: mpi4py is needed for {started} ranks, but cannot be imported: {error} "
+                "(apt-get install libopenmpi-dev, pip install mpi4py)"
             ) from None
         self._world = MPI.COMM_WORLD
         self.rank, self.size = MPI.COMM_WORLD.rank, MPI.COMM_WORLD.size
         if self.size != started:
             raise UserError(
-                f"{started} ranks were started but MPI sees {self.size} (use srun --mpi=pmix, or "
-                "mpirun)"
+                f"ranks: MPI must see all {started} ranks, got {self.size} (use mpirun, or srun "
+                "--mpi=pmix)"
             )
 
     def from_first(self, make: Callable[[], ValueT]) -> ValueT:
-        """What `make` returns or raises on rank 0, on every rank."""
+        """Call `make` on rank 0; return its result, or raise its error, on every rank."""
         value: Any = None
         error: UserError | None = None
         if self.rank == 0:
@@ -96,14 +96,14 @@ class Ranks:
         return value
 
     def sum(self, numbers: list[int]) -> list[int]:
-        """Each number summed over the ranks."""
+        """Sum each number over all ranks."""
         if self._world is None:
             return numbers
         gathered = self._world.allgather(numbers)
         return [sum(column) for column in zip(*gathered, strict=True)]
 
     def all_problems(self, problems: list[str]) -> list[str]:
-        """The problems of all ranks, each once."""
+        """The problems of all ranks, without repetition."""
         if self._world is not None:
             problems = [problem for part in self._world.allgather(problems) for problem in part]
         return list(dict.fromkeys(problems))
@@ -114,7 +114,7 @@ class Ranks:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, _: Any
     ) -> None:
-        """An error that this rank alone knows ends all ranks: the others would wait for it."""
+        """End all ranks on an error of this rank alone: the others would wait for it."""
         if self._world is None or error is None or isinstance(error, UserError):
             return
         if isinstance(error, KeyboardInterrupt):
@@ -130,22 +130,22 @@ def run_tasks(
     num_workers: int,
     report: Callable[[list[int]], None],
 ) -> None:
-    """Do every task once, on `num_workers` processes of each rank.
+    """Run every task once, on `num_workers` processes of each rank.
 
     Args:
-        tasks: all tasks, the same list on each rank; task i is done by rank i % ranks.size.
+        tasks: all tasks, the same list on each rank; rank i % ranks.size runs task i.
         work: module-level function, called with a task and the counters to add to.
-        ranks: who shares the tasks.
-        num_workers: processes of this rank; 1 works in a thread of this process.
+        ranks: the ranks that share the tasks.
+        num_workers: number of processes of this rank; 1 uses a thread of this process.
         report: called with (documents, tokens, bytes) summed over all ranks, about twice a second.
 
     Raises:
-        UserError: the problems that tasks met; tasks that had begun elsewhere are cancelled.
+        UserError: problems of failed tasks; all other tasks are cancelled.
     """
     own = tasks[ranks.rank :: ranks.size]
     if ranks.size > 1:
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the other ranks are on the other cores
-    # A fork server starts clean processes: no threads or MPI state of this one is inherited.
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # other ranks use the other cores
+    # A fork server starts clean processes, which inherit no threads or MPI state.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([work.__module__, "transformers.models.auto"])
     progress = Progress(context)
@@ -164,7 +164,7 @@ def run_tasks(
         while True:
             started = time.monotonic()
             wait(futures, timeout=_TICK)
-            if ranks.size > 1:  # ranks that are done wait without keeping a core busy
+            if ranks.size > 1:  # ranks that are done wait without using a core
                 time.sleep(max(0.0, _TICK - (time.monotonic() - started)))
             pending = sum(not future.done() for future in futures)
             failed = sum(_has_failed(future) for future in futures)
@@ -184,13 +184,13 @@ _worker: tuple[Callable[[Any, Progress], None], Progress] | None = None
 
 
 def _begin(work: Callable[[Any, Progress], None], progress: Progress) -> None:
-    """What a worker needs for all of its tasks; shared counters cannot travel with a task."""
+    """Set up a worker: shared counters cannot be sent with a task."""
     global _worker
     _worker = (work, progress)
 
 
 def _begin_process(work: Callable[[Any, Progress], None], progress: Progress) -> None:
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each process is one core's worth of work
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core per process
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent ends the others
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -221,8 +221,8 @@ def _problems(future: "Future[None]") -> list[str]:
         return list(error.problems)
     if isinstance(error, BrokenProcessPool):
         return [
-            "workers: one was killed, perhaps for want of memory (use fewer --workers and run the "
-            "same command again: finished shards are kept)"
+            "workers: one was killed, possibly because memory ran out (use fewer --workers and run "
+            "the same command again; finished shards are kept)"
         ]
     if isinstance(error, CancelledError):
         return []

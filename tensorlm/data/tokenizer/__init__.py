@@ -1,1 +1,1 @@
-"""Tokenizers: read, checked, trained, copied."""
+"""Tokenizers: reading, checking, training and copying them."""

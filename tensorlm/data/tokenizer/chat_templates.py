@@ -1,6 +1,6 @@
-"""Chat templates, which `transformers` 5 keeps in files beside those of the tokenizer.
+"""Chat templates, which `transformers` 5 keeps in separate files next to the tokenizer's.
 
-They say nothing about the ids of a text, so the hash of a tokenizer leaves them out.
+They do not change the ids of a text, so the hash of a tokenizer does not include them.
 """
 
 from pathlib import Path
@@ -12,13 +12,13 @@ _MORE = "additional_chat_templates"
 
 
 def chat_template_files(folder: Path) -> dict[str, bytes]:
-    """Content of the templates that a folder holds, by their place in it."""
+    """Content of the templates in a folder, by relative path."""
     paths = [folder / CHAT_TEMPLATE, *sorted((folder / _MORE).glob("*.jinja"))]
     return {str(p.relative_to(folder)): p.read_bytes() for p in paths if p.is_file()}
 
 
 def copy_chat_templates(source: Path, target: Path) -> None:
-    """Give `target` the templates of `source`, in place of its own.
+    """Replace the templates of `target` by those of `source`.
 
     Raises:
         UserError: they cannot be written.

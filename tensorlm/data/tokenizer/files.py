@@ -1,9 +1,9 @@
-"""The files of a tokenizer, in the form whose ids every reader gives alike.
+"""The files of a tokenizer, in a portable form with the same ids for every reader.
 
-`transformers` builds some classes anew (`GPT2Tokenizer`, `LlamaTokenizer`, ...): it takes the
-vocabulary out of `tokenizer.json` and leaves the rules behind. The class that reads the file as it
-is stands in the portable form, so that the data set, its copy in `DATA/tokenizer` and an exported
-folder have one set of ids: those of `tokenizer.json`, or of a lone sentencepiece model.
+`transformers` rebuilds some classes (`GPT2Tokenizer`, `LlamaTokenizer`, ...): it takes the
+vocabulary from `tokenizer.json` and ignores its rules. The portable form names the class that reads
+the file unchanged. So the data set, its copy in `DATA/tokenizer` and an exported folder all have
+the ids of `tokenizer.json`, or of a single sentencepiece model.
 """
 
 import inspect
@@ -24,47 +24,47 @@ TOKENIZER_FILES = (
     "tokenizer_config.json",
     "special_tokens_map.json",
 )
-UNFINISHED = "tokenizer.unfinished"  # stands beside the files while some are missing
-_ADDED_TOKENS = "added_tokens.json"  # of old folders without a tokenizer.json
-_CLASS = "PreTrainedTokenizerFast"  # reads tokenizer.json as it is, in transformers 4 and 5
+UNFINISHED = "tokenizer.unfinished"  # exists while some of the files are missing
+_ADDED_TOKENS = "added_tokens.json"  # in old folders without a tokenizer.json
+_CLASS = "PreTrainedTokenizerFast"  # reads tokenizer.json unchanged, in transformers 4 and 5
 _NAMED = ("bos_token", "eos_token")
 _REBUILDING = ("add_prefix_space", "legacy", "sp_model_kwargs", "from_slow")
 _HAS_DROPOUT = re.compile(rb'"dropout"\s*:\s*[0-9.]')
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether a tokenizer can be loaded from there."""
+    """Whether the folder contains a tokenizer."""
     return any((folder / name).exists() for name in ("tokenizer.model", "tokenizer.json"))
 
 
 def read_files(source: Path) -> dict[str, bytes]:
-    """Name and content of a tokenizer's files as they are: a folder's, or a `.model` file.
+    """Name and content of a tokenizer's files, unchanged, from a folder or a `.model` file.
 
     Raises:
-        UserError: no tokenizer there.
+        UserError: there is no tokenizer.
     """
     if source.is_file() and source.suffix == ".model":
         return {"tokenizer.model": source.read_bytes()}
     if (source / UNFINISHED).exists():
         raise UserError(
-            f"{source}: must hold a whole tokenizer, got one whose training was interrupted "
+            f"{source}: must contain a complete tokenizer, got one whose training was interrupted "
             f"(repeat prepare_data.py tokenizer with --output {source})"
         )
     if not has_tokenizer(source):
-        raise UserError(f"{source}: no tokenizer.json or tokenizer.model")
+        raise UserError(f"{source}: must contain tokenizer.json or tokenizer.model")
     found = (source / name for name in (*TOKENIZER_FILES, _ADDED_TOKENS))
     return {path.name: path.read_bytes() for path in found if path.is_file()}
 
 
 def tokenizer_files(source: Path) -> dict[str, bytes]:
-    """Name and content of a tokenizer's files in the portable form, which maps to itself.
+    """Name and content of a tokenizer's files in the portable form; portable files do not change.
 
     Args:
         source: a folder, or a sentencepiece `.model` file.
 
     Raises:
-        UserError: no tokenizer there, a damaged one, or a model whose ids `transformers` would not
-            give.
+        UserError: there is no tokenizer, it is damaged, or `transformers` would give other ids than
+            its sentencepiece model.
     """
     files = read_files(source)
     added = files.pop(_ADDED_TOKENS, b"{}")
@@ -75,8 +75,8 @@ def tokenizer_files(source: Path) -> dict[str, bytes]:
         files["tokenizer_config.json"] = _portable_config(files.get("tokenizer_config.json", b""))
     except _RefusedError as reason:
         raise UserError(
-            f"{source}: cannot be used: {reason} (train one with prepare_data.py tokenizer, "
-            "or give a Hugging Face folder with a tokenizer.json)"
+            f"{source}: cannot be used: {reason} (train a tokenizer with prepare_data.py "
+            "tokenizer, or pass a Hugging Face folder with a tokenizer.json)"
         ) from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason_line = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -85,7 +85,7 @@ def tokenizer_files(source: Path) -> dict[str, bytes]:
 
 
 def write_files(files: dict[str, bytes], folder: Path) -> None:
-    """Make `folder` hold these files of a tokenizer and no others.
+    """Write these files of a tokenizer to `folder`, and remove its other tokenizer files.
 
     Raises:
         UserError: they cannot be written.
@@ -100,11 +100,11 @@ def write_files(files: dict[str, bytes], folder: Path) -> None:
 
 
 class _RefusedError(Exception):
-    """Why a sentencepiece model cannot be used."""
+    """The reason why a sentencepiece model cannot be used."""
 
 
 def _files_of_model(files: dict[str, bytes], added: bytes) -> dict[str, bytes]:
-    """What a folder without a tokenizer.json lacks; a config's own words stay."""
+    """The files that a folder without a tokenizer.json lacks; its config's settings are kept."""
     try:
         made = huggingface_files(files["tokenizer.model"])
     except ValueError as reason:
@@ -123,7 +123,7 @@ def _files_of_model(files: dict[str, bytes], added: bytes) -> dict[str, bytes]:
 
 
 def _add_tokens(form: dict[str, Any], config: dict[str, Any], legacy: dict[str, int]) -> None:
-    """Put the tokens that a folder adds to its sentencepiece model behind the model's pieces."""
+    """Append the tokens that a folder adds to its sentencepiece model after the model's pieces."""
     vocab: dict[str, int] = form["model"]["vocab"]
     tokens = {int(index): token for index, token in config.get("added_tokens_decoder", {}).items()}
     for content, index in legacy.items():
@@ -135,8 +135,8 @@ def _add_tokens(form: dict[str, Any], config: dict[str, Any], legacy: dict[str, 
             continue
         if index != end or not token.get("special"):
             raise _RefusedError(
-                f"the added token {token['content']!r} (id {index}) must be a special token with "
-                f"the next id behind the model's pieces, {end}"
+                f"the added token {token['content']!r} must be a special token with the next id "
+                f"after the model's pieces, {end}, got id {index}"
             )
         flags = ("single_word", "lstrip", "rstrip", "normalized")
         form["added_tokens"].append(
@@ -149,11 +149,11 @@ def _add_tokens(form: dict[str, Any], config: dict[str, Any], legacy: dict[str, 
 
 @lru_cache(maxsize=4)
 def _without_dropout(content: bytes) -> bytes:
-    """A `tokenizer.json` that merges alike every time."""
+    """A `tokenizer.json` without dropout, so that merges are deterministic."""
     if not _HAS_DROPOUT.search(content):
         return content
     form = json.loads(content)
-    if form["model"].get("dropout") is None:  # the name of a piece, perhaps
+    if form["model"].get("dropout") is None:  # the match may be the name of a piece
         return content
     form["model"]["dropout"] = None
     return json.dumps(form, ensure_ascii=False).encode()
@@ -161,18 +161,18 @@ def _without_dropout(content: bytes) -> bytes:
 
 @lru_cache(maxsize=4)
 def _portable_config(content: bytes) -> bytes:
-    """A `tokenizer_config.json` whose class reads `tokenizer.json` as it is."""
+    """A `tokenizer_config.json` whose class reads `tokenizer.json` unchanged."""
     config = dict(json.loads(content)) if content else {}
     name = config.get("tokenizer_class")
     if name == _CLASS and "auto_map" not in config:
         return content
-    config.pop("auto_map", None)  # code that is not copied
+    config.pop("auto_map", None)  # names code that is not copied
     defaults = _default_tokens(name) if isinstance(name, str) else {}
     return _dump({"tokenizer_class": _CLASS} | defaults | config | {"tokenizer_class": _CLASS})
 
 
 def _default_tokens(class_name: str) -> dict[str, str]:
-    """What begins and ends a text by a class of `transformers`, where the config does not say."""
+    """A `transformers` class's default tokens for the beginning and end of a text."""
     import transformers
 
     found = getattr(transformers, class_name, None)

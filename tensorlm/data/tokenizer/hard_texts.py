@@ -1,7 +1,7 @@
-"""Texts on which two readings of one tokenizer are compared, and the comparison.
+"""Texts for comparing two readings of one tokenizer, and the comparison.
 
-Two readings that differ do so in rules: what begins a word, what becomes of spaces and line ends,
-which characters have no piece. So the texts are few and cover every neighbourhood of such rules.
+Different readings differ in rules: word boundaries, spaces and line ends, characters without a
+piece. So a few texts suffice, if they cover all combinations of such characters.
 """
 
 from collections.abc import Callable, Iterable
@@ -11,7 +11,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 SPACE = "\u2581"
-# What is read differently wherever a translation is not exact; a model's own pieces come on top.
+# Texts that give other ids if a translation is not exact; a model's own pieces are added.
 PROBES = (
     "", " ", "  ", "lead", " lead", "  lead", "trail ", "trail  ", "a  b   c",
     "\n", "\n\n\n", "\t\t", " \n ", "a\tb\r\nc\n", "\r", "\x00\x01\x1b\x7f",
@@ -28,13 +28,13 @@ _SENTENCES = (
     "Do not say \u201chello\u201d . , ? ! ' n't 'll 're 'S 'LL",
 )
 _CHARACTERS = ("a", "B", "t", "7", " ", "\n", "\r", "\t", ".", "'", "_", "é", "漢", "😀", SPACE)
-_MAX_TOKENS = 512  # added ones that are looked at
+_MAX_TOKENS = 512  # maximum number of added tokens to test
 
 Ids = Callable[[list[str], bool], list[list[int]]]
 
 
 def hard_texts(added: Iterable[str] = ()) -> list[str]:
-    """The texts, with those that hold some of the `added` tokens among other characters."""
+    """The texts, including some with the `added` tokens among other characters."""
     tokens = list(added)[:_MAX_TOKENS]
     around = [text for t in tokens for text in (t, f"a{t}b", f" {t} x {t}{t}\n{t}\n y {t} ")]
     starts = ["".join(pair) for pair in product(_CHARACTERS, repeat=2)]
@@ -43,7 +43,10 @@ def hard_texts(added: Iterable[str] = ()) -> list[str]:
 
 
 def file_ids(tokenizer: Tokenizer) -> Ids:
-    """The ids that a `tokenizer.json` gives: (texts, whether special tokens count as text)."""
+    """A function that returns the ids of a `tokenizer.json`.
+
+    Its arguments are the texts, and whether special tokens are encoded as plain text.
+    """
 
     def ids(texts: list[str], as_text: bool) -> list[list[int]]:
         before, tokenizer.encode_special_tokens = tokenizer.encode_special_tokens, as_text
@@ -55,7 +58,7 @@ def file_ids(tokenizer: Tokenizer) -> Ids:
 
 
 def transformers_ids(tokenizer: Any) -> Ids:
-    """The ids that a tokenizer of `transformers` gives, in the form of `file_ids`."""
+    """A function that returns the ids of a `transformers` tokenizer, like `file_ids`."""
 
     def ids(texts: list[str], as_text: bool) -> list[list[int]]:
         encoded = tokenizer(
@@ -71,7 +74,7 @@ def transformers_ids(tokenizer: Any) -> Ids:
 
 
 def first_difference(wanted: Ids, found: Ids, texts: list[str]) -> str | None:
-    """The first text that does not get the same ids, twice, with and without special tokens."""
+    """The first text with different ids, in repeated calls with and without special tokens."""
     for as_text in (True, False):
         answers = (wanted(texts, as_text), found(texts, as_text), wanted(texts, as_text))
         for text, *ids in zip(texts, *answers, strict=True):

@@ -1,4 +1,4 @@
-"""Read a tokenizer's files: the ids of `tokenizer.json`, and a check that `transformers` agrees."""
+"""Reading a tokenizer's files, and checking that `transformers` gives the same ids."""
 
 import json
 from functools import cache
@@ -15,15 +15,16 @@ from .hard_texts import file_ids, first_difference, hard_texts, transformers_ids
 
 
 def read_tokenizer(folder: Path, named: Path) -> tuple[Tokenizer, Any]:
-    """The tokenizer of a folder as its `tokenizer.json` is, and as `transformers` has it.
+    """Read a folder's tokenizer from its `tokenizer.json`, and with `transformers`.
 
     Args:
-        folder: of a tokenizer.
-        named: what the user calls it, where `folder` is a copy.
+        folder: folder of the tokenizer.
+        named: the user's name for it, if `folder` is a copy.
 
     Raises:
-        UserError: no tokenizer there, a damaged one, one without beginning- and end-of-text, one
-            with an added token that the library moves to another id, or the two give other ids.
+        UserError: there is no tokenizer, it is damaged, it lacks beginning- or end-of-text, the
+            library moves one of its added tokens to another id, or the two readings give different
+            ids.
     """
     from transformers import PreTrainedTokenizerFast
 
@@ -38,7 +39,7 @@ def read_tokenizer(folder: Path, named: Path) -> tuple[Tokenizer, Any]:
     reference.no_truncation()
     reference.no_padding()
     if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
-        raise UserError(f"{named}: needs bos_token and eos_token in tokenizer_config.json")
+        raise UserError(f"{named}: tokenizer_config.json must name bos_token and eos_token")
     config = json.loads(files["tokenizer_config.json"])
     of_file = {token["content"]: token["id"] for token in form.get("added_tokens", [])}
     of_config = {
@@ -57,15 +58,15 @@ def read_tokenizer(folder: Path, named: Path) -> tuple[Tokenizer, Any]:
 
 
 def check_plain_reading(folder: Path, model_type: str, named: Path | None = None) -> None:
-    """Make sure that plain `transformers` reads the ids of `tokenizer.json` in a model's folder.
+    """Check that plain `transformers` gives the ids of `tokenizer.json` in a model's folder.
 
     Args:
-        folder: of a tokenizer.
-        model_type: of the config.json that stands beside it: the class may depend on it.
-        named: what the user calls `folder`.
+        folder: folder of the tokenizer.
+        model_type: model type in the folder's config.json, on which the class may depend.
+        named: the user's name for `folder`.
 
     Raises:
-        UserError: this version reads other ids, or cannot read the tokenizer.
+        UserError: this version gives other ids, or cannot read the tokenizer.
     """
     from transformers import AutoTokenizer
 
@@ -82,35 +83,35 @@ def check_plain_reading(folder: Path, model_type: str, named: Path | None = None
 
 @cache
 def earlier_difference(folder: Path, _: str) -> str | None:
-    """A text to which earlier versions gave other ids than those of `tokenizer.json`, if any.
+    """A text for which earlier versions gave other ids than `tokenizer.json`, if any.
 
-    They let `AutoTokenizer` choose the class. The second argument is a hash of the files.
+    Those versions let `AutoTokenizer` choose the class. The second argument is a hash of the files.
     """
     from transformers import AutoTokenizer
 
     reference = Tokenizer.from_buffer(tokenizer_files(folder)["tokenizer.json"])
     try:
         tokenizer = _read_by(AutoTokenizer, read_files(folder))
-    except Exception:  # then no shards were encoded with it
+    except Exception:  # no shards can have been encoded with it
         return None
     return _difference(reference, tokenizer)
 
 
 def difference(one: Tokenizer, other: Tokenizer) -> str | None:
-    """A text that does not get the same ids from two tokenizers."""
+    """A text for which two tokenizers give different ids, or None."""
     added = [token.content for token in one.get_added_tokens_decoder().values()]
     return first_difference(file_ids(one), file_ids(other), hard_texts(added))
 
 
 def _read_by(kind: Any, files: dict[str, bytes]) -> Any:
-    """Load from a folder that holds nothing else: no config or code beside it has a say."""
+    """Load from a folder with only these files, so that no other config or code has an effect."""
     from transformers.utils import logging
 
     with TemporaryDirectory(prefix="tensorlm-") as folder:
         for name, content in files.items():
             (Path(folder) / name).write_bytes(content)
         verbosity = logging.get_verbosity()
-        logging.set_verbosity_error()  # else a warning that `tensorlm` is not one of its models
+        logging.set_verbosity_error()  # suppress a warning that `tensorlm` is an unknown model
         try:
             return kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         finally:
@@ -122,20 +123,20 @@ def _check_equal(reference: Tokenizer, tokenizer: Any, named: Path) -> None:
         import transformers
 
         raise UserError(
-            f"{named}: the ids of tokenizer.json must be those that transformers "
-            f"{transformers.__version__} reads, got others, for example for {text[:40]!r} "
-            "(install a tested version of transformers)"
+            f"{named}: transformers {transformers.__version__} must give the ids of "
+            f"tokenizer.json, got others, for example for {text[:40]!r} (install a tested version "
+            "of transformers)"
         )
 
 
 def _difference(reference: Tokenizer, tokenizer: Any) -> str | None:
-    """A text that does not get the same ids; tokens that `transformers` adds itself left out."""
+    """A text with different ids, or None; ignores tokens that `transformers` itself adds."""
     known = reference.get_vocab()
     added = [token.content for token in reference.get_added_tokens_decoder().values()]
     strange = [token for token in tokenizer.get_added_vocab() if token not in known]
     texts = [t for t in hard_texts(added) if not any(token in t for token in strange)]
     difference = first_difference(file_ids(reference), transformers_ids(tokenizer), texts)
-    if difference is None:  # what the template puts around a text
+    if difference is None:  # compare the tokens that templates put around a text
         for text in texts[:8]:
             if reference.encode(text).ids != tokenizer(text)["input_ids"]:
                 return text

@@ -1,10 +1,10 @@
-"""A bare sentencepiece model in the form that `transformers` reads, with the same ids.
+"""Converting a sentencepiece model to files that `transformers` reads, with the same ids.
 
-What the model says of itself is translated (whitespace, byte fallback, names and ids of its special
-pieces), then compared with `SentencePieceProcessor.encode`. What cannot be told exactly is refused:
-Unigram models, whose scores sentencepiece sums in 32 bits, so that in a long document its choice
-between near-equals is one of rounding, and tables of normalization, of which transformers' reader
-drops accents and sound marks.
+The model's settings (whitespace, byte fallback, names and ids of special pieces) are translated,
+and the result is compared with `SentencePieceProcessor.encode`. Models that cannot be converted
+exactly are rejected: Unigram models, since sentencepiece sums their scores in 32 bits and in a long
+document rounding decides between near-equal choices; and normalization tables, since transformers'
+reader drops accents and sound marks.
 """
 
 import json
@@ -21,25 +21,25 @@ _DIFFERS = "transformers would give other ids than sentencepiece"
 
 @cache
 def huggingface_files(content: bytes) -> dict[str, bytes]:
-    """`tokenizer.json` and `tokenizer_config.json` for the model that `content` is.
+    """Make `tokenizer.json` and `tokenizer_config.json` for the model file `content`.
 
     Raises:
-        ValueError: why `transformers` would not give the same ids.
+        ValueError: `transformers` would not give the same ids; the message has the reason.
     """
     from sentencepiece import sentencepiece_model_pb2 as definition
 
     try:
         processor = sentencepiece.SentencePieceProcessor(model_proto=content)
         model = definition.ModelProto.FromString(content)
-    except Exception as error:  # of two libraries, neither of which documents it
-        raise ValueError("not a sentencepiece model") from error
+    except Exception as error:  # neither library documents its exceptions
+        raise ValueError("it is not a sentencepiece model") from error
     if model.trainer_spec.model_type != definition.TrainerSpec.BPE:
         kind = definition.TrainerSpec.ModelType.Name(model.trainer_spec.model_type).lower()
-        raise ValueError(f"a {kind} model, not bpe: {_DIFFERS}")
+        raise ValueError(f"its type must be bpe, got {kind}: {_DIFFERS}")
     if model.normalizer_spec.precompiled_charsmap:
         raise ValueError(f"it normalizes text ({model.normalizer_spec.name}): {_DIFFERS}")
     if processor.bos_id() < 0 or processor.eos_id() < 0:
-        raise ValueError("no piece for the beginning or the end of a text")
+        raise ValueError("it has no piece for the beginning or the end of a text")
     form = _tokenizer_json(model, processor)
     text = json.dumps(form, ensure_ascii=False)
     _compare(Tokenizer.from_str(text), model, processor)
@@ -59,7 +59,7 @@ def huggingface_files(content: bytes) -> dict[str, bytes]:
 
 
 def _tokenizer_json(model: Any, processor: Any) -> dict[str, Any]:
-    """It is written out here, so that one model has the same bytes under every version."""
+    """The content of tokenizer.json, written out so that it has the same bytes in all versions."""
     kinds = type(model.pieces[0])
     rules = model.normalizer_spec
     normalizers: list[dict[str, Any]] = []
@@ -72,7 +72,7 @@ def _tokenizer_json(model: Any, processor: Any) -> dict[str, Any]:
         "type": "Metaspace", "replacement": SPACE, "prepend_scheme": "never", "split": False,
     }  # fmt: skip
     symbols = _symbols(model)
-    if symbols:  # they are looked for before the step above; this one is slower
+    if symbols:  # symbols are matched before `spaces` applies; a normalizer is slower
         normalizers.append(_replace({"String": " "}, SPACE))
         spaces = None
     bos = processor.id_to_piece(processor.bos_id())
@@ -119,7 +119,7 @@ def _tokenizer_json(model: Any, processor: Any) -> dict[str, Any]:
 
 
 def _symbols(model: Any) -> dict[int, str]:
-    """The user's, by id. One with a space is never found, since spaces are replaced first."""
+    """User-defined symbols by id. One with a space never matches: spaces are replaced first."""
     symbol = type(model.pieces[0]).USER_DEFINED
     return {
         index: piece.piece
@@ -133,10 +133,10 @@ def _replace(pattern: dict[str, str], content: str) -> dict[str, Any]:
 
 
 def _merges(model: Any) -> list[list[str]]:
-    """Every pair of pieces that make a piece, best score first: the order in which both merge."""
+    """All pairs of pieces that form a piece, best score first, the order of merging in both."""
     kinds = type(model.pieces[0])
     if any(piece.type == kinds.UNUSED for piece in model.pieces):
-        raise ValueError(f"some pieces are switched off: {_DIFFERS}")
+        raise ValueError(f"it has unused pieces: {_DIFFERS}")
     ids = {p.piece: i for i, p in enumerate(model.pieces) if p.type == kinds.NORMAL}
     merges = []
     for piece, index in ids.items():
@@ -149,7 +149,7 @@ def _merges(model: Any) -> list[list[str]]:
     merges.sort()
     pieces = {(score, index) for score, index, *_ in merges}
     if len({score for score, _ in pieces}) < len(pieces):
-        raise ValueError(f"some pieces have equal scores: {_DIFFERS}")
+        raise ValueError(f"it has pieces with equal scores: {_DIFFERS}")
     return [[left, right] for *_, left, right in merges]
 
 

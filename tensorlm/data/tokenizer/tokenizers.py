@@ -1,7 +1,7 @@
-"""Tokenizers: load any Hugging Face folder or sentencepiece model, copy it, hash it.
+"""Tokenizers: loads, copies and hashes a Hugging Face folder or a sentencepiece model.
 
-The ids are those of `tokenizer.json`, which is read as it is. Beginning- and end-of-document ids
-are placed here by id, never by the tokenizer's own template.
+The ids are those of `tokenizer.json`. Beginning- and end-of-document ids are added here, never by
+the tokenizer's template.
 """
 
 import hashlib
@@ -37,7 +37,7 @@ __all__ = [
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
-    """Write a tokenizer and its chat templates into the folder `target`, in place of another's."""
+    """Write a tokenizer and its chat templates to the folder `target`, replacing others."""
     write_files(tokenizer_files(source), target)
     copy_chat_templates(source, target)
 
@@ -45,25 +45,25 @@ def copy_tokenizer(source: Path, target: Path) -> None:
 def check_tokenizer(
     folder: Path, sha256: str, fix: str = "restore its files, or prepare the data again"
 ) -> None:
-    """Make sure that `folder` holds the tokenizer that some shards were encoded with.
+    """Check that `folder` contains the tokenizer with which shards were encoded.
 
     Args:
-        folder: of a tokenizer.
+        folder: folder of the tokenizer.
         sha256: the shards' `tokenizer_sha256`.
-        fix: what else to do.
+        fix: how to correct it, for the message.
 
     Raises:
-        UserError: there is another one, or none, or the shards are of an earlier version that read
-            other ids from it.
+        UserError: it contains another tokenizer or none, or the shards are from an earlier version
+            that gave other ids.
     """
     if tokenizer_sha256(folder) == sha256:
         return
     if _sha256(read_files(folder)) != sha256:
-        raise UserError(f"{folder}: is not the tokenizer that the data was encoded with ({fix})")
+        raise UserError(f"{folder}: must be the tokenizer with which the data was encoded ({fix})")
     if (text := earlier_difference(folder, sha256)) is not None:
         raise UserError(
-            f"{folder}: the data must have the ids of tokenizer.json, got those of another class "
-            f"from an earlier version, for example for {text[:40]!r} (encode the data again)"
+            f"{folder}: the data must have the ids of tokenizer.json, got other ids from an "
+            f"earlier version, for example for {text[:40]!r} (encode the data again)"
         )
 
 
@@ -84,17 +84,17 @@ def load_tokenizer(folder: str | Path, named: Path | None = None) -> Any:
     """Load a tokenizer for `transformers`: a folder, or a sentencepiece `.model` file.
 
     Args:
-        folder: what to load.
-        named: what the user calls it, where `folder` is a copy.
+        folder: the folder or file.
+        named: the user's name for it, if `folder` is a copy.
 
     Raises:
-        UserError: as `read_tokenizer`.
+        UserError: see `read_tokenizer`.
     """
     return read_tokenizer(Path(folder), named or Path(folder))[1]
 
 
 def compare_tokenizers(one: Path, other: Path) -> str | None:
-    """How two tokenizers differ, in words; None where their files are the same.
+    """Describe how two tokenizers differ; None if their files are the same.
 
     Raises:
         UserError: one of them cannot be loaded.
@@ -109,14 +109,14 @@ def compare_tokenizers(one: Path, other: Path) -> str | None:
         return "the ids of BOS and EOS differ"
     text = difference(first, second)
     if text is None:
-        return "their files differ, their ids are the same on all texts that were compared"
+        return "their files differ, but their ids are the same for all compared texts"
     return f"their ids differ, for example for {text[:40]!r}"
 
 
 def largest_text_id(tokenizer: Any) -> int:
-    """The largest id in an encoded document.
+    """The largest id that an encoded document can contain.
 
-    Special tokens other than its beginning and end, such as one for padding, are not in one.
+    Special tokens other than its beginning and end, such as padding, do not occur in documents.
     """
     added = tokenizer.added_tokens_decoder
     ids = tokenizer.get_vocab().values()
@@ -127,7 +127,7 @@ def largest_text_id(tokenizer: Any) -> int:
 class DocumentEncoder:
     """Turns texts into documents: BOS, the ids of the text, EOS.
 
-    Text that looks like a special token ("</s>") is encoded as the text that it is.
+    Text that looks like a special token ("</s>") is encoded as plain text.
     """
 
     def __init__(self, folder: Path, named: Path | None = None) -> None:
@@ -139,8 +139,8 @@ class DocumentEncoder:
         self.vocab_size = max(self.bos_id, self.eos_id, *ids) + 1
 
     def __call__(self, texts: list[str]) -> list[NDArray[np.uint32]]:
-        """Encode documents; the same ids for any grouping of them."""
+        """Encode documents; their ids do not depend on their grouping."""
         encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
-        # An array of the standard library takes a list three times as fast as one of numpy.
+        # The standard library's array reads a list three times as fast as numpy.
         lists = (array("I", [self.bos_id, *e.ids, self.eos_id]) for e in encodings)
         return [np.frombuffer(ids, np.uint32) for ids in lists]

@@ -1,4 +1,4 @@
-"""Train a sentencepiece tokenizer, in a folder that `transformers` reads."""
+"""Training a sentencepiece tokenizer in a folder that `transformers` can read."""
 
 import io
 import re
@@ -14,24 +14,24 @@ from ..prepare.shard_writer import make_folder, write_atomically
 from .files import TOKENIZER_FILES, UNFINISHED, write_files
 from .sentencepiece_models import huggingface_files
 
-_LINE_BYTES = 4192  # sentencepiece leaves out longer lines, without a word
+_LINE_BYTES = 4192  # sentencepiece silently skips longer lines
 
 
 def check_new_tokenizer(output: Path) -> None:
-    """Raise UserError unless a tokenizer may be written to `output` in no other one's place.
+    """Raise UserError if writing a tokenizer to `output` would replace another one.
 
-    What a killed call of `train_tokenizer` left there may be replaced.
+    Leftovers of a killed call of `train_tokenizer` may be replaced.
     """
     if output.exists() and not output.is_dir():
-        raise UserError(f"{output}: not a directory (choose another --output)")
+        raise UserError(f"{output}: must be a folder (choose another --output)")
     if (output / UNFINISHED).exists():
         return
     if any((output / name).exists() for name in TOKENIZER_FILES):
-        raise UserError(f"{output}: holds a tokenizer already (choose another --output)")
+        raise UserError(f"{output}: already contains a tokenizer (choose another --output)")
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> None:
-    """Train a sentencepiece BPE with byte fallback on `texts`; writes a loadable folder.
+    """Train a sentencepiece BPE with byte fallback on `texts`, and write it to `folder`.
 
     Raises:
         UserError: the texts cannot be read or do not fit `vocab_size`, or the folder cannot be
@@ -44,7 +44,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> None
             for text in texts:
                 for line in text.splitlines():
                     yield from cut_line(line)
-        except UserError as error:  # of which sentencepiece makes an error of its own
+        except UserError as error:  # sentencepiece turns it into an error of its own
             unreadable.append(error)
             raise
 
@@ -74,7 +74,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> None
 
 
 def _write_new(files: dict[str, bytes], folder: Path) -> None:
-    """Write all files, with a mark beside them while some are missing."""
+    """Write all files; a marker file exists while some are missing."""
     make_folder(folder)
     mark = folder / UNFINISHED
     write_atomically(mark, b"")
@@ -85,15 +85,15 @@ def _write_new(files: dict[str, bytes], folder: Path) -> None:
 
 
 def cut_line(line: str) -> Iterator[str]:
-    """Pieces of at most `_LINE_BYTES` that make up a line, each cut behind its last space if any.
+    """Cut a line into pieces of at most `_LINE_BYTES`, after the last space of each if possible.
 
-    An empty line has none.
+    An empty line has no pieces.
     """
     content, start = line.encode(), 0
     while start < len(content):
         stop = start + _LINE_BYTES
         if stop < len(content):
-            while content[stop] & 0xC0 == 0x80:  # within a character
+            while content[stop] & 0xC0 == 0x80:  # inside a character
                 stop -= 1
             stop = content.rfind(b" ", start, stop) + 1 or stop
         yield content[start:stop].decode()
@@ -101,11 +101,11 @@ def cut_line(line: str) -> Iterator[str]:
 
 
 def _training_problem(message: str) -> str:
-    """What sentencepiece's message means; it names lines of its own source."""
+    """Explain sentencepiece's message, which quotes its source code."""
     if limit := re.search(r"too high.*<= (\d+)", message):
-        return f"too large for these texts ({limit[1]} is the largest that works)"
+        return f"too large for these texts (at most {limit[1]})"
     if limit := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
-        return f"too small for the characters of these texts ({limit[1]} is the smallest)"
+        return f"too small for the characters of these texts (at least {limit[1]})"
     if "sentences_.empty" in message:
-        return "the input holds no text to train on"
+        return "the input contains no text to train on"
     return f"sentencepiece cannot train on these texts ({message.strip().splitlines()[-1]})"
