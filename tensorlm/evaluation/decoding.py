@@ -43,8 +43,23 @@ def _hugging_face_view(model: Llama, seq_len: int, device: torch.device) -> nn.M
     return view.eval()
 
 
+def make_cache(decoder: Any, prompt_length: int, num_tokens: int) -> FoldCache | None:
+    """A cache for a prompt and its answer, which keeps the choices of the answer's tokens.
+
+    None: a stock Llama makes its own.
+    """
+    if not isinstance(decoder, TensorLMForCausalLM):
+        return None
+    return FoldCache(decoder.config, expected=prompt_length + num_tokens, choices=num_tokens)
+
+
 def continue_greedily(
-    decoder: Any, tokens: Tensor, num_tokens: int, eos_id: int, prefill_chunk: int
+    decoder: Any,
+    tokens: Tensor,
+    num_tokens: int,
+    eos_id: int,
+    prefill_chunk: int,
+    cache: FoldCache | None,
 ) -> Tensor:
     """The most likely continuation of a prompt.
 
@@ -53,13 +68,12 @@ def continue_greedily(
         num_tokens: the longest continuation.
         eos_id: ends it.
         prefill_chunk: tokens of the prompt in one pass.
+        cache: empty, from `make_cache`.
 
     Returns:
         [M] int64, M <= num_tokens, without the prompt.
     """
-    length, cache = tokens.shape[1], None
-    if isinstance(decoder, TensorLMForCausalLM):
-        cache = FoldCache(decoder.config, expected=length + num_tokens)
+    length = tokens.shape[1]
     whole: Tensor = decoder.generate(
         tokens,
         past_key_values=cache,

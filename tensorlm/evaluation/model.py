@@ -52,6 +52,18 @@ class EvaluatedModel:
     gathers_weights: bool = False  # in each pass, from all ranks: ZeRO 3
     facts: dict[str, Any] = field(default_factory=dict)  # of the model, for readers of a report
 
+    @property
+    def routed_layers(self) -> list[int]:
+        """Indices of the layers that choose blocks."""
+        config = self.network.config
+        if isinstance(config, ModelConfig):
+            kinds: list[str] = list(config.layer_kinds)
+        elif hasattr(config, "layer_kind"):
+            kinds = [config.layer_kind(layer) for layer in range(config.num_hidden_layers)]
+        else:  # another Llama
+            kinds = []
+        return [layer for layer, kind in enumerate(kinds) if kind == "routed"]
+
     @cached_property
     def shape(self) -> ModelConfig:
         """The settings of `[model]` that the network has."""
@@ -122,12 +134,22 @@ class EvaluatedModel:
         return [self.tokenizer.bos_token_id, *encoded["input_ids"]]
 
     @torch.no_grad()
-    def generate(self, prompt: list[int], num_tokens: int) -> str:
-        """The most likely continuation, at most `num_tokens` long, as text."""
-        from .decoding import continue_greedily
+    def generate(
+        self, prompt: list[int], num_tokens: int, look: Callable[[Any], None] | None = None
+    ) -> str:
+        """The most likely continuation, at most `num_tokens` long, as text.
+
+        Afterwards `look` gets the cache, a `FoldCache` unless the model is a stock Llama.
+        """
+        from .decoding import continue_greedily, make_cache
 
         tokens, eos_id = torch.tensor([prompt], device=self.device), self.tokenizer.eos_token_id
-        found = continue_greedily(self.generator, tokens, num_tokens, eos_id, self.prefill_chunk)
+        cache = make_cache(self.generator, len(prompt), num_tokens)
+        found = continue_greedily(
+            self.generator, tokens, num_tokens, eos_id, self.prefill_chunk, cache
+        )
+        if look is not None:
+            look(cache)
         self._pass_done(1, None)
         text: str = self.tokenizer.decode(found, skip_special_tokens=True)
         return text

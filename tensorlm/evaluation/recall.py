@@ -26,11 +26,6 @@ from .results import Recall, RecallAt
 from .text import Spans
 
 
-def routed_layers(model: EvaluatedModel) -> list[int]:
-    """Indices of the layers that choose blocks."""
-    return [layer for layer, kind in enumerate(model.shape.layer_kinds) if kind == "routed"]
-
-
 def measure_recall(
     model: EvaluatedModel, spans: Spans, length: int, num_queries: int
 ) -> list[Recall]:
@@ -45,7 +40,7 @@ def measure_recall(
     Raises:
         DoesNotFitError: there is too little memory.
     """
-    layers, edges = routed_layers(model), distance_edges(model.shape.window_size, length)
+    layers, edges = model.routed_layers, distance_edges(model.shape.window_size, length)
     windows = torch.from_numpy(spans.tokens[:, spans.length - length :])
     queries = range(max(0, length - num_queries), length)
     mine = windows[model.grid.dp_rank :: model.grid.dp]

@@ -122,6 +122,22 @@ class Cell(Result):
     num_samples: int
 
 
+class NeedleBlocks(Result):
+    """Was the needle open to the tokens that write the answer, in one routed layer?
+
+    `answered`, `failed`: the share of the needle's tokens that were in the window or in an open
+    block, a mean over key heads and over prompts that were (not) answered; None without any.
+    """
+
+    task: str
+    length: int
+    layer: int
+    answered: float | None
+    failed: float | None
+    num_answered: int
+    num_failed: int
+
+
 class TaskScore(Result):
     """Mean score of one RULER task at one length."""
 
@@ -173,6 +189,7 @@ class Report(Result):
     recall: list[Recall] = []
     passkey: list[Cell] = []
     niah: list[Cell] = []
+    needle_blocks: list[NeedleBlocks] = []
     ruler: list[TaskScore] = []
     costs: list[Cost] = []
     examples: list[Example] = []
@@ -243,6 +260,7 @@ _KEYS: dict[str, Any] = {
     "recall": lambda r: (r.length, r.layer),
     "passkey": lambda r: (r.length, r.depth),
     "niah": lambda r: (r.length, r.depth),
+    "needle_blocks": lambda r: (r.task, r.length, r.layer),
     "ruler": lambda r: (r.task, r.length),
     "costs": lambda r: (r.what, r.length),
 }

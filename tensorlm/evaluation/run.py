@@ -14,10 +14,20 @@ from .attribution import attribute, near_losses
 from .describe import weights_digest
 from .limits import Limits
 from .model import EvaluatedModel
+from .needle_blocks import needle_blocks
 from .perplexity import Losses, compare_lengths, measure_length
 from .prompts import Task
-from .recall import measure_recall, routed_layers
-from .results import Cell, Example, LengthResult, Recall, Report, TaskScore, without_base
+from .recall import measure_recall
+from .results import (
+    Cell,
+    Example,
+    LengthResult,
+    NeedleBlocks,
+    Recall,
+    Report,
+    TaskScore,
+    without_base,
+)
 from .retrieval import needle_task, passkey_task
 from .ruler import VERSION, ruler_tasks
 from .scoring import Scores, score_tasks
@@ -64,6 +74,7 @@ def evaluate(settings: EvalConfig, model: EvaluatedModel, documents: Documents) 
         trained_length=model.trained_length,
         weights="" if model.gathers_weights else weights_digest(model.network),
         facts=facts,
+        needle_blocks=evaluation.needle_blocks,
         examples=evaluation.examples,
         costs=evaluation.limits.costs(),
         notes=[*evaluation.limits.notes(), *evaluation.notes],
@@ -80,6 +91,7 @@ class _Evaluation:
         self.lengths = sorted(settings.lengths or (model.trained_length,))
         self.limits = Limits(model.device)
         self.examples: list[Example] = []
+        self.needle_blocks: list[NeedleBlocks] = []
         self.notes: list[str] = []
 
     def perplexity(self, documents: Documents) -> dict[str, Any]:
@@ -109,7 +121,7 @@ class _Evaluation:
     def recall(self, documents: Documents) -> list[Recall]:
         """Recall of the choice of each routed layer, at each length beyond the window."""
         settings, model, found = self.settings, self.model, list[Recall]()
-        if not routed_layers(model):
+        if not model.routed_layers:
             self.notes.append("recall was not measured: the model has no routed layers")
             return found
         longest, window = max(self.lengths), model.shape.window_size
@@ -132,8 +144,13 @@ class _Evaluation:
         tasks = [make_task(depth) for depth in depths]
         cells = []
         for length in self.lengths:
-            found = self._score(name, name, tasks, length, self.settings.repeats)
+            found = self._score(name, name, tasks, length, self.settings.repeats, True)
             if found is not None:
+                answered = found.fits & (found.scores == 1)
+                self.needle_blocks += needle_blocks(
+                    name, length, self.model.routed_layers, found.opened, answered,
+                    found.fits & ~answered,
+                )  # fmt: skip
                 means = [found.mean(task) for task in range(len(depths))]
                 cells += [
                     Cell(length=length, depth=depth, accuracy=accuracy, num_samples=count)
@@ -162,13 +179,21 @@ class _Evaluation:
         return scores
 
     def _score(
-        self, part: str, name: str, tasks: list[Task], length: int, num_prompts: int
+        self,
+        part: str,
+        name: str,
+        tasks: list[Task],
+        length: int,
+        num_prompts: int,
+        hide_needles: bool = False,
     ) -> Scores | None:
         """Scores, or None where there is no room in the length, or too little memory."""
         found = None
         with self.limits.trying(part, length):
             title = f"{name:>15} {length:>7,}"
-            found = score_tasks(self.model, tasks, length, num_prompts, self.settings.seed, title)
+            found = score_tasks(
+                self.model, tasks, length, num_prompts, self.settings.seed, title, hide_needles
+            )
             if found is None:
                 self.limits.too_short(length, name)
             else:

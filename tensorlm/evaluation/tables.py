@@ -31,6 +31,7 @@ def make_tables(reports: list[Report]) -> list[Table]:
         _recall_table,
         _recall_by_layer_table,
         _retrieval_table,
+        _needle_blocks_table,
         _ruler_table,
         _cost_table,
     )
@@ -189,6 +190,24 @@ def _retrieval_table(reports: list[Report]) -> Table:
     header = ["task", "length", "accuracy", "worst", "prompts"]
     return Table("Passkey and needle in a haystack", text, _named(reports, header), rows,
                  ("passkey", "niah"))  # fmt: skip
+
+
+def _needle_blocks_table(reports: list[Report]) -> Table:
+    rows = [
+        _row(
+            reports, report, {"niah": "needle"}.get(r.task, r.task), f"{r.length:,}", f"{r.layer}",
+            *(_NONE if share is None else f"{share:.0%}" for share in (r.answered, r.failed)),
+        )
+        for report in reports
+        for r in report.needle_blocks
+        if r.length == max(other.length for other in report.needle_blocks)
+    ]  # fmt: skip
+    text = (
+        "How much of the hidden number was in the window or in open blocks while the answer was "
+        "written, in each routed layer at the longest length; mean over key heads and prompts."
+    )
+    header = ["task", "length", "layer", "prompts answered", "prompts failed"]
+    return Table("Were the needle's blocks open?", text, _named(reports, header), rows)
 
 
 def _ruler_table(reports: list[Report]) -> Table:

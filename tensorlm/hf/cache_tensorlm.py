@@ -161,11 +161,12 @@ class RoutedLayer(FoldLayer):
 
     `key_rows` [B, T, K, D] are rotated to floor((t - d(t)) / stretch), `near_rows` (the last
     `window` tokens) to t. `mean_rows` [B, N, K, D] are the means of the blocks that are complete
-    whatever document they belong to, `choice_rows` the choices of the last open_tile - 1 tokens.
+    whatever document they belong to, `choice_rows` the choices of the last open_tile - 1 tokens,
+    and of so many before them as `choices` says.
     """
 
-    def __init__(self, route: Route, expected: int = 0) -> None:
-        self.route = route
+    def __init__(self, route: Route, expected: int = 0, choices: int = 0) -> None:
+        self.route, self.choices = route, choices
         super().__init__([], expected)
 
     def reset(self) -> None:
@@ -173,7 +174,7 @@ class RoutedLayer(FoldLayer):
         super().reset()
         self.near_rows = Rows(self.route.window)
         self.mean_rows = Rows(expected=self.expected // self.route.block)
-        self.choice_rows = Rows(self.route.open_tile - 1)
+        self.choice_rows = Rows(self.route.open_tile - 1 + self.choices)
 
     def all_rows(self) -> list[Rows]:
         """Everything that this layer remembers of the tokens."""
@@ -190,14 +191,15 @@ class RoutedLayer(FoldLayer):
 class FoldCache(Cache):
     """One FoldLayer per decoder layer, and the document that each sequence ends in.
 
-    `expected` tokens fit without a copy, and without spare.
+    `expected` tokens fit without a copy, and without spare. Routed layers keep the choices of the
+    last `choices` tokens, for whoever looks at them, beside those that decoding needs.
     """
 
     last_document: LastDocument | None = None
 
-    def __init__(self, config: TensorLMConfig, expected: int = 0) -> None:
+    def __init__(self, config: TensorLMConfig, expected: int = 0, choices: int = 0) -> None:
         layers = range(config.num_hidden_layers)
-        super().__init__(layers=[_layer(config, i, expected) for i in layers])
+        super().__init__(layers=[_layer(config, i, expected, choices) for i in layers])
 
     def reset(self) -> None:
         """Forget everything."""
@@ -224,10 +226,10 @@ class FoldCache(Cache):
             self.last_document = LastDocument(*map(change, self.last_document))
 
 
-def _layer(config: TensorLMConfig, index: int, expected: int) -> FoldLayer:
+def _layer(config: TensorLMConfig, index: int, expected: int, choices: int) -> FoldLayer:
     """An empty memory for the layer `index`."""
     kind = config.layer_kind(index)
     if kind == "routed":
-        return RoutedLayer(config.route_numbers, expected)
+        return RoutedLayer(config.route_numbers, expected, choices)
     window = config.window_size if kind == "window" else 0
     return FoldLayer(config.layer_fold(index), expected, window)

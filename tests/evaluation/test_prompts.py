@@ -47,7 +47,7 @@ class Documents:
 class Answers(EvaluatedModel):
     """Answers every prompt by its own length in tokens, so that tests can see it."""
 
-    def generate(self, prompt: list[int], num_tokens: int) -> str:
+    def generate(self, prompt: list[int], num_tokens: int, look: Any = None) -> str:
         return str(len(prompt))
 
 
