@@ -1,4 +1,4 @@
-"""Hugging Face: export checkpoints, import weights, and the code that exported folders carry."""
+"""Hugging Face: exporting checkpoints, importing weights, and the code inside exported folders."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -9,9 +9,9 @@ __all__ = ["attach"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import `attach` on first use: it takes seconds, for transformers' model classes.
+    """Import `attach` on first use: transformers' model classes take seconds to import.
 
-    Conversion and the evaluation of checkpoints do without them.
+    Conversion and the evaluation of checkpoints do not need them.
     """
     if name == "attach":
         from .attached import attach

@@ -1,4 +1,4 @@
-"""Give a stock Llama other attention in place, to try it in one's own Hugging Face script."""
+"""Replacing the attention of a stock Llama in place, for your own Hugging Face scripts."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -28,43 +28,47 @@ def attach(
 ) -> TensorLMForCausalLM:
     """Turn a stock `LlamaForCausalLM` into one with window, strided or routed layers, in place.
 
-    Weights stay the same tensors under the same names; each strided layer gains
-    `self_attn.hop_bias`. Inside the window (`window` or `fold[0]` tokens) its logits stay the same.
+    Weights stay the same tensors with the same names; each strided layer gains
+    `self_attn.hop_bias`. Within the window (`window` or `fold[0]` tokens) logits do not change.
     `save_pretrained` writes a folder that loads like an exported one. Attach before `peft` wraps
     the model and before an optimizer collects its parameters.
 
     Args:
-        model: from `LlamaForCausalLM.from_pretrained` (or AutoModelForCausalLM), on any device.
+        model: a model from `LlamaForCausalLM.from_pretrained` (or AutoModelForCausalLM), on any
+            device.
         fold: lengths of the inner axes, innermost first.
-        full_every: every k-th layer stays full attention; 0: none.
-        hop_bias_init: the learned bias of outer hops starts here; -4 begins as a local window.
-        window: tokens that window and routed layers always read; 0: `fold[0]`.
-        route: numbers of the routed layers, such as `dict(block=64, top_k=16, stretch=16)`, and
-            `open_tile` (16 where absent); None: no routed layers.
-        route_every: every k-th layer is routed, the others window layers (strided ones where a fold
-            is given); 0: all are routed.
-        layers: or the kind of each layer by name: "window", "strided", "routed" or "full".
+        full_every: every k-th layer keeps full attention (0: none).
+        hop_bias_init: initial value of the learned bias of outer hops; -4 begins as a local window.
+        window: tokens that window and routed layers always read (0: `fold[0]`).
+        route: settings of routed layers, such as `dict(block=64, top_k=16, stretch=16)`, and
+            optionally `open_tile` (default: 16); None: no routed layers.
+        route_every: every k-th layer is routed, and the others are window layers (strided if a fold
+            is given); 0: all layers are routed.
+        layers: instead, the kind of each layer: "window", "strided", "routed" or "full".
 
     Returns:
         The same object.
 
     Raises:
-        ValueError: not a plain LlamaForCausalLM, fields that are impossible or contradict each
-            other, a rotary embedding or attention dropout that the operator does not have.
+        ValueError: the model is not a plain LlamaForCausalLM, arguments are invalid or contradict
+            each other, or its rotary embedding or attention dropout is not supported.
     """
     if type(model) is not LlamaForCausalLM:
         raise ValueError(
-            f"attach: {type(model).__name__}, not a plain LlamaForCausalLM (attach before other "
-            "wrappers)"
+            f"attach: model must be a plain LlamaForCausalLM, got {type(model).__name__} (attach "
+            "before other wrappers)"
         )
     config = model.config
     if not isinstance(fold, Sequence) or not all(isinstance(n, int) for n in fold):
-        raise ValueError(f"attach: fold is {fold!r}, not a list of whole numbers")
+        raise ValueError(f"attach: fold must be a list of integers, got {fold!r}")
     if not isinstance(full_every, int) or full_every < 0:
-        raise ValueError(f"attach: full_every is {full_every!r}, not a whole number from 0 on")
+        raise ValueError(f"attach: full_every must be an integer of at least 0, got {full_every!r}")
     validate_fold(fold)
     if not (fold or window or route or layers):
-        raise ValueError("attach: fold is empty: that is full attention, the model as it is")
+        raise ValueError(
+            "attach: fold, window, route or layers must be given, got none (the model already has "
+            "full attention)"
+        )
     fields = {
         "fold": list(fold), "full_every": full_every, "hop_bias_init": hop_bias_init,
         "window": window, "route": None if route is None else dict(route),
@@ -78,8 +82,8 @@ def attach(
     attentions = [layer.self_attn for layer in model.model.layers]
     if any("forward" in vars(module) for module in (model, model.model, *attentions)):
         raise ValueError(
-            "attach: a forward is replaced already (device_map over several devices, or a patch): "
-            "load the model without it"
+            "attach: forward must not be replaced, but a device_map over several devices or a "
+            "patch has replaced it (load the model without it)"
         )
 
     config.__class__ = TensorLMConfig

@@ -1,8 +1,8 @@
-"""Llama's attention layer of any kind: window, strided, routed, full. Travels in exported folders.
+"""Llama's attention layer of any kind: window, strided, routed or full.
 
-Where the `tensor_attention` package is installed its kernels are used, elsewhere the PyTorch files
-beside this one. Shape letters: B batch, Q new tokens, T all tokens, H query heads, K key/value
-heads, D head size.
+This file is part of exported folders. It uses the kernels of the `tensor_attention` package if that
+is installed, else the PyTorch files next to it. Shape letters: B batch, Q new tokens, T all tokens,
+H query heads, K key/value heads, D head size.
 """
 
 import torch
@@ -28,12 +28,12 @@ except ImportError:
         fold_axes,
     )
 
-# Queries whose mask exists at one time, in full-attention layers of padded or packed batches.
+# Number of queries per mask in full-attention layers with padded or packed batches.
 _QUERY_CHUNK = 1024
 
 
 class TensorLMAttention(LlamaAttention):
-    """Llama's projections around the attention of this layer's kind."""
+    """Llama's projections with the attention of this layer's kind."""
 
     def __init__(self, config: TensorLMConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
@@ -51,15 +51,15 @@ class TensorLMAttention(LlamaAttention):
         use_cache: bool = False,
         cache_position: None = None,
     ) -> tuple[Tensor, None]:
-        """Attend from Q new tokens to themselves and what the cache holds.
+        """Attend from Q new tokens to themselves and to the cached tokens.
 
         Args:
             hidden_states: [B, Q, hidden size].
             position_embeddings: rotary table of at least T positions.
-            attention_mask: where documents begin.
-            past_key_values: the cache, which takes the new tokens in.
-            position_ids, use_cache, cache_position: the decoder layer hands them on, always at
-                their defaults.
+            attention_mask: the beginnings of documents.
+            past_key_values: the cache, to which the new tokens are added.
+            position_ids, use_cache, cache_position: passed by the decoder layer, always with their
+                default values.
         """
         q = self.q_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
         k = self.k_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
@@ -148,7 +148,7 @@ class TensorLMAttention(LlamaAttention):
             rows = slice(at, at + _QUERY_CHUNK)
             stop = num_seen + min(at + _QUERY_CHUNK, q.shape[2])
             parts.append(
-                checkpoint(  # else backward would hold the masks of all chunks
+                checkpoint(  # otherwise backward would keep the masks of all chunks
                     _attend_rows, q[:, :, rows], k[:, :, :stop], v[:, :, :stop], positions[rows],
                     starts[:, rows], self.scaling, use_reentrant=False,
                 )
@@ -159,7 +159,7 @@ class TensorLMAttention(LlamaAttention):
 def _attend_rows(
     q: Tensor, k: Tensor, v: Tensor, positions: Tensor, starts: Tensor, scale: float
 ) -> Tensor:
-    """Full attention of the queries [B, H, Q, D] at `positions` [Q], inside their documents."""
+    """Full attention of queries [B, H, Q, D] at `positions` [Q], within their documents."""
     visible = torch.arange(k.shape[2], device=q.device)
     mask = (visible <= positions[:, None]) & (visible >= starts[..., None])
     return F.scaled_dot_product_attention(

@@ -1,4 +1,4 @@
-"""What a model remembers while it generates. This file travels inside exported folders.
+"""The cache of a generating model. This file is part of exported folders.
 
 Shape letters: B batch, Q new tokens, T all tokens, K key/value heads, H query heads, D head size,
 N slots (`routing.py`).
@@ -14,16 +14,16 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from .configuration_tensorlm import Route, TensorLMConfig
 from .documents_tensorlm import LastDocument
 
-# Spare room of a buffer, so that appending a token copies few entries on average, not all.
+# Spare room in a buffer, so that appending a token rarely copies the whole buffer.
 _SPARE_FRACTION = 4
 _SPARE_MINIMUM = 64
 
 
 class Rows:
-    """The rows of successive tokens [B, T, ...], appended in place; only the last `keep` stay.
+    """The rows of successive tokens [B, T, ...], appended in place; keeps only the last `keep`.
 
     The buffer grows by a quarter when it is full; it has room for `expected` rows from the start.
-    Where a gradient flows through the rows, each append copies them instead.
+    If a gradient flows through the rows, each append copies them instead.
     """
 
     def __init__(self, keep: int | None = None, expected: int = 0) -> None:
@@ -32,11 +32,11 @@ class Rows:
         self.start = self.stop = 0
 
     def rows(self) -> Tensor | None:
-        """A view of the rows that `append` returned last; None before the first."""
+        """A view of the rows that `append` last returned; None before the first call."""
         return None if self.buffer is None else self.buffer[:, self.start : self.stop]
 
     def append(self, new: Tensor) -> Tensor:
-        """Add [B, Q, ...]; returns a view of the rows that stayed and the new ones."""
+        """Add [B, Q, ...]; returns a view of the kept and the new rows."""
         if self.keep is not None:
             self.start = max(self.start, self.stop - self.keep)
         size = self.stop - self.start + new.shape[1]
@@ -56,7 +56,7 @@ class Rows:
         return self.buffer[:, self.start : self.stop]
 
     def _is_frozen(self) -> bool:
-        """The buffer was made under `torch.inference_mode`, outside of which it cannot change."""
+        """Whether the buffer is from `torch.inference_mode`, and cannot be changed outside it."""
         assert self.buffer is not None
         return (
             not torch.compiler.is_compiling()
@@ -65,18 +65,18 @@ class Rows:
         )
 
     def map_batch(self, change: Callable[[Tensor], Tensor]) -> None:
-        """Replace the sequences of the batch by a selection of them."""
+        """Replace the sequences of the batch by a selection, made by `change`."""
         if self.buffer is not None:
             self.buffer = change(self.buffer)
 
 
 class FoldLayer(CacheLayerMixin):
-    """One layer's memory: keys and values, and the state of each hop.
+    """The cache of one layer: keys, values and the state of each hop.
 
-    Keys [B, T, K, D] of a strided layer are not rotated, since each axis rotates them differently;
-    of values [B, n_1, K, D] only the last n_1 are ever read again; `states[i]` [B, T, H, D] is z
-    after hop i + 1, the values of hop i + 2. A window layer (`window` > 0) keeps the last `window`
-    rotated keys and values, a full-attention layer all of them.
+    In a strided layer, keys [B, T, K, D] are not rotated, since each axis rotates them differently.
+    Of values [B, n_1, K, D], only the last n_1 are read again. `states[i]` [B, T, H, D] is z after
+    hop i + 1, which are the values of hop i + 2. A window layer (`window` > 0) keeps the last
+    `window` rotated keys and values, a full-attention layer keeps all.
     """
 
     is_sliding = False
@@ -88,7 +88,7 @@ class FoldLayer(CacheLayerMixin):
         self.reset()
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Remove all tokens."""
         self.key_rows = self._rows(self.window)
         self.value_rows = self._rows(self.fold[0] if self.fold else self.window)
         self.states = [self._rows(0) for _ in self.fold]
@@ -96,27 +96,27 @@ class FoldLayer(CacheLayerMixin):
         self.is_initialized = False
 
     def _rows(self, keep: int) -> Rows:
-        """Rows of the last `keep` tokens; 0: of all."""
+        """An empty `Rows` for the last `keep` tokens (0: all tokens)."""
         return Rows(keep) if keep else Rows(expected=self.expected)
 
     def all_rows(self) -> list[Rows]:
-        """Everything that this layer remembers of the tokens."""
+        """All rows of this layer."""
         return [self.key_rows, self.value_rows, *self.states]
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing to allocate: buffers start with the first rows."""
+        """Allocate nothing: buffers are created with the first rows."""
         self.dtype, self.device = key_states.dtype, key_states.device
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-        """Add [B, Q, K, D] twice; returns the keys and values that Q can reach."""
+        """Add keys and values [B, Q, K, D]; returns those that the new tokens can reach."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self.num_tokens += key_states.shape[1]
         return self.key_rows.append(key_states), self.value_rows.append(value_states)
 
     def update_state(self, index: int, z: Tensor) -> Tensor:
-        """Add the new tokens' z [B, Q, H, D] after hop `index` + 1; returns that of all tokens."""
+        """Add the new tokens' z [B, Q, H, D] after hop `index` + 1; returns z of all tokens."""
         return self.states[index].append(z)
 
     def get_seq_length(self) -> int:
@@ -124,23 +124,23 @@ class FoldLayer(CacheLayerMixin):
         return self.num_tokens
 
     def get_max_length(self) -> int:
-        """No limit."""
+        """-1: there is no limit."""
         return -1
 
     def get_max_cache_shape(self) -> int:
-        """As `get_max_length`, by its name in transformers 4."""
+        """-1, like `get_max_length`; the name in transformers 4."""
         return -1
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """(key length, offset) for masks, which this model does not build."""
+        """(key length, offset) for masks, which this model does not use."""
         return self.num_tokens + query_length, 0
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Refused: values that left the window do not come back."""
-        raise ValueError("assisted generation needs a cache that can be cut back: this one cannot")
+        """Raise ValueError: values that have left the window cannot be restored."""
+        raise ValueError("assisted generation is not supported: this cache cannot be cropped")
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Follow the beams."""
+        """Reorder the sequences like the beams."""
         self.batch_select_indices(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
@@ -157,12 +157,10 @@ class FoldLayer(CacheLayerMixin):
 
 
 class RoutedLayer(FoldLayer):
-    """The memory of a routed layer.
+    """The cache of a routed layer.
 
-    `key_rows` [B, T, K, D] are rotated to floor((t - d(t)) / stretch), `near_rows` (the last
-    `window` tokens) to t. `mean_rows` [B, N, K, D] are the means of the blocks that are complete
-    whatever document they belong to, `choice_rows` the choices of the last open_tile - 1 tokens,
-    and of so many before them as `choices` says.
+def _layer(config: TensorLMConfig, index: int, expected: int, choices: int) -> FoldLayer:
+    """An empty cache for the layer `index`."""
     """
 
     def __init__(self, route: Route, expected: int = 0, choices: int = 0) -> None:
@@ -170,18 +168,18 @@ class RoutedLayer(FoldLayer):
         super().__init__([], expected)
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Remove all tokens."""
         super().reset()
         self.near_rows = Rows(self.route.window)
         self.mean_rows = Rows(expected=self.expected // self.route.block)
         self.choice_rows = Rows(self.route.open_tile - 1 + self.choices)
 
     def all_rows(self) -> list[Rows]:
-        """Everything that this layer remembers of the tokens."""
+        """All rows of this layer."""
         return [*super().all_rows(), self.near_rows, self.mean_rows, self.choice_rows]
 
     def num_settled(self) -> int:
-        """Slots whose block is complete by now, wherever its document began.
+        """Number of slots whose block is complete, wherever its document begins.
 
         The block of slot j ends at token (j + 2) * block - 2 at the latest.
         """
@@ -189,10 +187,10 @@ class RoutedLayer(FoldLayer):
 
 
 class FoldCache(Cache):
-    """One FoldLayer per decoder layer, and the document that each sequence ends in.
+    """One FoldLayer per decoder layer, and the last document of each sequence.
 
-    `expected` tokens fit without a copy, and without spare. Routed layers keep the choices of the
-    last `choices` tokens, for whoever looks at them, beside those that decoding needs.
+def _layer(config: TensorLMConfig, index: int, expected: int, choices: int) -> FoldLayer:
+    """An empty cache for the layer `index`."""
     """
 
     last_document: LastDocument | None = None
@@ -202,12 +200,12 @@ class FoldCache(Cache):
         super().__init__(layers=[_layer(config, i, expected, choices) for i in layers])
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Remove all tokens."""
         super().reset()
         self.last_document = None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Follow the beams."""
+        """Reorder the sequences like the beams."""
         super().reorder_cache(beam_idx)
         self._map_last_document(lambda x: x.index_select(0, beam_idx.to(x.device)))
 
@@ -227,7 +225,7 @@ class FoldCache(Cache):
 
 
 def _layer(config: TensorLMConfig, index: int, expected: int, choices: int) -> FoldLayer:
-    """An empty memory for the layer `index`."""
+    """An empty cache for the layer `index`."""
     kind = config.layer_kind(index)
     if kind == "routed":
         return RoutedLayer(config.route_numbers, expected, choices)

@@ -1,6 +1,6 @@
 """Configuration of an exported model: Llama's, plus the attention of each layer.
 
-This file travels inside exported folders.
+This file is part of exported folders.
 """
 
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ _KINDS = ("window", "strided", "routed", "full")
 _ROUTE_FIELDS = ("block", "top_k", "stretch", "open_tile")
 _OPEN_TILE = 16
 
-# Where `transformers` finds the classes of a folder that carries this code.
+# Tells `transformers` where to find the classes of a folder with this code.
 AUTO_MAP = {
     "AutoConfig": "configuration_tensorlm.TensorLMConfig",
     "AutoModel": "modeling_tensorlm.TensorLMModel",
@@ -22,7 +22,7 @@ AUTO_MAP = {
 
 
 class Route(NamedTuple):
-    """The numbers of a routed layer, as `tensor_attention.routed_attention` takes them."""
+    """The settings of a routed layer: arguments of `tensor_attention.routed_attention`."""
 
     window: int
     block: int
@@ -32,10 +32,10 @@ class Route(NamedTuple):
 
 
 class TensorLMConfig(LlamaConfig):
-    """Llama's configuration with the fields of `[model]` that say what each layer attends to.
+    """Llama's configuration, with the fields of `[model]` that define each layer's attention.
 
-    `route` has the keys block, top_k, stretch and open_tile (16 where absent). A folder written
-    before there were window and routed layers has only the first three fields.
+    `route` has the keys block, top_k, stretch and open_tile (default: 16). Folders written by
+    versions without window and routed layers have only the first three fields.
     """
 
     model_type = "tensorlm"
@@ -64,35 +64,37 @@ class TensorLMConfig(LlamaConfig):
 
     @property
     def window_size(self) -> int:
-        """Tokens that window and routed layers always read; 0 where no field says it."""
+        """Tokens that window and routed layers always read; 0 if no field gives it."""
         return self.window or (self.fold[0] if self.fold else 0)
 
     @property
     def route_numbers(self) -> Route:
-        """The numbers of the routed layers."""
+        """The settings of routed layers."""
         return Route(self.window_size, **({"open_tile": _OPEN_TILE} | (self.route or {})))
 
 
 def check_operator(config: LlamaConfig) -> None:
-    """Raise ValueError if a field asks for what the operator does not have."""
+    """Raise ValueError if a field needs what the operator does not support."""
     rope_type = rope_fields(config)["rope_type"]
     if rope_type not in _ROPE_TYPES:
-        raise ValueError(f"rope type {rope_type}, not one of {', '.join(_ROPE_TYPES)}")
+        raise ValueError(f"rope_type must be among {', '.join(_ROPE_TYPES)}, got {rope_type}")
     if config.attention_dropout:
-        raise ValueError("attention_dropout is set: tensorized attention has no dropout")
+        raise ValueError(
+            f"attention_dropout must be 0 for tensorized attention, got {config.attention_dropout}"
+        )
     if not getattr(config, "is_causal", True):
-        raise ValueError("is_causal is false: tensorized attention never looks ahead")
+        raise ValueError("is_causal must be true for tensorized attention, got false")
     if isinstance(config, TensorLMConfig):
         check_layers(config)
 
 
 def check_layers(config: TensorLMConfig) -> None:
-    """Raise ValueError, naming the first of them, if fields of the layers contradict each other."""
+    """Raise ValueError with the first contradiction among the fields of layers, if any."""
     for problem in (*_list_problems(config), *_route_problems(config)):
         raise ValueError(problem)
     kinds = {config.layer_kind(layer) for layer in range(config.num_hidden_layers)}
     if "strided" in kinds and not config.fold:
-        raise ValueError("fold must name an inner axis for strided layers, got [] (like [1024])")
+        raise ValueError("fold must have an inner axis for strided layers, got [] (like [1024])")
     for kind in sorted(kinds & {"window", "routed"}):
         if not config.window_size:
             raise ValueError(f"window must be at least 1 for {kind} layers, got 0 (like 1024)")
@@ -103,35 +105,35 @@ def check_layers(config: TensorLMConfig) -> None:
         )
     if config.route and "routed" not in kinds:
         raise ValueError(
-            "route must have a routed layer, got none (lower route_every, raise full_every, name "
-            "one in layers, or remove route)"
+            "route must be used by at least one layer, got none (lower route_every, raise "
+            "full_every, add a routed layer to layers, or remove route)"
         )
 
 
 def _list_problems(config: TensorLMConfig) -> list[str]:
-    """What is wrong with the fields that say which layers are of which kind."""
+    """Problems of the fields that set the kinds of layers."""
     problems = [
-        f"{name} must be a whole number of at least 0, got {getattr(config, name)!r}"
+        f"{name} must be an integer of at least 0, got {getattr(config, name)!r}"
         for name in ("full_every", "route_every", "window")
         if not _is_whole(getattr(config, name), 0)
     ]
     names, count = config.layers or [], config.num_hidden_layers
     unknown = [name for name in names if name not in _KINDS]
     if unknown:
-        problems.append(f"layers must name {', '.join(_KINDS)}, got {unknown[0]!r}")
+        problems.append(f"layers must be among {', '.join(_KINDS)}, got {unknown[0]!r}")
     if names and len(names) != count:
-        problems.append(f"layers must name one kind for each of {count} layers, got {len(names)}")
+        problems.append(f"layers must have one entry for each of {count} layers, got {len(names)}")
     for name in ("full_every", "route_every"):
         if names and getattr(config, name):
             problems.append(
-                f"{name} must be 0 where layers are listed, got {getattr(config, name)} (remove "
+                f"{name} must be 0 if layers is given, got {getattr(config, name)} (remove "
                 f"{name} or layers)"
             )
     return problems
 
 
 def _route_problems(config: TensorLMConfig) -> list[str]:
-    """What is wrong with the window and the route."""
+    """Problems of the window and the route."""
     problems = []
     if config.fold and config.window not in (0, config.fold[0]):
         problems.append(
@@ -139,7 +141,7 @@ def _route_problems(config: TensorLMConfig) -> list[str]:
         )
     if config.route_every and not config.route:
         problems.append(
-            f"route_every must be 0 without a route, got {config.route_every} (give route)"
+            f"route_every must be 0 without route, got {config.route_every} (set route)"
         )
     if not config.route:
         return problems
@@ -148,7 +150,7 @@ def _route_problems(config: TensorLMConfig) -> list[str]:
         keys = ", ".join(_ROUTE_FIELDS)
         return [*problems, f"route must have the keys {keys}, got {config.route!r}"]
     problems += [
-        f"route.{name} must be a whole number of at least 1, got {number!r}"
+        f"route.{name} must be an integer of at least 1, got {number!r}"
         for name, number in config.route.items()
         if not _is_whole(number, 1)
     ]
@@ -165,7 +167,7 @@ def _is_whole(number: Any, least: int) -> bool:
 
 
 def rope_fields(config: LlamaConfig) -> dict[str, Any]:
-    """The rotary embedding's fields, by their names in transformers 5."""
+    """The rotary embedding's fields, with their names in transformers 5."""
     fields = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    theta = getattr(config, "rope_theta", None)  # of its own in transformers 4
+    theta = getattr(config, "rope_theta", None)  # a separate field in transformers 4
     return {"rope_type": "default", "rope_theta": theta, **fields}

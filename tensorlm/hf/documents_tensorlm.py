@@ -1,4 +1,4 @@
-"""Where documents begin in a packed or padded batch. This file travels inside exported folders.
+"""The beginnings of documents in a packed or padded batch. Part of exported folders.
 
 Shape letters: B batch, Q new tokens, T all tokens (those in the cache and the new ones).
 """
@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 _NUMBERS = (
-    "attention_mask: padding inside a sequence (pad on the left), or document numbers that do not "
-    "increase (number the documents of a row 1, 2, 3, ...)"
+    "attention_mask must have padding only outside documents (pad on the left), and document "
+    "numbers that increase (number the documents of a row 1, 2, 3, ...)"
 )
 _POSITIONS = (
     "position_ids must count up by one inside each document of a packed row; documents that begin "
@@ -23,11 +23,11 @@ _LENGTHS = (
 
 
 class Signals(NamedTuple):
-    """What a caller says about the documents of the Q new tokens; None: nothing.
+    """The caller's arguments about documents of the Q new tokens; None if not given.
 
     attention_mask [B, T]: 0 for padding, else 1 or the document's number. position_ids [B or 1, Q].
-    seq_idx [B or 1, Q]: the document's number. cu_seq_lens_q and _k [documents + 1]: where the
-    documents of a single row begin, and where the last one ends.
+    seq_idx [B or 1, Q]: the document's number. cu_seq_lens_q and _k [documents + 1]: beginnings of
+    the documents of a single row, and the end of the last one.
     """
 
     attention_mask: Tensor | None = None
@@ -38,28 +38,28 @@ class Signals(NamedTuple):
 
 
 class LastDocument(NamedTuple):
-    """The document of each sequence's last token, as the cache remembers it: [B] int64 each."""
+    """The document of each sequence's last cached token: [B] int64 each."""
 
-    start: Tensor  # index in the sequence of its first token; -1: the last token is padding
-    next_position: Tensor  # the position that continues it
+    start: Tensor  # index of its first token in the sequence; -1: the last token is padding
+    next_position: Tensor  # the position of its next token
 
 
 class Documents(NamedTuple):
-    """Where the documents of the new tokens begin, and for routed layers those of all tokens."""
+    """Beginnings of the documents of new tokens, and for routed layers of all tokens."""
 
     starts: Tensor | None  # [B, Q]; None: every document begins at 0
     row: Tensor | None = None  # [B, T] int32 (`row_starts`)
-    blocks: Tensor | None = None  # [B, N]: where the block of each slot begins (`routing.py`)
+    blocks: Tensor | None = None  # [B, N]: first token of each slot's block (`routing.py`)
     step: Any = None  # `routed_decode.Step` of a single new token
 
 
 def row_starts(
     starts: Tensor | None, batch: int, num_new: int, num_seen: int, device: torch.device
 ) -> Tensor:
-    """[B, T] int32: document starts of all tokens, as far as new tokens can tell.
+    """[B, T] int32: document starts of all tokens, as needed for the new tokens.
 
-    A token seen earlier is in the document of the first new token, or in one before it, which no
-    new token can read: there the result is 0.
+    A cached token is in the document of the first new token, or in an earlier document. New tokens
+    cannot read the latter, so the result is 0 there.
     """
     if starts is None:
         return torch.zeros(batch, num_seen + num_new, dtype=torch.int32, device=device)
@@ -73,25 +73,25 @@ def document_starts(
     signals: Signals, batch: int, num_new: int, num_seen: int, last: LastDocument | None,
     device: torch.device,
 ) -> tuple[Tensor | None, LastDocument | None]:  # fmt: skip
-    """The index in the sequence where the document of each new token begins.
+    """For each new token, the index in the sequence at which its document begins.
 
-    A new document begins wherever a position is not its predecessor plus one, wherever a document
-    number changes, and at each of `cu_seq_lens_q`. The first new token continues the last document
-    in the cache unless a signal says otherwise. Padding tokens are documents of their own.
+    A new document begins where a position is not the previous one plus 1, where a document number
+    changes, and at each entry of `cu_seq_lens_q`. The first new token continues the last document
+    in the cache unless an argument says otherwise. Each padding token is its own document.
 
     Args:
-        signals: packing and padding.
+        signals: the caller's arguments about packing and padding.
         batch, num_new, num_seen: B, Q and T - Q.
-        last: of the tokens seen; None: a single document that begins at 0.
-        device: of the result.
+        last: last document of the cached tokens; None: a single document that begins at 0.
+        device: device of the result.
 
     Returns:
-        (starts [B, Q] int64, the last document for the next call); None, None where every document
-        is known to begin at 0 without looking at a tensor.
+        (starts [B, Q] int64, the last document for the next call), or (None, None) if all documents
+        begin at 0, without reading a tensor.
 
     Raises:
-        ValueError: a signal of another shape or type; on the CPU also values that have no meaning.
-            A GPU is not waited for: there such values fail a device-side assertion.
+        ValueError: an argument has a wrong shape or type, or on the CPU invalid values. On a GPU,
+            invalid values fail a device-side assertion, so that the host need not wait.
     """
     _check_shapes(signals, batch, num_new, num_seen)
     if last is None and all(signal is None for signal in signals):
@@ -127,9 +127,9 @@ def document_starts(
 
 
 def refuse_if(wrong: Tensor, message: str) -> None:
-    """Raise ValueError if any of `wrong` is true, without making the host wait for a GPU.
+    """Raise ValueError if any of `wrong` is true, without blocking the host.
 
-    On a GPU, and in a compiled or exported graph, it is an assertion on the device.
+    On a GPU, and in a compiled or exported graph, this is an assertion on the device.
     """
     if torch.compiler.is_compiling() or wrong.is_cuda:
         torch._assert_async(~wrong.any(), message)
@@ -144,8 +144,8 @@ def _check_shapes(signals: Signals, batch: int, num_new: int, num_seen: int) -> 
         shape = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         if shape != wanted:
             raise ValueError(
-                f"attention_mask {shape} must be {wanted}: 0 for padding, 1 (or the document's "
-                "number) for tokens"
+                f"attention_mask must have shape {wanted} (0 for padding, 1 or the document's "
+                f"number for tokens), got {shape}"
             )
     for name in ("position_ids", "seq_idx"):
         signal = getattr(signals, name)
@@ -169,7 +169,7 @@ def _check_shapes(signals: Signals, batch: int, num_new: int, num_seen: int) -> 
 
 
 def _number_changes(numbers: Tensor) -> tuple[Tensor, Tensor]:
-    """Where documents begin by their numbers [B, T] (0: padding), and which are tokens at all."""
+    """Beginnings of documents according to numbers [B, T] (0: padding), and a mask of tokens."""
     is_token = numbers != 0
     changes = numbers.diff(dim=1, prepend=numbers[:, :1]) != 0
     largest = numbers.cummax(1).values
@@ -180,7 +180,7 @@ def _number_changes(numbers: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _listed(signals: Signals, num_new: int, device: torch.device) -> Tensor:
-    """[Q] bool: the tokens that `cu_seq_lens_q` names."""
+    """[Q] bool: the tokens listed in `cu_seq_lens_q`."""
     assert signals.cu_seq_lens_q is not None
     starts = signals.cu_seq_lens_q.to(device).long()
     wrong = (starts[:1] != 0) | (starts[-1:] > num_new) | (starts.diff() < 0).any()
@@ -192,10 +192,10 @@ def _listed(signals: Signals, num_new: int, device: torch.device) -> Tensor:
 
 
 def _jumps(positions: Tensor, num_seen: int, last: LastDocument | None, is_token: Tensor) -> Tensor:
-    """[B, Q] bool: positions that are not their predecessor plus one.
+    """[B, Q] bool: positions that are not the previous one plus 1.
 
-    The first one continues the cache also where it is the index in the sequence, which is what
-    `generate` counts from.
+    The first position also continues the cache if it is the index in the sequence, from which
+    `generate` counts.
     """
     first = torch.zeros_like(positions[:, 0], dtype=torch.bool)
     if num_seen:

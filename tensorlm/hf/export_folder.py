@@ -1,4 +1,4 @@
-"""Export: a checkpoint becomes a Hugging Face folder, a few megabytes at a time.
+"""Exporting a checkpoint to a Hugging Face folder, a few megabytes at a time.
 
 Our parameter names are Llama's without the leading `model.`.
 """
@@ -37,7 +37,7 @@ _CHUNK = 1 << 25  # elements of a parameter in memory at one time
 
 
 def hf_name(name: str) -> str:
-    """Hugging Face's name of one of our parameters."""
+    """Hugging Face's name for one of our parameters."""
     return name if name.startswith("lm_head.") else f"model.{name}"
 
 
@@ -52,24 +52,24 @@ def export_checkpoint(
     rounding: Rounding = "nearest",
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write a folder that `AutoModelForCausalLM.from_pretrained` loads.
+    """Write a folder that `AutoModelForCausalLM.from_pretrained` can load.
 
-    It appears under its name when it is complete. Memory: one chunk of a parameter.
+    The folder gets its name once it is complete. Memory: one chunk of a parameter.
 
     Args:
         checkpoint: verified checkpoint of any world size and ZeRO stage.
         config: its configuration.
         output: folder to write, new or empty.
-        dtype: "bf16" or "fp32", of the weights.
-        tokenizer: folder whose tokenizer goes along.
-        imported: what the run's import left (`import_folder.imported_folder`), for its name and
-            generation settings.
-        rounding: how weights become bf16.
-        shard_bytes: size of the weights in one file, at most (larger parameters stay whole).
+        dtype: dtype of the weights, "bf16" or "fp32".
+        tokenizer: folder of the tokenizer to include, or None.
+        imported: the run's imported folder (`import_folder.imported_folder`), for its name and
+            generation settings, or None.
+        rounding: rounding to bf16.
+        shard_bytes: maximum size of the weights in one file (a parameter is never split).
 
     Raises:
-        UserError: the output folder is not empty, cannot be written, or another export writes it;
-            a weight is not finite.
+        UserError: the output folder is not empty, cannot be written, or is in use by another
+            export; or a weight is not finite.
     """
     with _published(output) as folder:
         generation, prompts = _read_generation_config(imported), None
@@ -79,7 +79,7 @@ def export_checkpoint(
             prompts = describe_prompts(folder)
             ids = {"bos_token_id": loaded.bos_token_id, "eos_token_id": loaded.eos_token_id}
             if imported is not None and is_same_tokenizer(imported, tokenizer):
-                generation = ids | generation  # it may have several ends of text
+                generation = ids | generation  # which may list several end-of-text tokens
             else:
                 generation.pop("pad_token_id", None)
                 generation |= ids
@@ -100,7 +100,7 @@ def export_checkpoint(
 
 
 def _context_length(step: int, config: Config, imported: Path | None) -> int:
-    """Tokens that the model can read: what the imported one could, or the longest rows trained."""
+    """Context length in tokens: that of the imported model, or of the longest trained rows."""
     starts = itertools.accumulate((stage.steps for stage in config.stages), initial=0)
     begun = [
         stage.seq_len for stage, start in zip(config.stages, starts, strict=False) if start < step
@@ -111,7 +111,7 @@ def _context_length(step: int, config: Config, imported: Path | None) -> int:
 
 
 def hf_config(model: ModelConfig, seq_len: int, dtype: str) -> dict[str, Any]:
-    """`config.json` of a model, with the 4.x field names that every version reads."""
+    """`config.json` of a model, with the field names of transformers 4, which all versions read."""
     config: dict[str, Any] = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -153,7 +153,7 @@ def hf_config(model: ModelConfig, seq_len: int, dtype: str) -> dict[str, Any]:
 
 
 def _read_generation_config(imported: Path | None) -> dict[str, Any]:
-    """Generation settings of the imported folder; token ids may stand in its config.json alone."""
+    """Generation settings of the imported folder; token ids may be only in its config.json."""
     if imported is None:
         return {}
     fields = _read_fields(imported / "config.json")
@@ -169,7 +169,7 @@ def _read_fields(path: Path) -> dict[str, Any]:
         return dict(json.loads(path.read_bytes()))
     except (ValueError, TypeError, RecursionError):
         kind = "generation config" if path.name.startswith("generation") else "model config"
-        raise UserError(f"{path}: not a {kind} (fix or remove it)") from None
+        raise UserError(f"{path}: must be a valid {kind} (fix or remove it)") from None
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
@@ -178,9 +178,9 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def check_new_folder(output: Path) -> None:
-    """Raise UserError unless an export may fill `output`: it does not exist, or is empty."""
+    """Raise UserError unless `output` does not exist or is an empty folder."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        state = "is not empty" if output.is_dir() else "is not a directory"
+        state = "must be empty" if output.is_dir() else "must be a folder"
         raise UserError(f"{output}: {state} (choose another --output)")
 
 
@@ -224,7 +224,7 @@ def _rename(temporary: Path, target: Path, output: Path) -> None:
 def _write_shards(
     checkpoint: Checkpoint, folder: Path, dtype: torch.dtype, rounding: Rounding, shard_bytes: int
 ) -> None:
-    """All parameters, in safetensors files of at most `shard_bytes`, with the index of names."""
+    """Write all parameters to safetensors files of at most `shard_bytes`, and their index."""
     shapes = {name: torch.Size(shape) for name, shape in checkpoint.shapes.items()}
     groups: list[list[str]] = [[]]
     size = 0
@@ -258,7 +258,7 @@ def _write_shard(
     rounding: Rounding,
     progress: Callable[[int], object],
 ) -> None:
-    """One safetensors file; no tensor is ever in memory whole."""
+    """Write one safetensors file, with only a chunk of a tensor in memory."""
 
     def pieces() -> Iterator[Tensor]:
         for name, shape in shapes.items():

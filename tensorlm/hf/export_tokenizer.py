@@ -1,4 +1,4 @@
-"""The tokenizer of an exported folder: its files, its chat template, and how prompts begin."""
+"""The tokenizer of an exported folder: files, chat templates, and the beginning of prompts."""
 
 from pathlib import Path
 from typing import Any
@@ -11,21 +11,22 @@ from .imported_tokenizer import is_same_tokenizer
 
 
 def write_tokenizer(source: Path, folder: Path, imported: Path | None, model_type: str) -> Any:
-    """Copy a tokenizer into an exported folder, and make sure that `transformers` reads its ids.
+    """Copy a tokenizer to an exported folder, and check that `transformers` gives its ids.
 
-    A tokenizer without a chat template gets that of the imported folder if it is the same one.
+    A tokenizer without a chat template gets that of the imported folder, if its tokenizer is the
+    same.
 
     Args:
         source: folder of the tokenizer.
-        folder: where the export is made, without config.json yet.
-        imported: what the run's import left.
-        model_type: of the config.json to come.
+        folder: the exported folder, which has no config.json yet.
+        imported: the run's imported folder, or None.
+        model_type: model type of the future config.json.
 
     Returns:
         The tokenizer, loaded from `folder`.
 
     Raises:
-        UserError: no tokenizer there, or a bad one.
+        UserError: there is no tokenizer, or it is invalid.
     """
     copy_tokenizer(source, folder)
     if imported and not chat_template_files(source) and is_same_tokenizer(imported, source):
@@ -35,7 +36,7 @@ def write_tokenizer(source: Path, folder: Path, imported: Path | None, model_typ
 
 
 def describe_prompts(folder: Path) -> str | None:
-    """What to do so that prompts begin as documents did in training, if anything."""
+    """Instructions for prompts to begin like documents in training, or None if not needed."""
     reference, tokenizer = read_tokenizer(folder, folder)
     text = reference.encode("a", add_special_tokens=False).ids
     prompt = reference.encode("a").ids
@@ -44,10 +45,10 @@ def describe_prompts(folder: Path) -> str | None:
     bos = tokenizer.bos_token
     if prompt == text:
         return (
-            f"the tokenizer adds no BOS; every document began with it in training: begin each "
-            f"prompt with {bos} (lm-eval: add_bos_token=True)"
+            "the tokenizer does not add BOS, but every document in training began with it; begin "
+            f"each prompt with {bos} (lm-eval: add_bos_token=True)"
         )
     return (
-        f"the tokenizer turns a prompt into {reference.encode('a').tokens}; in training documents "
-        f"began with BOS alone: encode prompts with add_special_tokens=False and {bos} in front"
+        f"the tokenizer turns a prompt into {reference.encode('a').tokens}, but documents in "
+        f"training began with BOS alone; encode {bos} + prompt with add_special_tokens=False"
     )

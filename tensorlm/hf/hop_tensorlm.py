@@ -1,4 +1,4 @@
-"""One hop for the newest tokens of a sequence. This file travels inside exported folders.
+"""One hop for the newest tokens of a sequence. This file is part of exported folders.
 
 Shape letters: B batch, Q new tokens, T all tokens, H query heads, K key/value heads, D head size.
 """
@@ -15,14 +15,14 @@ except ImportError:
     from .cached import hop_cached  # type: ignore[import-not-found, no-redef]
     from .fold import Axis, Rotary  # type: ignore[import-not-found, no-redef]
 
-# Unread rows in front of each new query from which on gathering what the query visits is faster
-# than the kernel. Measured on a CPU; for GPUs an estimate, from 65,536 queries that took about a
-# second to gather where a hop of 131,072 rows takes the kernel 2 ms.
+# If there are more unread rows per new query than this, gathering the visited entries is faster
+# than the kernel. Measured on a CPU. For GPUs an estimate: gathering for 65,536 queries took about
+# a second, a hop of 131,072 rows takes the kernel 2 ms.
 _GATHER_FROM, _GATHER_FROM_ON_GPU = 4, 256
 
 
 def depth_of(doc_start: Tensor | None, q: Tensor, num_seen: int) -> Tensor:
-    """[B, Q] int32: how far the new tokens are from the first one of their document.
+    """[B, Q] int32: distance of each new token from the first token of its document.
 
     Args:
         doc_start: [B, Q] document starts of the new tokens; None: all are 0.
@@ -48,11 +48,12 @@ def hop_new(
 ) -> tuple[Tensor, Tensor]:
     """One hop for the last Q of T tokens; arguments as in `hop_cached`.
 
-    Of a hop of stride 1 also the keys may be those of the last tokens only, as far as it reaches.
+    For stride 1, `k` may also have only the last tokens, as far as the hop reaches.
 
-    Few queries gather the entries that they visit. Many (the prompt, or a long piece of it) run the
-    kernel on the tokens within reach, with rows in front that nobody reads: a hop goes a whole
-    number of strides, and only differences of positions matter, so it may start at any token.
+    A few queries gather the entries that they visit. Many queries (a prompt, or a long part of it)
+    run the kernel on the tokens within reach, with padding before them that is not read. This is
+    valid from any first token, since a hop moves by whole strides and only differences of positions
+    matter.
     """
     num_tokens, num_new = k.shape[1], q.shape[1]
     first = max(0, num_tokens - num_new - (axis.length - 1) * axis.stride)

@@ -1,4 +1,4 @@
-"""Upload an exported folder to the Hugging Face Hub (token and endpoint as huggingface_hub's)."""
+"""Uploading a folder to the Hugging Face Hub, with huggingface_hub's token and endpoint."""
 
 import sys
 from pathlib import Path
@@ -12,10 +12,10 @@ _LOGIN = "run `hf auth login` or set HF_TOKEN, and check the network"
 
 
 def create_repository(name: str, *, public: bool) -> None:
-    """Make sure that model repository `OWNER/NAME` exists; the visibility of one stays as it is.
+    """Create the model repository `OWNER/NAME`; an existing one keeps its visibility.
 
     Raises:
-        UserError: the Hub refused, or cannot be reached.
+        UserError: the Hub rejects the request or cannot be reached.
     """
     try:
         HfApi().create_repo(name, private=not public, exist_ok=True)
@@ -24,17 +24,17 @@ def create_repository(name: str, *, public: bool) -> None:
 
 
 def upload(folder: Path, name: str, message: str) -> str:
-    """Upload all files of `folder` as one commit; returns its address.
+    """Upload all files of `folder` as one commit; returns its URL.
 
     Raises:
-        UserError: the upload failed; the folder is still there, and the line says how to go on.
+        UserError: the upload failed; the folder is intact, and the message says how to retry.
     """
     try:
         commit = HfApi().upload_folder(repo_id=name, folder_path=folder, commit_message=message)
     except (OSError, ValueError, RuntimeError, HTTPError) as error:
-        if isinstance(error, RuntimeError):  # of a large file, whose bar stands unfinished
+        if isinstance(error, RuntimeError):  # of a large file: end its unfinished progress bar
             print(file=sys.stderr)
-        again = f"{folder} is whole: go on with `hf upload {name} {folder}`"
+        again = f"{folder} is intact: continue with `hf upload {name} {folder}`"
         raise UserError(f"--push-to-hub {name}: {_first_line(error)} ({again})") from None
     return str(commit.commit_url)
 

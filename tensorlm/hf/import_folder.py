@@ -1,6 +1,6 @@
-"""Import: a Hugging Face Llama folder becomes checkpoint step 0 of a run, a few tensors at a time.
+"""Importing a Hugging Face Llama folder as checkpoint step 0 of a run, a few tensors at a time.
 
-Names, shapes and types of all weights are checked from the files' headers before any is read.
+Names, shapes and dtypes of all weights are checked in the files' headers before any weight is read.
 """
 
 import math
@@ -30,26 +30,25 @@ from .llama_config import check_config
 from .weight_files import check_finite, weight_files
 
 _DTYPES = ("BF16", "F16", "F32")
-_ROWS = 1 << 13  # of the embedding that are compared at one time
-# Tensors that old folders hold beside the weights, and that say nothing new.
+_ROWS = 1 << 13  # rows of the embedding compared at one time
+# Redundant tensors that old folders contain besides the weights.
 _IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 _CARRIED = ("config.json", "generation_config.json", "added_tokens.json", *TOKENIZER_FILES)
 
 
 def import_weights(folder: Path, config: Config) -> Path:
-    """Turn a Llama folder, or one that we exported, into checkpoint step 0 of `config.run.dir`.
+    """Import a Llama folder, or an exported one, as checkpoint step 0 of `config.run.dir`.
 
-    Adam starts at zero, and so do hop biases at `hop_bias_init` where the folder has none. The
-    tokenizer and the settings of the folder are kept in the run, for the export to come.
+    Adam's moments start at zero. Hop biases start at `hop_bias_init` if the folder has none. The
+    folder's tokenizer and settings are copied into the run, for a later export.
 
     Returns:
         The checkpoint's folder.
 
     Raises:
-        UserError: the folder's shape is not the configured one (a line per setting), its
-            architecture has parts that are not ours, weights are missing, strange, of another
-            shape, not finite or not tied as it says, or the run has checkpoints already or is in
-            use.
+        UserError: the folder's shape differs from the configured one (a line per setting); its
+            architecture is not supported; weights are missing, unexpected, of another shape, not
+            finite or not tied as declared; or the run already has checkpoints or is in use.
     """
     run_dir = Path(config.run.dir)
     _check_new(run_dir)
@@ -92,19 +91,19 @@ def import_weights(folder: Path, config: Config) -> Path:
 
 
 def imported_folder(run_dir: Path) -> Path | None:
-    """Tokenizer and settings of the folder that a run was imported from, under its name."""
+    """The run's copy of the imported folder's tokenizer and settings, or None."""
     folders = sorted((run_dir / "imported").glob("*/")) if was_imported(run_dir) else []
     return next(iter(folders), None)
 
 
 def _check_new(run_dir: Path) -> None:
     if list_steps(run_dir):
-        raise UserError(f"{run_dir}: has checkpoints already (choose a new run.dir)")
+        raise UserError(f"{run_dir}: already has checkpoints (choose a new run.dir)")
 
 
 @contextmanager
 def _locked(run_dir: Path) -> Iterator[None]:
-    """Nobody else imports into the run, or trains it, in the body."""
+    """Prevent others from importing into the run, or training it, in the body."""
     descriptor = lock_run(run_dir)
     try:
         yield
@@ -125,11 +124,11 @@ def _carry(folder: Path, target: Path) -> None:
 
 
 def _check_weights(folder: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, Path]:
-    """File of every weight, after a look at the headers of all files.
+    """Check the headers of all files; returns the file of each weight.
 
     Raises:
-        UserError: a line for each file that cannot be read; for missing and strange weights the
-            first of them; for weights of another shape or type.
+        UserError: a line for each file that cannot be read, for missing and for unexpected weights
+            (naming the first), and for each weight of another shape or dtype.
     """
     found: dict[str, tuple[Path, list[int], str]] = {}
     problems = []
@@ -153,21 +152,21 @@ def _check_weights(folder: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str
         for name in found
         if not (name in expected or _IGNORED.match(name) or (tied and name == "lm_head.weight"))
     ]
-    for what, names in (("missing", missing), ("not a Llama's", strange)):
+    for what, names in (("missing", missing), ("not part of a Llama", strange)):
         if names:
             problems.append(f"{folder}: {len(names)} weights are {what}, first {names[0]}")
     for name, (path, shape, dtype) in found.items():
         if shape != expected.get(name, shape):
-            problems.append(f"{path}: {name} is {shape}, expected {expected[name]}")
+            problems.append(f"{path}: {name} must have shape {expected[name]}, got {shape}")
         if dtype not in _DTYPES:
-            problems.append(f"{path}: {name} is {dtype} (needs one of {', '.join(_DTYPES)})")
+            problems.append(f"{path}: {name} must be {', '.join(_DTYPES)}, got {dtype}")
     if problems:
         raise UserError(*problems)
     return {name: path for name, (path, _, _) in found.items()}
 
 
 def _check_tied(folder: Path, files: dict[str, Path]) -> None:
-    """Where a folder with tied embeddings stores an output head too, that is the embedding.
+    """Check that the output head of a folder with tied embeddings, if stored, is the embedding.
 
     Raises:
         UserError: it is not, and would be lost.
@@ -186,6 +185,6 @@ def _check_tied(folder: Path, files: dict[str, Path]) -> None:
             for row in range(0, shape[0], _ROWS)
         ):
             raise UserError(
-                f"{folder}: {head_name} is not the embedding, though tie_word_embeddings is true "
+                f"{folder}: {head_name} must be the embedding, since tie_word_embeddings is true "
                 "(set that and model.tie_embeddings to false)"
             )

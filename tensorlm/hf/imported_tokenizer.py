@@ -1,4 +1,4 @@
-"""Whether weights came with the tokenizer that encoded the data."""
+"""Whether imported weights have the tokenizer with which the data was encoded."""
 
 from pathlib import Path
 
@@ -7,17 +7,17 @@ from tensorlm.runtime.errors import UserError
 
 
 def is_same_tokenizer(imported: Path, tokenizer: Path) -> bool:
-    """Whether the imported folder has a tokenizer, and it is this one."""
+    """Whether the imported folder has this tokenizer."""
     return has_tokenizer(imported) and tokenizer_sha256(imported) == tokenizer_sha256(tokenizer)
 
 
 def describe_another_tokenizer(imported: Path | None, tokenizer: Path, data: str) -> str | None:
-    """A note where weights came with another tokenizer than that which encoded the data.
+    """A note if the weights have another tokenizer than the data; None otherwise.
 
     Args:
-        imported: what the run's import left, or the folder to import.
+        imported: the run's imported folder, or the folder to import.
         tokenizer: folder of the data's tokenizer.
-        data: what the user calls the data.
+        data: the user's name for the data.
     """
     if imported is None or not has_tokenizer(imported) or not has_tokenizer(tokenizer):
         return None
@@ -28,6 +28,6 @@ def describe_another_tokenizer(imported: Path | None, tokenizer: Path, data: str
     if difference is None:
         return None
     return (
-        f"note: {data} was encoded with another tokenizer than that of {imported}, where the "
-        f"weights are from: {difference}"
+        f"note: {data} was encoded with another tokenizer than that of {imported}, the source of "
+        f"the weights: {difference}"
     )

@@ -1,4 +1,4 @@
-"""The config.json of a Llama folder: its types are checked, then it is compared with `[model]`."""
+"""The config.json of a Llama folder: checks its types and compares it with `[model]`."""
 
 import json
 from pathlib import Path
@@ -32,7 +32,7 @@ _FIELDS = {
     "tie_word_embeddings": "tie_embeddings",
 }
 _LAYER_FIELDS = ("fold", "full_every", "window", "route_every", "layers")
-# What each kind of rotary scaling reads.
+# The fields of each kind of rotary scaling.
 _SCALING: dict[str, tuple[str, ...]] = {
     "default": (),
     "linear": ("factor",),
@@ -41,7 +41,7 @@ _SCALING: dict[str, tuple[str, ...]] = {
 
 
 class _Known(BaseModel):
-    """Base of what we read: strict types; null and {} count as absent, other fields are ignored."""
+    """Base of all parts: strict types; null and {} count as absent, unknown fields are ignored."""
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
@@ -115,18 +115,19 @@ class _LlamaConfig(_Known):
 
     @property
     def rope(self) -> _Rope:
-        """What transformers uses: `rope_scaling` wins where both are given."""
+        """The rotary settings that transformers uses: `rope_scaling` if both are given."""
         rope = self.rope_scaling or self.rope_parameters or _Rope()
         return rope.model_copy(update={"rope_theta": rope.rope_theta or self.rope_theta})
 
 
 def model_settings(folder: Path) -> dict[str, Any]:
-    """The settings of `[model]` that a folder determines; `rope_scaling` and `route` only where it
-    has any.
+    """The settings of `[model]` that a folder determines.
+
+    `rope_scaling` and `route` are included only if the folder has them.
 
     Raises:
-        UserError: config.json cannot be read, a field is missing or of a wrong type, or it has
-            parts that are not ours.
+        UserError: config.json cannot be read, a field is missing or has a wrong type, or the
+            architecture is not supported.
     """
     found = _read(folder)
     problems = _strange_parts(found)
@@ -148,17 +149,17 @@ def model_settings(folder: Path) -> dict[str, Any]:
 
 
 def differing_settings(folder: Path, model: ModelConfig) -> dict[str, tuple[Any, Any]]:
-    """What a folder determines and `model` has otherwise: (the model's value, the folder's).
+    """Settings that differ between `model` and a folder: (the model's value, the folder's value).
 
     Keys are those of `[model]`, such as `rope_scaling.factor`; an absent scaling or route is None.
 
     Raises:
-        UserError: as `model_settings`.
+        UserError: see `model_settings`.
     """
     theirs = model_settings(folder)
     ours = model.model_dump(mode="json") | {"head_dim": model.head_size}
     ours["full_every"] = model.full_every if needs_code(model) else 0
-    if model.fold and model.window:  # it is fold[0], which is said already
+    if model.fold and model.window:  # equal to fold[0], which is compared already
         ours["window"] = theirs.get("window", 0)
     no_scaling = {"rope_type": "default"}
     scaling, route = theirs.pop("rope_scaling", no_scaling), theirs.pop("route", None)
@@ -179,15 +180,15 @@ def check_config(folder: Path, model: ModelConfig) -> None:
     """Compare a folder's config.json with the configured model.
 
     Raises:
-        UserError: as `model_settings`; else a line per difference, each with the setting that
-            would correct it.
+        UserError: see `model_settings`; or one line per difference, with the setting that corrects
+            it.
     """
     differences = differing_settings(folder, model)
     for key in ("rope_scaling", "route"):
         if key in differences:
-            raise UserError(f"{folder}: has no {key} (remove model.{key})")
+            raise UserError(f"model.{key}: must be absent, as in {folder} (remove model.{key})")
     problems = [
-        f"model.{key}: is {json.dumps(ours)}, {folder} has {json.dumps(value)} "
+        f"model.{key}: must be {json.dumps(value)}, as in {folder}, got {json.dumps(ours)} "
         f"(set model.{key}={json.dumps(value)})"
         for key, (ours, value) in differences.items()
     ]
@@ -196,7 +197,7 @@ def check_config(folder: Path, model: ModelConfig) -> None:
 
 
 def describe_unused(folder: Path, model: ModelConfig) -> str:
-    """How a folder's model differs from the configured one, for a reader; "" if it does not."""
+    """Describe how a folder's model differs from the configured one; "" if it does not."""
     try:
         differences = differing_settings(folder, model)
         if "fold" not in model_settings(folder):
@@ -204,24 +205,24 @@ def describe_unused(folder: Path, model: ModelConfig) -> str:
             keys = (*_LAYER_FIELDS, "route") if needs_code(model) else ()
             pairs = {key: (ours[key], plain[key].default) for key in keys}
             differences |= {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
-    except UserError:  # not a model that [model] could describe
-        return f"the model of {folder} is used, [model] is not"
+    except UserError:  # [model] cannot describe this model
+        return f"the model of {folder} is used, and [model] has no effect"
     parts = [
         f"{key} = {json.dumps(ours)} ({folder} has {json.dumps(theirs)})"
         for key, (ours, theirs) in differences.items()
     ]
     if not parts:
         return ""
-    return f"the model of {folder} is used; settings of [model] without effect: {', '.join(parts)}"
+    return f"the model of {folder} is used; these settings have no effect: {', '.join(parts)}"
 
 
 def needs_code(model: ModelConfig) -> bool:
-    """Whether a folder of this model carries code of its own: it is not a plain Llama."""
+    """Whether a folder of this model must include code, since it is not a plain Llama."""
     return bool(model.fold) or any(kind != "full" for kind in model.layer_kinds)
 
 
 def max_positions(folder: Path) -> int:
-    """The context length that a folder's config.json gives.
+    """The context length in a folder's config.json.
 
     Raises:
         UserError: it cannot be read.
@@ -234,10 +235,14 @@ def _read(folder: Path) -> _LlamaConfig:
     try:
         content = dict(json.loads(path.read_bytes()))
     except (OSError, ValueError, TypeError, RecursionError):
-        raise UserError(f"{folder}: no readable config.json (not a Hugging Face folder?)") from None
+        raise UserError(
+            f"{folder}: must contain a readable config.json (choose a Hugging Face folder)"
+        ) from None
     names = content.get("architectures")
     if not isinstance(names, list) or not any(name in _ARCHITECTURES for name in names):
-        raise UserError(f"{folder}: architectures {json.dumps(names)}, not LlamaForCausalLM")
+        raise UserError(
+            f"{folder}: architectures must include LlamaForCausalLM, got {json.dumps(names)}"
+        )
     try:
         return _LlamaConfig.model_validate(content)
     except ValidationError as error:
@@ -245,9 +250,9 @@ def _read(folder: Path) -> _LlamaConfig:
 
 
 def _strange_parts(found: _LlamaConfig) -> list[str]:
-    """What makes this another architecture than ours."""
+    """Problems that make this an unsupported architecture."""
     problems = [
-        f"{key} is set: our projections have no bias"
+        f"{key} must be false, since biases in projections are not supported"
         for key in ("attention_bias", "mlp_bias")
         if getattr(found, key)
     ]
@@ -257,13 +262,13 @@ def _strange_parts(found: _LlamaConfig) -> list[str]:
             "config.json, or import a Llama)"
         )
     if found.hidden_act != "silu":
-        problems.append(f"hidden_act {found.hidden_act}, ours is silu")
+        problems.append(f"hidden_act must be silu, got {found.hidden_act}")
     if found.quantization_config:
-        problems.append("quantized weights (import the unquantized folder)")
+        problems.append("weights must not be quantized (import the unquantized folder)")
     for factor in {found.partial_rotary_factor, found.rope.partial_rotary_factor} - {1.0}:
-        problems.append(f"partial_rotary_factor {factor} is not supported (ours: 1)")
+        problems.append(f"partial_rotary_factor must be 1, got {factor}")
     if found.rope.rope_type not in _SCALING:
         problems.append(
-            f"rope_scaling of type {found.rope.rope_type} (ours: {', '.join(_SCALING)})"
+            f"rope_scaling must be of type {', '.join(_SCALING)}, got {found.rope.rope_type}"
         )
     return problems

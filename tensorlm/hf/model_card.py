@@ -1,4 +1,4 @@
-"""The README.md of an exported folder: what the model is, how it was trained, how to load it."""
+"""The README.md of an exported folder: the model, its training, and how to load it."""
 
 from pathlib import Path
 from typing import Any
@@ -18,19 +18,19 @@ tokenizer = AutoTokenizer.from_pretrained(FOLDER%(trust)s)
 ```
 """
 _CODE_NOTES = """
-The folder carries its own PyTorch code (hence `trust_remote_code`); where tensorlm is installed its
-kernels are used. The weights have Llama's names, plus `self_attn.hop_bias` in strided layers:
+The folder includes PyTorch code (hence `trust_remote_code`). If tensorlm is installed, its kernels
+are used. Weights have Llama's names, plus `self_attn.hop_bias` in strided layers.
 `LlamaForCausalLM.from_pretrained(FOLDER)` loads them as a plain Llama with full attention, which
-agrees with this model inside the window (the first axis of a fold) only.
+agrees with this model only within the window (the first axis of a fold).
 """
 _KIND_NOTES = {
     "strided": """
 Attention follows *Long Sequence Modeling with Attention Tensorization* (Feng, Ying, Tassiulas,
-EMNLP 2024 Findings, arXiv 2410.20926), with distances folded instead of absolute positions.
+EMNLP 2024 Findings, arXiv 2410.20926), but folds distances instead of absolute positions.
 """,
     "routed": """
-Beyond its window a token of a routed layer reads the first block of its document and the `top_k`
-blocks whose mean key scores highest; rotary positions there are divided by `stretch`.
+In routed layers, a token reads its window, the first block of its document, and the `top_k` blocks
+whose mean key scores highest. Beyond the window, rotary positions are divided by `stretch`.
 """,
 }
 
@@ -42,14 +42,14 @@ def model_card(
     imported_from: str | None,
     prompts: str | None = None,
 ) -> str:
-    """Hugging Face model card of a checkpoint.
+    """Make the Hugging Face model card of a checkpoint.
 
     Args:
-        manifest: the checkpoint's, for what really happened.
+        manifest: the checkpoint's manifest, with the steps and tokens actually trained.
         config: the run's configuration.
-        dtype: "bf16" or "fp32", of the exported weights, and how they were rounded.
-        imported_from: name of the folder whose weights the run started from.
-        prompts: what to do so that prompts begin as documents did.
+        dtype: dtype of the exported weights, and their rounding.
+        imported_from: name of the folder whose weights the run started from, or None.
+        prompts: instructions for the beginning of prompts (`describe_prompts`), or None.
     """
     model, data, train = config.model, config.data, config.train
     optim, state = config.optim, manifest["state"]
@@ -62,7 +62,9 @@ def model_card(
         "Query heads, key/value heads": f"{model.num_heads}, {model.num_kv_heads}",
         "Vocabulary": f"{model.vocab_size:,}",
         "Trained": f"{state['step']:,} steps, {state['tokens']:,} tokens",
-        "Rows": f"{data.seq_len:,} tokens, {train.rows_per_step} a step, packing `{data.packing}`",
+        "Rows": (
+            f"{data.seq_len:,} tokens, {train.rows_per_step} per step, packing `{data.packing}`"
+        ),
         "Optimizer": (
             f"AdamW, learning rate {optim.lr:g} ({optim.schedule}), betas {list(optim.betas)}, "
             f"weight decay {optim.weight_decay:g}, gradient clipping {optim.grad_clip:g}"

@@ -1,7 +1,7 @@
 """Llama with window, strided, routed and full attention layers, for plain `transformers`.
 
-This file travels inside exported folders, with those that it imports. Weight names are Llama's,
-plus `self_attn.hop_bias`. Shape letters: B batch, Q new tokens, T all tokens, D head size.
+This file and those that it imports are part of exported folders. Weight names are Llama's, plus
+`self_attn.hop_bias`. Shape letters: B batch, Q new tokens, T all tokens, D head size.
 """
 
 import inspect
@@ -23,7 +23,7 @@ from .documents_tensorlm import Documents, Signals, document_starts
 from .hop_tensorlm import depth_of  # noqa: F401
 from .routed_tensorlm import routed_documents
 
-# transformers 4 copies only those files of a folder that this one names: hence all of them here.
+# transformers 4 copies only the files of a folder that this file imports, so it imports all.
 try:
     from tensor_attention import Rotary, hop, rotary_frequencies, rotary_table
     from tensor_attention.cached import hop_cached
@@ -49,12 +49,12 @@ OPERATOR_FILES = (
     "routed_decode.py",
 )  # fmt: skip
 
-# Of the keyword arguments of a forward pass, those that only the loss reads.
+# Keyword arguments of a forward pass that only the loss uses.
 _OF_THE_LOSS = ("num_items_in_batch", "shift_labels", "ignore_index")
 
 
 def write_code(folder: str | Path) -> None:
-    """Copy into `folder` all the code that it needs to be loaded without this project."""
+    """Copy all code into `folder` that is needed to load it without this project."""
     operator = Path(inspect.getfile(hop_cached)).parent
     sources = [Path(__file__).parent / name for name in MODEL_FILES]
     for source in [*sources, *(operator / name for name in OPERATOR_FILES)]:
@@ -62,7 +62,7 @@ def write_code(folder: str | Path) -> None:
 
 
 class TensorLMModel(LlamaModel):
-    """The decoder; attention masks become document starts, so nothing of size T x T exists."""
+    """The decoder; it turns attention masks into document starts, so no T x T mask exists."""
 
     config_class = TensorLMConfig
     _can_record_outputs: ClassVar[dict[str, type]] = {"hidden_states": LlamaDecoderLayer}
@@ -100,23 +100,23 @@ class TensorLMModel(LlamaModel):
         cache_position: Tensor | None = None,
         **others: Any,
     ) -> BaseModelOutputWithPast:
-        """As LlamaModel's, except that in training a cache is made only if `use_cache` asks for it.
+        """Like LlamaModel's, except that training creates a cache only if `use_cache` is True.
 
         Args:
-            attention_mask: [B, T], 0 where padding, on the left or on the right; other numbers
-                are those of packed documents.
-            position_ids: [B or 1, Q]; where one is not its predecessor plus one, a new document
-                begins (packed rows).
-            use_cache: None: as the configuration says, outside of training and `torch.export`.
+            attention_mask: [B, T], 0 for padding on the left or right; other numbers are those of
+                packed documents.
+            position_ids: [B or 1, Q]; a new document begins where one is not the previous plus 1.
+            use_cache: None: use the configuration's value, but no cache in training and in
+                `torch.export`.
             seq_idx, cu_seq_lens_q, cu_seq_lens_k: packed documents (`documents_tensorlm.Signals`).
-            max_length_q, max_length_k, cache_position: not needed: they repeat what the arguments
-                before them and the cache say.
-            others: what only the loss reads, and None.
+            max_length_q, max_length_k, cache_position: ignored, since the other arguments and the
+                cache determine them.
+            others: arguments that only the loss uses, and arguments that are None.
 
         Raises:
-            ValueError: padding inside a sequence, positions that are no packing, a 4-D mask,
-                attention weights asked for (which never exist), a cache that is not a FoldCache,
-                or an argument that this model does not have.
+            ValueError: there is padding inside a sequence, `position_ids` are not those of packed
+                documents, the mask is 4-D, attention weights are requested (they never exist), the
+                cache is not a FoldCache, or an argument is not supported.
         """
         self._refuse(others, output_attentions, past_key_values)
         if (input_ids is None) == (inputs_embeds is None):
@@ -156,18 +156,20 @@ class TensorLMModel(LlamaModel):
     ) -> None:
         """Raise ValueError for arguments that would have no effect."""
         if output_attentions or (output_attentions is None and self.config.output_attentions):
-            raise ValueError("output_attentions: attention weights never exist as a matrix")
+            raise ValueError(
+                "output_attentions must be false: attention weights never exist as a matrix"
+            )
         if not isinstance(cache, FoldCache | None):
-            raise ValueError(f"past_key_values: {type(cache).__name__}, not a FoldCache")
+            raise ValueError(f"past_key_values must be a FoldCache, got {type(cache).__name__}")
         if others.get("is_causal") is True:
             others = others | {"is_causal": None}
         unknown = [k for k, v in others.items() if v is not None and k not in _OF_THE_LOSS]
         if unknown:
-            raise ValueError(f"{unknown[0]}: this model has no such argument, and ignores none")
+            raise ValueError(f"{unknown[0]}: this model does not support the argument")
 
     def _cache(self, cache: FoldCache | None, use_cache: bool | None) -> FoldCache | None:
         """The caller's cache, a new one, or None."""
-        if self.gradient_checkpointing and self.training:  # layers would run twice
+        if self.gradient_checkpointing and self.training:  # layers run twice, and would add twice
             if cache is not None and cache.get_seq_length():
                 raise ValueError("past_key_values must be empty while gradients are checkpointed")
             return None
@@ -177,21 +179,21 @@ class TensorLMModel(LlamaModel):
         return FoldCache(self.config) if cache is None and use_cache else cache
 
     def _rotary(self, num_positions: int, device: torch.device) -> Rotary:
-        """The table of at least that many positions: made once, then only extended."""
+        """A rotary table of at least `num_positions`: created once, then only extended."""
         if torch.compiler.is_compiling():
             return _make_table(self.config, num_positions, device)
         table = self._table
         if table is None or table.cos.shape[0] < num_positions or table.cos.device != device:
-            with torch.inference_mode(False):  # a tensor of that mode cannot be trained with
+            with torch.inference_mode(False):  # inference tensors cannot be used in training
                 size = num_positions + num_positions // 4
                 table = self._table = _make_table(self.config, size, device)
         return table
 
 
 def _make_table(config: TensorLMConfig, num_positions: int, device: torch.device) -> Rotary:
-    """Its frequencies are computed anew: `model.to(torch.bfloat16)` rounds those of `rotary_emb`.
+    """Compute a rotary table, without `rotary_emb`, which `model.to(torch.bfloat16)` rounds.
 
-    At position 131,072 that would be tens of radians.
+    At position 131,072 the error would be tens of radians.
     """
     rope = rope_fields(config)
     head_dim = config.head_dim or config.hidden_size // config.num_attention_heads
@@ -202,7 +204,7 @@ def _make_table(config: TensorLMConfig, num_positions: int, device: torch.device
 def _chosen_states(
     states: list[Tensor], chosen: bool | int | list[int]
 ) -> tuple[Tensor | None, ...] | None:
-    """All states, none, or those at the chosen indices, the others None."""
+    """All states, no states, or a tuple with the chosen ones and None for the others."""
     if isinstance(chosen, bool):
         return tuple(states) if chosen else None
     indices = [chosen] if isinstance(chosen, int) else chosen
@@ -211,14 +213,14 @@ def _chosen_states(
 
 
 class TensorLMForCausalLM(LlamaForCausalLM):
-    """The language model; `generate` uses a cache made for folds."""
+    """The language model; `generate` uses a FoldCache."""
 
     config_class = TensorLMConfig
     _can_record_outputs = TensorLMModel._can_record_outputs
 
     def __init__(self, config: TensorLMConfig) -> None:
-        # Not LlamaForCausalLM's, which builds a model to be thrown away: it would take
-        # `gradient_checkpointing` out of the configuration, and as much memory again.
+        # Skip LlamaForCausalLM's constructor. It would build a second model, which would remove
+        # `gradient_checkpointing` from the configuration and take as much memory again.
         super(LlamaForCausalLM, self).__init__(config)
         self.model = TensorLMModel(config)
         self.vocab_size = config.vocab_size
@@ -226,7 +228,7 @@ class TensorLMForCausalLM(LlamaForCausalLM):
         self.post_init()
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
-        """As Hugging Face's, with the code that makes the folder complete."""
+        """Like Hugging Face's, and also write the model's code."""
         self.config.auto_map = dict(AUTO_MAP)
         super().save_pretrained(save_directory, *args, **kwargs)
         write_code(save_directory)
@@ -237,8 +239,8 @@ class TensorLMForCausalLM(LlamaForCausalLM):
         chosen = generation_config.cache_implementation
         if chosen not in (None, "dynamic"):
             raise ValueError(
-                f'cache_implementation must be unset or "dynamic", got "{chosen}" (a fold needs '
-                "the cache that this model brings)"
+                f'cache_implementation must be unset or "dynamic", got "{chosen}" (this model '
+                "needs its own cache)"
             )
         if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
             model_kwargs["past_key_values"] = FoldCache(self.config)

@@ -1,8 +1,8 @@
-"""How exported weights are rounded to bf16, and what that takes away from a short training.
+"""Rounding exported weights to bf16, and its effect on short training.
 
-Rounding to nearest puts a weight that moved less than half a unit in the last place back to where
-it was. After few steps from bf16 weights that is most of them, and the training is lost. Stochastic
-rounding keeps it in the mean over the weights; weights that bf16 can hold stay as they are.
+Rounding to nearest resets a weight that moved less than half a unit in the last place. After a few
+steps from bf16 weights, that is most of them, and the training is lost. Stochastic rounding keeps
+the mean change over the weights. Weights that are exact in bf16 do not change.
 """
 
 import re
@@ -19,21 +19,21 @@ from tensorlm.runtime.progress import byte_bar
 from tensorlm.runtime.stochastic_rounding import random_words, round_into
 
 Rounding = Literal["nearest", "stochastic"]
-_LOST_SHARE = 0.1  # of the weights that training moved: stochastic rounding from here on
-_PART = 1 << 24  # elements of a parameter that are compared at one time
+_LOST_SHARE = 0.1  # share of the trained weights from which stochastic rounding is the default
+_PART = 1 << 24  # elements of a parameter compared at one time
 
 
 def round_part(
     part: Tensor, dtype: torch.dtype, rounding: Rounding, name: str, first: int
 ) -> Tensor:
-    """Round elements of a parameter to `dtype`; the same bits however it is cut into parts.
+    """Round elements of a parameter to `dtype`; the bits do not depend on the division into parts.
 
     Args:
         part: [n] float32.
         dtype: bfloat16 or float32.
-        rounding: how, to bfloat16.
-        name: of the parameter.
-        first: place of the part in the flattened parameter.
+        rounding: rounding to bfloat16.
+        name: name of the parameter.
+        first: index of the part's first element in the flattened parameter.
 
     Raises:
         UserError: an element is not finite.
@@ -49,7 +49,7 @@ def round_part(
 
 
 def imported_start(checkpoint: Checkpoint) -> Checkpoint | None:
-    """The imported weights that a run started from; None if it has none (any more)."""
+    """The imported weights that a run started from; None if it has none (or none any more)."""
     run_dir = checkpoint.folder.parent
     if not checkpoint.step or not was_imported(run_dir):
         return None
@@ -60,7 +60,7 @@ def imported_start(checkpoint: Checkpoint) -> Checkpoint | None:
 
 
 def share_put_back(checkpoint: Checkpoint, start: Checkpoint) -> float:
-    """Share of the weights that training moved which rounding to nearest bf16 puts back.
+    """Share of the weights changed by training that rounding to nearest bf16 resets.
 
     Raises:
         UserError: a file of either checkpoint cannot be read.
@@ -85,20 +85,20 @@ def _parts(checkpoint: Checkpoint) -> Iterator[tuple[str, int, int]]:
 
 
 def choose_rounding(put_back: float | None) -> Rounding:
-    """Stochastic where rounding to nearest would undo much of the training."""
+    """Stochastic if rounding to nearest would undo much of the training."""
     return "stochastic" if put_back is not None and put_back >= _LOST_SHARE else "nearest"
 
 
 def describe_rounding(put_back: float | None, rounding: Rounding, is_asked: bool) -> str:
-    """A line that says what rounding did; `put_back` None: checkpoint 0 is gone."""
-    lost = "checkpoint 0 is gone, so nobody knows what rounding takes away"
+    """Describe the effect of rounding on one line; `put_back` None: checkpoint 0 was removed."""
+    lost = "its effect is not known, since checkpoint 0 was removed"
     if put_back is not None:
         lost = (
-            f"bf16 to nearest puts {put_back:.1%} of the weights that training moved back to the "
-            "imported ones"
+            f"rounding to nearest resets {put_back:.1%} of the weights changed by training to "
+            "their imported values"
         )
-    fix = "--rounding stochastic, or --dtype fp32, keeps short training"
+    fix = "--rounding stochastic or --dtype fp32 preserves short training"
     if rounding == "stochastic":
-        fix = "--dtype fp32 keeps the weights as they are"
-    why = " as asked" if is_asked else ""
+        fix = "--dtype fp32 preserves the exact weights"
+    why = " (as requested)" if is_asked else ""
     return f"rounding: {rounding}{why}; {re.sub('%', ' %', lost)} ({fix})"

@@ -1,8 +1,8 @@
 """A routed layer: a window, and the blocks of the past that a token chooses.
 
-With a cache, keys are kept rotated, and the choice reads their stored means. This file travels
-inside exported folders. Shape letters: B batch, Q new tokens, T all tokens, N slots (`routing.py`),
-H query heads, K key/value heads, D head size, P tokens before the new ones.
+The cache stores rotated keys, and their means for the choice. This file is part of exported
+folders. Shape letters: B batch, Q new tokens, T all tokens, N slots (`routing.py`), H query heads,
+K key/value heads, D head size, P tokens before the new ones.
 """
 
 import torch
@@ -42,14 +42,14 @@ except ImportError:
     )
     from .routing import block_means, block_starts  # type: ignore[import-not-found, no-redef]
 
-# New tokens up to which gathering what each reads is faster than tiles of tokens (an estimate).
+# Maximum number of new tokens for which gathering is faster than tiles of tokens (an estimate).
 _GATHER_UP_TO = 16
 
 
 def routed_documents(
     starts: Tensor | None, x: Tensor, num_seen: int, route: Route, rotary: Rotary
 ) -> Documents:
-    """Documents as routed layers need them, of the new tokens `x` [B, Q, ...]."""
+    """The documents of the new tokens `x` [B, Q, ...], as needed by routed layers."""
     row = row_starts(starts, x.shape[0], x.shape[1], num_seen, x.device)
     blocks = block_starts(row, route.block)
     if x.shape[1] > 1 or not num_seen:
@@ -71,15 +71,15 @@ def attend_routed(
     scale: float,
     memory: RoutedLayer | None,
 ) -> Tensor:
-    """Attend from Q new tokens to themselves and what the memory holds.
+    """Attend from Q new tokens to themselves and to the cached tokens.
 
     Args:
-        q: [B, Q, H, D]; k, v: [B, Q, K, D]; none of them rotated.
+        q: [B, Q, H, D]; k, v: [B, Q, K, D]; not rotated.
         documents: from `routed_documents`.
         rotary: table of at least T positions.
-        route: numbers of the layer.
+        route: settings of the layer.
         scale: factor on the scores.
-        memory: of this layer, which takes the new tokens in; None: Q = T.
+        memory: this layer's cache, to which the new tokens are added; None: Q = T.
 
     Returns:
         [B, Q, H, D].
@@ -143,7 +143,7 @@ def _attend_one(
 
 
 def _needs_gather(q: Tensor) -> bool:
-    """In a compiled graph the PyTorch tiles have no place: their sizes depend on values."""
+    """Whether tiles cannot be used: in a compiled graph their sizes would depend on values."""
     has_kernels = q.is_cuda and routed_attention is not None
     return torch.compiler.is_compiling() and not has_kernels
 
@@ -172,15 +172,15 @@ def _choose(
 
 
 def _num_far(num_tokens: int, route: Route) -> int:
-    """Slots that can be far from the last of so many tokens."""
+    """Number of slots that can be far from the last of `num_tokens` tokens."""
     return max(0, (num_tokens - 1 - route.window) // route.block + 1)
 
 
 def _means(k: Tensor, blocks: Tensor, route: Route, memory: RoutedLayer) -> Tensor:
     """[B, N, K, D]: means of the slots that can be far from the last token.
 
-    Those that no later token changes are kept. The last one or two are read anew each time, but
-    only where a window of less than two blocks lets them be far.
+    Means that later tokens cannot change are cached. The last one or two are computed each time,
+    but only if a window of less than two blocks allows them to be far.
     """
     k = k.detach()
     known, settled = memory.mean_rows.stop, memory.num_settled()

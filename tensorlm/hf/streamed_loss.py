@@ -1,4 +1,4 @@
-"""The loss of a checkpoint's weights, rounded or not, with one layer in memory at a time."""
+"""The loss of a checkpoint's weights, exact or rounded, with one layer in memory at a time."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -16,18 +16,19 @@ from tensorlm.runtime.progress import byte_bar
 
 from .rounding import Rounding, round_part
 
-_TOKENS = 512  # that are predicted: enough for the difference of two sets of weights
+_TOKENS = 512  # number of predicted tokens: enough to compare two sets of weights
 
 
 def sample_document(data: Path, checkpoint: Checkpoint) -> tuple[Tensor, str]:
-    """Tokens of a document for `streamed_loss`, and the split that it is from.
+    """Tokens of a document for `streamed_loss`, and the folder of its split.
 
     Args:
-        data: prepared data set; its held-out documents if it has any.
-        checkpoint: whose tokenizer they must be encoded with.
+        data: prepared data set; a held-out document is used if it has any.
+        checkpoint: the checkpoint, whose tokenizer must be that of the data.
 
     Returns:
-        [1, at most 513] int64: the first document of that length, or else the longest.
+        [1, at most 513] int64: the beginning of the first document that is long enough, or else the
+        longest document.
 
     Raises:
         UserError: there is no such data set, or it was encoded with another tokenizer.
@@ -36,7 +37,9 @@ def sample_document(data: Path, checkpoint: Checkpoint) -> tuple[Tensor, str]:
     corpus = Corpus(data / split)
     wanted = checkpoint.manifest.get("tokenizer_sha256", corpus.tokenizer_sha256)
     if corpus.tokenizer_sha256 != wanted:
-        raise UserError(f"{data / split}: was encoded with another tokenizer than the run's data")
+        raise UserError(
+            f"{data / split}: must be encoded with the tokenizer of the run's data, got another"
+        )
     document = int(corpus.lengths.clip(max=_TOKENS + 1).argmax())
     tokens = corpus.tokens(document, 0, _TOKENS + 1)
     return torch.from_numpy(tokens.astype("int64"))[None], str(data / split)
@@ -49,13 +52,13 @@ def streamed_loss(
     tokens: Tensor,
     change: Callable[[str, Tensor], Tensor] = lambda name, weight: weight,
 ) -> float:
-    """Mean loss of predicting each token from those before it, in float32 on the CPU.
+    """Mean loss per predicted token, in float32 on the CPU.
 
     Args:
-        checkpoint: whose weights are read, a layer at a time.
-        shape: of the model.
+        checkpoint: the checkpoint; its weights are read one layer at a time.
+        shape: shape of the model.
         tokens: [1, T + 1] int64, one document.
-        change: what is done to a parameter, given its name and float32 value, before it is used.
+        change: function of a parameter's name and float32 value that returns the value to use.
 
     Raises:
         UserError: a file of the checkpoint cannot be read.
@@ -88,7 +91,7 @@ def streamed_loss(
 def describe_losses(
     checkpoint: Checkpoint, shape: ModelConfig, data: Path, rounding: Rounding
 ) -> str:
-    """A line with the loss of the checkpoint, of the bf16 export, and of one rounded to nearest."""
+    """One line with the loss of the checkpoint, of the bf16 export, and of rounding to nearest."""
     try:
         tokens, place = sample_document(data, checkpoint)
     except UserError as error:
@@ -103,7 +106,7 @@ def describe_losses(
 
     text = (
         f"loss on {tokens.shape[1] - 1} tokens of {place}: "
-        f"{streamed_loss(checkpoint, shape, tokens):.4f} in the checkpoint, "
-        f"{loss(rounding):.4f} exported"
+        f"checkpoint {streamed_loss(checkpoint, shape, tokens):.4f}, "
+        f"export {loss(rounding):.4f}"
     )
-    return text if rounding == "nearest" else f"{text}, {loss('nearest'):.4f} rounded to nearest"
+    return text if rounding == "nearest" else f"{text}, rounding to nearest {loss('nearest'):.4f}"

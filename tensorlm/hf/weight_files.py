@@ -1,4 +1,4 @@
-"""Which files of a Hugging Face folder hold its weights, decided as transformers decides."""
+"""The weight files of a Hugging Face folder, chosen as transformers chooses them."""
 
 import json
 import math
@@ -19,16 +19,16 @@ _KEY = "transformers_weights"  # in config.json: a file of another name
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of the weights, in the order in which transformers reads them.
 
-    The file that config.json names comes first, then `model.safetensors`, then an index: one that
-    an earlier save left behind is not read.
+    Precedence: the file named in config.json, then `model.safetensors`, then an index. So an index
+    left behind by an earlier save is not read.
 
     Raises:
-        UserError: there are none, config.json or the index name a file outside of the folder, or
-            an adapter would change the weights.
+        UserError: there are no such files, config.json or the index names a file outside the
+            folder, or an adapter would change the weights.
     """
     if (folder / _ADAPTER).is_file():
         raise UserError(
-            f"{folder}: must hold merged weights, got an adapter, {_ADAPTER} (merge it into the "
+            f"{folder}: must contain merged weights, got an adapter, {_ADAPTER} (merge it into the "
             "model and save that, or remove the file)"
         )
     named = _named_file(folder)
@@ -40,11 +40,13 @@ def weight_files(folder: Path) -> list[Path]:
         return _indexed_files(folder / INDEX)
     pickles = [name for name in _PICKLES if (folder / name).is_file()]
     found = f", got {pickles[0]}" if pickles else ""
-    raise UserError(f"{folder}: no {SINGLE} and no index{found} (save it as safetensors)")
+    raise UserError(
+        f"{folder}: must contain {SINGLE} or its index{found} (save the model as safetensors)"
+    )
 
 
 def check_finite(folder: Path, name: str, weight: Tensor) -> None:
-    """Raise UserError, naming the weight, unless all of its elements are finite."""
+    """Raise UserError, naming the weight, unless all its elements are finite."""
     for value in weight.aminmax() if weight.numel() else ():  # both are nan if any element is
         if not math.isfinite(value):
             raise UserError(
@@ -53,11 +55,11 @@ def check_finite(folder: Path, name: str, weight: Tensor) -> None:
 
 
 def _named_file(folder: Path) -> Path | None:
-    """The file of weights, or index, that config.json names."""
+    """The weight file or index named in config.json, or None."""
     try:
         name = json.loads((folder / "config.json").read_bytes()).get(_KEY)
     except (OSError, ValueError, AttributeError, RecursionError):
-        return None  # whoever reads the configuration reports it
+        return None  # reported when the configuration is read
     if name is None:
         return None
     endings = (".safetensors", ".safetensors.index.json")
@@ -78,9 +80,9 @@ def _indexed_files(index: Path) -> list[Path]:
         raise UserError(f"{index}: {error.strerror} (fetch the file again)") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         pass
-    raise UserError(f"{index}: not an index of weights (fetch the file again)")
+    raise UserError(f"{index}: must be an index of weights (fetch the file again)")
 
 
 def _is_inside(name: str) -> bool:
-    """Whether a relative path stays in the folder that it begins in."""
+    """Whether a relative path stays inside its folder."""
     return not Path(name).is_absolute() and ".." not in Path(name).parts

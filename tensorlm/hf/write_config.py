@@ -1,4 +1,4 @@
-"""A run's configuration from a Hugging Face folder, so that nobody copies its shape by hand."""
+"""Writing a run's configuration with the shape of a Hugging Face folder."""
 
 import copy
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from tensorlm.runtime.errors import UserError
 
 from .llama_config import check_config, max_positions, model_settings
 
-_SEQ_LEN = 4096  # at most, where no configuration says another
+_SEQ_LEN = 4096  # maximum data.seq_len without a given configuration
 _START: dict[str, Any] = {
     "optim": {"lr": 3e-5, "warmup_steps": 100},
     "train": {"steps": 1000, "rows_per_step": 16},
@@ -23,15 +23,15 @@ def write_config(folder: Path, base: Path | None, overrides: Sequence[str], outp
     """Write a configuration whose `[model]` is that of `folder`.
 
     Args:
-        folder: with a Llama's config.json.
-        base: configuration that the other sections come from, and what the folder does not
-            determine (such as `model.fold`); None: values to start from.
-        overrides: `key.sub=value` settings on top.
+        folder: folder with a Llama's config.json.
+        base: configuration for the other sections, and for settings that the folder does not
+            determine (such as `model.fold`); None: default values.
+        overrides: `key.sub=value` settings applied last.
         output: new TOML file.
 
     Raises:
-        UserError: the folder is not a Llama's, the whole is not a configuration, overrides change
-            the folder's shape, or the file exists or cannot be written.
+        UserError: the folder is not a Llama's, the result is not a valid configuration, overrides
+            change the folder's shape, or the file exists or cannot be written.
     """
     shape = model_settings(folder)
     tree = read_tree(base) if base else _start(folder)
@@ -41,7 +41,7 @@ def write_config(folder: Path, base: Path | None, overrides: Sequence[str], outp
         model.pop("route", None)
     model |= shape
     if model["head_dim"] * model["num_heads"] == model["hidden_size"]:
-        del model["head_dim"]  # it follows
+        del model["head_dim"]  # it follows from the other settings
     for override in overrides:
         apply_override(tree, override)
     config = parse_config(copy.deepcopy(tree), str(output))
@@ -52,12 +52,12 @@ def write_config(folder: Path, base: Path | None, overrides: Sequence[str], outp
             file.write(text)
     except FileExistsError:
         raise UserError(
-            f"--write-config: {output} must be a new file, got one that exists (choose another)"
+            f"--write-config: must be a new file, got {output}, which exists (choose another)"
         ) from None
 
 
 def _start(folder: Path) -> dict[str, Any]:
-    """Sections for a run of its own, named after the folder."""
+    """Default sections for a run named after the folder."""
     name = folder.resolve().name or "model"
     return {
         "run": {"dir": f"runs/{name}"},

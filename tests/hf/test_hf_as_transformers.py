@@ -102,10 +102,10 @@ def test_rotary_settings_have_transformers_precedence(
 @pytest.mark.parametrize(
     ("scaling", "message"),
     [
-        ({"rope_type": "dynamic", "factor": 2.0}, "of type dynamic"),
-        ({"rope_type": "yarn", "factor": 2.0}, "of type yarn"),
-        ({"type": "longrope", "factor": 2.0}, "of type longrope"),
-        ({"rope_type": "proportional", "factor": 2.0}, "of type proportional"),
+        ({"rope_type": "dynamic", "factor": 2.0}, "got dynamic"),
+        ({"rope_type": "yarn", "factor": 2.0}, "got yarn"),
+        ({"type": "longrope", "factor": 2.0}, "got longrope"),
+        ({"rope_type": "proportional", "factor": 2.0}, "got proportional"),
         ({"rope_type": "linear"}, "factor is missing"),
         (LLAMA3, "original_max_position_embeddings is missing"),
         ({"rope_type": "linear", "factor": 0.5}, "factor: must be at least 1, got 0.5"),
@@ -218,10 +218,10 @@ def adapter_beside(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (only_pickle, r"no model\.safetensors and no index, got pytorch_model\.bin"),
+        (only_pickle, r"must contain model\.safetensors or its index, got pytorch_model\.bin"),
         (file_outside, "transformers_weights must be a safetensors file in this folder"),
         (file_of_another_kind, "transformers_weights must be a safetensors file in this folder"),
-        (shards_outside, "not an index of weights"),
+        (shards_outside, "must be an index of weights"),
         (adapter_beside, "adapter"),
     ],
 )

@@ -64,15 +64,15 @@ assert torch.equal(model(wanted["tokens"]).logits, wanted["logits"])
 @pytest.mark.parametrize(
     ("changes", "fold", "message"),
     [
-        ({}, [], "fold is empty"),
+        ({}, [], "fold, window, route or layers must be given"),
         ({}, [1], "at least 2"),
-        ({}, [8.0], r"fold is \[8.0\], not a list of whole numbers"),
-        ({}, 8, "fold is 8, not a list of whole numbers"),
+        ({}, [8.0], r"fold must be a list of integers, got \[8.0\]"),
+        ({}, 8, "fold must be a list of integers, got 8"),
         ({"attention_dropout": 0.1}, [16], "attention_dropout"),
         (
             {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
             [16],
-            "rope type dynamic",
+            "rope_type must be .* got dynamic",
         ),
     ],
 )
@@ -88,16 +88,16 @@ def test_what_cannot_be_attached_to_is_refused_and_unchanged(
 
 def test_other_models_are_refused() -> None:
     model = tiny_llama()
-    with pytest.raises(ValueError, match="full_every is -1, not a whole number"):
+    with pytest.raises(ValueError, match="full_every must be an integer of at least 0, got -1"):
         attach(model, fold=[16], full_every=-1)
     attach(model, fold=[16])
-    with pytest.raises(ValueError, match="TensorLMForCausalLM, not a plain LlamaForCausalLM"):
+    with pytest.raises(ValueError, match="plain LlamaForCausalLM, got TensorLMForCausalLM"):
         attach(model, fold=[16])
-    with pytest.raises(ValueError, match="LlamaForSequenceClassification, not a plain"):
+    with pytest.raises(ValueError, match="got LlamaForSequenceClassification"):
         attach(LlamaForSequenceClassification(tiny_llama().config), fold=[16])
     patched = tiny_llama()
     patched.model.layers[0].self_attn.forward = lambda *_: None
-    with pytest.raises(ValueError, match="a forward is replaced already"):
+    with pytest.raises(ValueError, match="forward must not be replaced"):
         attach(patched, fold=[16])
 
 

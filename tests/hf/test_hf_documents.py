@@ -192,12 +192,18 @@ def test_the_last_documents_follow_the_rows_of_the_cache(tokens: Tensor) -> None
         ({"position_ids": torch.arange(70)[None] / 2}, "position_ids must be integers"),
         ({"position_ids": torch.arange(70)}, r"of shape \[1, 70\], got torch.int64 \[70\]"),
         ({"position_ids": torch.zeros(3, 1, 70).long()}, r"of shape \[1, 70\]"),
-        ({"attention_mask": torch.tensor([[2] * 40 + [1] * 30])}, "do not increase"),
-        ({"attention_mask": torch.tensor([[1] * 40 + [2] * 20 + [1] * 10])}, "do not increase"),
-        ({"attention_mask": torch.tensor([[1] * 40 + [0] + [1] * 29])}, "padding inside"),
-        ({"attention_mask": torch.zeros(1, 70) - 1e9}, "do not increase"),
-        ({"attention_mask": torch.ones(1, 1, 70, 70)}, r"must be \[1, 70\]"),
-        ({"attention_mask": {"full_attention": None}}, r"attention_mask dict must be \[1, 70\]"),
+        ({"attention_mask": torch.tensor([[2] * 40 + [1] * 30])}, "numbers that increase"),
+        (
+            {"attention_mask": torch.tensor([[1] * 40 + [2] * 20 + [1] * 10])},
+            "numbers that increase",
+        ),
+        (
+            {"attention_mask": torch.tensor([[1] * 40 + [0] + [1] * 29])},
+            "padding only outside documents",
+        ),
+        ({"attention_mask": torch.zeros(1, 70) - 1e9}, "numbers that increase"),
+        ({"attention_mask": torch.ones(1, 1, 70, 70)}, r"must have shape \[1, 70\]"),
+        ({"attention_mask": {"full_attention": None}}, r"must have shape \[1, 70\] .* got dict"),
         ({"cu_seq_lens_q": torch.tensor([0, 40, 71])}, "must begin at 0, increase"),
         ({"cu_seq_lens_q": torch.tensor([1, 40, 70])}, "must begin at 0, increase"),
         ({"cu_seq_lens_q": torch.tensor([0, 50, 40, 70])}, "must begin at 0, increase"),
@@ -234,7 +240,7 @@ def test_a_row_that_ends_in_padding_cannot_go_on(tokens: Tensor) -> None:
     mask = torch.ones_like(tokens)
     mask[:, 60:] = 0
     cache = model(tokens, attention_mask=mask).past_key_values
-    with pytest.raises(ValueError, match="padding inside a sequence"):
+    with pytest.raises(ValueError, match="padding only outside documents"):
         model(tokens[:, :1], past_key_values=cache)
     new = model(tokens[:, :1], past_key_values=cache, position_ids=torch.tensor([[0]])).logits
     assert relative_error(new, model(tokens[:, :1]).logits) < 1e-5  # a document of its own

@@ -255,11 +255,13 @@ def test_export_that_cannot_be_written_leaves_nothing_behind(
     imported = tmp_path / "run/imported"
     imported.mkdir()
     (imported / "generation_config.json").write_text("[1]")
-    with pytest.raises(UserError, match=r"generation_config\.json: not a generation config"):
+    with pytest.raises(
+        UserError, match=r"generation_config\.json: must be a valid generation config"
+    ):
         export_checkpoint(checkpoint, settings, output, "bf16", None, imported=imported)
     assert {path.name for path in tmp_path.iterdir()} == {"run", "tiny.toml", "file"}
     export_checkpoint(checkpoint, settings, output, "bf16", None)
-    with pytest.raises(UserError, match="is not empty"):
+    with pytest.raises(UserError, match="must be empty"):
         export_checkpoint(checkpoint, settings, output, "bf16", None)
     assert (output / "model.safetensors").exists()
 
@@ -355,7 +357,7 @@ def test_an_output_that_is_taken_is_refused_before_the_checkpoint_is_read(
     (output / "model.safetensors" if taken == "folder" else output).write_text("mine")
     # There is no checkpoint either.
     assert launcher_here("convert.py", "export", "--config", config, "--output", output) == 2
-    state = "is not empty" if taken == "folder" else "is not a directory"
+    state = "must be empty" if taken == "folder" else "must be a folder"
     assert capsys.readouterr().err == f"error: {output}: {state} (choose another --output)\n"
 
 
@@ -407,7 +409,7 @@ def test_upload_that_fails_leaves_a_whole_folder_and_one_line(
         "weights": "Error while uploading 'model.safetensors'",
     }[refused]
     assert line.startswith(f"error: --push-to-hub someone/tiny: {what}")
-    assert line.endswith(f"({folder} is whole: go on with `hf upload someone/tiny {folder}`)")
+    assert line.endswith(f"({folder} is intact: continue with `hf upload someone/tiny {folder}`)")
     assert len(folder_weights(folder)) == len(list(ours.parameters()))
     assert hub.created
     assert not hub.files

@@ -140,13 +140,13 @@ def test_what_has_no_meaning_is_refused(model: TensorLMForCausalLM, batch: dict[
     tokens = batch["input_ids"]
     mask = torch.ones_like(tokens)
     mask[0, 40] = 0
-    with pytest.raises(ValueError, match="padding inside a sequence"):
+    with pytest.raises(ValueError, match="padding only outside documents"):
         model(tokens, attention_mask=mask)
     with pytest.raises(ValueError, match=r"must be \[2, 90\]"):
         model(tokens, attention_mask=torch.ones(2, 1, 90, 90))
     with pytest.raises(ValueError, match="output_attentions"):
         model(tokens, output_attentions=True)
-    with pytest.raises(ValueError, match="not a FoldCache"):
+    with pytest.raises(ValueError, match="must be a FoldCache"):
         model(tokens, past_key_values=DynamicCache())
     with pytest.raises(ValueError, match="assisted generation"):
         generate(model, input_ids=tokens[:1], prompt_lookup_num_tokens=3)
@@ -313,7 +313,7 @@ def test_damaged_folders_are_one_line(tmp_path: Path, config: Path, tied: bool) 
         ({"hidden_size": None}, r"cannot be loaded \(.*field 'hidden_size'"),
         ({"hidden_act": "?"}, r"cannot be loaded \(KeyError"),
         ({"num_hidden_layers": 3}, r"layers\.2\.input_layernorm\.weight is missing"),
-        ({"fold": [4, 8]}, r"layers\.0\.self_attn\.hop_bias is not of the shape"),
+        ({"fold": [4, 8]}, r"layers\.0\.self_attn\.hop_bias must have the shape"),
         ({"model_type": "gpt2"}, "hf: "),
     ):
         fields.write_text(json.dumps(good | change))

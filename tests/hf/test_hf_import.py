@@ -137,20 +137,20 @@ def test_old_folders_config_fields_and_buffers_are_understood(tmp_path: Path, co
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "dynamic": (
         {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}},
-        r"rope_scaling of type dynamic \(ours: default, linear, llama3\)",
+        r"rope_scaling must be of type default, linear, llama3, got dynamic",
     ),
-    "yarn": ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "of type yarn"),
-    "mistral": ({"architectures": ["MistralForCausalLM"]}, "not LlamaForCausalLM"),
-    "bias": ({"attention_bias": True}, "attention_bias is set"),
-    "gelu": ({"hidden_act": "gelu"}, "hidden_act gelu"),
-    "quantized": ({"quantization_config": {"bits": 4}}, "quantized weights"),
+    "yarn": ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "got yarn"),
+    "mistral": ({"architectures": ["MistralForCausalLM"]}, "must include LlamaForCausalLM, got"),
+    "bias": ({"attention_bias": True}, "attention_bias must be false"),
+    "gelu": ({"hidden_act": "gelu"}, "hidden_act must be silu, got gelu"),
+    "quantized": ({"quantization_config": {"bits": 4}}, "must not be quantized"),
     "incomplete": (
         {"rope_parameters": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0}},
         r"config.json: rope_parameters: high_freq_factor is missing\n.*original_max_position",
     ),
     "partial": (
         {"rope_parameters": {"rope_theta": 10000.0, "partial_rotary_factor": 0.5}},
-        r"partial_rotary_factor 0.5 is not supported \(ours: 1\)$",
+        r"partial_rotary_factor must be 1, got 0.5$",
     ),
     "text for a number": (
         {"num_attention_heads": "4"},
@@ -165,7 +165,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "flag": ({"tie_word_embeddings": 1}, "tie_word_embeddings: input should be a valid boolean"),
     "layers": (
         {"num_hidden_layers": 3},
-        r"model.num_layers: is 2, .* has 3 \(set model.num_layers=3\)",
+        r"model.num_layers: must be 3, as in .*, got 2 \(set model.num_layers=3\)",
     ),
     "tied": ({"tie_word_embeddings": True}, r"\(set model.tie_embeddings=true\)"),
     "theta": ({"rope_parameters": {"rope_theta": 5e5}}, r"\(set model.rope_theta=500000.0\)"),
@@ -208,9 +208,9 @@ def integers(weights: dict[str, torch.Tensor]) -> None:
     ("change", "message"),
     [
         (drop_one, "1 weights are missing, first model.norm.weight"),
-        (add_one, "1 weights are not a Llama's, first model.layers.0.self_attn.q_proj.bias"),
-        (cut_one, r"model.norm.weight is \[31\], expected \[32\]"),
-        (integers, "model.norm.weight is I8"),
+        (add_one, "1 weights are not part of a Llama, first model.layers.0.self_attn.q_proj.bias"),
+        (cut_one, r"model.norm.weight must have shape \[32\], got \[31\]"),
+        (integers, "model.norm.weight must be BF16, F16, F32, got I8"),
     ],
 )
 def test_weights_are_checked_before_anything_is_written(
@@ -236,7 +236,7 @@ def test_stored_head_of_a_tied_model_must_be_its_embedding(tmp_path: Path, confi
     changed[-1, -1] += 1
     for other in (changed, head[:-1].clone()):
         save_file(weights | {"lm_head.weight": other}, folder / "model.safetensors")
-        with pytest.raises(UserError, match=r"lm_head\.weight is not the embedding"):
+        with pytest.raises(UserError, match=r"lm_head\.weight must be the embedding"):
             import_weights(folder, settings)
     save_file(weights | {"lm_head.weight": head}, folder / "model.safetensors")
     checkpoint = open_checkpoint(import_weights(folder, settings))
@@ -273,7 +273,7 @@ def test_run_that_is_in_use_takes_no_import(
 def test_damaged_and_absent_files_are_named(tmp_path: Path, config: Path) -> None:
     folder, settings = tmp_path / "llama", full_attention_run(config)
     folder.mkdir()
-    with pytest.raises(UserError, match=r"no readable config\.json"):
+    with pytest.raises(UserError, match=r"must contain a readable config\.json"):
         import_weights(folder, settings)
     tiny_llama().save_pretrained(folder, max_shard_size="20KB")
     shards = sorted(folder.glob("model-*.safetensors"))
@@ -286,10 +286,10 @@ def test_damaged_and_absent_files_are_named(tmp_path: Path, config: Path) -> Non
     index = folder / "model.safetensors.index.json"
     for content in ('{"weight_map": {"model.norm.weight": 5}}', "[]", "[" * 9999, "\udcff"):
         index.write_text(content, errors="surrogateescape")
-        with pytest.raises(UserError, match=r"not an index of weights"):
+        with pytest.raises(UserError, match=r"must be an index of weights"):
             import_weights(folder, settings)
     index.unlink()
-    with pytest.raises(UserError, match=r"no model\.safetensors and no index"):
+    with pytest.raises(UserError, match=r"must contain model\.safetensors or its index"):
         import_weights(folder, settings)
 
 

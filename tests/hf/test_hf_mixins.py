@@ -28,7 +28,7 @@ if not (SOURCE / "tests/test_modeling_common.py").exists():
     pytest.skip(f"{SOURCE} has no tests of transformers (make install)", allow_module_level=True)
 pytest.importorskip("parameterized")
 
-_NO_WEIGHTS = "output_attentions: attention weights never exist"
+_NO_WEIGHTS = "output_attentions must be false: attention weights never exist"
 # The tests that ask for what the model refuses on purpose, with the words of the refusal.
 REFUSALS = {
     # Attention is never a T x T matrix, so there are no weights to return.

@@ -155,9 +155,9 @@ def test_gradient_checkpointing_of_the_configuration_is_kept(
 @pytest.mark.parametrize(
     ("named", "message"),
     [
-        ({"token_type_ids": torch.zeros(2, 50)}, "token_type_ids: this model has no such"),
-        ({"head_mask": torch.ones(2)}, "head_mask: this model has no such"),
-        ({"is_causal": False}, "is_causal: this model has no such"),
+        ({"token_type_ids": torch.zeros(2, 50)}, "token_type_ids: this model does not support"),
+        ({"head_mask": torch.ones(2)}, "head_mask: this model does not support"),
+        ({"is_causal": False}, "is_causal: this model does not support"),
         ({"block_sequence_ids": torch.zeros(2, 50)}, "block_sequence_ids: this model"),
         ({"output_attentions": True}, "output_attentions"),
         ({"inputs_embeds": torch.zeros(2, 50, 32)}, "exactly one of input_ids and inputs_embeds"),
@@ -180,11 +180,11 @@ def test_no_argument_is_ignored(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"attention_dropout": 0.1}, "attention_dropout is set"),
-        ({"is_causal": False}, "is_causal is false"),
+        ({"attention_dropout": 0.1}, "attention_dropout must be 0"),
+        ({"is_causal": False}, "is_causal must be true"),
         (
             {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
-            "rope type dynamic",
+            "rope_type must be .* got dynamic",
         ),
     ],
 )

@@ -121,12 +121,12 @@ def test_short_training_survives_the_default_export(
     nearest, said_nearest = exported_loss("--rounding", "nearest")
     assert abs(stochastic - exact) < abs(nearest - exact) / 2  # a mean over few weights
     share = re.escape(f"{lost / moved:.1%}".replace("%", " %"))
-    puts = rf"bf16 to nearest puts {share} of the weights that training moved back"
+    puts = rf"rounding to nearest resets {share} of the weights changed by training"
     assert re.search(rf"^rounding: stochastic; {puts} .*--dtype fp32", said, re.MULTILINE)
-    assert re.search(rf"^rounding: nearest as asked; {puts}", said_nearest, re.MULTILINE)
-    losses = f"loss on {tokens.shape[1] - 1} tokens of {place}: {exact:.4f} in the checkpoint, "
-    assert f"{losses}{stochastic:.4f} exported, {nearest:.4f} rounded to nearest\n" in said
-    assert f"{losses}{nearest:.4f} exported\n" in said_nearest
+    assert re.search(rf"^rounding: nearest \(as requested\); {puts}", said_nearest, re.MULTILINE)
+    losses = f"loss on {tokens.shape[1] - 1} tokens of {place}: checkpoint {exact:.4f}, "
+    assert f"{losses}export {stochastic:.4f}, rounding to nearest {nearest:.4f}\n" in said
+    assert f"{losses}export {nearest:.4f}\n" in said_nearest
     fp32, said = exported_loss("--dtype", "fp32")
     assert fp32 == pytest.approx(exact, rel=1e-6)
     assert "rounding" not in said
@@ -144,7 +144,7 @@ def test_export_without_checkpoint_0_or_data_says_what_is_not_known(
     tokenizer = ("--tokenizer", load_config(config).data.path + "/tokenizer")
     assert launcher_here("convert.py", *export, *tokenizer) == 0
     said = capsys.readouterr().out
-    assert "rounding: nearest; checkpoint 0 is gone, " in said
+    assert "rounding: nearest; its effect is not known, " in said
     assert "note: the loss of the exported weights was not measured (nowhere/train" in said
 
 

@@ -106,31 +106,31 @@ def _toml(value: Any) -> str:
     [
         ({"window": 8, "route": {"block": 4, "top_k": 2}}, "route must have the keys block, top_k"),
         ({"window": 8, "route": ROUTE | {"tile": 1}}, "route must have the keys block, top_k"),
-        ({"window": 8, "route": ROUTE | {"top_k": 0}}, "route.top_k must be a whole number of"),
+        ({"window": 8, "route": ROUTE | {"top_k": 0}}, "route.top_k must be an integer of"),
         (
             {"window": 3, "route": ROUTE},
             "route.block must be at most the window of 3 tokens",
         ),
         ({"route": ROUTE}, "window must be at least 1 for routed layers, got 0"),
-        ({"window": 8, "route_every": 2}, "route_every must be 0 without a route, got 2"),
+        ({"window": 8, "route_every": 2}, "route_every must be 0 without route, got 2"),
         ({"window": 8, "fold": [4]}, r"window must be fold\[0\] = 4, got 8"),
         (
             {"window": 8, "layers": ["window"]},
-            "layers must name one kind for each of 2 layers",
+            "layers must have one entry for each of 2 layers",
         ),
         (
             {"window": 8, "layers": ["window", "?"]},
-            "layers must name window, strided, routed",
+            "layers must be among window, strided, routed",
         ),
-        ({"layers": ["full", "strided"]}, "fold must name an inner axis for strided layers, got"),
+        ({"layers": ["full", "strided"]}, "fold must have an inner axis for strided layers, got"),
         ({"window": 8, "layers": ["full", "routed"]}, "route must be given for routed layers"),
         (
             {"window": 8, "layers": ["full", "window"], "full_every": 2},
-            "full_every must be 0 where layers are listed, got 2",
+            "full_every must be 0 if layers is given, got 2",
         ),
         (
             {"window": 8, "route": ROUTE, "full_every": 1},
-            "route must have a routed layer",
+            "route must be used by at least one layer",
         ),
     ],
 )

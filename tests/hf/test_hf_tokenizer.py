@@ -177,7 +177,7 @@ def test_a_note_names_what_differs_between_two_tokenizers(tmp_path: Path) -> Non
     ("around", "words"),
     [
         (("<s>", "$A"), None),
-        (("$A",), "adds no BOS"),
+        (("$A",), "does not add BOS"),
         (("<s>", "$A", "</s>"), "turns a prompt into ['<s>', 'a', '</s>']"),
     ],
 )
