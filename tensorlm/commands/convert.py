@@ -132,7 +132,7 @@ def export(args: argparse.Namespace, config: Config) -> int:
         candidates.reverse()
     tokenizer = args.tokenizer or next((c for c in candidates if has_tokenizer(c)), None)
     if tokenizer and sha256:
-        fix = "as asked" if args.tokenizer else "choose one with --tokenizer DIR"
+        fix = "as requested" if args.tokenizer else "choose one with --tokenizer DIR"
         try:
             check_tokenizer(tokenizer, sha256, fix)
         except UserError as error:

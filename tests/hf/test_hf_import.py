@@ -344,7 +344,7 @@ def test_training_starts_from_imported_weights_and_exports_their_tokenizer(
     assert line == f"error: {what} (choose one with --tokenizer DIR)"
     assert not (tmp_path / "hf").exists()
     assert launcher_here("convert.py", *export, "--tokenizer", carried) == 0
-    assert f"note: {what} (as asked)\n" in capsys.readouterr().out
+    assert f"note: {what} (as requested)\n" in capsys.readouterr().out
     text = "def main():\n    return 'ünïcode'"
     wanted_ids = load_tokenizer(folder).encode(text)
     assert load_tokenizer(tmp_path / "hf").encode(text) == wanted_ids
