@@ -1,1 +1,1 @@
-"""Evaluation of trained checkpoints."""
+"""Evaluation of checkpoints and Hugging Face folders on held-out text and prompts."""

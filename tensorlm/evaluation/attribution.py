@@ -1,8 +1,8 @@
-"""What long context buys: the loss with the whole context against that with the last tokens only.
+"""The gain from long context: the loss with the whole context, compared with the last tokens only.
 
 A curve over length that stays flat may hide a model that ignores its context. Here each token is
-predicted twice, with all that precedes it in the window and with about the last `near` tokens only.
-A model that does not use what lies further back has a gain of zero.
+predicted twice: from everything before it in the window, and from about the last `near` tokens. A
+model that does not use earlier tokens has a gain of zero.
 """
 
 from itertools import pairwise
@@ -18,11 +18,11 @@ from .text import Spans
 
 
 def near_losses(model: EvaluatedModel, spans: Spans, near: int) -> Losses:
-    """The loss of each token from the last tokens before it alone.
+    """The loss of each token, predicted only from the last tokens before it.
 
-    Each window predicts the tokens behind its first `near` ones, near / 4 of them (more where ranks
-    share windows, which must then be longer). So a token sees `near` to 1.25 x `near` tokens: the
-    gain is, if anything, understated.
+    Each window predicts the near / 4 tokens after its first `near` tokens (more if ranks share
+    windows, which must then be longer). So each token sees `near` to 1.25 x `near` tokens, and the
+    gain is a lower bound.
     """
     unit = model.window_unit
     window = min(-(-(near + near // 4) // unit) * unit, spans.length)
@@ -37,7 +37,7 @@ def attribute(
     near: int,
     seed: int,
 ) -> Attribution:
-    """Gains by position in windows of `length`, in buckets that double from `near` on."""
+    """Gains by position in windows of `length`, in buckets whose ends double from `near` on."""
     near_rows, full_rows = near_table.reshape(-1, length), full_table.reshape(-1, length)
     owners = np.repeat(document, near_table.shape[1] // length)
 

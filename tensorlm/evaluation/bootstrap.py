@@ -1,6 +1,6 @@
 """Means over tokens with bootstrap intervals over documents.
 
-Tokens of one document are not independent, documents are: whole documents are drawn anew.
+Tokens of one document are not independent, so whole documents are resampled.
 """
 
 import numpy as np
@@ -14,12 +14,12 @@ _RESAMPLES = 1000
 def mean_over_documents(
     values: NDArray[np.floating], document: NDArray[np.int64], seed: int
 ) -> Mean:
-    """Mean of all values and the interval that holds 95 % of the resampled means.
+    """Mean of all values, and the interval that contains 95 % of the resampled means.
 
     Args:
-        values: [S, N], values of N tokens of S spans.
-        document: [S], which document each span is of.
-        seed: of the resampling.
+        values: [S, N], values of the N tokens of S spans.
+        document: [S], the document of each span.
+        seed: seed of the resampling.
     """
     wide = values.astype(np.float64)
     mean = float(wide.mean())

@@ -1,7 +1,7 @@
-"""What a routed layer's choice holds of full attention, from the layer's queries and keys.
+"""The share of full attention that a routed layer's choice contains, from its queries and keys.
 
-Full attention is what the layer would compute with every block chosen: one softmax over the exact
-scores of the window and the scores at stretched positions beyond it. Shape letters: B batch, T
+Full attention is what the layer would compute if every block were chosen: one softmax over the
+window's exact scores and the scores at stretched positions beyond it. Shape letters: B batch, T
 tokens, H query heads, K key heads, G = H / K, D head size, N slots (`tensor_attention.routing`), C
 queries of a tile, U keys up to its last query.
 """
@@ -19,16 +19,16 @@ from tensorlm.config import RouteConfig
 
 # Columns of a table of masses.
 COLUMNS = ("all", "chosen", "best", "random")
-_TILE = 64  # queries whose scores of all keys exist at one time, fewer in long rows:
-_TILE_SCORES = 1 << 24  # about as many scores exist at one time
+_TILE = 64  # maximum number of queries per tile; fewer in long rows,
+_TILE_SCORES = 1 << 24  # to limit the number of scores that exist at a time
 
 
 class Masses(NamedTuple):
-    """Sums over queries and heads; all weights of one query and head add up to 1.
+    """Sums of attention weights over queries and heads; those of one query and head add up to 1.
 
     table: [1 + bins, 4] float64, columns as `COLUMNS`. The first line is the document's first
-    block, which every query reads; then come the other blocks by the distance of their keys.
-    opened: [] float64, number of open blocks summed over queries and key heads.
+    block, which every query reads. The other lines are the other blocks, by distance of their keys.
+    opened: [] float64, number of open blocks, summed over queries and key heads.
     """
 
     table: Tensor
@@ -47,18 +47,19 @@ def choice_masses(
     doc_start: Tensor,
     rotary: Rotary | None,
 ) -> Masses:
-    """The attention beyond the window, and what is in the open blocks of it.
+    """Measure the attention beyond the window, and the part of it in open blocks.
 
-    Beside the layer's own choice: the blocks that hold most of the mass, as many as are open to the
-    query, and the expected mass of the first block with others at random, as many again.
+    For comparison with the layer's choice, it also measures the same number of blocks with the
+    largest mass, and the expected mass of the first block and random others of the same number.
 
     Scores are float32 or wider. Memory grows with T, not with T x T.
 
     Args:
-        q: [B, T, H, D], k: [B, T, K, D] of a row, not rotated.
-        window, route: numbers of the layer.
+        q: [B, T, H, D], not rotated.
+        k: [B, T, K, D], not rotated.
+        window, route: settings of the layer.
         queries: the tokens whose attention is measured.
-        edges: distances t - u, ascending, that divide the bins: edges[i] <= t - u < edges[i + 1].
+        edges: ascending distances t - u that divide the bins: edges[i] <= t - u < edges[i + 1].
         doc_start: [B, T], first token of each token's document, within 0 ... t.
         rotary: table of at least T positions.
     """
@@ -101,37 +102,37 @@ def choice_masses(
 
 
 def _rotate(x: Tensor, rotary: Rotary | None, tokens: range) -> Tensor:
-    """`x` [B, n, H, D] of these tokens, rotated to their positions in the row."""
+    """Rotate `x` [B, n, H, D] of these tokens to their positions in the row."""
     if rotary is None:
         return x
     return apply_rotary(x, rotary, torch.arange(tokens.start, tokens.stop, device=x.device))
 
 
 class _Blocks:
-    """The blocks of the past as the queries of one tile see them."""
+    """The blocks of the past for the queries of one tile."""
 
     def __init__(self, doc_start: Tensor, tile: range, window: int, block: int) -> None:
-        """doc_start: [U] of one row."""
+        """`doc_start`: [U], of one row."""
         key, document = torch.arange(tile.stop, device=doc_start.device), doc_start.long()
         token, own = key[tile.start :, None], document[tile.start :, None]
         self.seen = (key <= token) & (key >= own)  # [C, U]
-        self.beyond = key <= token - window  # [C, U]; what is also seen lies in far blocks
-        self.slot = document // block + (key - document) // block  # [U], of each key
+        self.beyond = key <= token - window  # [C, U]; if also seen, the key is in a far block
+        self.slot = document // block + (key - document) // block  # [U], slot of each key
         starts = block_starts(doc_start[None], block)[0]
         self.far = (starts <= token - window) & (starts >= own)  # [C, N]
         self.first = starts == own  # [C, N]
         inside = starts[:, None] + torch.arange(block, device=doc_start.device)
-        self._keys = inside.clamp(max=tile.stop - 1)  # [N, block]; those of no full block: not far
+        self._keys = inside.clamp(max=tile.stop - 1)  # [N, block]; incomplete blocks are not far
         self._tile = tile
 
     def divide(self, mass: Tensor, opened: Tensor, edges: list[int]) -> Tensor:
-        """`Masses.table` of the mass [C, U] of one key head and its open blocks [C, N]."""
+        """`Masses.table` for the mass [C, U] of one key head and its open blocks [C, N]."""
         far, first, opened = (x.to(mass.dtype) for x in (self.far, self.first, opened))
         held = (far, opened, self._best(mass, opened), self._random(far, opened))
         shares = torch.stack(held)  # [4, C, N]
         lines = [self._held(mass, shares * first, range(mass.shape[1]))]
         for start, stop in pairwise(edges):
-            # Keys at these distances from any query of the tile.
+            # Keys at this distance from any query of the tile.
             lowest = max(0, self._tile.start - stop + 1)
             keys = range(lowest, max(lowest, self._tile.stop - start))
             distance = self._distances(keys)
@@ -140,7 +141,7 @@ class _Blocks:
         return torch.stack(lines)
 
     def _held(self, mass: Tensor, shares: Tensor, keys: range) -> Tensor:
-        """[4] float64: the mass [C, n] of these keys, times the share of each block [4, C, N]."""
+        """[4] float64: sum of the mass [C, n] of these keys x the share of each block [4, C, N]."""
         slots = self.slot[keys.start : keys.stop]
         parts = [(mass * share[:, slots]).sum(dtype=torch.float64) for share in shares]
         return torch.stack(parts)
@@ -152,7 +153,7 @@ class _Blocks:
         return token[:, None] - key
 
     def _best(self, mass: Tensor, opened: Tensor) -> Tensor:
-        """[C, N]: 1 for the blocks of most mass, as many as are open."""
+        """[C, N]: 1 for the blocks with the largest mass, as many as there are open blocks."""
         by_block = mass[:, self._keys].sum(-1).masked_fill(~self.far, -1)
         order = by_block.sort(dim=-1, descending=True, stable=True).indices
         rank = torch.arange(order.shape[1], device=order.device)
@@ -160,7 +161,7 @@ class _Blocks:
         return torch.zeros_like(taken).scatter(-1, order, taken)
 
     def _random(self, far: Tensor, opened: Tensor) -> Tensor:
-        """[C, N]: how likely a block is chosen where all but the first one are equally likely."""
+        """[C, N]: probability of each block if all blocks except the first are equally likely."""
         chosen, others = opened.sum(-1, keepdim=True) - 1, far.sum(-1, keepdim=True) - 1
         return torch.where(self.first, 1, chosen / others.clamp(min=1)) * far
 
@@ -171,9 +172,9 @@ def _mass_beyond(
     """[C, U]: weights of the keys beyond the window, summed over the heads of a group.
 
     Args:
-        queries: [C, G, D] scaled, rotated to their positions, and to the stretched ones.
-        keys: [n, D] of the last n of U keys, rotated to their positions; [U, D], stretched.
-        blocks: what each query sees.
+        queries: [C, G, D] each, scaled: rotated to their positions, and to stretched positions.
+        keys: [n, D], the last n of U keys, rotated to their positions; and [U, D], stretched.
+        blocks: the blocks that each query sees.
     """
     near, far = (
         (q.flatten(0, 1) @ k.T).unflatten(0, q.shape[:2])

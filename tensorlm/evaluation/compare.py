@@ -1,4 +1,4 @@
-"""The joint report of several evaluations, from their report.json files."""
+"""Joining the reports of several evaluations, from their report.json files."""
 
 from pathlib import Path
 
@@ -10,21 +10,21 @@ from .results import Report, merge_reports, read_report
 
 
 def compare_reports(folders: list[Path], output: Path) -> str:
-    """Join the reports below `folders` and write the joint one to `output`.
+    """Join the reports below `folders`, and write the joint report to `output`.
 
-    An earlier joint report in `output` is not one of the parts, wherever that folder is.
+    An earlier joint report in `output` is never one of the parts.
 
     Returns:
-        All tables, and the notes, as text.
+        All tables and notes, as text.
 
     Raises:
-        UserError: `output` cannot be written or holds one of the parts, or no or a damaged report
-            was found.
+        UserError: `output` cannot be written or contains one of the parts, there is no report, or
+            a report is damaged.
     """
     check_output(output)
     for folder in folders:
         if not folder.is_dir():
-            raise UserError(f"--compare: {folder} is not a directory")
+            raise UserError(f"--compare: must be folders, got {folder}")
     files = {
         file.resolve(): None for folder in folders for file in sorted(folder.rglob("report.json"))
     }
@@ -35,11 +35,13 @@ def compare_reports(folders: list[Path], output: Path) -> str:
             parts.append(report)
         elif not report.is_joined:
             raise UserError(
-                f"--output: {output} holds one of the reports to compare, which would be replaced "
-                "(choose another folder)"
+                f"--output: must not contain a report to compare, which would be replaced, got "
+                f"{output} (choose another folder)"
             )
     if not parts:
-        raise UserError(f"--compare: no report.json below {', '.join(map(str, folders))}")
+        raise UserError(
+            f"--compare: must contain report.json, got none below {', '.join(map(str, folders))}"
+        )
     reports = [report.model_copy(update={"is_joined": True}) for report in merge_reports(parts)]
     write_reports(output, reports)
     notes = [note for report in reports for note in report.notes]

@@ -1,6 +1,6 @@
-"""The generating side of a model under evaluation: greedy continuations with a cache.
+"""Greedy generation with a cache, for a model under evaluation.
 
-Only tasks that generate import it, since transformers' model classes take seconds to import.
+Only tasks that generate import this module: transformers' model classes take seconds to import.
 """
 
 from typing import Any
@@ -20,8 +20,8 @@ from tensorlm.model import Llama
 
 
 def decoder_of(network: nn.Module, seq_len: int, device: torch.device) -> nn.Module:
-    """The network with a cache for decoding, on the same weights."""
-    logging.set_verbosity_error()  # else a warning that the prompt exceeds the trained length
+    """A model that generates with a cache, and shares the network's weights."""
+    logging.set_verbosity_error()  # suppress a warning that the prompt exceeds the trained length
     return _hugging_face_view(network, seq_len, device) if isinstance(network, Llama) else network
 
 
@@ -64,10 +64,11 @@ def continue_greedily(
     """The most likely continuation of a prompt.
 
     Args:
+        decoder: from `decoder_of`.
         tokens: [1, L] int64, the prompt.
-        num_tokens: the longest continuation.
-        eos_id: ends it.
-        prefill_chunk: tokens of the prompt in one pass.
+        num_tokens: maximum length of the continuation.
+        eos_id: id that ends the continuation.
+        prefill_chunk: tokens of the prompt per forward pass.
         cache: empty, from `make_cache`.
 
     Returns:

@@ -1,4 +1,4 @@
-"""What a reader of a report wants to know of the model, the text and the call."""
+"""Descriptions of the model, the text and the call, for reports."""
 
 import hashlib
 import shlex
@@ -13,21 +13,21 @@ from torch import nn
 from tensorlm.config import Config, ModelConfig, attention_in_words, layers_in_words
 from tensorlm.model.flops import num_parameters
 
-_SAMPLED = 16  # elements of each parameter, evenly spaced
+_SAMPLED = 16  # number of evenly spaced elements to sample from each parameter
 
 
 @torch.no_grad()
 def weights_digest(network: nn.Module) -> str:
-    """A sha256 of names, shapes and some elements of all parameters: other weights, other digest.
+    """A sha256 of names, shapes and some elements of all parameters, to tell models apart.
 
-    Equal on any device. Every parameter must be whole on this rank.
+    It is the same on any device. This rank must hold every parameter in full.
     """
     digest = hashlib.sha256()
     sampled = []
     for name, parameter in network.named_parameters():
         digest.update(f"{name} {list(parameter.shape)} ".encode())
         flat, num = parameter.detach().reshape(-1), parameter.numel()
-        # In integers: float32 rounds the place of the last of more than 2 ** 24 elements up.
+        # Integer arithmetic: float32 would round the last index up beyond 2 ** 24 elements.
         count = min(_SAMPLED, num)
         places = torch.arange(count, device=flat.device) * (num - 1) // max(count - 1, 1)
         sampled.append(flat[places].double())
@@ -36,22 +36,22 @@ def weights_digest(network: nn.Module) -> str:
 
 
 def describe_model(network: nn.Module, model_config: Any, tokens: int | None) -> dict[str, Any]:
-    """Facts `parameters` and `attention`, and `trained_tokens` where known.
+    """The facts `parameters` and `attention`, and `trained_tokens` if known.
 
     Args:
-        network: may be divided by ZeRO 3.
-        model_config: our `[model]` section, or the configuration of a Hugging Face folder.
-        tokens: that the model was trained on; None: unknown.
+        network: the model; it may be divided by ZeRO 3.
+        model_config: a `[model]` section, or the configuration of a Hugging Face folder.
+        tokens: number of tokens that the model was trained on; None: unknown.
     """
     facts = {"parameters": num_parameters(network), "attention": describe_attention(model_config)}
     return facts if tokens is None else {**facts, "trained_tokens": tokens}
 
 
 def describe_attention(model_config: Any) -> str:
-    """`fold [256]`, `full attention`, or each kind of layer where they differ.
+    """`fold [256]`, `full attention`, or a list of the kinds of layers.
 
     Args:
-        model_config: as in `describe_model`; a folder of another model says nothing of kinds.
+        model_config: as in `describe_model`; other models' folders do not define kinds.
     """
     if isinstance(model_config, ModelConfig):
         return attention_in_words(model_config)
@@ -63,7 +63,7 @@ def describe_attention(model_config: Any) -> str:
 
 
 def _describe_fold(model_config: Any) -> str:
-    """Of a configuration that knows folds and full attention at most."""
+    """Describe a configuration that has only folds and full attention."""
     fold, every = getattr(model_config, "fold", None), getattr(model_config, "full_every", 0)
     if not fold or every == 1:
         return "full attention"
@@ -71,7 +71,7 @@ def _describe_fold(model_config: Any) -> str:
 
 
 def describe_call(config: Config, output: Path) -> dict[str, Any]:
-    """Facts `text`, `date`, `commands` and `output` of an evaluation that is over."""
+    """The facts `text`, `date`, `commands` and `output` of a finished evaluation."""
     return {
         "text": config.eval.text or f"valid split of {config.data.path}",
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),

@@ -1,4 +1,4 @@
-"""Evaluations as they are started: by launcher/evaluate.py, or in the middle of training."""
+"""Starting an evaluation: from launcher/evaluate.py, or during training."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,10 +37,11 @@ def evaluate_on_ranks(
 ) -> int:
     """Evaluate the checkpoint of `step`, a folder, or random weights; rank 0 writes the report.
 
-    Several ranks share prompts and windows; with `parallel.sp` > 1 they share each window too.
+    Several ranks share prompts and windows; with `parallel.sp` > 1 they also share each window.
 
     Raises:
-        UserError: what the user can mend; lengths that did not fit, after the report is written.
+        UserError: a mistake that the user can correct; or, after the report is written, lengths
+            that did not fit into memory.
     """
     if hugging_face and not (hugging_face / "config.json").exists():
         raise UserError(
@@ -48,14 +49,14 @@ def evaluate_on_ranks(
             "export)"
         )
     folder = hugging_face or Path(config.data.path) / "tokenizer"
-    logging.set_verbosity_error()  # else a warning that `tensorlm` is not one of its own models
+    logging.set_verbosity_error()  # suppress a warning that `tensorlm` is an unknown model
     documents = _open_documents(config, config.eval.lengths, folder)
     if output is None and hugging_face:
-        # Not in the folder itself, which may be read-only or about to be uploaded.
+        # Not in the folder itself, which may be read-only, or be uploaded later.
         output = Path(config.run.dir) / "eval" / f"hf-{hugging_face.resolve().name}"
     elif output is None and is_random:
         output = run_output(config, None)
-    check_output(output or Path(config.run.dir) / "eval")  # its name has the checkpoint's step
+    check_output(output or Path(config.run.dir) / "eval")  # the step is not known yet
     device, grid = _join_ranks(config, launch, is_sharded=hugging_face is None)
     if hugging_face:
         unused = describe_unused(hugging_face, config.model)
@@ -75,7 +76,7 @@ def evaluate_on_ranks(
             hang_seconds=config.guards.hang_seconds,
             slow_phase_seconds=config.guards.slow_phase_seconds,
         )
-        dist.barrier()  # now rank 0 has removed the reports of an earlier hang
+        dist.barrier()  # until rank 0 has removed the reports of an earlier hang
         watchdog.enter("eval", model.step or 0)
         model.on_progress = watchdog.progress
     report = evaluate(config.eval, model, documents)
@@ -85,7 +86,7 @@ def evaluate_on_ranks(
         report = _described(report, config, output)
         write_reports(output, [report])
         events = Path(config.run.dir) / "tensorboard"
-        if model.step is None or not is_writable(events):  # a run of somebody else, say
+        if model.step is None or not is_writable(events):  # such as another user's run
             events = output / "tensorboard"
         with SummaryWriter(str(events), filename_suffix=".eval") as writer:
             log_to_tensorboard(writer, report, model.step or 0)
@@ -105,7 +106,7 @@ def check_held_out(config: Config) -> None:
 
 
 def _open_documents(config: Config, lengths: Sequence[int], tokenizer_folder: Path) -> Documents:
-    """The held-out documents; UserError now, not after the model is loaded, if they are short."""
+    """Open the held-out documents; raise UserError before the model is loaded if they are short."""
     documents = held_out_documents(config, load_tokenizer(tokenizer_folder), tokenizer_folder)
     if "ppl" in config.eval.tasks and lengths:
         choose_spans(documents, config.eval.span_length(lengths), max_tokens=1)
@@ -117,12 +118,12 @@ def _open_documents(config: Config, lengths: Sequence[int], tokenizer_folder: Pa
 def evaluate_in_training(
     config: Config, model: EvaluatedModel, writer: SummaryWriter | None
 ) -> None:
-    """Evaluate the model that is being trained; the rank that has a `writer` reports.
+    """Evaluate the model during training; the rank with a `writer` reports.
 
-    Lengths that do not fit are named and left out: training goes on.
+    Lengths that do not fit are reported and skipped, and training continues.
 
     Raises:
-        LeftError: on all ranks, when the run is to end; nothing is reported then.
+        LeftError: on all ranks, if the run must end; nothing is reported then.
     """
     documents = held_out_documents(config, model.tokenizer, Path(config.data.path) / "tokenizer")
     model.network.eval()
@@ -144,13 +145,13 @@ def _described(report: Report, config: Config, output: Path) -> Report:
 
 
 def run_output(config: Config, step: int | None) -> Path:
-    """Where the report of a step of the run is written, or that of random weights (None)."""
+    """Folder for the report of a step of the run; None: of random weights."""
     name = "random" if step is None else f"step-{step:08d}"
     return Path(config.run.dir) / "eval" / name
 
 
 def _join_ranks(config: Config, launch: LaunchEnv, is_sharded: bool) -> tuple[torch.device, Grid]:
-    """This rank's device, and the grid: one device alone holds whole windows, whatever `sp` is."""
+    """This rank's device, and the grid; a single rank processes whole windows for any `sp`."""
     if launch.world_size == 1:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu"), Grid()
     lengths = config.eval.lengths or (config.data.seq_len,)

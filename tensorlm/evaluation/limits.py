@@ -1,4 +1,4 @@
-"""What an evaluation took, and which lengths it could not measure: a line each, with what fits."""
+"""Costs of an evaluation, and the lengths that did not fit, with lengths that would."""
 
 import time
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from tensorlm.runtime.errors import UserError
 from .ranks import AloneError, DoesNotFitError
 from .results import Cost
 
-_USABLE = 0.95  # of the memory that the weights leave; the rest is lost between allocations
+_USABLE = 0.95  # usable share of the memory beside the weights; fragmentation takes the rest
 
 
 class Limits:
@@ -29,10 +29,10 @@ class Limits:
 
     @contextmanager
     def trying(self, what: str, length: int) -> Iterator[None]:
-        """Measure `what` at `length`: too little memory becomes a problem and not an exception.
+        """Context for measuring `what` at `length`; records a problem if memory runs out.
 
         Raises:
-            UserError: this rank alone ran out of memory, inside a pass that it shares with others.
+            UserError: only this rank ran out of memory, in a pass that it shares with others.
         """
         started = time.perf_counter()
         if self._is_cuda:
@@ -54,7 +54,7 @@ class Limits:
             self._costs[what, length] = (seconds, max(before, peak))
 
     def costs(self) -> list[Cost]:
-        """Seconds and memory of all that was measured."""
+        """Seconds and memory of all measurements."""
         return [
             Cost(
                 what=what,
@@ -66,21 +66,21 @@ class Limits:
         ]
 
     def too_short(self, length: int, task: str) -> None:
-        """Not even the shortest prompt of `task` has room in `length` tokens."""
+        """Record that even the shortest prompt of `task` does not fit into `length` tokens."""
         self._without_room.setdefault(length, []).append(task)
 
     def left_out(self, length: int, task: str, count: int, total: int) -> None:
-        """`count` of the `total` prompts of `task` do not fit into `length` tokens."""
+        """Record that `count` of the `total` prompts of `task` do not fit into `length` tokens."""
         if count:
             self._left_out.append(
                 f"{task} at {length} tokens: {count} of {total} prompts were skipped, because they "
-                "do not fit even without filler; the score is over the others"
+                "do not fit even without filler; the score is the mean of the others"
             )
 
     def notes(self) -> list[str]:
-        """A line for each length without room for all prompts, or for some."""
+        """One line for each length at which some or all prompts do not fit."""
         without = [
-            f"at {length} tokens there is no room for a prompt of: {', '.join(tasks)}"
+            f"{length} tokens are too few for the prompts of: {', '.join(tasks)}"
             for length, tasks in self._without_room.items()
         ]
         return [*without, *self._left_out]
@@ -103,7 +103,7 @@ class Limits:
             return f"try {length // 2}"
         fitted, peak = max(measured)
         if peak <= self._weights:
-            return f"{fitted} did"
+            return f"{fitted} fits"
         total = torch.cuda.get_device_properties(self._device).total_memory
         room = (total - self._weights) * _USABLE / (peak - self._weights) * fitted
-        return f"about {max(fitted, min(int(room), length - 1) // 1024 * 1024)} would"
+        return f"about {max(fitted, min(int(room), length - 1) // 1024 * 1024)} should fit"

@@ -1,7 +1,7 @@
-"""The model under evaluation: losses of given tokens, greedy continuations of a prompt.
+"""The model under evaluation: losses of given tokens, and greedy continuations of prompts.
 
-A checkpoint is read into the trainer's own `Llama`, whose ranks may share a row; the generating
-model of `tensorlm.hf` is then laid over the same weights. A Hugging Face folder is one such model.
+A checkpoint is loaded into the trainer's `Llama`, whose ranks may share a row. To generate, a model
+of `tensorlm.hf` shares its weights. A Hugging Face folder is loaded as such a model.
 """
 
 from collections.abc import Callable
@@ -33,13 +33,13 @@ from .results import RANDOM_WEIGHTS
 
 @dataclass
 class EvaluatedModel:
-    """A network with its tokenizer, and where it came from.
+    """A network with its tokenizer and its origin.
 
-    network: a `Llama`, on a grid of ranks, or a Hugging Face model (then `grid.sp` is 1).
+    network: a `Llama` on a grid of ranks, or a Hugging Face model (then `grid.sp` is 1).
     """
 
     network: Any
-    name: str  # where it is: the path of a run or folder
+    name: str  # path of the run or folder
     step: int | None
     trained_length: int
     tokenizer: Any
@@ -48,9 +48,9 @@ class EvaluatedModel:
     loss_chunk: int
     prefill_chunk: int
     on_progress: Callable[[], None] = lambda: None  # called after each pass, for a watchdog
-    leave: LeaveRequest | None = None  # asked after each pass, too
-    gathers_weights: bool = False  # in each pass, from all ranks: ZeRO 3
-    facts: dict[str, Any] = field(default_factory=dict)  # of the model, for readers of a report
+    leave: LeaveRequest | None = None  # checked after each pass
+    gathers_weights: bool = False  # whether each pass gathers weights from all ranks (ZeRO 3)
+    facts: dict[str, Any] = field(default_factory=dict)  # about the model, for the report
 
     @property
     def routed_layers(self) -> list[int]:
@@ -66,7 +66,7 @@ class EvaluatedModel:
 
     @cached_property
     def shape(self) -> ModelConfig:
-        """The settings of `[model]` that the network has."""
+        """The network's settings as a `[model]` section."""
         if isinstance(self.network, Llama):
             return self.network.config
         return ModelConfig.model_validate(model_settings(Path(self.name)))
@@ -81,7 +81,7 @@ class EvaluatedModel:
 
     @property
     def window_unit(self) -> int:
-        """Windows must be a multiple of this many tokens, so that the ranks can share them."""
+        """Tokens of which window lengths must be a multiple, so that ranks can share windows."""
         if self.grid.sp == 1:
             return 1
         assert isinstance(self.network, Llama)
@@ -96,8 +96,8 @@ class EvaluatedModel:
             tokens: [B, L + 1] int64.
 
         Returns:
-            [B, L]; zero at tokens of other ranks of the sequence group. Summed over ranks it is
-            whole.
+            [B, L]; zero at tokens of other ranks of the sequence group, so that the sum over ranks
+            is complete.
         """
         mine = self.grid.tokens(tokens.shape[1] - 1)
         inputs, labels = (t[:, mine].to(self.device) for t in (tokens[:, :-1], tokens[:, 1:]))
@@ -111,7 +111,7 @@ class EvaluatedModel:
         return result
 
     def _pass_done(self, num_partners: int, group: dist.ProcessGroup | None) -> None:
-        """A pass is over that ranks of `group` shared."""
+        """Report progress after a pass shared by the ranks of `group`, and check for a stop."""
         self.on_progress()
         if self.leave:
             self.leave.check(num_partners, group)
@@ -127,7 +127,7 @@ class EvaluatedModel:
         return torch.cat(parts).view_as(labels)
 
     def encode(self, text: str) -> list[int]:
-        """BOS and the ids of `text`, as documents were encoded for training."""
+        """BOS and the ids of `text`, encoded like documents for training."""
         encoded = self.tokenizer(
             text, add_special_tokens=False, split_special_tokens=True, verbose=False
         )
@@ -137,9 +137,12 @@ class EvaluatedModel:
     def generate(
         self, prompt: list[int], num_tokens: int, look: Callable[[Any], None] | None = None
     ) -> str:
-        """The most likely continuation, at most `num_tokens` long, as text.
+        """The most likely continuation of at most `num_tokens` tokens, as text.
 
-        Afterwards `look` gets the cache, a `FoldCache` unless the model is a stock Llama.
+        Args:
+            prompt: token ids.
+            num_tokens: maximum length of the continuation.
+            look: called with the cache afterwards: a `FoldCache` unless the model is a plain Llama.
         """
         from .decoding import continue_greedily, make_cache
 
@@ -156,7 +159,7 @@ class EvaluatedModel:
 
     @cached_property
     def generator(self) -> Any:
-        """The network with a cache for decoding, on the same weights."""
+        """A model that generates with a cache, and shares the network's weights."""
         from .decoding import decoder_of
 
         return decoder_of(self.network, self.trained_length, self.device)
@@ -168,16 +171,16 @@ class EvaluatedModel:
 def open_checkpoint_model(
     config: Config, step: int | None, device: torch.device, grid: Grid
 ) -> EvaluatedModel:
-    """The model of a checkpoint of `config.run.dir`, the newest where `step` is None.
+    """Open the model of a checkpoint of `config.run.dir`; the newest if `step` is None.
 
     Raises:
-        UserError: no such checkpoint, it is damaged, it is of another model than the configured, or
-            it was trained with another tokenizer than that of `data.path`.
+        UserError: the checkpoint does not exist or is damaged, its model is not the configured one,
+            or it was trained with a tokenizer other than that of `data.path`.
     """
     checkpoint = select_checkpoint(Path(config.run.dir), step, grid.rank, grid.world_size)
     trained = parse_config(checkpoint.manifest["config"], str(checkpoint.folder))
     check_model(checkpoint, config)
-    sha256 = checkpoint.manifest.get("tokenizer_sha256")  # None: it was imported, not trained
+    sha256 = checkpoint.manifest.get("tokenizer_sha256")  # None for imported weights
     if sha256:
         fix = f"set data.path to the data of {checkpoint.folder.parent}"
         check_tokenizer(_tokenizer_folder(config), sha256, fix)
@@ -193,7 +196,7 @@ def open_checkpoint_model(
 
 
 def open_random_model(config: Config, device: torch.device, grid: Grid) -> EvaluatedModel:
-    """The configured model with random weights: for the time and memory that evaluation takes.
+    """Make the configured model with random weights, to measure time and memory of an evaluation.
 
     Raises:
         UserError: the tokenizer of `data.path` has more ids than the model.
@@ -218,10 +221,10 @@ def open_random_model(config: Config, device: torch.device, grid: Grid) -> Evalu
 def open_hugging_face_model(
     config: Config, folder: Path, device: torch.device, grid: Grid
 ) -> EvaluatedModel:
-    """A Llama or tensorlm folder; no code in it is run, this installation's is.
+    """Open a Llama or tensorlm folder with this installation's code; its own code is not run.
 
     Raises:
-        UserError: not such a folder, or its tokenizer has more ids than its model.
+        UserError: it is not such a folder, or its tokenizer has more ids than its model.
     """
     from tensorlm.hf.load_folder import load_folder  # slow to import, as in decoding.py
 
@@ -252,8 +255,10 @@ def wrap_training_model(
     leave: LeaveRequest,
     tokens: int | None = None,
 ) -> EvaluatedModel:
-    """The model that is being trained, on so many tokens so far; after each of its passes
-    `on_progress` is called, and `leave` asked.
+    """Wrap the model that is being trained.
+
+    After each forward pass, `on_progress` is called and `leave` is checked. `tokens` is the number
+    of tokens trained so far.
     """
     tokenizer, seq_len = load_tokenizer(_tokenizer_folder(config)), config.data.seq_len
     name = str(Path(config.run.dir).resolve())
@@ -269,10 +274,10 @@ def _tokenizer_folder(config: Config) -> Path:
 
 
 def _load_tokenizer(folder: Path, vocab_size: int) -> Any:
-    """The tokenizer of a model with `vocab_size` ids.
+    """Load the tokenizer of a model with `vocab_size` ids.
 
     Raises:
-        UserError: none there, or it has more ids.
+        UserError: there is no tokenizer, or it has more ids.
     """
     tokenizer = load_tokenizer(folder)
     _check_ids(folder, tokenizer, vocab_size)
@@ -283,8 +288,8 @@ def _check_ids(folder: Path, tokenizer: Any, vocab_size: int) -> None:
     num_ids = largest_text_id(tokenizer) + 1
     if num_ids > vocab_size:
         raise UserError(
-            f"{folder}: has {num_ids} ids, the model's vocab_size is {vocab_size} "
-            "(the tokenizer must be that of the model)"
+            f"{folder}: must have at most vocab_size = {vocab_size} ids, got {num_ids} (use the "
+            "model's tokenizer)"
         )
 
 

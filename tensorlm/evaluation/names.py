@@ -1,4 +1,4 @@
-"""What models are called in a report: as short as possible, and never two alike."""
+"""Names of models in a report: as short as possible, and unique."""
 
 from pathlib import Path
 
@@ -11,10 +11,10 @@ def label(report: Report) -> str:
 
 
 def with_short_names(reports: list[Report]) -> list[Report]:
-    """Reports whose names are the last parts of their paths, as few as tell models apart.
+    """Shorten the names of reports to the fewest last parts of their paths that are unique.
 
-    Reports of the same name and step (random weights, a folder that was overwritten) are told apart
-    by the folders that they were written to, or else numbered.
+    Reports with the same name and step (random weights, an overwritten folder) are distinguished by
+    their output folders, or else by numbers.
     """
     names = {report.name for report in reports}
     short = [_short(report, names - {report.name}) for report in reports]
@@ -32,7 +32,7 @@ def with_short_names(reports: list[Report]) -> list[Report]:
 
 
 def _short(report: Report, others: set[str]) -> str:
-    # A report that describes its model names it by two parts: `demo/train`, not `train`.
+    # A report that describes its model has at least two parts: `demo/train`, not `train`.
     fewest = 2 if "parameters" in report.facts else 1
     for num_parts in range(fewest, len(Path(report.name).parts)):
         if _tail(report.name, num_parts) not in {_tail(name, num_parts) for name in others}:

@@ -1,4 +1,4 @@
-"""Where reports go, checked before there is any work."""
+"""Checks of output folders before the work begins."""
 
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -7,7 +7,7 @@ from tensorlm.runtime.errors import UserError
 
 
 def check_output(folder: Path) -> None:
-    """Raise UserError unless the folder can be made, or written to."""
+    """Raise UserError unless the folder can be created or written to."""
     problem = _problem(folder)
     if problem:
         raise UserError(
@@ -16,12 +16,12 @@ def check_output(folder: Path) -> None:
 
 
 def is_writable(folder: Path) -> bool:
-    """Whether the folder can be made, or written to."""
+    """Whether the folder can be created or written to."""
     return _problem(folder) is None
 
 
 def _problem(folder: Path) -> str | None:
-    """Why the system does not let us write there."""
+    """The reason why the folder cannot be written, or None."""
     place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     try:
         with TemporaryFile(dir=place):

@@ -1,4 +1,4 @@
-"""A report as one page to read: Markdown with plots beside it, HTML with everything inside."""
+"""A report as one page: Markdown with separate plots, or HTML with everything included."""
 
 import base64
 import html
@@ -9,20 +9,20 @@ from .summary import facts_table, headlines, title
 from .tables import Table
 
 _CAPTIONS = {
-    "ratio": "Change of perplexity against the trained length; band: 95 % interval.",
-    "perplexity": "Perplexity by length, without its interval: the table has it.",
-    "positions": "Loss of the tokens at each position of a window; band: 95 % interval.",
-    "attribution": "Loss that the context beyond the last tokens saves, by position.",
-    "recall": "Recall of the choice at the longest length, beside the best and a random choice of "
-    "as many blocks.",
-    "passkey": "Share of keys that were found, by length and depth.",
-    "niah": "Share of needles that were found, by length and depth.",
+    "ratio": "Change of perplexity relative to the trained length; band: 95 % interval.",
+    "perplexity": "Perplexity by length; its interval is in the table.",
+    "positions": "Loss of tokens by position in the window; band: 95 % interval.",
+    "attribution": "Loss reduction from the context beyond the last tokens, by position.",
+    "recall": "Recall of the choice at the longest length, compared with the best and a random "
+    "choice of the same number of blocks.",
+    "passkey": "Share of keys found, by length and depth.",
+    "niah": "Share of needles found, by length and depth.",
     "ruler": "Mean score of the tasks, by length.",
 }
 
 
 def markdown(reports: list[Report], tables: list[Table], images: dict[str, bytes]) -> str:
-    """The report as Markdown; plots are files beside it."""
+    """The report as Markdown; plots are separate files."""
     lines = [f"# {title(reports)}", ""]
     lines += [f"**{sentence}**\n" for sentence in headlines(reports)]
     lines += _markdown_table(facts_table(reports), ":---")
@@ -42,7 +42,7 @@ def _markdown_table(table: Table, alignment: str) -> list[str]:
 
 
 def _remarks(reports: list[Report]) -> list[str]:
-    """Problems and notes of all reports, with the model's name where there are several."""
+    """Problems and notes of all reports, with the model's name if there are several."""
     return [
         f"{label(report)}: {remark}" if len(reports) > 1 else remark
         for report in reports
@@ -50,7 +50,7 @@ def _remarks(reports: list[Report]) -> list[str]:
     ]
 
 
-_WORDS = ("model", "task")  # headers of first columns that hold words
+_WORDS = ("model", "task")  # headers of first columns with text
 
 _STYLE = """
 :root { color-scheme: light; }
@@ -81,7 +81,7 @@ summary { cursor: pointer; margin-top: 1.6rem; }
 
 
 def page(reports: list[Report], tables: list[Table], images: dict[str, bytes]) -> str:
-    """The report as HTML, which needs no other file and no network."""
+    """The report as HTML, without other files or network access."""
     name = html.escape(title(reports))
     parts = [
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{name}</title>',
@@ -123,8 +123,8 @@ def _figure(name: str, image: bytes) -> str:
 def _examples(report: Report) -> str:
     lines = [
         f"{e.task}, {e.length:,} tokens, score {e.score:g}\n  expected: {', '.join(e.answers)}\n"
-        f"  written:  {e.prediction.strip()!r}"
+        f"  got:      {e.prediction.strip()!r}"
         for e in report.examples
     ]
-    name, text = html.escape(f"Some answers of {label(report)}"), html.escape("\n".join(lines))
+    name, text = html.escape(f"Example answers of {label(report)}"), html.escape("\n".join(lines))
     return f"<details><summary>{name}</summary><pre>{text}</pre></details>"

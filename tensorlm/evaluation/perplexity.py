@@ -1,7 +1,7 @@
-"""Perplexity by context length and by position, on the same held-out tokens at every length.
+"""Perplexity by context length and by position, on the same held-out tokens at all lengths.
 
-Everything is computed from one kind of table: the loss of each token of the spans, seen from
-windows of some length. `window_losses` measures such tables, the rest is arithmetic on them.
+All results come from tables with the loss of each token of the spans, in windows of some length.
+`window_losses` measures these tables; the rest is arithmetic on them.
 """
 
 import math
@@ -32,19 +32,19 @@ def window_losses(
 ) -> Losses:
     """The loss of every token, from windows of `length` tokens that move by `stride`.
 
-    The first window of a span gives the losses of all its tokens, each later one those of its last
-    `stride` tokens. With stride = length windows do not overlap; otherwise every token but the
-    first ones has at least length - stride and at most length - 1 tokens before it.
+    The first window of a span gives the losses of all its tokens, each later window those of its
+    last `stride` tokens. With stride = length, windows do not overlap. Otherwise every token except
+    the first ones has length - stride to length - 1 tokens before it.
 
     Args:
         model: the model.
-        spans: N must be at least `length`.
-        length: tokens of a window.
-        stride: at most `length`.
-        title: for the progress bar.
+        spans: the spans; N must be at least `length`.
+        length: tokens in a window.
+        stride: tokens between the beginnings of windows, at most `length`.
+        title: title of the progress bar.
 
     Raises:
-        DoesNotFitError: there is too little memory.
+        DoesNotFitError: memory ran out.
     """
     places = [
         (span, start, keep)
@@ -55,8 +55,8 @@ def window_losses(
     batches = [places[at : at + batch] for at in range(0, len(places), batch)]
     dp, dp_rank = model.grid.dp, model.grid.dp_rank
     mine = batches[dp_rank::dp]
-    # ZeRO 3 gathers weights from all ranks in each pass, so that every rank makes as many passes:
-    # one that has no batch left repeats the last, for nothing.
+    # ZeRO 3 gathers weights from all ranks in each pass, so all ranks must make the same number of
+    # passes: a rank without a batch repeats the last one.
     num_idle = -(-len(batches) // dp) - len(mine)
 
     def measure() -> NDArray[np.float32]:
@@ -76,13 +76,13 @@ def window_losses(
 
 
 def _windows_of(spans: Spans, places: list[tuple[int, int, int]], length: int) -> Tensor:
-    """Windows of `length` tokens and one more, [B, length + 1], from (span, start, _)."""
+    """Windows of `length` tokens plus one, [B, length + 1], from (span, start, _)."""
     rows = [spans.tokens[span, start : start + length + 1] for span, start, _ in places]
     return torch.from_numpy(np.stack(rows))
 
 
 def _windows(num_tokens: int, length: int, stride: int) -> Iterator[tuple[int, int]]:
-    """(start, how many of its last tokens count) of each window."""
+    """(start, number of its last tokens that count) of each window."""
     yield 0, length
     done = length
     while done < num_tokens:
@@ -94,7 +94,7 @@ def _windows(num_tokens: int, length: int, stride: int) -> Iterator[tuple[int, i
 def measure_length(
     model: EvaluatedModel, spans: Spans, length: int, slide: int, seed: int
 ) -> tuple[LengthResult, Losses]:
-    """Perplexity with windows of `length`, and sliding by length / slide where slide > 1."""
+    """Perplexity with windows of `length`, and sliding by length / slide if slide > 1."""
     losses = window_losses(model, spans, length, length, f"perplexity {length:>7,}")
     sliding = None
     if slide > 1 and length < spans.length:
@@ -121,7 +121,7 @@ def measure_length(
 def loss_by_position(
     losses: Losses, document: NDArray[np.int64], length: int, seed: int
 ) -> list[Bucket]:
-    """Mean loss by position in windows of `length`, in buckets that double."""
+    """Mean loss by position in windows of `length`, in buckets whose ends double."""
     rows = losses.reshape(-1, length)
     owners = np.repeat(document, losses.shape[1] // length)
     edges = [0]
@@ -136,7 +136,7 @@ def loss_by_position(
 def compare_lengths(
     tables: dict[int, Losses], document: NDArray[np.int64], trained_length: int, seed: int
 ) -> list[Ratio]:
-    """Perplexity at each longer length over that at the trained length, if that was measured."""
+    """Perplexity at each longer length / perplexity at the trained length, if that was measured."""
     if trained_length not in tables:
         return []
     ratios = []

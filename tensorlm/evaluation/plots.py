@@ -1,4 +1,4 @@
-"""The figures of a report; several reports appear side by side, or as lines of one plot."""
+"""The figures of a report; several reports are shown side by side, or as lines of one plot."""
 
 from collections.abc import Callable
 from itertools import cycle
@@ -13,11 +13,11 @@ from .results import Cell, LengthResult, Mean, Report, same_tokens
 
 FIGURES = ("ratio", "perplexity", "positions", "attribution", "recall", "passkey", "niah", "ruler")
 _COLORS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown")
-_LEAST_CHANGE = 1.0  # percent: on a shorter axis noise would look like an effect
+_LEAST_CHANGE = 1.0  # percent: on a shorter axis, noise would look like an effect
 
 
 def figures(reports: list[Report]) -> dict[str, Figure]:
-    """All figures that these reports have numbers for, by file name without suffix."""
+    """All figures for which these reports have numbers, by file name without suffix."""
     makers: dict[str, Callable[[list[Report]], Figure]] = {
         "ratio": _ratio,
         "perplexity": _perplexity,
@@ -65,7 +65,7 @@ def _band(axes: Axes, x: list[int], means: list[Mean], color: str) -> None:
 
 
 def _ratio(reports: list[Report]) -> Figure:
-    """Change of perplexity against that at the trained length, on the same tokens."""
+    """Change of perplexity relative to the trained length, on the same tokens."""
     figure, axes = _axes(
         "Perplexity beyond the trained length, on the same tokens", "change of perplexity (%)"
     )
@@ -94,7 +94,7 @@ def _ratio(reports: list[Report]) -> Figure:
 
 
 def _change(ratio: Mean) -> Mean:
-    """In percent."""
+    """The change of a ratio from 1, in percent."""
 
     def percent(value: float | None) -> float | None:
         return None if value is None else 100 * (value - 1)
@@ -124,7 +124,7 @@ def _perplexity(reports: list[Report]) -> Figure:
         if slid:
             name = f"{label(report)}, sliding"
             axes.plot(*zip(*slid, strict=True), "o:", color=color, markersize=4, label=name)
-    # Documents differ far more than lengths do: their interval (in the table) would hide the curve.
+    # Documents differ more than lengths: their interval (in the table) would hide the curve.
     bottom, top = axes.get_ylim()
     axes.set_ylim(min(bottom, 0.98 * top), max(top, 1.02 * bottom))
     _mark_trained_lengths(axes, reports)
@@ -158,7 +158,7 @@ def _by_position(result: LengthResult) -> tuple[list[int], list[Mean]]:
 
 def _attribution(reports: list[Report]) -> Figure:
     figure, axes = _axes(
-        "What the context beyond the last tokens buys", "loss saved (nats per token)"
+        "Gain from the context beyond the last tokens", "loss reduction (nats per token)"
     )
     edges = set()
     for report, color in zip(reports, cycle(_COLORS), strict=False):
@@ -176,7 +176,7 @@ def _attribution(reports: list[Report]) -> Figure:
 
 
 def _recall(reports: list[Report]) -> Figure:
-    """By layer, and by distance over all layers, at each report's longest length."""
+    """Recall by layer, and by distance over all layers, at each report's longest length."""
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     by_layer, by_distance = figure.subplots(1, 2, sharey=True)
     edges: set[int] = set()
@@ -194,7 +194,7 @@ def _recall(reports: list[Report]) -> Figure:
             by_distance.plot(stops, shares, style, color=color, markersize=4)
         edges |= {found.stop for found in bins}
     for axes, text in (
-        (by_layer, "Attention beyond the window that open blocks hold"),
+        (by_layer, "Share of attention beyond the window in open blocks"),
         (by_distance, "By distance, without the document's first block"),
     ):
         axes.set_title(text, loc="left", fontsize=11)

@@ -1,4 +1,4 @@
-"""Prompts that fill a context: how many units of filler fit, and what counts as an answer.
+"""Prompts that fill a context: fitting the filler, and scoring answers.
 
 A task builds a prompt from a random generator and a number of units of filler (words, lines,
 documents). The same seed, task, length and index give the same bytes in every process.
@@ -13,13 +13,13 @@ from random import Random
 
 @dataclass(frozen=True)
 class Prompt:
-    """A text to continue, and the strings that the continuation should hold."""
+    """A text to continue, and the strings that the continuation should contain."""
 
     text: str
     answers: list[str]
 
 
-NO_END = 1 << 40  # units of a filler that can be repeated
+NO_END = 1 << 40  # maximum units of a filler that can be repeated without end
 
 # (random generator, units of filler) -> prompt
 Build = Callable[[Random, int], Prompt]
@@ -28,10 +28,13 @@ Encode = Callable[[str], list[int]]
 
 @dataclass(frozen=True)
 class Task:
-    """How one task makes and scores its prompts.
+    """A task: makes and scores its prompts.
 
-    least_units, unit_step: the smallest filler, and by how much it grows; most_units: as much as
-    the source of the filler has; any_answer: one of the answers is enough.
+    Attributes:
+        least_units: smallest filler.
+        unit_step: step by which the filler grows.
+        most_units: number of units that the source of the filler has.
+        any_answer: True if one of the answers is enough.
     """
 
     name: str
@@ -43,11 +46,11 @@ class Task:
     any_answer: bool = False
 
     def prompt(self, seed: int, length: int, index: int, units: int) -> Prompt:
-        """Prompt `index` of this task at `length` tokens with so many units of filler."""
+        """Prompt `index` of this task for `length` tokens, with `units` units of filler."""
         return self.build(Random(f"{seed} {self.name} {length} {index}"), units)
 
     def score(self, answers: list[str], prediction: str) -> float:
-        """0 to 1: the share of the answers that the prediction holds, in any case of letters."""
+        """The share (0 to 1) of the answers in the prediction, ignoring upper and lower case."""
         text = _CONTROL.sub("\n", prediction.strip()).strip().lower()
         found = [answer.lower() in text for answer in answers]
         return float(any(found)) if self.any_answer else sum(found) / len(found)
@@ -59,10 +62,10 @@ _CONTROL = re.compile(r"[\x00-\x1f]")
 def fit_prompt(
     task: Task, seed: int, length: int, index: int, units: int, encode: Encode
 ) -> tuple[Prompt, list[int], int] | None:
-    """Prompt `index` with at most `units`, fewer where it and its answer exceed `length` tokens.
+    """Prompt `index` with `units`, or fewer if it and its answer exceed `length` tokens.
 
     Returns:
-        The prompt, its ids, and its units; None where even the shortest prompt is too long.
+        The prompt, its ids and its units; None if even the shortest prompt is too long.
     """
     while True:
         prompt = task.prompt(seed, length, index, units)
@@ -77,9 +80,9 @@ def fit_prompt(
 
 
 def first_units(task: Task, seed: int, length: int, num_prompts: int, encode: Encode) -> int | None:
-    """`fit_units` of the first of `num_prompts` prompts that fits; None: none of them does.
+    """`fit_units` of the first of `num_prompts` prompts that fits; None if none of them fits.
 
-    Prompts differ in what cannot be left out of them (a question's own paragraphs, say).
+    Prompts differ in their fixed parts, such as a question's own paragraphs.
     """
     for index in range(num_prompts):
         units = fit_units(task, seed, length, encode, index)
@@ -89,14 +92,14 @@ def first_units(task: Task, seed: int, length: int, num_prompts: int, encode: En
 
 
 def fit_units(task: Task, seed: int, length: int, encode: Encode, index: int = 0) -> int | None:
-    """Most units with which prompt `index` and its answer stay within `length` tokens.
+    """The largest number of units with which prompt `index` and its answer fit `length` tokens.
 
-    The number of tokens is nearly linear in that of units, so a few prompts are enough: each probe
-    lies where the line through the last two reaches the budget, between the most units known to
-    fit and the fewest known not to. The search ends because this interval only shrinks.
+    The number of tokens is nearly linear in the number of units, so a few probes are enough. Each
+    probe is where the line through the last two reaches the budget, between the most units known to
+    fit and the fewest known not to fit. The search ends because this interval shrinks.
 
     Returns:
-        A multiple of `unit_step` above `least_units`, at most `most_units`; None: not even
+        `least_units` plus a multiple of `unit_step`, at most `most_units`; None if not even
         `least_units` fit.
     """
     budget, step = length - task.new_tokens, task.unit_step
@@ -107,9 +110,9 @@ def fit_units(task: Task, seed: int, length: int, encode: Encode, index: int = 0
     fits, tokens = task.least_units, count(task.least_units)
     if tokens > budget:
         return None
-    # A line of a filler without end is a quarter of a token at least, or the encoder is no use.
+    # Assume that a line of repeatable filler has at least a quarter of a token.
     limit = task.most_units if task.most_units < NO_END else max(fits, 4 * budget)
-    num_steps = (limit - fits) // step  # steps from `fits` that are not known to be too many
+    num_steps = (limit - fits) // step  # largest number of steps from `fits` that may still fit
     guess = min(num_steps, max(1, (3 * fits + step) // step))
     while num_steps > 0:
         found = count(fits + guess * step)

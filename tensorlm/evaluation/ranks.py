@@ -1,4 +1,4 @@
-"""Sharing the work of an evaluation among ranks, and putting the results together."""
+"""Sharing the work of an evaluation among ranks, and combining the results."""
 
 import time
 from collections.abc import Callable
@@ -13,17 +13,17 @@ from tqdm import tqdm
 from fold_parallel import Grid
 from tensorlm.runtime.progress import progress_bar
 
-# They met this rank in an exchange of the pass that failed, and need at most the rest of it.
+# Time for partners to finish the pass in which this rank failed.
 _PARTNERS_SECONDS = 60.0
 
 
 def progress(total: int, unit: str, title: str, grid: Grid) -> tqdm:
-    """A bar with the time left, on rank 0."""
+    """A progress bar with the remaining time, on rank 0."""
     return progress_bar(total, unit, title, is_shown=grid.rank == 0)
 
 
 def sum_over_ranks(values: NDArray[np.floating], device: torch.device) -> NDArray[np.float64]:
-    """The sum of all ranks' arrays, on every rank; the array itself where there is one rank."""
+    """Sum the arrays of all ranks, on every rank; with one rank, the array itself."""
     if not (dist.is_available() and dist.is_initialized()):
         return values.astype(np.float64)
     total = torch.from_numpy(values.astype(np.float64)).to(device)
@@ -32,31 +32,31 @@ def sum_over_ranks(values: NDArray[np.floating], device: torch.device) -> NDArra
 
 
 class DoesNotFitError(Exception):
-    """A rank ran out of memory; every rank raises it."""
+    """A rank ran out of memory; raised on every rank."""
 
 
 class AloneError(DoesNotFitError):
-    """This rank alone ran out of memory, and others wait for it inside a pass: that is the end."""
+    """Only this rank ran out of memory, and others are blocked in a pass with it: the run ends."""
 
 
 class LeftError(Exception):
-    """The evaluation was asked to end between two passes; every rank raises it."""
+    """The evaluation was asked to end between two passes; raised on every rank."""
 
 
 def compute_and_sum(
     compute: Callable[[], NDArray[np.floating]], device: torch.device, partners: range
 ) -> NDArray[np.float64]:
-    """`compute` on every rank, and the sum of what they found.
+    """Run `compute` on every rank, and sum the results.
 
     Args:
-        compute: what this rank does.
-        device: for the exchange of the results.
-        partners: the ranks that it meets in exchanges within `compute`, itself among them.
+        compute: the work of this rank.
+        device: device for exchanging the results.
+        partners: the ranks with which `compute` communicates, including this one.
 
     Raises:
-        DoesNotFitError: some rank had too little memory.
-        AloneError: it was this one, and its partners cannot be told.
-        LeftError: some rank was asked to leave.
+        DoesNotFitError: some rank ran out of memory.
+        AloneError: this rank ran out of memory, and its partners are blocked.
+        LeftError: some rank was asked to end the evaluation.
     """
     values: NDArray[np.floating] = np.zeros(0)
     failed = left = False
@@ -83,23 +83,23 @@ def compute_and_sum(
 
 
 class LeaveRequest:
-    """Asked after each pass of an evaluation in training: is the run to end?
+    """Checks after each pass of an evaluation in training whether the run must end.
 
-    A request that reached one rank reaches all by way of the store, since ranks make different
-    numbers of passes. Those that share a pass also agree on it, so that none begins the next alone.
+    Ranks make different numbers of passes, so a request on one rank reaches the others through the
+    store. Ranks that share a pass also agree, so that none begins the next pass alone.
     """
 
     def __init__(self, is_asked: Callable[[], bool], device: torch.device, step: int) -> None:
-        """`is_asked` is what this rank knows; `step` that of the run."""
+        """`is_asked`: whether this rank has a request; `step`: step of the run."""
         self._is_asked, self._device = is_asked, device
         self._store, self._key = _get_default_store(), f"leave evaluation/{step}"
         self._is_told = False
 
     def check(self, num_partners: int, group: dist.ProcessGroup | None) -> None:
-        """After a pass that `num_partners` ranks shared, those of `group`; collective among them.
+        """Check after a pass shared by the `num_partners` ranks of `group`; collective among them.
 
         Raises:
-            LeftError: on all of them, if any knows of a request.
+            LeftError: on all of them, if any has a request.
         """
         if not self._is_told and self._is_asked():
             self._store.set(self._key, "1")
@@ -114,19 +114,20 @@ class LeaveRequest:
 
 
 class _Arrivals:
-    """Which of the partners have computed, told by way of the store: ranks that are still inside an
-    exchange cannot take part in another one.
+    """Counts the partners that have finished computing, through the store.
+
+    Ranks that are still inside an exchange cannot take part in another one.
     """
 
     def __init__(self, partners: range) -> None:
-        """This rank has."""
+        """Record that this rank has finished."""
         self._store, self._key = _get_default_store(), f"computed/{partners.start}"
         count = self._store.add(self._key, 1)
-        # Nobody is a measurement ahead: each ends with a sum over all ranks.
+        # No rank can be a measurement ahead, since each measurement ends with a sum over all ranks.
         self._expected = -(-count // len(partners)) * len(partners)
 
     def all_within(self, seconds: float) -> bool:
-        """Wait for all partners, so long at most."""
+        """Wait for all partners for at most `seconds`; returns whether they have finished."""
         deadline = time.monotonic() + seconds
         while self._store.add(self._key, 0) < self._expected:
             if time.monotonic() > deadline:
@@ -136,6 +137,6 @@ class _Arrivals:
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    """CUDA's own exception, or the message of torch's allocator for CPUs."""
+    """Whether it is CUDA's exception, or has the message of torch's CPU allocator."""
     is_known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
     return is_known or "DefaultCPUAllocator: can't allocate memory" in str(error)

@@ -1,7 +1,7 @@
-"""Recall of the choice: how much of what full attention reads lies in the blocks that are chosen.
+"""Recall of the choice: the share of full attention that lies in the chosen blocks.
 
-Each window of held-out text goes through the model once. The queries and keys of every routed layer
-are seen on their way out of the layer's projections, and its last queries are measured.
+Each window of held-out text passes through the model once. Hooks on the projections of each routed
+layer capture its queries and keys, and the last queries of the window are measured.
 """
 
 from collections.abc import Callable, Iterator
@@ -32,19 +32,19 @@ def measure_recall(
     """Recall of every routed layer, in windows of the last `length` tokens of each span.
 
     Args:
-        model: with at least one routed layer.
-        spans: N must be at least `length`, so that all lengths have the same queries.
-        length: tokens of a window.
-        num_queries: the last tokens of each window, whose choice is measured.
+        model: a model with at least one routed layer.
+        spans: the spans; N must be at least `length`, so that all lengths have the same queries.
+        length: tokens in a window.
+        num_queries: number of last tokens in each window whose choice is measured.
 
     Raises:
-        DoesNotFitError: there is too little memory.
+        DoesNotFitError: memory ran out.
     """
     layers, edges = model.routed_layers, distance_edges(model.shape.window_size, length)
     windows = torch.from_numpy(spans.tokens[:, spans.length - length :])
     queries = range(max(0, length - num_queries), length)
     mine = windows[model.grid.dp_rank :: model.grid.dp]
-    # Every rank makes as many passes, as in `perplexity.window_losses`.
+    # All ranks make the same number of passes, as in `perplexity.window_losses`.
     num_idle = -(-len(windows) // model.grid.dp) - len(mine)
 
     def measure() -> NDArray[np.float64]:
@@ -67,7 +67,7 @@ def measure_recall(
 
 
 def distance_edges(window: int, length: int) -> list[int]:
-    """Distances from the window to the whole length, in bins that double."""
+    """Edges of distance bins from the window to the whole length; each edge doubles the last."""
     edges = [min(window, length)]
     while edges[-1] < length:
         edges.append(min(length, 2 * edges[-1]))
@@ -82,7 +82,7 @@ def _recall(
     num_queries: int,
     model: EvaluatedModel,
 ) -> Recall:
-    """Shares of one layer, from its sums over all windows."""
+    """Recall of one layer, from its sums over all windows."""
     table = sums[:-1].reshape(len(edges), len(COLUMNS)) / (num_queries * model.shape.num_heads)
     whole = table.sum(axis=0)
     bins = [
@@ -102,7 +102,7 @@ def _recall(
 
 
 def _shares(line: NDArray[np.float64]) -> dict[str, float]:
-    """What each choice holds of all mass: everything where there is none."""
+    """The share of the mass in each choice; 1 if there is no mass."""
     return {
         name: float(held / line[0]) if line[0] else 1.0
         for name, held in zip(COLUMNS[1:], line[1:], strict=True)
@@ -112,7 +112,7 @@ def _shares(line: NDArray[np.float64]) -> dict[str, float]:
 def _window_sums(
     model: EvaluatedModel, window: Tensor, layers: list[int], queries: range, edges: list[int]
 ) -> NDArray[np.float64]:
-    """[layers, sums]: those of this rank's part of the queries of one window [1, L + 1]."""
+    """[layers, sums] over this rank's queries of one window [1, L + 1]."""
     shape, grid, length = model.shape, model.grid, window.shape[1] - 1
     assert shape.route is not None
     rotary = rotary_table(shape, length, model.device)
@@ -145,8 +145,9 @@ def _part(queries: range, grid: Grid) -> range:
 def watching_projections(
     network: Any, layers: list[int], seen: Callable[[int, Tensor, Tensor], None]
 ) -> Iterator[None]:
-    """Call `seen` with the index, the queries and the keys of each of these layers, whenever its
-    projections have made them: [B, T, heads x D], of this rank's tokens, not rotated.
+    """Context that calls `seen(layer, queries, keys)` after these layers' projections.
+
+    Queries and keys are [B, T, heads x D], of this rank's tokens, not rotated.
     """
     blocks: Any = (network if isinstance(network, Llama) else network.model).layers
     with ExitStack() as hooks:
@@ -158,16 +159,14 @@ def watching_projections(
 
 
 class _Pair:
-    """The outputs of a layer's projections of queries and of keys, in this order, until both are
-    there.
-    """
+    """Collects the outputs of a layer's projections of queries and keys, in this order."""
 
     def __init__(self, layer: int, seen: Callable[[int, Tensor, Tensor], None]) -> None:
         self._layer, self._seen = layer, seen
         self._outputs: list[Tensor] = []
 
     def add(self, projection: nn.Module, inputs: Any, output: Tensor) -> None:
-        """A forward hook: it changes nothing."""
+        """Forward hook; it does not change the output."""
         self._outputs.append(output)
         if len(self._outputs) == 2:
             q, k = self._outputs

@@ -4,7 +4,7 @@ from .results import RecallAt, Report
 
 
 def recall_lengths(report: Report) -> list[int]:
-    """Lengths at which recall was measured, ascending."""
+    """Lengths at which recall was measured, in ascending order."""
     return sorted({found.length for found in report.recall})
 
 
@@ -20,7 +20,7 @@ def recall_of_all(report: Report, length: int) -> RecallAt:
 
 
 def recall_by_distance(report: Report, length: int) -> list[RecallAt]:
-    """`recall_of_all`, then each distance."""
+    """`recall_of_all`, followed by each distance bin."""
     layers = [found.distances for found in report.recall if found.length == length]
     return [
         recall_of_all(report, length),
@@ -29,7 +29,7 @@ def recall_by_distance(report: Report, length: int) -> list[RecallAt]:
 
 
 def _together(layers: list[RecallAt]) -> RecallAt:
-    """Of all layers: each counts as much as its attention."""
+    """Mean over layers, weighted by their attention."""
     mass = sum(layer.mass for layer in layers)
 
     def mean(name: str) -> float:

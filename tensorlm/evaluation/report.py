@@ -1,4 +1,4 @@
-"""What an evaluation leaves behind: report.json, .md and .html, plots, TensorBoard, a table."""
+"""The outputs of an evaluation: report.json, .md and .html, plots, TensorBoard and a table."""
 
 import io
 from pathlib import Path
@@ -16,9 +16,9 @@ from .tables import make_tables, mean_by_length
 
 
 def write_reports(folder: Path, reports: list[Report]) -> None:
-    """Write report.md, report.html and the plots; report.json too where there is one report.
+    """Write report.md, report.html and plots; with a single report, also report.json.
 
-    They replace those of an earlier report in that folder, whose other plots are removed.
+    They replace those of an earlier report in the folder; its other plots are removed.
     """
     folder.mkdir(parents=True, exist_ok=True)
     has_earlier = (folder / "report.md").exists()
@@ -38,7 +38,7 @@ def write_reports(folder: Path, reports: list[Report]) -> None:
 
 
 def log_to_tensorboard(writer: SummaryWriter, report: Report, step: int) -> None:
-    """Scalars `eval/...` and the figures, at `step`."""
+    """Log scalars `eval/...` and the figures at `step`."""
     for result in report.perplexity:
         writer.add_scalar(f"eval/ppl/{result.length}", result.perplexity, step)
         if result.sliding_perplexity is not None:
@@ -63,7 +63,7 @@ def log_to_tensorboard(writer: SummaryWriter, report: Report, step: int) -> None
 
 
 def format_report(reports: list[Report]) -> str:
-    """All tables for the terminal, and last what was found in a sentence."""
+    """All tables for the terminal, followed by the headline sentences."""
     reports = with_short_names(reports)
     parts = []
     for table in make_tables(reports):

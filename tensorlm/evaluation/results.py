@@ -1,7 +1,8 @@
-"""What an evaluation found: the contents of report.json.
+"""The results of an evaluation: the content of report.json.
 
-Losses are in nats per token, scores and accuracies from 0 to 1, times in seconds. An interval
-(`low`, `high`) holds 95 % of the bootstrap over documents; both are None with one document.
+Losses are in nats per token, scores and accuracies are from 0 to 1, times are in seconds. An
+interval (`low`, `high`) contains 95 % of the bootstrap over documents; both are None with one
+document.
 """
 
 from pathlib import Path
@@ -13,7 +14,7 @@ from tensorlm.runtime.errors import UserError
 
 
 class Result(BaseModel):
-    """Base of all results: frozen; NaN survives JSON as a string."""
+    """Base of all results: frozen; NaN is a string in JSON."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
 
@@ -46,11 +47,11 @@ class LengthResult(Result):
     num_tokens: int
     num_documents: int
     buckets: list[Bucket]
-    predicted: str = ""  # sha256 of the spans and their documents; empty: an older report
+    predicted: str = ""  # sha256 of the spans and their documents; empty in older reports
 
 
 class Ratio(Result):
-    """Perplexity at `length` over that at the trained length, on the same tokens."""
+    """Perplexity at `length` / perplexity at the trained length, on the same tokens."""
 
     length: int
     multiple: float
@@ -58,9 +59,10 @@ class Ratio(Result):
 
 
 class Gain(Result):
-    """What the context beyond `near` tokens buys at positions start <= p < stop.
+    """Gain from the context beyond `near` tokens, at positions start <= p < stop.
 
-    `gain` = loss with the last `near` tokens only - loss with the whole context, same tokens.
+    `gain` = loss with only the last `near` tokens - loss with the whole context, on the same
+    tokens.
     """
 
     start: int
@@ -80,8 +82,9 @@ class Attribution(Result):
 
 
 class RecallAt(Result):
-    """What blocks hold of the mass at distances start <= t - u < stop, the document's first block
-    apart; fields as in `Recall`.
+    """Recall at distances start <= t - u < stop, without the document's first block.
+
+    Fields as in `Recall`.
     """
 
     start: int
@@ -93,12 +96,18 @@ class RecallAt(Result):
 
 
 class Recall(Result):
-    """How much of full attention beyond the window the choice of one layer holds, in windows of
-    `length` tokens, over heads and the `num_queries` last tokens of all windows.
+    """The share of one layer's full attention beyond the window that lies in its choice.
 
-    `beyond`: share of all attention that is beyond the window; `first`: what the document's first
-    block holds of that, `chosen` all open blocks, `best` the best as many blocks, `random` the
-    first block with random others. `opened`: mean number of open blocks.
+    Measured in windows of `length` tokens, over heads and the last `num_queries` tokens of all
+    windows.
+
+    Attributes:
+        beyond: share of all attention that is beyond the window.
+        first: share of that in the document's first block.
+        chosen: share in all open blocks.
+        best: share in the same number of blocks with the largest mass.
+        random: share in the first block and random others, the same number of blocks.
+        opened: mean number of open blocks.
     """
 
     length: int
@@ -145,11 +154,11 @@ class TaskScore(Result):
     length: int
     score: float
     num_samples: int
-    version: str = ""  # whose prompts; empty: an older report
+    version: str = ""  # version of the prompts; empty in older reports
 
 
 class Cost(Result):
-    """What one kind of measurement took at one length; GPU memory at its peak (CPU: None)."""
+    """Cost of one kind of measurement at one length; peak GPU memory (None on CPUs)."""
 
     what: str
     length: int
@@ -158,7 +167,7 @@ class Cost(Result):
 
 
 class Example(Result):
-    """One prompt's answers and what the model wrote."""
+    """One prompt's answers, and the model's output."""
 
     task: str
     length: int
@@ -167,14 +176,14 @@ class Example(Result):
     score: float
 
 
-RANDOM_WEIGHTS = "random weights"  # last part of the name of a model that was not trained
+RANDOM_WEIGHTS = "random weights"  # last part of an untrained model's name
 
 
 class Report(Result):
-    """One evaluation of one model, or several that were joined.
+    """One evaluation of one model, or several joined ones.
 
-    `name` (the path of a run or folder), `step` and `weights` (a digest of some of them; empty:
-    unknown) tell models apart. `facts`: what a reader wants to know of the model and the call.
+    `name` (path of a run or folder), `step` and `weights` (a digest of some elements; empty:
+    unknown) identify the model. `facts` describe the model and the call.
     """
 
     name: str
@@ -194,7 +203,7 @@ class Report(Result):
     costs: list[Cost] = []
     examples: list[Example] = []
     notes: list[str] = []
-    problems: list[str] = []  # lengths that were asked for and needed too much memory
+    problems: list[str] = []  # requested lengths that did not fit into memory
 
     @property
     def is_random(self) -> bool:
@@ -208,9 +217,9 @@ class Report(Result):
 
 
 def same_tokens(reports: list[Report]) -> bool:
-    """Whether all perplexities of these reports are known to be of the same tokens."""
+    """Whether all perplexities of these reports are known to predict the same tokens."""
     predicted = {result.predicted for report in reports for result in report.perplexity}
-    if predicted == {""}:  # of older evaluations: each was of the same tokens at all its lengths
+    if predicted == {""}:  # older evaluations predicted the same tokens at all their lengths
         return len(reports) == 1 and not reports[0].is_joined
     return len(predicted) <= 1
 
@@ -219,7 +228,7 @@ def read_report(path: Path) -> Report:
     """Read a report.json.
 
     Raises:
-        UserError: it cannot be read, or is something else.
+        UserError: it cannot be read, or is not a report.
     """
     try:
         return Report.model_validate_json(path.read_bytes())
@@ -228,15 +237,15 @@ def read_report(path: Path) -> Report:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise UserError(f"{path}: not a report ({where}: {first['msg']})") from None
+        raise UserError(f"{path}: must be a report ({where}: {first['msg']})") from None
 
 
 def merge_reports(reports: list[Report]) -> list[Report]:
-    """Join the reports of one model that hold different lengths or tasks; others stay apart.
+    """Join reports of the same model with different lengths or tasks; others stay separate.
 
-    One model has one name, step and digest of weights. Reports of random weights always stay apart:
-    each is a measurement of time and memory with settings of its own. Where two reports hold the
-    same length (of the same task), the later one in the list counts.
+    A model is identified by name, step and digest of weights. Reports of random weights always stay
+    separate, since each measures time and memory with its own settings. If two reports have the
+    same length of the same task, the later one in the list counts.
     """
     groups: list[list[Report]] = []
     for report in reports:
@@ -267,7 +276,7 @@ _KEYS: dict[str, Any] = {
 
 
 def _join(parts: list[Report]) -> Report:
-    """One report of the parts of one model; where they differ, the last one's facts."""
+    """Join the parts of one model; where facts differ, those of the last part count."""
     lists: dict[str, Any] = {}
     for name, key in _KEYS.items():
         entries = {key(entry): entry for part in parts for entry in getattr(part, name)}
@@ -280,21 +289,21 @@ def _join(parts: list[Report]) -> Report:
     lists["weights"] = next((part.weights for part in parts if part.weights), "")
     joined = parts[-1].model_copy(update=lists)
     ratios, notes = _join_ratios(joined, parts)
-    # What one part did not measure, another one may have.
+    # A length that is missing in one part may be in another.
     earlier = [note for note in joined.notes if note != without_base(joined.trained_length)]
     return joined.model_copy(update={"ratios": ratios, "notes": [*earlier, *notes]})
 
 
 def without_base(trained_length: int) -> str:
-    """The note of a report that has no ratios, since the trained length was not measured."""
+    """The note of a report without ratios, because the trained length was not measured."""
     return (
-        f"no ratios beyond the trained length: the perplexity at {trained_length:,} tokens was not "
+        f"no ratios beyond the trained length: perplexity at {trained_length:,} tokens was not "
         "measured (evaluate that length too)"
     )
 
 
 def join_facts(parts: list[dict[str, Any]]) -> dict[str, Any]:
-    """The last part's facts, with the commands of all and the sum of their seconds."""
+    """The last part's facts, with all commands and the sum of the seconds of all parts."""
     facts = {key: value for part in parts for key, value in part.items()}
     commands = [command for part in parts for command in part.get("commands", [])]
     if commands:
@@ -305,10 +314,10 @@ def join_facts(parts: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _join_ratios(joined: Report, parts: list[Report]) -> tuple[list[Ratio], list[str]]:
-    """Ratios to the trained length of the results in `joined`, and a line for each that has none.
+    """Ratios of the results in `joined` to the trained length, and a note for each missing one.
 
-    A part's own ratio, which has an interval, counts where `joined` has the results that it is of.
-    Otherwise two results have a ratio only if they predicted the same tokens.
+    If `joined` has both results of a part's ratio, that ratio is used, with its interval. Otherwise
+    two results have a ratio only if they predicted the same tokens.
     """
     trained = joined.trained_length
     results = {result.length: result for result in joined.perplexity}
@@ -332,7 +341,7 @@ def _join_ratios(joined: Report, parts: list[Report]) -> tuple[list[Ratio], list
 
 
 def _own_ratios(part: Report, base: LengthResult, found: LengthResult) -> list[Ratio]:
-    """The ratio of these two results that `part` has measured itself, if it did."""
+    """The ratio of these two results, if `part` itself has measured it."""
     if base not in part.perplexity or found not in part.perplexity:
         return []
     return [ratio for ratio in part.ratios if ratio.length == found.length]

@@ -1,7 +1,7 @@
-"""Passkey and needle in a haystack: can the model find one sentence anywhere in its context?
+"""Passkey and needle in a haystack: finding one sentence anywhere in the context.
 
-Passkey (Mohtashami and Jaggi, 2023) hides a number in sentences that repeat. The needle hides a
-number in prose, with the words of RULER's `niah_single_2`, at depths that are chosen.
+Passkey (Mohtashami and Jaggi, 2023) hides a number in repeated sentences. The needle task hides a
+number in prose, with the wording of RULER's `niah_single_2`, at chosen depths.
 """
 
 from random import Random
@@ -19,7 +19,7 @@ _PASSKEY = (
 
 
 def passkey_task(depth: float) -> Task:
-    """A five-digit key between repeated sentences, `depth` (0 to 1) of the way through them."""
+    """The passkey task: a five-digit key among repeated sentences, at `depth` (0 to 1)."""
 
     def build(rng: Random, units: int) -> Prompt:
         key = str(rng.randint(10000, 99999))
@@ -32,7 +32,7 @@ def passkey_task(depth: float) -> Task:
 
 
 def needle_task(depth: float, prose: Prose) -> Task:
-    """A seven-digit number between the sentences of `prose`, at `depth` of the way."""
+    """The needle task: a seven-digit number among the sentences of `prose`, at `depth` (0 to 1)."""
 
     def build(rng: Random, units: int) -> Prompt:
         key, value = random_word(rng), random_number(rng)

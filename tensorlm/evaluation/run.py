@@ -1,4 +1,4 @@
-"""One evaluation, in order: perplexity, attribution, recall, passkey, needles, RULER."""
+"""An evaluation from start to end: perplexity, attribution, recall, passkey, needles, RULER."""
 
 import time
 from collections.abc import Callable
@@ -35,9 +35,9 @@ from .text import Documents, Prose, choose_spans, make_prose
 
 
 def evaluate(settings: EvalConfig, model: EvaluatedModel, documents: Documents) -> Report:
-    """Measure what `settings` asks for; all ranks call it together and get the same numbers.
+    """Run the tasks of `settings`; collective, with the same results on all ranks.
 
-    Lengths that need too much memory are left out and named in `problems`.
+    Lengths that need too much memory are skipped and listed in `problems`.
 
     Raises:
         UserError: the held-out documents are too short for perplexity.
@@ -84,7 +84,7 @@ def evaluate(settings: EvalConfig, model: EvaluatedModel, documents: Documents) 
 
 
 class _Evaluation:
-    """What the parts of one evaluation share."""
+    """The parts of one evaluation, and what they share."""
 
     def __init__(self, settings: EvalConfig, model: EvaluatedModel) -> None:
         self.settings, self.model = settings, model
@@ -129,7 +129,7 @@ class _Evaluation:
         for length in self.lengths:
             if length <= window:
                 self.notes.append(
-                    f"recall at {length:,} tokens was not measured: nothing lies beyond the window "
+                    f"recall at {length:,} tokens was not measured: no token is beyond the window "
                     f"of {window:,}"
                 )
                 continue
@@ -138,7 +138,7 @@ class _Evaluation:
         return found
 
     def heat_map(self, name: str, make_task: Callable[[float], Task]) -> list[Cell]:
-        """Accuracy of `make_task(depth)` over length and depth."""
+        """Accuracy of `make_task(depth)` by length and depth."""
         num = self.settings.depths
         depths = [depth / (num - 1) for depth in range(num)] if num > 1 else [0.5]
         tasks = [make_task(depth) for depth in depths]
@@ -160,7 +160,7 @@ class _Evaluation:
         return cells
 
     def ruler(self, prose: Prose) -> list[TaskScore]:
-        """Mean scores of the RULER tasks that are asked for."""
+        """Mean scores of the selected RULER tasks."""
         qa_files, num = [Path(file) for file in self.settings.qa], self.settings.samples
         scores = []
         for length in self.lengths:
@@ -187,7 +187,7 @@ class _Evaluation:
         num_prompts: int,
         hide_needles: bool = False,
     ) -> Scores | None:
-        """Scores, or None where there is no room in the length, or too little memory."""
+        """Scores, or None if prompts do not fit into the length or memory ran out."""
         found = None
         with self.limits.trying(part, length):
             title = f"{name:>15} {length:>7,}"

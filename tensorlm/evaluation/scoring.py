@@ -1,4 +1,4 @@
-"""Prompts through the model: scores of many prompts, shared among the ranks."""
+"""Scoring the model's answers to many prompts, which the ranks share."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -12,16 +12,16 @@ from .prompts import Task, first_units, fit_prompt
 from .ranks import compute_and_sum, progress
 from .results import Example
 
-_EXAMPLES = 2  # prompts of each task that the report shows
+_EXAMPLES = 2  # number of prompts of each task to show in the report
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Scores of all ranks' prompts, and some answers that this rank saw.
+    """Scores of the prompts of all ranks, and examples from this rank.
 
-    scores: [tasks, prompts], zero where the prompt does not fit; fits: [tasks, prompts] bool.
-    opened: [routed layers, tasks, prompts], how much of the needle was open; no layers unless the
-    tasks hide one.
+    scores: [tasks, prompts], 0 if the prompt does not fit; fits: [tasks, prompts] bool.
+    opened: [routed layers, tasks, prompts], the fraction of the needle's tokens whose blocks were
+    open; no layers unless the tasks hide a needle.
     """
 
     scores: NDArray[np.float64]
@@ -31,11 +31,11 @@ class Scores:
 
     @property
     def num_left_out(self) -> int:
-        """How many prompts do not fit."""
+        """Number of prompts that do not fit."""
         return int((~self.fits).sum())
 
     def mean(self, task: int) -> tuple[float, int]:
-        """Mean score of a task over the prompts that fit, and their number; (0, 0): none did."""
+        """Mean score of a task over the prompts that fit, and their number; (0, 0) if none fit."""
         count = int(self.fits[task].sum())
         return float(self.scores[task].sum()) / max(1, count), count
 
@@ -51,23 +51,23 @@ def score_tasks(
 ) -> Scores | None:
     """Let the model answer `num_prompts` prompts of each task in contexts of `length` tokens.
 
-    A prompt that is too long even with the least filler is left out.
+    A prompt that is too long even with the least filler is skipped.
 
     Args:
         model: the model.
-        tasks: alike in size: the filler that fits into one prompt of the first is tried in all.
-        length: maximum tokens of a prompt and its answer.
-        num_prompts: for each task.
-        seed: of the prompts.
-        title: for the progress bar.
-        hide_needles: whether each prompt holds its answer, whose place in the choices is of
-            interest.
+        tasks: tasks of similar size: the filler that fits one prompt of the first is tried in all.
+        length: maximum tokens of a prompt with its answer.
+        num_prompts: number of prompts per task.
+        seed: seed of the prompts.
+        title: title of the progress bar.
+        hide_needles: whether each prompt contains its answer, so that the blocks chosen for it
+            are of interest.
 
     Returns:
-        None where no prompt of the first task fits.
+        The scores; None if no prompt of the first task fits.
 
     Raises:
-        DoesNotFitError: there is too little memory.
+        DoesNotFitError: memory ran out.
     """
     units = first_units(tasks[0], seed, length, num_prompts, model.encode)
     if units is None:
@@ -91,7 +91,7 @@ def score_tasks(
                 bar.update()
         return found
 
-    alone = range(model.grid.rank, model.grid.rank + 1)  # prompts are answered by one rank each
+    alone = range(model.grid.rank, model.grid.rank + 1)  # each prompt is answered by one rank
     scores, fits, *opened = compute_and_sum(measure, model.device, alone)
     return Scores(scores, fits > 0, np.array(opened), examples)
 
@@ -105,7 +105,7 @@ def _answer(
     seed: int,
     opened: NDArray[np.float64] | None,
 ) -> Example | None:
-    """What the model writes after prompt `index`; None where the prompt does not fit.
+    """The model's answer to prompt `index`; None if the prompt does not fit.
 
     `opened` [routed layers] is filled in: how much of the needle was open to the answer.
     """

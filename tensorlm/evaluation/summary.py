@@ -1,4 +1,4 @@
-"""The head of a report: the model, the text, the call, and what was found in a sentence."""
+"""The top of a report: the model, the text, the call, and the main result in one sentence."""
 
 import math
 from typing import Any
@@ -11,7 +11,7 @@ from .tables import Table
 
 
 def title(reports: list[Report]) -> str:
-    """Names every model; a single one with its size and attention."""
+    """The title: names of all models; of a single model, also its size and attention."""
     names = ", ".join(label(report) for report in reports)
     facts = reports[0].facts
     if len(reports) > 1 or "parameters" not in facts:
@@ -20,7 +20,7 @@ def title(reports: list[Report]) -> str:
 
 
 def headline(report: Report) -> str | None:
-    """What the longest context does to perplexity, in a sentence; None: it was not measured."""
+    """The effect of the longest context on perplexity, in one sentence; None if not measured."""
     if not report.ratios:
         return None
     last = report.ratios[-1]
@@ -42,7 +42,7 @@ def headline(report: Report) -> str | None:
 
 
 def headlines(reports: list[Report]) -> list[str]:
-    """The sentence of each report that has one, with the model's name where there are several."""
+    """The headline of each report that has one, with the model's name if there are several."""
     sentences = [(report, sentence) for report in reports if (sentence := headline(report))]
     return [
         f"{label(report)}: {sentence}" if len(reports) > 1 else sentence
@@ -51,7 +51,7 @@ def headlines(reports: list[Report]) -> list[str]:
 
 
 def facts_table(reports: list[Report]) -> Table:
-    """What was evaluated and how, a column for each model."""
+    """A table of the facts, with one column per model."""
     columns = [_facts(report) for report in reports]
     keys = [key for key in columns[0] if any(column[key] for column in columns)]
     rows = [[key, *(column[key] or "unknown" for column in columns)] for key in keys]
@@ -60,7 +60,7 @@ def facts_table(reports: list[Report]) -> Table:
 
 
 def _facts(report: Report) -> dict[str, str]:
-    """What there is to say, as text; empty where unknown."""
+    """The facts as text; empty if unknown."""
     facts = report.facts
     parameters = facts.get("parameters")
     ranks, sp = facts.get("ranks", 1), facts.get("sp", 1)
@@ -84,11 +84,11 @@ def _facts(report: Report) -> dict[str, str]:
 
 def _training(report: Report) -> str:
     if report.is_random:
-        return "not at all (random weights)"
+        return "not trained (random weights)"
     length = f"at a length of {report.trained_length:,} tokens"
     tokens = report.facts.get("trained_tokens")
     if tokens == 0:
-        return f"not by this run (imported or initial weights), {length}"
+        return f"not in this run (imported or initial weights), {length}"
     return length if tokens is None else f"on {tokens:,} tokens, {length}"
 
 
@@ -104,7 +104,7 @@ def _text(report: Report) -> str:
 
 
 def _count(number: Any) -> str:
-    """Three digits: `1.31 M`, `8.03 B`."""
+    """Format with three digits: `1.31 M`, `8.03 B`."""
     for size, unit in ((1e9, " B"), (1e6, " M"), (1e3, " k")):
         if number >= size:
             return f"{number / size:.3g}{unit}"

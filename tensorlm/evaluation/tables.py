@@ -8,12 +8,12 @@ from .names import label
 from .recall_summary import recall_by_distance, recall_lengths
 from .results import Mean, RecallAt, Report, same_tokens
 
-_NONE = "-"  # in a cell: not measured, or unknown
+_NONE = "-"  # cell that was not measured or is unknown
 
 
 @dataclass(frozen=True)
 class Table:
-    """One section of a report: what it is, its numbers, and the figures above them."""
+    """One section of a report: title, text, numbers, and the figures above them."""
 
     title: str
     text: str
@@ -23,7 +23,7 @@ class Table:
 
 
 def make_tables(reports: list[Report]) -> list[Table]:
-    """The numbers of one or several reports; with several, the first column names them."""
+    """The tables of one or several reports; with several, the first column names the model."""
     makers = (
         _ratio_table,
         _perplexity_table,
@@ -40,7 +40,7 @@ def make_tables(reports: list[Report]) -> list[Table]:
 
 
 def _without_empty_columns(table: Table) -> Table:
-    """Leave out what was measured nowhere."""
+    """Remove columns without any measurement."""
     columns = [i for i, cells in enumerate(zip(*table.rows, strict=True)) if set(cells) != {_NONE}]
 
     def kept(row: list[str]) -> list[str]:
@@ -71,21 +71,21 @@ def _perplexity_table(reports: list[Report]) -> Table:
     ]  # fmt: skip
     header = ["length", "x trained", "loss", "perplexity", "95 %", "sliding", "tokens",
               "documents", "text"]  # fmt: skip
-    text = "Every length predicts the same held-out tokens, in windows that do not overlap"
+    text = "All lengths predict the same held-out tokens, in windows that do not overlap."
     if letters:
         text = (
-            "Different held-out tokens were predicted: compare only rows with the same letter "
-            "under text (?: unknown). Windows do not overlap"
+            "The rows predict different held-out tokens: compare only rows with the same letter "
+            "in the column text (?: unknown). Windows do not overlap."
         )
-    text += "; the interval is a bootstrap over documents."
+    text += " The interval is a bootstrap over documents."
     if any(r.sliding_perplexity is not None for report in reports for r in report.perplexity):
-        text += " Sliding windows overlap, so that every token has more context."
+        text += " Sliding windows overlap, so that each token has more context."
     return Table("Perplexity by length", text, _named(reports, header), rows,
                  ("perplexity", "positions"))  # fmt: skip
 
 
 def _text_letters(reports: list[Report]) -> dict[str, str]:
-    """A letter for each set of tokens that was predicted; none where all are the same."""
+    """A letter for each set of predicted tokens; empty if all sets are the same."""
     if same_tokens(reports):
         return {}
     predicted = [result.predicted for report in reports for result in report.perplexity]
@@ -100,8 +100,8 @@ def _ratio_table(reports: list[Report]) -> Table:
         for r in report.ratios
     ]
     text = (
-        "Perplexity over that at the trained length, token by token of the same text; below 1 the "
-        "longer context helps. The interval is a bootstrap over documents."
+        "Perplexity divided by that at the trained length, on the same tokens. Below 1, the longer "
+        "context helps. The interval is a bootstrap over documents."
     )
     header = ["length", "x trained", "ratio (95 %)"]
     return Table("Beyond the trained length", text, _named(reports, header), rows, ("ratio",))
@@ -122,11 +122,11 @@ def _attribution_table(reports: list[Report]) -> Table:
                     )
                 )  # fmt: skip
     text = (
-        "The same tokens, predicted from the last tokens only and from the whole window. A model "
-        "that ignores what lies further back gains nothing."
+        "The same tokens, predicted from only the last tokens and from the whole window. A model "
+        "that ignores earlier tokens has no gain."
     )
     header = ["length", "positions", "last", "loss, last only", "loss, whole", "gain (95 %)"]
-    return Table("What long context buys", text, _named(reports, header), rows, ("attribution",))
+    return Table("Gain from long context", text, _named(reports, header), rows, ("attribution",))
 
 
 def _recall_table(reports: list[Report]) -> Table:
@@ -137,10 +137,10 @@ def _recall_table(reports: list[Report]) -> Table:
         for found in recall_by_distance(report, length)
     ]
     text = (
-        "The attention that routed layers would give with every block open, beyond the window, and "
-        "the share of it that is in the blocks that are open. Best: the best choice of as many "
-        "blocks. Random: the first block with random others. The first block of a document is "
-        "always open; single distances leave it out."
+        "The attention that routed layers would give to tokens beyond the window if all blocks "
+        "were open, and the share of it in open blocks (chosen). Best: the best choice of the "
+        "same number of blocks. Random: the first block and random others. The first block of a "
+        "document is always open; rows of single distances do not include it."
     )
     header = ["length", "distance", "of all attention", "chosen", "best", "random"]
     return Table("Recall of the choice", text, _named(reports, header), rows, ("recall",))
@@ -165,8 +165,8 @@ def _recall_by_layer_table(reports: list[Report]) -> Table:
         if r.length == recall_lengths(report)[-1]
     ]  # fmt: skip
     text = (
-        "The same for each routed layer (from 0) at the longest length. First: the share in the "
-        "first block alone. Open: the mean number of blocks that a query and key head reads."
+        "The same for each routed layer (from 0), at the longest length. First: the share in the "
+        "first block alone. Open: the mean number of blocks read per query and key head."
     )
     header = ["layer", "length", "of all attention", "chosen", "best", "random", "first", "open"]
     return Table("Recall of the choice by layer", text, _named(reports, header), rows)
@@ -186,7 +186,7 @@ def _retrieval_table(reports: list[Report]) -> Table:
                         f"{sum(cell.num_samples for cell in cells):,}",
                     )
                 )  # fmt: skip
-    text = "Greedy answers; right when the hidden number is in them."
+    text = "Greedy answers; an answer is right if it contains the hidden number."
     header = ["task", "length", "accuracy", "worst", "prompts"]
     return Table("Passkey and needle in a haystack", text, _named(reports, header), rows,
                  ("passkey", "niah"))  # fmt: skip
@@ -231,7 +231,7 @@ def _ruler_table(reports: list[Report]) -> Table:
     text = f"Prompts and scoring of {' and of '.join(sorted(versions))}. "
     if len(versions) > 1:
         text += "Scores of different prompts are not comparable. "
-    text += "Scores from 0 to 100; the mean is over the tasks that were measured."
+    text += "Scores are from 0 to 100; the mean is over the measured tasks."
     return Table("RULER", text, _named(reports, header), rows, ("ruler",))
 
 
@@ -246,7 +246,7 @@ def _cost_table(reports: list[Report]) -> Table:
     ]  # fmt: skip
     text = "Wall-clock time on the devices named above"
     if any(cost.memory_gib is not None for report in reports for cost in report.costs):
-        text += "; GPU memory at its peak, weights included"
+        text += "; peak GPU memory, including weights"
     text += "."
     header = ["task", "length", "seconds", "GiB"]
     return Table("Time and memory", text, _named(reports, header), rows)

@@ -1,4 +1,4 @@
-"""Held-out text: the spans that perplexity predicts, and the prose that hides needles."""
+"""Held-out text: spans for perplexity, and prose for needles."""
 
 import hashlib
 import re
@@ -19,7 +19,7 @@ from tensorlm.runtime.errors import UserError
 
 
 class Documents(Protocol):
-    """Encoded documents, each BOS, text, EOS; `lengths` in tokens. A `Corpus` is one."""
+    """Encoded documents, each BOS, text, EOS; `lengths` in tokens. `Corpus` implements it."""
 
     lengths: NDArray[np.int64]
 
@@ -36,13 +36,13 @@ _ADVICE = Advice(
 
 
 class EncodedTexts:
-    """Text files, encoded when evaluation starts, with the ids that training data would have."""
+    """Text files, encoded at the start of an evaluation, with the same ids as training data."""
 
     def __init__(self, pattern: str, tokenizer: Any, text_field: str = "text") -> None:
         files = find_files([pattern], advice=_ADVICE)
         texts = list(read_documents(files, text_field, advice=_ADVICE))
         if not texts:
-            raise UserError(f"eval.text: {pattern} holds no text")
+            raise UserError(f"eval.text: must contain text, got none in {pattern}")
         encoded = tokenizer(
             texts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False
         )
@@ -55,15 +55,15 @@ class EncodedTexts:
 
 
 def held_out_documents(config: Config, tokenizer: Any, tokenizer_folder: Path) -> Documents:
-    """The documents of `eval.text`, or else the data set's valid split.
+    """The documents of `eval.text`, or else of the data set's valid split.
 
     Raises:
-        UserError: none there, or the split was encoded with another tokenizer.
+        UserError: there are no documents, or the split was encoded with another tokenizer.
     """
     if config.eval.text:
         return EncodedTexts(config.eval.text, tokenizer, config.eval.text_field)
     corpus = Corpus(Path(config.data.path) / "valid")
-    fix = "restore its files, or give texts with eval.text=GLOB"
+    fix = "restore its files, or set eval.text=GLOB"
     check_tokenizer(tokenizer_folder, corpus.tokenizer_sha256, fix)
     return corpus
 
@@ -73,10 +73,10 @@ def held_out_documents(config: Config, tokenizer: Any, tokenizer_folder: Path) -
 
 @dataclass(frozen=True)
 class Spans:
-    """Equally long spans of held-out documents, none across two documents.
+    """Equally long spans of held-out documents; a span never crosses documents.
 
-    tokens: [S, N + 1] int64, one token more than the N that are read, to be predicted last;
-    document: [S], where each is from.
+    tokens: [S, N + 1] int64: N input tokens and one more, which is only predicted.
+    document: [S], the document of each span.
     """
 
     tokens: NDArray[np.int64]
@@ -89,7 +89,7 @@ class Spans:
 
     @cached_property
     def sha256(self) -> str:
-        """Of all tokens, and which document each span is of: equal only where these are."""
+        """Hash of all tokens and of the division into documents."""
         digest = hashlib.sha256(repr(self.tokens.shape).encode())
         _, first = np.unique(self.document, return_inverse=True)
         for values in (self.tokens, first):
@@ -98,7 +98,7 @@ class Spans:
 
 
 def choose_spans(documents: Documents, length: int, max_tokens: int) -> Spans:
-    """Spans of `length` tokens, about `max_tokens` in all, from as many documents as possible.
+    """Choose spans of `length` tokens, about `max_tokens` in total, from many documents.
 
     Raises:
         UserError: no document is long enough.
@@ -111,46 +111,46 @@ def choose_spans(documents: Documents, length: int, max_tokens: int) -> Spans:
     ]
     if not places:
         raise UserError(
-            f"eval.lengths: no held-out document has the {length + 1} tokens that length {length} "
-            f"needs (the longest has {documents.lengths.max(initial=0)}; choose shorter lengths, "
-            "or other texts with eval.text)"
+            f"eval.lengths: a held-out document must have {length + 1} tokens for length {length}, "
+            f"got at most {documents.lengths.max(initial=0)} (choose shorter lengths, or longer "
+            "texts with eval.text)"
         )
-    places = sorted(places)[: max(1, max_tokens // length)]  # first every document's first span
+    places = sorted(places)[: max(1, max_tokens // length)]  # each document's first span first
     tokens = [documents.tokens(d, part * length, (part + 1) * length + 1) for part, d in places]
     return Spans(np.stack(tokens).astype(np.int64), np.array([document for _, document in places]))
 
 
 # ------------------------------------------------------------------------------------------- prose
 
-_MOST_WORDS_PER_TOKEN = 16  # of any tokenizer that could be meant for text
+_MOST_WORDS_PER_TOKEN = 16  # upper limit for any reasonable tokenizer
 
 
 class Prose:
-    """Running text in which needles hide: words with one space between, cut where wanted."""
+    """Running text for hiding needles: words separated by single spaces, cut at any word."""
 
     def __init__(self, text: str, num_words: int) -> None:
-        """Keep `num_words` words of `text`, repeated where it has fewer."""
+        """Keep `num_words` words of `text`, repeated if it has fewer."""
         words = text.split()
         if not words:
-            raise UserError("eval.text: no words to hide needles in (give texts with eval.text)")
+            raise UserError("eval.text: must contain words to hide needles in, got none")
         words = (words * -(-num_words // len(words)))[:num_words]
         self.num_words = num_words
         self.text = " ".join(words)
-        self._ends = np.cumsum([len(word) + 1 for word in words]) - 1  # of each word, in characters
+        self._ends = np.cumsum([len(word) + 1 for word in words]) - 1  # character offsets
         starts = [0, *(match.end() for match in re.finditer(r"[.!?][\"')\]]* ", self.text))]
         self._sentences = np.array(starts)
 
     def cut(self, num_words: int) -> tuple[str, NDArray[np.int64]]:
-        """The first words, and where in that text sentences start (and where it ends)."""
+        """The first `num_words` words, and the offsets of sentence starts and of the end."""
         end = int(self._ends[min(num_words, len(self._ends)) - 1])
         starts = self._sentences[: np.searchsorted(self._sentences, end)]
         return self.text[:end], np.append(starts, end)
 
 
 def insert(text: str, places: list[int], pieces: list[str]) -> str:
-    """Put each piece where its character offset says, with a space around it.
+    """Insert each piece at its character offset, with spaces around it.
 
-    RULER joins the parts in the same way: also those that are empty, at both ends.
+    Like RULER, this also joins empty parts at both ends.
     """
     parts, last = [], 0
     for place, piece in sorted(zip(places, pieces, strict=True)):
@@ -163,9 +163,9 @@ def insert(text: str, places: list[int], pieces: list[str]) -> str:
 def make_prose(
     documents: Documents, tokenizer: Any, num_tokens: int, encode: Callable[[str], list[int]]
 ) -> Prose:
-    """Prose of at least `num_tokens` tokens from the first held-out documents.
+    """Make prose of at least `num_tokens` tokens from the first held-out documents.
 
-    A word is a token or more, except where tokens span words: then more words are taken.
+    A word usually has one token or more. If tokens span words, more words are taken.
     """
     for words_per_token in (1, 2, 4, 8, _MOST_WORDS_PER_TOKEN):
         num_words = words_per_token * num_tokens

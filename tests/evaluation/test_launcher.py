@@ -37,7 +37,7 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     found = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     expected = [
-        "error: eval.lengths: no held-out document has the 1048577 tokens",
+        "error: eval.lengths: a held-out document must have 1048577 tokens",
         "eval: lengths: must divide the longest length = 90, got 60",
         "error: --lengths: must be integers above 0 with commas between them, got foo (like",
         "error: --lengths: must be integers above 0 with commas between them, got 60,,90 (like",
@@ -51,7 +51,7 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
         "error: /proc: cannot be written (",
         f"error: {config.run.dir}: no checkpoint of step 4 (choose one of 0)",
         "--config: missing",
-        "--compare: no report.json below",
+        "--compare: must contain report.json, got none below",
     ]
     assert len(found) == len(expected), result.stderr
     for line, part in zip(found, expected, strict=True):
@@ -108,11 +108,13 @@ def test_another_tokenizer_than_the_models_is_refused(tmp_path: Path) -> None:
         assert line.startswith(
             f"{other}: must be the tokenizer with which the data was encoded (set"
         )
-    with pytest.raises(UserError, match=r"tokenizer: has 420 ids, the model's vocab_size is 400"):
+    with pytest.raises(
+        UserError, match=r"tokenizer: must have at most vocab_size = 400 ids, got 420"
+    ):
         open_random_model(config, device, grid)
     folder = tmp_path / "hf"
     export_checkpoint(select_checkpoint(Path(config.run.dir), 0), config, folder, "fp32", other)
-    with pytest.raises(UserError, match=r"hf: has 420 ids, the model's vocab_size is 400"):
+    with pytest.raises(UserError, match=r"hf: must have at most vocab_size = 400 ids, got 420"):
         open_hugging_face_model(config, folder, device, grid)
 
 

@@ -110,7 +110,7 @@ def test_launcher_describes_the_model_and_the_call(tmp_path: Path) -> None:
     facts = read_report(Path(config.run.dir) / "eval/step-00000000/report.json").facts
     assert facts["attention"] == "fold [32]"
     assert facts["trained_tokens"] == 0
-    assert "not by this run" in (Path(facts["output"]) / "report.html").read_text()
+    assert "not in this run" in (Path(facts["output"]) / "report.html").read_text()
     assert facts["text"] == config.eval.text
     assert facts["commands"][0].startswith("python ")
     assert facts["output"] == str(tmp_path / "run/eval/step-00000000")

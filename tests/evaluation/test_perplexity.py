@@ -105,7 +105,7 @@ def test_held_out_records_may_have_another_field(tmp_path: Path, model: Evaluate
 
 
 def test_a_length_without_a_document_names_the_longest() -> None:
-    with pytest.raises(UserError, match=r"no held-out document has the 101 tokens.*longest has 40"):
+    with pytest.raises(UserError, match=r"a held-out document must have 101 tokens.*at most 40"):
         choose_spans(Lengths(40, 9), length=100, max_tokens=1000)
 
 

@@ -103,7 +103,7 @@ def test_a_rank_that_alone_runs_out_of_memory_says_so_and_ends(
     assert error.startswith(
         "error: rank 1: eval.lengths: ppl at 128 tokens does not fit into memory"
     )
-    assert error.endswith(" of rank 1 alone (64 did)")
+    assert error.endswith(" of rank 1 alone (64 fits)")
 
 
 def test_ranks_that_run_out_of_memory_together_leave_the_length_out(configure: Configure) -> None:
@@ -111,7 +111,7 @@ def test_ranks_that_run_out_of_memory_together_leave_the_length_out(configure: C
     job = Job(config, 2, at_128_tokens((0, 1), run_out_of_memory, sp=2), evaluate_rank)
     assert job.wait() == [EXIT_USER_ERROR] * 2, job.output()
     (error,) = job.errors()
-    assert error.endswith("ppl at 128 tokens does not fit into memory (64 did)")
+    assert error.endswith("ppl at 128 tokens does not fit into memory (64 fits)")
     report = read_report(Path(config.run.dir) / "eval/report.json")
     assert [result.length for result in report.perplexity] == [64]
 

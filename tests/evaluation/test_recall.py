@@ -244,7 +244,7 @@ def test_a_report_has_it_of_a_checkpoint_and_of_its_folder(tmp_path: Path, data:
     report = evaluate(config.eval, model, documents)
     assert [(r.length, r.layer) for r in report.recall] == [(64, 1), (64, 2), (128, 1), (128, 2)]
     (note,) = report.notes
-    assert note == "recall at 16 tokens was not measured: nothing lies beyond the window of 16"
+    assert note == "recall at 16 tokens was not measured: no token is beyond the window of 16"
     assert [(cost.what, cost.length) for cost in report.costs] == [("recall", 64), ("recall", 128)]
     bins = recall_by_distance(report, 128)
     assert [(r.start, r.stop) for r in bins] == [(0, 0), (16, 32), (32, 64), (64, 128)]

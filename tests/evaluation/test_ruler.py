@@ -281,5 +281,5 @@ def test_questions_come_with_the_paragraphs_that_answer_them(tmp_path: Path) -> 
 def test_another_file_is_refused_by_name(tmp_path: Path) -> None:
     file = tmp_path / "other.json"
     file.write_text('{"data": 3}')
-    with pytest.raises(UserError, match=r"eval.qa: .*other.json: neither SQuAD nor HotpotQA"):
+    with pytest.raises(UserError, match=r"eval.qa: .*other.json: must be SQuAD or HotpotQA"):
         make_tasks(4096, [file])

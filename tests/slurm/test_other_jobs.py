@@ -60,7 +60,7 @@ def test_chain_of_import_training_and_evaluation_ends_in_one_table(
     assert cluster.wait_for(report_job) == "FAILED"
     out = run / f"eval/eval128k-{job}"
     for missing in ("7-64", "7-256"):
-        assert f"error: {out}/parts/{missing}: no report" in site.log(report_job)
+        assert f"error: {out}/parts/{missing}: report.json is missing" in site.log(report_job)
 
     parts = {path.name: read_report(path / "report.json") for path in (out / "parts").iterdir()}
     assert sorted(parts) == ["2-256", "2-64"]

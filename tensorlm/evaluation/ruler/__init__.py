@@ -1,7 +1,7 @@
 """RULER (Hsieh et al., COLM 2024, arXiv 2404.06654), offline: 11 tasks, 13 with QA files.
 
 Instructions, numbers of needles, answer lengths and scoring are those of `VERSION`
-(scripts/data/synthetic in that repository); docs/evaluation.md lists what differs.
+(scripts/data/synthetic in that repository); docs/evaluation.md lists the differences.
 """
 
 from pathlib import Path
@@ -17,7 +17,7 @@ VERSION = "github.com/NVIDIA/RULER at c3f5e3b (July 2026)"
 
 
 def ruler_tasks(length: int, prose: Prose, qa_files: list[Path], encode: Encode) -> list[Task]:
-    """The tasks at `length` tokens, in RULER's order; question answering for each file given."""
+    """The tasks for `length` tokens, in RULER's order, with question answering for each file."""
     example_units = fit_units(example_task(), 0, EXAMPLE_TOKENS, encode)
     return [
         *niah_tasks(prose),

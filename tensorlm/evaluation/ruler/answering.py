@@ -1,4 +1,4 @@
-"""RULER's question answering: the paragraphs that hold the answer among many that do not."""
+"""RULER's question answering: paragraphs with the answer among many without it."""
 
 import json
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ _QUESTION = (
 
 @dataclass(frozen=True)
 class Question:
-    """gold: paragraphs that answer it; near: others of the same article, used up first."""
+    """A question. gold: paragraphs with the answer; near: others of its article, used first."""
 
     text: str
     answers: list[str]
@@ -31,7 +31,7 @@ class Question:
 
 
 def qa_task(path: Path) -> Task:
-    """`qa_1` from a SQuAD file, `qa_2` from a HotpotQA file (recognized by what they hold).
+    """`qa_1` from a SQuAD file, or `qa_2` from a HotpotQA file, recognized by content.
 
     Raises:
         UserError: the file is neither.
@@ -43,9 +43,9 @@ def qa_task(path: Path) -> Task:
     except OSError as error:
         raise UserError(f"eval.qa: {path}: {error.strerror}") from None
     except (ValueError, KeyError, TypeError):
-        raise UserError(f"eval.qa: {path}: neither SQuAD nor HotpotQA JSON") from None
+        raise UserError(f"eval.qa: {path}: must be SQuAD or HotpotQA JSON") from None
     if not questions:
-        raise UserError(f"eval.qa: {path}: holds no question with an answer")
+        raise UserError(f"eval.qa: {path}: must contain a question with an answer, got none")
 
     def build(rng: Random, units: int) -> Prompt:
         question = questions[rng.randrange(len(questions))]

@@ -1,4 +1,4 @@
-"""RULER's aggregation tasks: which words are common in a list, which coded words frequent."""
+"""RULER's aggregation tasks: finding common words in a list, and frequent coded words."""
 
 import math
 import string
@@ -21,8 +21,8 @@ _FREQUENT = (
     "Answer: According to the coded text above, the three most frequently appeared words are:"
 )
 _NUM_COMMON = 10
-_NEW_TOKENS = 50  # of an answer to `fwe`, which RULER subtracts before it sizes the vocabulary
-_ZETA_2 = math.pi**2 / 6  # normalizes frequencies that fall as 1 / rank^2
+_NEW_TOKENS = 50  # answer length of `fwe`, which RULER subtracts before sizing the vocabulary
+_ZETA_2 = math.pi**2 / 6  # normalization of frequencies proportional to 1 / rank^2
 
 
 def common_words_task(length: int) -> Task:
@@ -50,7 +50,7 @@ def common_words_task(length: int) -> Task:
 
 
 def frequent_words_task(length: int) -> Task:
-    """`fwe`: coded words whose frequency falls as 1 / rank^2; the most frequent one is dots."""
+    """`fwe`: coded words with frequency proportional to 1 / rank^2; the most frequent is dots."""
 
     def build(rng: Random, units: int) -> Prompt:
         vocabulary: dict[str, None] = {}

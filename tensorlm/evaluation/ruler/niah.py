@@ -25,7 +25,7 @@ _SINGLE_QUESTION = (
     "What is the special magic {kind} for {query} mentioned in the provided text? "
     "The special magic {kind} for {query} mentioned in the provided text is"
 )
-_DEPTHS = [round(100 * i / 39) for i in range(40)]  # of needles in prose, in percent
+_DEPTHS = [round(100 * i / 39) for i in range(40)]  # depths of needles in prose, in percent
 
 Kind = Literal["words", "numbers", "uuids"]
 
@@ -56,7 +56,7 @@ VARIANTS = (
 
 
 def niah_tasks(prose: Prose) -> list[Task]:
-    """All variants; haystacks grow by a word of prose, or by a line."""
+    """Tasks for all variants; the unit of a haystack is a word of prose or a line."""
     return [
         Task(
             variant.name,
@@ -112,7 +112,7 @@ def _lines(variant: Niah, rng: Random, units: int) -> list[str]:
 
 
 def niah_question(kind: Kind, context: str, keys: list[str], *, is_single: bool) -> str:
-    """The prompt: instruction, haystack, question, and the beginning of the answer."""
+    """The text of a prompt: instruction, haystack, question and beginning of the answer."""
     query = ", ".join(keys[:-1]) + ", and " + keys[-1] if len(keys) > 1 else keys[0]
     if is_single:
         return _SINGLE_QUESTION.format(kind=kind[:-1], context=context, query=query)
@@ -129,7 +129,7 @@ def random_word(rng: Random) -> str:
 
 
 def random_number(rng: Random) -> str:
-    """Seven digits."""
+    """A number with seven digits."""
     return str(rng.randint(1_000_000, 9_999_999))
 
 

@@ -1,4 +1,4 @@
-"""RULER's variable tracking: follow a chain of assignments that is scattered over noise."""
+"""RULER's variable tracking: following a chain of assignments scattered in noise."""
 
 import string
 from itertools import pairwise
@@ -22,7 +22,7 @@ def tracing_task(example_units: int) -> Task:
     """`vt`: one chain of four hops, after one solved example with names of three letters.
 
     Args:
-        example_units: lines of noise in the example (RULER: as many as EXAMPLE_TOKENS hold).
+        example_units: lines of noise in the example (in RULER, as many as fit EXAMPLE_TOKENS).
     """
 
     def build(rng: Random, units: int) -> Prompt:
@@ -35,7 +35,7 @@ def tracing_task(example_units: int) -> Task:
 
 
 def example_task() -> Task:
-    """The solved example alone, to find how many lines it has."""
+    """The solved example alone, to find its number of lines."""
 
     def build(rng: Random, units: int) -> Prompt:
         return _chain_prompt(rng, units, name_length=3)
