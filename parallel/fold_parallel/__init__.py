@@ -1,4 +1,7 @@
-"""Sequence parallelism: windowed, tensorized and routed attention over a row of several ranks."""
+"""Sequence parallelism: window, tensorized and routed attention on rows shared by several ranks.
+
+Others call this context parallelism (CP).
+"""
 
 from .attention import sharded_tensor_attention
 from .grid import Grid, check_sizes, check_world, create_grid, legal_degrees

@@ -1,7 +1,7 @@
-"""Tensorized and full attention over a row whose tokens are shared by the ranks of one group.
+"""Tensorized and full attention on a row whose tokens are shared by the ranks of one group.
 
-Every softmax is whole on one rank, so nothing is merged across ranks. The steps are in `swap`; what
-travels, per token and layer, is in `traffic`.
+Each softmax is computed on one rank, so nothing is merged across ranks. `swap` describes the steps,
+`traffic` the bytes sent per token and layer.
 """
 
 import math
@@ -39,34 +39,34 @@ def sharded_tensor_attention(
     backend: Backend = "auto",
     overlap: bool = True,
 ) -> Tensor:
-    """`tensor_attention` of the whole row (distance mode), this rank's T/P tokens of it.
+    """`tensor_attention` of the whole row (distance mode), for this rank's T/P tokens.
 
-    All ranks of the sequence group call it together, each with its contiguous slice. With sp = 1 it
-    is `tensor_attention` and nothing is communicated. `hop_bias` is the same on all ranks; its
+    Collective over the sequence group; each rank passes its contiguous slice. With sp = 1 it calls
+    `tensor_attention` and communicates nothing. `hop_bias` must be the same on all ranks; its
     gradient is this rank's part of the sum.
 
     Args:
-        q: [B, T/P, H, D], not rotated when `rotary` is given.
+        q: [B, T/P, H, D], not rotated if `rotary` is given.
         k: [B, T/P, K, D] with H a multiple of K; neither needs to be a multiple of P.
         v: [B, T/P, K, E].
         fold: lengths of the inner axes, innermost first; [] is full attention, shared by heads.
         grid: the rank grid; P is `grid.sp`.
-        doc_start: [B, T/P] integer (or [1, T/P], for every row of the batch), index *in the whole
-            row* of the first token of each token's document, brought to 0 ... t where it is
-            outside; None: one document per row.
+        doc_start: [B, T/P] integer (or [1, T/P] for all rows of the batch), index *in the whole
+            row* of the first token of each token's document, clamped to 0 ... t; None: one document
+            per row.
         hop_bias: [len(fold), H], added to the scores of hops 2, 3, ...
         rotary: table of at least T positions.
-        scale: factor on the scores, 1 / sqrt(D) by default.
-        backend: passed on to `tensor_attention.hop`.
-        overlap: False ends the swap of q and k before hop 1 begins, in both directions: to measure
-            what it costs then.
+        scale: factor on the scores (default: 1 / sqrt(D)).
+        backend: passed to `tensor_attention.hop`.
+        overlap: False completes the swap of q and k before hop 1 begins, in both directions, to
+            measure its cost.
 
     Returns:
         [B, T/P, H, E] in the dtype of v.
 
     Raises:
-        ValueError: if ranks cannot share such rows (`check_sizes`), or arguments do not belong
-            together; before anything is sent.
+        ValueError: ranks cannot share such rows (`check_sizes`), or arguments do not match;
+            raised before anything is sent.
     """
     if grid.sp == 1 or not q.numel():
         return tensor_attention(
@@ -82,12 +82,12 @@ def sharded_tensor_attention(
     assert grid.swap_group is not None
     depth = depth_in_document(doc_start, grid)
 
-    # Both exchanges are under way before hop 1 starts; only the halo is waited for.
+    # Start both exchanges before hop 1, and wait only for the halo.
     halo = start_halo((k, v), fold[0] - 1, grid.sp_group)
     swap = start_rows_to_columns((q, k, depth), fold[0], grid.swap_group)
     columns = None if overlap else swap.wait()
     z, lse = first_hop(q, k, v, depth, halo, fold[0], grid, rotary, scale, backend)
-    # In this order, backward sends the gradients of z first: those of q, k travel during hop 1.
+    # In this order, backward sends the gradients of z first, and those of q, k during hop 1.
     q, k, depth = columns or swap.wait()
     z, lse = rows_to_columns((z, lse), fold[0], grid.swap_group, left_out=fold[0])
     for i, axis in enumerate(fold_axes(fold, seq_len)[1:]):
@@ -111,9 +111,9 @@ def _full_attention(
     scale: float | None,
     backend: Backend,
 ) -> Tensor:
-    """Each rank attends over the whole row with H / P of the heads.
+    """Full attention: each rank attends over the whole row with H / P of the heads.
 
-    Key heads are repeated until P divides them, so that P may exceed them.
+    Key heads are repeated until P divides their number, so P may exceed it.
     """
     assert grid.swap_group is not None
     repeats = math.lcm(k.shape[2], grid.sp) // k.shape[2]

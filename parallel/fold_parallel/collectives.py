@@ -1,11 +1,11 @@
-"""Exchanges between ranks, as autograd pairs that can be under way while others compute.
+"""Differentiable exchanges between ranks that can overlap with computation.
 
-`start_all_to_all` and `start_halo` launch an exchange and return an `InFlight`; its `wait` gives
-the received tensors. What was forward a send is backward a receive, and the backward exchange too
-is launched where the gradient appears and waited for where it is needed.
+`start_all_to_all` and `start_halo` launch an exchange and return an `InFlight`; its `wait` returns
+the received tensors. A send in forward is a receive in backward. The backward exchange is launched
+when the gradient is ready, and awaited where it is needed.
 
-Tensors travel as bytes. Small ones (log-sum-exps, positions) share a message, whatever their
-dtypes; a large one has its own, and is not packed or unpacked where its layout is a message's.
+Tensors are sent as bytes. Small tensors (log-sum-exps, positions) of any dtype share a message. A
+large tensor has a separate message, and is not packed or unpacked if it has the message's layout.
 """
 
 import math
@@ -22,13 +22,13 @@ from .layout import CHUNKS, Copies, Layout, contiguous, copy
 
 # Sections of a message start at multiples of this, so that every dtype can view them in place.
 ALIGNMENT = 16
-# Bytes for one rank from which on another message costs less than copying them.
+# Bytes per rank from which a separate message costs less than a copy.
 OWN_MESSAGE = 1 << 20
 
 
 @dataclass(frozen=True)
 class _Route:
-    """Who sends to whom: each to each (`shift` 0), or each to the rank `shift` places on."""
+    """Each rank sends to all ranks (`shift` 0), or to the rank `shift` places further."""
 
     group: dist.ProcessGroup
     shift: int = 0
@@ -37,7 +37,7 @@ class _Route:
         return _Route(self.group, -self.shift)
 
     def launch(self, message: Tensor) -> tuple[Tensor, dist.Work]:
-        """Send the rows of `message` [N, bytes]; the answer is valid after the work's wait."""
+        """Send the rows of `message` [N, bytes]; the result is valid after the work's wait."""
         if self.shift == 0:
             received = torch.empty_like(message)
             return received, dist.all_to_all_single(
@@ -54,14 +54,14 @@ class _Route:
         return received, work
 
     def _split(self, message: Tensor, shift: int) -> list[int]:
-        """Bytes per rank: the message for the rank `shift` places on, if there is one."""
+        """Bytes per rank: the whole message for the rank `shift` places further, if it exists."""
         other = dist.get_rank(self.group) + shift
         return [message.numel() * (r == other) for r in range(dist.get_world_size(self.group))]
 
 
 @dataclass(frozen=True)
 class _GatherRoute:
-    """Each sends one row of bytes to all; the gradients of all come back, a row from each."""
+    """Each rank sends one row of bytes to all ranks, and gets back gradients, one row from each."""
 
     group: dist.ProcessGroup
 
@@ -69,19 +69,19 @@ class _GatherRoute:
         return _Route(self.group)
 
     def launch(self, message: Tensor) -> tuple[Tensor, dist.Work]:
-        """Send `message` [1, bytes]; the answer [P, bytes] is valid after the work's wait."""
+        """Send `message` [1, bytes]; the result [P, bytes] is valid after the work's wait."""
         received = message.new_empty(dist.get_world_size(self.group), message.shape[1])
         work = dist.all_gather_into_tensor(received, message, group=self.group, async_op=True)
-        # Gloo copies into `received` at its end: not a change in place of what autograd sees.
+        # Gloo copies into `received` when it finishes; autograd must not see an in-place change.
         return received.data, work
 
 
 class _Flight:
-    """The works under way, forward or backward, shared by the two ends of one exchange.
+    """The pending works of one exchange, forward or backward, shared by its two ends.
 
-    On CUDA, landing makes the current stream wait, not the host. NCCL sends on a stream of its own;
-    until the wait the work itself holds the message, so the allocator cannot give it away. It may
-    be the tensor itself that is sent: nobody changes that, or a gradient, before the wait.
+    On CUDA, `land` makes the current stream wait, not the host. NCCL sends on a separate stream.
+    Until the wait, the work holds a reference to the message, so the allocator cannot reuse it. The
+    message may be the tensor itself, which must not be changed before the wait.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class _Flight:
         self.works: list[dist.Work] | None = None
 
     def launch(self, route: _Route | _GatherRoute, chunks: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Send chunks [N, ...] of tensors; what arrives is shaped as they are."""
+        """Send chunks [N, ...] of tensors; returns tensors of the same shapes."""
         arriving = dict[int, Tensor]()
         self.works = []
         for members in _messages(chunks):
@@ -131,7 +131,7 @@ class _Wait(torch.autograd.Function):
         ctx.flight = flight
         ctx.floating = [x.is_floating_point() for x in received]
         flight.land()
-        # Not views of what was received, to autograd: whoever gets them may change them in place.
+        # Hide from autograd that these are views, so that callers may change them in place.
         outputs = tuple(flight.received.join(x).data for x in received)
         ctx.mark_non_differentiable(*(x for x in outputs if not x.is_floating_point()))
         return outputs
@@ -148,9 +148,9 @@ class _Wait(torch.autograd.Function):
 
 
 class InFlight:
-    """An exchange under way. Every rank waits for it, once, before using what it received.
+    """A pending exchange. Every rank must call `wait` once before it uses the received tensors.
 
-    What is sent may travel as it lies in memory: leave it as it is until then.
+    Tensors may be sent without a copy, so do not change them before `wait`.
     """
 
     def __init__(
@@ -164,8 +164,8 @@ class InFlight:
         self._received: tuple[Tensor, ...] = _Start.apply(self._flight, *tensors)
 
     def wait(self) -> tuple[Tensor, ...]:
-        """The received tensors."""
-        received, self._received = self._received, ()  # whoever keeps this keeps no tensors
+        """Wait for the exchange and return the received tensors."""
+        received, self._received = self._received, ()  # do not keep tensors alive
         outputs: tuple[Tensor, ...] = _Wait.apply(self._flight, *received)
         return outputs
 
@@ -176,32 +176,32 @@ def start_all_to_all(
     sent: Layout = CHUNKS,
     received: Layout = CHUNKS,
 ) -> InFlight:
-    """Send chunk r of each tensor to rank r; chunk s of what arrives is from rank s.
+    """Send chunk r of each tensor to rank r; chunk s of each received tensor is from rank s.
 
-    Layouts say how chunks are cut from what is sent and joined to what arrives; by default both
-    are [P, ...].
+    The layouts define how chunks are cut from sent tensors and joined to received ones. By default,
+    both are [P, ...].
     """
     return InFlight(_Route(group), tensors, sent, received)
 
 
 def start_gather(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> InFlight:
-    """Send each tensor [B, T/P, ...] to all ranks; `wait` gives the whole row [B, T, ...] of each.
+    """Send each tensor [B, T/P, ...] to all ranks; `wait` returns the whole row [B, T, ...].
 
-    Backward, each rank gets the gradients that all ranks have for its tokens, and adds them up
-    in the order of the ranks, in float32 or wider: a reduce-scatter with the same bits every time.
+    In backward, each rank receives the gradients of all ranks for its tokens, and adds them in rank
+    order, in float32 or wider: a deterministic reduce-scatter.
     """
     row = Layout(axis=1, sizes=(dist.get_world_size(group), -1), place=1)
     return InFlight(_GatherRoute(group), tensors, Copies(), row)
 
 
 class Halo:
-    """The tokens before this rank's, under way from as many ranks as hold them."""
+    """Pending exchanges of the tokens before this rank's, from all ranks that hold them."""
 
     def __init__(self, flights: Sequence[InFlight]) -> None:
         self._flights = flights
 
     def wait(self) -> tuple[Tensor, ...]:
-        """The tokens [B, halo, ...] just before this rank's, zeros where the row has not begun."""
+        """The tokens [B, halo, ...] just before this rank's, with zeros before the row's start."""
         parts = [flight.wait() for flight in self._flights]  # the nearest tokens first
         return tuple(
             torch.cat([x[0] for x in reversed(of_one)], dim=1) if len(of_one) > 1 else of_one[0][0]
@@ -212,9 +212,9 @@ class Halo:
 def start_halo(tensors: Sequence[Tensor], halo: int, group: dist.ProcessGroup) -> Halo:
     """Send the last `halo` tokens of each tensor [B, T/P, ...] to the next rank.
 
-    A halo longer than a rank's tokens comes from several ranks, in one exchange each; none is
-    longer than the tokens of all other ranks. Backward, the gradients travel to the ranks that sent
-    the tokens and are added to their own.
+    A halo longer than a slice comes from several ranks, in one exchange each. It is at most as long
+    as the slices of all other ranks. In backward, the gradients are sent back and added to those of
+    the sender.
     """
     shard, flights = tensors[0].shape[1], []
     for shift in range(1, dist.get_world_size(group)):
@@ -226,7 +226,7 @@ def start_halo(tensors: Sequence[Tensor], halo: int, group: dist.ProcessGroup) -
 
 
 def _messages(chunks: Sequence[Tensor]) -> list[list[int]]:
-    """Which of the tensors [N, ...] travel together."""
+    """Group the tensors [N, ...] into messages; returns their indices."""
     alone = [[i] for i, x in enumerate(chunks) if _chunk_bytes(x) >= OWN_MESSAGE]
     rest = [i for i, x in enumerate(chunks) if _chunk_bytes(x) < OWN_MESSAGE]
     return [*alone, rest] if rest else alone
@@ -241,7 +241,7 @@ def _padded_bytes(x: Tensor) -> int:
 
 
 def _pack(tensors: Sequence[Tensor]) -> Tensor:
-    """One message [N, bytes] from tensors [N, ...] of any strides, each copied once at most."""
+    """One message [N, bytes] from tensors [N, ...] of any strides; copies each at most once."""
     rows = tensors[0].shape[0]
     if len(tensors) == 1:
         return contiguous(tensors[0]).reshape(-1).view(torch.uint8).view(rows, -1)

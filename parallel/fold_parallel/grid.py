@@ -1,7 +1,7 @@
-"""The rank grid: which ranks share one row of tokens, and which sizes can be shared.
+"""The rank grid: the ranks that share one row of tokens, and the sizes that can be shared.
 
-World ranks are laid out as dp x sp: `sp` consecutive ranks form one sequence group and hold the
-same row, one contiguous slice each. Groups are made here once and passed on; nothing is global.
+Ranks form a dp x sp grid: `sp` consecutive ranks form one sequence group and hold the same row, one
+contiguous slice each. Groups are created here once and passed as arguments; none is global.
 """
 
 from collections.abc import Sequence
@@ -15,10 +15,10 @@ from tensor_attention import validate_fold
 
 @dataclass(frozen=True)
 class Grid:
-    """Where this rank stands in the dp x sp grid, and the process groups of its row.
+    """This rank's place in the dp x sp grid, and the process groups of its row.
 
-    `sp_group` and `swap_group` hold the same ranks. They are two communicators, so that a swap can
-    be under way while halos travel. Both are None when sp is 1: nothing is communicated then.
+    `sp_group` and `swap_group` have the same ranks. They are two communicators, so that a swap and
+    a halo exchange can run at the same time. Both are None if sp is 1.
     """
 
     world_size: int = 1
@@ -29,7 +29,7 @@ class Grid:
 
     @property
     def dp(self) -> int:
-        """Number of rows that are processed at once."""
+        """Number of rows that are processed at the same time."""
         return self.world_size // self.sp
 
     @property
@@ -49,10 +49,10 @@ class Grid:
 
 
 def create_grid(sp: int, timeout: timedelta | None = None) -> Grid:
-    """The grid over the default process group (over this process alone if there is none).
+    """Create the grid on the default process group (on this process alone if there is none).
 
-    Every rank calls it, once, with the same `sp`: making groups is collective. An exchange that
-    takes longer than `timeout` fails (None: what torch allows by itself).
+    Collective: every rank calls it once with the same `sp`. An exchange that takes longer than
+    `timeout` fails (None: torch's default).
 
     Raises:
         ValueError: if `sp` does not divide the number of ranks.
@@ -65,7 +65,7 @@ def create_grid(sp: int, timeout: timedelta | None = None) -> Grid:
         return Grid(world_size, rank)
     options = None
     if dist.get_backend() == "nccl":
-        # Exchanges that hop 1 is to hide must not queue behind its blocks for a multiprocessor.
+        # Exchanges that overlap with hop 1 must not queue behind its blocks for a multiprocessor.
         options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
     own: dict[str, dist.ProcessGroup] = {}
     for first in range(0, world_size, sp):
@@ -78,14 +78,14 @@ def create_grid(sp: int, timeout: timedelta | None = None) -> Grid:
 
 
 def check_world(world_size: int, sp: int) -> None:
-    """Raise ValueError, listing the legal degrees, unless `sp` divides `world_size`."""
+    """Raise ValueError with the legal degrees unless `sp` divides `world_size`."""
     if sp < 1 or world_size % sp:
         legal = ", ".join(str(p) for p in _divisors(world_size))
         raise ValueError(f"sp = {sp} does not divide {world_size} ranks (legal sp: {legal})")
 
 
 def legal_degrees(seq_len: int, fold: Sequence[int]) -> list[int]:
-    """Every sp that can share rows of `seq_len` tokens under `fold`; 1 is always among them."""
+    """All degrees sp that can share rows of `seq_len` tokens with `fold`; they include 1."""
     if not fold:
         return _divisors(seq_len)
     return [p for p in _divisors(fold[0]) if p == 1 or seq_len % (p * fold[0]) == 0]
@@ -94,18 +94,18 @@ def legal_degrees(seq_len: int, fold: Sequence[int]) -> list[int]:
 def check_sizes(
     seq_len: int, sp: int, fold: Sequence[int], full_attention_heads: int | None = None
 ) -> None:
-    """Raise ValueError, in one line that lists legal sizes, if ranks cannot share such rows.
+    """Raise ValueError, with legal sizes on one line, if ranks cannot share such rows.
 
-    Each of the `sp` ranks holds whole inner rows, seq_len / sp % n_1 == 0, and owns whole columns
-    after the swap, n_1 % sp == 0. Needs no process group.
+    Each of the `sp` ranks must hold whole inner rows, seq_len / sp % n_1 == 0, and whole columns
+    after the swap, n_1 % sp == 0. No process group is needed.
 
     Args:
         seq_len: tokens per row.
-        sp: ranks that share a row.
+        sp: number of ranks that share a row.
         fold: lengths of the inner axes, innermost first; [] if no layer is strided. Window and
-            routed layers need only that P divides the row.
-        full_attention_heads: number of query heads, where some layers are full attention: those
-            are shared by heads.
+            routed layers only need sp to divide seq_len.
+        full_attention_heads: number of query heads if some layers are full attention, which shares
+            heads; else None.
     """
     validate_fold(fold)
     degrees = legal_degrees(seq_len, fold)

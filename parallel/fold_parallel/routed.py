@@ -1,8 +1,8 @@
-"""Routed attention over a shared row: keys and values of the whole row, each rank's own queries.
+"""Routed attention on a shared row: keys and values of the whole row, each rank's own queries.
 
-A token may choose blocks anywhere in its past, so keys and values are gathered, layer by layer,
-while hop 1 computes. Work per token is constant: contiguous slices are balanced, and heads set no
-limit.
+A token may choose blocks anywhere in its past, so each layer gathers keys and values while hop 1
+computes. Work per token is constant, so contiguous slices are balanced. The number of heads does
+not limit P.
 """
 
 from typing import Any
@@ -38,26 +38,26 @@ def sharded_routed_attention(
     backend: Backend = "auto",
     keep: Keep | None = None,
 ) -> Tensor:
-    """`routed_attention` of the whole row, this rank's T/P tokens of it; any P will do.
+    """`routed_attention` of the whole row, for this rank's T/P tokens; any P that divides T.
 
-    All ranks of the sequence group call it together, each with its contiguous slice. With sp = 1 it
-    is `routed_attention` and nothing is communicated. Means of blocks are taken from the gathered
-    keys, since blocks cross the borders of slices, so all ranks have the means of one rank.
+    Collective over the sequence group; each rank passes its contiguous slice. With sp = 1 it calls
+    `routed_attention` and communicates nothing. Blocks can cross the borders of slices, so their
+    means are computed from the gathered keys, and are the same on all ranks.
 
     Args:
-        q: [B, T/P, H, D], not rotated when `rotary` is given.
+        q: [B, T/P, H, D], not rotated if `rotary` is given.
         k, v: [B, T/P, K, D], [B, T/P, K, E] with H a multiple of K.
         window, block, top_k, stretch, open_tile: as in `routed_attention`.
         grid: the rank grid; P is `grid.sp`.
         doc_start: [B, T/P] (or [1, T/P]), as in `sharded_tensor_attention`.
         rotary: table of at least T positions.
-        scale, backend, keep: as in `routed_attention`; what is kept is of this rank.
+        scale, backend, keep: as in `routed_attention`; `keep` keeps this rank's choice.
 
     Returns:
         [B, T/P, H, E] in the dtype of v.
 
     Raises:
-        ValueError: arguments that do not belong together; before anything is sent.
+        ValueError: arguments do not match; raised before anything is sent.
     """
     if grid.sp == 1 or not q.numel():
         return routed_attention(
@@ -71,13 +71,13 @@ def sharded_routed_attention(
     assert grid.swap_group is not None
     first, length = grid.sp_rank * q.shape[1], min(window, seq_len)
 
-    # Both exchanges are under way before hop 1 starts; only the halo is waited for.
+    # Start both exchanges before hop 1, and wait only for the halo.
     halo = start_halo((k, v), length - 1, grid.sp_group)
     starts = doc_start.long().clamp(0, seq_len).to(torch.int32)
     gather = start_gather((k, v, starts), grid.swap_group)
     depth = depth_in_document(doc_start, grid)
     z, lse = first_hop(q, k, v, depth, halo, length, grid, rotary, scale, backend)
-    # In this order, backward sends the gradients of the gathered keys before that of hop 1 begins.
+    # In this order, backward sends the gradients of gathered keys before hop 1's backward begins.
     k, v, starts = gather.wait()
 
     def choose() -> Tensor:
@@ -96,8 +96,9 @@ def sharded_routed_attention(
 
 
 class _Read(torch.autograd.Function):
-    """z, which now depends on k and v: every rank sends their gradients to the others, also one
-    whose tokens have nothing beyond their window to read.
+    """Makes z depend on k and v, so that backward sends their gradients on every rank.
+
+    Otherwise a rank whose tokens have nothing to read beyond their window would send none.
     """
 
     @staticmethod
@@ -111,9 +112,9 @@ class _Read(torch.autograd.Function):
 
 
 def _with_earlier(choice: Tensor, count: int, first: int, grid: Grid) -> Tensor:
-    """The choice [B, T/P, K, C] behind that of up to `count` tokens before this rank's.
+    """Prepend the choice of up to `count` tokens before this rank's to `choice` [B, T/P, K, C].
 
-    A tile of tokens that share their blocks may begin on another rank.
+    This is needed because an open tile may begin on another rank.
     """
     assert grid.sp_group is not None
     landed = start_halo((choice,), count, grid.sp_group).wait()

@@ -1,14 +1,14 @@
-"""Swaps: one all-to-all that changes which part of the row a rank holds.
+"""Swaps: an all-to-all that changes which part of the row a rank holds.
 
 *Rows*: rank p holds the contiguous tokens [p T/P, (p+1) T/P), whole inner rows of n_1 tokens.
-*Columns*: rank p holds the tokens whose inner index is in [p n_1/P, (p+1) n_1/P), of all inner
-rows, in the order of the row. A token's index among them is floor(t / n_1) * n_1/P + (inner index
-within the column block), so a stride s = n_1 n_2 ... of an outer axis becomes s / P, and
-floor(t / s) is the same number before and after: outer hops are local, with unchanged steps and
-positions.
+*Columns*: rank p holds the tokens of all inner rows whose inner index is in
+[p n_1/P, (p+1) n_1/P), in the order of the row. A token's index among them is
+floor(t / n_1) * n_1/P + (inner index within the column block). So a stride s = n_1 n_2 ... of an
+outer axis becomes s / P, and floor(t / s) does not change: outer hops are local, with the same
+steps and positions.
 *Heads*: rank p holds the heads [p H/P, (p+1) H/P) of all tokens (full attention).
 
-Shape letters are those of `layout`.
+Shape letters as in `layout`.
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ from .layout import Layout
 def start_rows_to_columns(
     tensors: Sequence[Tensor], inner_length: int, group: dist.ProcessGroup, left_out: int = 0
 ) -> InFlight:
-    """Launch `rows_to_columns`; the result's `wait` gives the columns."""
+    """Start `rows_to_columns`; the result's `wait` returns the columns."""
     return start_all_to_all(
         tensors, group, _rows(inner_length, group, left_out), _columns(inner_length, group)
     )
@@ -56,7 +56,7 @@ def heads_to_tokens(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> tupl
 
 
 def _rows(inner_length: int, group: dist.ProcessGroup, left_out: int = 0) -> Layout:
-    """[B, R n_1, ...] is [B, R, P, C, ...]: the column blocks of each inner row go apart."""
+    """[B, R n_1, ...] is [B, R, P, C, ...]: each inner row is divided into column blocks."""
     ranks = dist.get_world_size(group)
     return Layout(axis=1, sizes=(-1, ranks, inner_length // ranks), place=2, left_out=left_out)
 

@@ -1,4 +1,4 @@
-"""What one shared layer sends: the formula that docs/sequence_parallelism.md derives."""
+"""Bytes sent by one shared layer, by the formulas of docs/sequence_parallelism.md."""
 
 import math
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class Traffic(NamedTuple):
-    """Bytes that ranks send in one layer, one way, per token of the row; nothing to themselves."""
+    """Bytes that all ranks send to others in one layer, in one direction, per token of the row."""
 
     halo: float  # to the next rank, before hop 1
     queries_keys: float  # swap that overlaps hop 1 (full layers: q, k and v to heads)
@@ -27,9 +27,9 @@ def layer_traffic(
 ) -> Traffic:
     """Traffic of one layer's forward or backward (E = D; without the padding of messages).
 
-    A swap sends (P-1)/P of what a rank holds: q and k with a 4-byte position, z with a log-sum-exp
-    (4 bytes, or the itemsize if that is wider), z again. The halo is n_1 - 1 keys and values at
-    each of P - 1 borders. Backward, gradients go the other way; positions have none.
+    A swap sends (P-1)/P of a rank's data: q and k with a 4-byte position, then z with a log-sum-exp
+    (4 bytes, or the itemsize if that is wider), then z. The halo is n_1 - 1 keys and values at each
+    of P - 1 borders. In backward, gradients are sent in the other direction; positions have none.
 
     Args:
         seq_len, sp, fold: a legal combination (`check_sizes`).
@@ -52,7 +52,7 @@ def layer_traffic(
 
 
 class RoutedTraffic(NamedTuple):
-    """As `Traffic`, of a routed layer; of a window layer, the halo alone."""
+    """Like `Traffic`, for a routed layer, or for a window layer, which has only the halo."""
 
     halo: float  # keys and values to the next ranks, before hop 1
     gather: float  # keys, values and document starts to all ranks, during hop 1
@@ -73,12 +73,12 @@ def routed_traffic(
 ) -> RoutedTraffic:
     """Traffic of a routed layer's forward or backward (E = D; without the padding of messages).
 
-    Each rank sends its keys and values, and a 4-byte document start a token, to the P - 1 others.
-    Backward, each sends them its gradients of their keys and values.
+    Each rank sends its keys, values and a 4-byte document start per token to the P - 1 others. In
+    backward, it sends them its gradients of their keys and values.
 
     Args:
-        seq_len, sp: P divides T.
-        window, top_k, open_tile: of the route; top_k = 0: a window layer.
+        seq_len, sp: T and P; P must divide T.
+        window, top_k, open_tile: settings of the layer; top_k = 0: a window layer.
         key_heads, head_dim: K, D.
         itemsize: bytes of one element of q, k, v.
     """
@@ -93,5 +93,5 @@ def routed_traffic(
 
 
 def _halo_tokens(seq_len: int, sp: int, halo: int) -> int:
-    """Tokens that all ranks send: each gets the `halo` tokens before its own, as far as they go."""
+    """Tokens sent by all ranks: each receives the `halo` tokens before its own, if they exist."""
     return sum(min(halo, rank * (seq_len // sp)) for rank in range(sp))

@@ -1,4 +1,4 @@
-"""Hop 1 over a shared row: each rank's tokens, and the halo of keys and values before them."""
+"""Hop 1 on a shared row: each rank's tokens, with the halo of keys and values before them."""
 
 import torch
 import torch.nn.functional as F
@@ -23,15 +23,15 @@ def sharded_window_attention(
     scale: float | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
-    """`window_attention` of the whole row, this rank's T/P tokens of it; any P will do.
+    """`window_attention` of the whole row, for this rank's T/P tokens; any P that divides T.
 
-    All ranks of the sequence group call it together, each with its contiguous slice. The last
-    window - 1 keys and values of a slice go to the next rank, or ranks where slices are shorter.
+    Collective over the sequence group; each rank passes its contiguous slice. The last window - 1
+    keys and values of a slice are sent to the next rank, or to several ranks if slices are shorter.
 
     Args:
-        q: [B, T/P, H, D], not rotated when `rotary` is given.
+        q: [B, T/P, H, D], not rotated if `rotary` is given.
         k, v: [B, T/P, K, D], [B, T/P, K, E] with H a multiple of K.
-        window: tokens that are read, the token itself included.
+        window: number of tokens that each token reads, including itself.
         grid: the rank grid; P is `grid.sp`.
         doc_start: [B, T/P] (or [1, T/P]), as in `sharded_tensor_attention`.
         rotary: table of at least T positions.
@@ -41,7 +41,7 @@ def sharded_window_attention(
         [B, T/P, H, E] in the dtype of v.
 
     Raises:
-        ValueError: arguments that do not belong together; before anything is sent.
+        ValueError: arguments do not match; raised before anything is sent.
     """
     if grid.sp == 1 or not q.numel():
         return window_attention(
@@ -59,7 +59,7 @@ def sharded_window_attention(
 
 
 def depth_in_document(doc_start: Tensor, grid: Grid) -> Tensor:
-    """[B, T/P] int32: t - d(t), how many tokens of its document precede each token."""
+    """[B, T/P] int32: t - d(t), number of earlier tokens in each token's document."""
     shard = doc_start.shape[1]
     positions = torch.arange(shard, device=doc_start.device) + grid.sp_rank * shard
     return torch.minimum((positions - doc_start).clamp(min=0), positions).to(torch.int32)
@@ -79,9 +79,9 @@ def first_hop(
 ) -> tuple[Tensor, Tensor]:
     """Hop 1 of this rank's tokens, with the halo of tokens before them from its neighbours.
 
-    `length` tokens are put in front: some that are never reached, then the halo. So blocks of
-    `length` tokens are those of the whole row, where slices are multiples of it. Nobody needs the
-    outputs of these tokens, the first of z and lse [B, length + T/P, ...].
+    `length` tokens are prepended: padding that is out of reach, then the halo. So if slices are
+    multiples of `length`, blocks of `length` tokens are those of the whole row. The outputs of
+    these tokens, the first of z and lse [B, length + T/P, ...], are not used.
     """
     before_k, before_v = _landed(halo, k, v)
     k, v = _behind(k, before_k, length), _behind(v, before_v, length)
@@ -95,23 +95,23 @@ def first_hop(
 
 
 def _landed(halo: Halo, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """The keys and values of the halo: none where a window of one token needs none."""
+    """The keys and values of the halo; empty for a window of one token."""
     landed = halo.wait()
     return (landed[0], landed[1]) if landed else (k[:, :0], v[:, :0])
 
 
 def _behind(x: Tensor, before: Tensor, length: int) -> Tensor:
-    """`x` [B, T/P, ...] behind `length` tokens: the halo `before` it, and zeros in front."""
+    """Prepend `length` tokens to `x` [B, T/P, ...]: zeros, then the halo `before`."""
     front = length - before.shape[1]
     zeros = torch.zeros_like(x[:, :1]).expand(-1, front, *x.shape[2:])
     return torch.cat((zeros, before, x), dim=1)
 
 
 def _table_from(rotary: Rotary, first: int, count: int) -> Rotary:
-    """The table for positions first ... first + count - 1, so that angles are those of the row.
+    """The table for positions first ... first + count - 1 of the row.
 
-    Positions before the row (the padding in front of rank 0's tokens) take position 0: their
-    keys are zero and out of reach.
+    Positions before the row (padding on rank 0) use position 0: their keys are zero and out of
+    reach.
     """
     if first >= 0:
         return Rotary(*(x[first : first + count] for x in rotary))

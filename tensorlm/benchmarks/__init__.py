@@ -1,1 +1,1 @@
-"""Measurements on real hardware, behind `launcher/benchmark.py`."""
+"""Measurements on this machine's hardware, run by `launcher/benchmark.py`."""

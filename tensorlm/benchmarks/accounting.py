@@ -1,4 +1,4 @@
-"""Tensors counted as they are made and freed: the peak of a computation on the CPU."""
+"""Peak memory of a computation on the CPU, by counting tensors as they are created and freed."""
 
 import weakref
 from collections import deque
@@ -14,10 +14,10 @@ _CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 
 
 class PeakMemory(TorchDispatchMode):
-    """The most bytes that were alive at one time in tensors that were made under this mode.
+    """Peak number of bytes in tensors created under this mode.
 
-    Only tensors of this thread, and not what PyTorch's own operations use inside. They may be freed
-    by other threads, such as gloo's.
+    Counts tensors of this thread, without temporary memory inside PyTorch's operations. Tensors may
+    be freed by other threads, such as gloo's.
     """
 
     def __init__(self) -> None:
@@ -30,13 +30,13 @@ class PeakMemory(TorchDispatchMode):
 
     @property
     def live(self) -> int:
-        """Bytes that are alive now."""
+        """Number of bytes in live tensors."""
         while self._freed:
             self._live -= self._freed.popleft()
         return self._live
 
     def restart(self) -> None:
-        """Forget the peak so far."""
+        """Reset the peak to the current number of bytes."""
         self.peak = self.live
 
     def __torch_dispatch__(
@@ -47,7 +47,7 @@ class PeakMemory(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         assert isinstance(func, torch._ops.OpOverload)
-        if func.namespace == "tensor_attention":  # a custom operator: what it makes inside counts
+        if func.namespace == "tensor_attention":  # also count tensors inside a custom operator
             with self:
                 out = func.redispatch(_CPU, *args, **(kwargs or {}))
         else:

@@ -1,9 +1,9 @@
-"""Time of tensorized attention against full attention and a window, on one GPU.
+"""Time of tensorized and routed attention, full attention and a window, on one GPU.
 
-Every method gets the same q, k, v (Llama-8B: 32 query heads, 8 key heads, size 128, batch 1, bf16,
-causal, one document). Tensorized and routed attention rotate inside, as they must; the others get
-inputs that are rotated already, so the ratios favour them. Where routes are measured, queries of
-neighbouring tokens agree on blocks as a trained model's do (`routed_inputs`).
+All methods get the same q, k, v (Llama-8B: 32 query heads, 8 key heads, size 128, batch 1, bf16,
+causal, one document). Tensorized and routed attention include rotation; the others get rotated
+inputs, so the ratios favour them. For routes, queries of neighbouring tokens agree on blocks as in
+a trained model (`routed_inputs`).
 """
 
 import importlib
@@ -35,14 +35,16 @@ from .routed_inputs import Route, agreeing_queries
 HEADS, KEY_HEADS, HEAD_DIM = 32, 8, 128
 ROPE_THETA = 500000.0  # as in Llama 3
 WINDOW = 1024
-# FlexAttention's window kernel reads illegal addresses at 1,048,576 tokens (torch 2.11, H200) and
-# ends the process; its mask of tiles would take tens of GiB there.
+# At 1,048,576 tokens, FlexAttention's window kernel reads illegal addresses (torch 2.11, H200) and
+# ends the process, and its mask of tiles would take tens of GiB.
 FLEX_LIMIT = 1 << 19
 
 
 class Measurement(NamedTuple):
-    """Medians in milliseconds; FLOPs count each visited (query, key) pair, bytes each tensor once
-    per hop (inputs read once, outputs written once). NaN: not measured or not available.
+    """Medians in milliseconds, FLOPs and bytes of one method; NaN if not measured or not available.
+
+    FLOPs count each visited (query, key) pair. Bytes count each tensor once per hop (inputs read
+    once, outputs written once).
     """
 
     method: str
@@ -55,17 +57,17 @@ class Measurement(NamedTuple):
 
 
 class Ceilings(NamedTuple):
-    """What this GPU reaches: FLOP/s of a large bf16 product, bytes/s of a large copy."""
+    """Rates that this GPU reaches: FLOP/s of a large bf16 product, bytes/s of a large copy."""
 
     flops: float
     bandwidth: float
 
 
 def median_ms(function: Callable[[], object], repeats: int) -> float:
-    """Median time of `function` on the device, by events, after two calls that do not count.
+    """Median time of `function` on the device, measured by events, after two warm-up calls.
 
-    The host waits only at the end, as in training: it runs ahead, and what it needs to launch
-    kernels does not show.
+    The host waits only at the end, as in training. It runs ahead, so the time to launch kernels is
+    hidden.
     """
     for _ in range(2):
         function()
@@ -81,7 +83,7 @@ def median_ms(function: Callable[[], object], repeats: int) -> float:
 
 
 def measure_ceilings() -> Ceilings:
-    """An 8192^3 bf16 product and a copy of 1 GiB (read and written)."""
+    """Measure an 8192^3 bf16 product and a copy of 1 GiB (read and written)."""
     x, y = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     product = median_ms(lambda: x @ y, 10)
     source = torch.randn(1 << 28, device="cuda")
@@ -91,7 +93,7 @@ def measure_ceilings() -> Ceilings:
 
 
 def tensorized_cost(fold: Sequence[int], length: int) -> tuple[float, float]:
-    """Forward FLOPs (4 D per visited pair and head) and least bytes of all hops."""
+    """Forward FLOPs (4 D per visited pair and head) and minimum bytes of all hops."""
     flops = moved = 0.0
     token = 2 * HEAD_DIM * length
     for i, axis in enumerate(fold_axes(fold, length)):
@@ -106,14 +108,14 @@ def tensorized_cost(fold: Sequence[int], length: int) -> tuple[float, float]:
 
 
 def routed_cost(route: Route, length: int) -> tuple[float, float]:
-    """Forward FLOPs (keys of a token's own choice, and its block scores) and least bytes."""
+    """Forward FLOPs (keys of each token's own choice, and its block scores) and minimum bytes."""
     flops = 4 * HEAD_DIM * HEADS * route.keys(length) * length
     flops += 2 * HEAD_DIM * KEY_HEADS * length * length / route.block / 2
     return flops, 2 * HEAD_DIM * length * (5 * HEADS + 4 * KEY_HEADS)
 
 
 def rotary_of(length: int) -> Rotary:
-    """The rotary table of Llama 3 for this many positions, on the GPU."""
+    """The rotary table of Llama 3 for `length` positions, on the GPU."""
     device = torch.device("cuda")
     return rotary_table(rotary_frequencies(HEAD_DIM, ROPE_THETA, None, device), length, device)
 
@@ -121,7 +123,7 @@ def rotary_of(length: int) -> Rotary:
 def methods(
     length: int, folds: Sequence[list[int]], routes: Sequence[Route], doc_start: Tensor | None
 ) -> Iterator[tuple[str, Callable[[Tensor, Tensor, Tensor], Tensor], tuple[float, float]]]:
-    """(name, function of q, k, v [1, T, H, D], (FLOPs, bytes)) of everything that can run here."""
+    """(name, function of q, k, v [1, T, H, D], (FLOPs, bytes)) of each method available here."""
     rotary = rotary_of(length)
     for fold in folds:
         bias = torch.full((len(fold), HEADS), -4.0, device="cuda") if fold else None
@@ -184,7 +186,7 @@ def _flash_attn(module: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out = attend(q, k, v, causal=True)
-        return out[0] if isinstance(out, tuple) else out  # version 3 may add log-sum-exps
+        return out[0] if isinstance(out, tuple) else out  # version 3 may also return log-sum-exps
 
     return run
 
@@ -195,7 +197,7 @@ def _flex_window(length: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     def allowed(_b: Tensor, _h: Tensor, t: Tensor, u: Tensor) -> Tensor:
         return (t >= u) & (t - u < WINDOW)
 
-    torch.compiler.reset()  # each length compiles its own kernel and would exhaust the cache
+    torch.compiler.reset()  # each length compiles its own kernel, which would exhaust the cache
     compiled: Any = torch.compile(flex_attention, dynamic=False)
 
     @cache
@@ -212,11 +214,11 @@ def _flex_window(length: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
 def _flex_tiles(
     route: Route, rotary: Rotary, length: int
 ) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """FlexAttention over what tiles of 128 tokens open, and the window, all of it for each token.
+    """FlexAttention over the window and the blocks open in tiles of 128 tokens, for all tokens.
 
-    The mask is made of the first q and k and kept: only the attention is timed. The backward does
-    not compile for blocks of 64 (torch 2.11): they must be multiples of its tiles of 128 keys,
-    which no kernel option changes.
+    The mask is computed from the first q and k and kept, so only the attention is timed. The
+    backward does not compile for blocks of 64 (torch 2.11): blocks must be multiples of its tiles
+    of 128 keys, and no kernel option changes that.
     """
     from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
@@ -256,7 +258,7 @@ def _flex_tiles(
 
 @contextmanager
 def _peak_memory() -> Iterator[list[float]]:
-    """Appends the GiB that the block allocates at its peak, beyond what was there before."""
+    """Context that appends to a list the peak GiB allocated in its body, beyond earlier memory."""
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
@@ -273,10 +275,14 @@ def measure(
     doc_start: Tensor | None = None,
     full_limit: int = 0,
 ) -> list[Measurement]:
-    """Every method at one length. Full attention longer than `full_limit` tokens (0: none) is NaN.
+    """Measure every method at one length.
 
     Args:
-        doc_start: [1, T] documents for the tensorized and routed methods (None: one document).
+        length: number of tokens T.
+        folds: folds of tensorized attention.
+        routes: settings of routed attention.
+        doc_start: [1, T] document starts for tensorized and routed attention (None: one document).
+        full_limit: longest length at which full attention is measured, NaN beyond (0: no limit).
     """
     q, k, v = (
         torch.randn(1, length, h, HEAD_DIM, device="cuda", dtype=torch.bfloat16).requires_grad_()
@@ -311,7 +317,7 @@ def measure(
 
 
 def random_documents(length: int, mean: int, seed: int = 0) -> Tensor:
-    """[1, length] int32 starts of documents of exponential lengths of that mean."""
+    """[1, length] int32 document starts; lengths are exponentially distributed with this mean."""
     generator = torch.Generator().manual_seed(seed)
     starts, position = torch.zeros(1, length, dtype=torch.int32), 0
     while position < length:
@@ -322,7 +328,7 @@ def random_documents(length: int, mean: int, seed: int = 0) -> Tensor:
 
 
 def format_table(rows: Sequence[Measurement], ceilings: Ceilings) -> str:
-    """A Markdown table with rates, the share of the roofline, and ratios to full attention."""
+    """A Markdown table with rates, shares of the roofline, and ratios to full attention."""
     lines = [
         "| tokens | method | fwd ms | fwd+bwd ms | fwd TFLOP/s | fwd GB/s | fwd roofline | "
         "fwd vs flash | fwd vs cuDNN | fwd+bwd vs flash | fwd+bwd vs cuDNN | extra GiB |",
@@ -346,7 +352,7 @@ def format_table(rows: Sequence[Measurement], ceilings: Ceilings) -> str:
 
 
 def plot(rows: Sequence[Measurement], path: str) -> None:
-    """Time against length, one line per method, all axes logarithmic (PNG)."""
+    """Plot time against length, one line per method, with logarithmic axes (PNG)."""
     import matplotlib.pyplot as plt
 
     figure, panels = plt.subplots(1, 2, figsize=(11, 4.5), sharey=True)

@@ -25,27 +25,27 @@ _LAUNCHER = Path(__file__).parents[2] / "launcher/convert.py"
 
 
 class Conversion(NamedTuple):
-    """What one run of `launcher/convert.py` took."""
+    """The cost of one run of `launcher/convert.py`."""
 
     name: str
     seconds: float
-    peak_gib: float  # of the process's resident memory, mapped files included
-    disk_gib: float  # of what it wrote
+    peak_gib: float  # peak resident memory of the process, mapped files included
+    disk_gib: float  # written to disk
 
 
 def measure(config_file: Path, config: Config, folder: Path) -> list[Conversion]:
-    """Import random bf16 weights into a checkpoint and export them again; bytes must be the same.
+    """Import random bf16 weights into a checkpoint and export them again, with the same bytes.
 
     Args:
         config_file: TOML file of the run, for the launcher.
-        config: what it says, for the shape.
-        folder: a new one, for 6 bytes a parameter at a time; removed at the end.
+        config: its content, for the shape.
+        folder: new folder for up to 6 bytes per parameter; removed at the end.
 
     Raises:
         UserError: the folder exists, a conversion failed, or bytes differ.
     """
     if folder.exists():
-        raise UserError(f"{folder}: exists (choose a new --folder)")
+        raise UserError(f"--folder: must be a new folder, got {folder}, which exists")
     try:
         folder.mkdir(parents=True)
         source, run_dir, output = folder / "llama", folder / "run", folder / "hf"
@@ -57,14 +57,17 @@ def measure(config_file: Path, config: Config, folder: Path) -> list[Conversion]
         found = weight_sha256s(output)
         different = [name for name, sha256 in wanted.items() if found.get(name) != sha256]
         if different:
-            raise UserError(f"{output}: {len(different)} weights differ, first {different[0]}")
+            raise UserError(
+                f"{output}: exported weights must equal the imported ones, but {len(different)} "
+                f"differ, first {different[0]}"
+            )
         return [imported, exported]
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_random_llama(config: Config, folder: Path) -> dict[str, str]:
-    """A Llama folder of bf16 weights in files of about 1 GB; returns each weight's sha256."""
+    """Write a Llama folder with bf16 weights, in files of about 1 GB; returns all sha256s."""
     folder.mkdir()
     with torch.device("meta"):
         shapes = {n: p.shape for n, p in Llama(config.model).named_parameters()}
@@ -108,13 +111,13 @@ def _sha256(tensor: Tensor) -> str:
 
 
 def _convert(command: str, written: Path, arguments: list[str]) -> Conversion:
-    """Run the launcher as its user would, and ask the kernel what it took."""
+    """Run the launcher in a process, and measure its time and memory."""
     started = time.perf_counter()
     process = subprocess.Popen([sys.executable, str(_LAUNCHER), command, *arguments])
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
-        raise UserError(f"convert {command}: left with exit code {process.returncode}")
+        raise UserError(f"convert {command}: failed with exit code {process.returncode}")
     num_bytes = sum(path.stat().st_size for path in written.rglob("*") if path.is_file())
     seconds = time.perf_counter() - started
     return Conversion(command, seconds, usage.ru_maxrss / 2**20, num_bytes / 2**30)

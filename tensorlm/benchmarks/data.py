@@ -1,6 +1,6 @@
-"""How fast data is prepared, planned and served, by one process on this machine.
+"""Speed of preparing, planning and serving data with one process on this machine.
 
-Seconds are of this process's CPU time, so that a busy machine tells the same as an idle one.
+Seconds are this process's CPU time, so that results on a busy machine equal those on an idle one.
 """
 
 import multiprocessing
@@ -28,7 +28,7 @@ _SERVE_SECONDS = 2.0
 
 
 def measure_planning(num_documents: int) -> Iterator[str]:
-    """Pack documents of log-normal length (mean 3,000 tokens, sigma 1)."""
+    """Measure packing of documents with log-normal lengths (mean 3,000 tokens, sigma 1)."""
     rng = np.random.default_rng(0)
     mean = np.log(_MEAN_LENGTH) - _SIGMA**2 / 2
     lengths = np.maximum(rng.lognormal(mean, _SIGMA, num_documents), 1).astype(np.int64)
@@ -39,12 +39,12 @@ def measure_planning(num_documents: int) -> Iterator[str]:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         yield (
             f"plan: {num_documents:,} documents into {plan.num_rows:,} rows of {seq_len:,}: "
-            f"{seconds:.1f} s, {plan.fill:.3%} full, {peak:.2f} GiB at most in this process"
+            f"{seconds:.1f} s, {plan.fill:.3%} full, peak memory {peak:.2f} GiB"
         )
 
 
 def measure_data(tokenizer: Path | None, num_bytes: int) -> Iterator[str]:
-    """Prepare source files of the standard library, and serve them."""
+    """Measure preparing and serving source files of the standard library."""
     stdlib = sysconfig.get_path("stdlib")
     files = find_files([f"{stdlib}/**/*.py"], ["*/site-packages/*", "*/test/*", "*/tests/*"])
     with tempfile.TemporaryDirectory() as scratch:
@@ -86,7 +86,7 @@ def _measure_preparing(files: list[str], tokenizer: Path, output: Path, num_byte
     size = sum(len(text.encode()) for text in texts) / 1e6
     return (
         f"prepare: {size:.1f} MB, tokenizer alone {size / alone:.2f} MB/s, a worker "
-        f"{size / prepared:.2f} MB/s: {alone / prepared:.1%}"
+        f"{size / prepared:.2f} MB/s ({alone / prepared:.1%})"
     )
 
 

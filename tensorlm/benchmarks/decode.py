@@ -1,8 +1,8 @@
-"""Decoding on one device: tokens a second after a long prompt, beside stock Llama with SDPA.
+"""Decoding speed on one device after a long prompt, compared with stock Llama with SDPA.
 
-Both models have the shape and dtype of the configuration and random weights. The prompt is one
-forward pass that fills the cache; then tokens are generated one at a time, greedily, by a plain
-loop, so that what `generate` itself costs is left out for both.
+Both models have the shape and dtype of the configuration, and random weights. The prompt is one
+forward pass that fills the cache. Then a plain loop generates one token at a time, greedily, which
+leaves out the overhead of `generate`.
 """
 
 import math
@@ -24,14 +24,14 @@ from .device import find_device, now, release_memory
 from .train_methods import shape_of
 
 METHODS = ("tensorlm", "huggingface")
-_WARM_UP = 4  # tokens before the clock starts
+_WARM_UP = 4  # number of tokens before timing starts
 
 
 class DecodeMeasurement(NamedTuple):
-    """One method after a prompt of `length` tokens; NaN where it does not fit.
+    """One method after a prompt of `length` tokens; NaN if it does not fit.
 
-    `cache_gib` is what the prompt left in memory, `memory_gib` the peak of prompt and decoding,
-    weights included; both NaN on a CPU.
+    `cache_gib` is the memory that stays allocated after the prompt, `memory_gib` the peak of prompt
+    and decoding, weights included. Both are NaN on a CPU.
     """
 
     method: str
@@ -45,20 +45,20 @@ class DecodeMeasurement(NamedTuple):
 def measure(
     config: Config, lengths: Sequence[int], methods: Sequence[str], new_tokens: int
 ) -> Iterator[DecodeMeasurement]:
-    """Each method after prompts of each length.
+    """Measure each method after prompts of each length.
 
     Args:
-        config: for its shape, layers and dtype.
-        lengths: tokens of the prompts.
-        methods: of `METHODS`.
-        new_tokens: tokens to time.
+        config: configuration with the model's shape, layers and dtype.
+        lengths: prompt lengths in tokens.
+        methods: names in `METHODS`.
+        new_tokens: number of tokens to time.
 
     Raises:
-        UserError: all layers of the configuration are full attention.
+        UserError: all layers of the configuration have full attention.
     """
     if not needs_code(config.model):
         raise UserError(
-            "model: must have window, strided or routed layers, got full attention alone (set "
+            "model: must have window, strided or routed layers, got only full attention (set "
             "model.fold, or model.window and model.route)"
         )
     device = find_device()
@@ -71,7 +71,7 @@ def measure(
 
 
 def build(config: Config, method: str, longest: int, device: torch.device) -> LlamaForCausalLM:
-    """The model of one method, for positions up to `longest`."""
+    """Build the model of one method, for positions up to `longest`."""
     dtype = torch.bfloat16 if config.train.dtype == "bf16" else torch.float32
     torch.manual_seed(config.run.seed)
     before = torch.get_default_dtype()
@@ -93,14 +93,14 @@ def build(config: Config, method: str, longest: int, device: torch.device) -> Ll
 def _measure(
     model: Any, method: str, length: int, new_tokens: int, device: torch.device
 ) -> DecodeMeasurement:
-    """One method at one length; the first prompt, which compiles kernels, is not timed."""
+    """Measure one method at one length; the first prompt compiles kernels and is not timed."""
     tokens = torch.randint(model.config.vocab_size, (1, length), device=device)
     on_gpu = device.type == "cuda"
     cache: Any = None
     out: Any = None
     try:
         for _ in range(2 if on_gpu else 1):
-            cache = out = None  # those of the first pass would hide what the second one keeps
+            cache = out = None  # free the first pass, to measure what the second one keeps
             release_memory()
             before = torch.cuda.memory_allocated() if on_gpu else math.nan
             if on_gpu:

@@ -1,4 +1,4 @@
-"""The device that is measured: which one, its clock, its memory."""
+"""The measured device, its clock and its memory."""
 
 import gc
 import time
@@ -7,19 +7,19 @@ import torch
 
 
 def find_device() -> torch.device:
-    """A GPU where there is one, else the CPU."""
+    """The GPU if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def now(device: torch.device) -> float:
-    """Seconds on a clock, once `device` has done all work that was started."""
+    """Seconds on a clock, after `device` has finished all pending work."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 def release_memory() -> None:
-    """Return memory that no tensor holds to the device."""
+    """Return unused memory to the device."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -1,9 +1,9 @@
-"""Predicted against measured memory and time of real training steps, one process a point.
+"""Predicted and measured memory and time of real training steps, with one process per point.
 
-A point is a configuration. Its steps are those of `train.py`: the model, DeepSpeed, AdamW, on
-random tokens of one document a row. On a GPU PyTorch's allocator is asked for its peak; on a CPU
-every tensor is counted, and the attention operator's share is counted on its own, since the CPU
-path has other temporary tensors than the Triton kernels, which the formulas are of.
+A point is a configuration. Its steps are those of `train.py`: the model, DeepSpeed and AdamW, on
+random tokens with one document per row. On a GPU, the peak is that of PyTorch's allocator. On a
+CPU, every tensor is counted. There the attention operator is counted separately, since the CPU path
+has other temporary tensors than the Triton kernels that the formulas describe.
 """
 
 import gc
@@ -44,17 +44,17 @@ class Measurement:
     predicted_phases: dict[str, int]  # by name, as in plan/memory.py
     allocated: int
     reserved: int  # 0 on a CPU
-    start: int  # allocated at the peak before the first step,
-    passes: int  # of forward and backward passes,
-    update: int  # and of updates
+    start: int  # peak before the first step,
+    passes: int  # peak of forward and backward passes,
+    update: int  # and peak of updates
     predicted_seconds: float | None  # None on a device that is not in plan/gpus.py
     seconds: float
     predicted_host: int
-    host: int  # the largest resident set of the process
+    host: int  # peak resident memory of the process
 
 
 class _Meter:
-    """Peak of tensors on this device, since the last `restart`."""
+    """Peak memory of tensors on this device since the last `restart`."""
 
     def __init__(self, device: torch.device) -> None:
         self.counter = PeakMemory() if device.type == "cpu" else None
@@ -71,10 +71,11 @@ class _Meter:
 
 
 def measure(config: Config, launch: LaunchEnv, steps: int) -> Measurement:
-    """Train `steps` optimizer steps (at least 2; times leave out the first) of the last stage.
+    """Train `steps` optimizer steps of the last phase (at least 2; the first is not timed).
 
     Raises:
-        RuntimeError: a step was not applied; torch.OutOfMemoryError: as PyTorch does.
+        RuntimeError: a step was not applied.
+        torch.OutOfMemoryError: memory ran out.
     """
     device = init_distributed(launch)
     job = plan_jobs(config, launch.world_size, CUDA if device.type == "cuda" else CPU)[-1]
@@ -85,10 +86,10 @@ def measure(config: Config, launch: LaunchEnv, steps: int) -> Measurement:
     meter = _Meter(device)
     with meter.counter or nullcontext():
         grid = create_grid(config.parallel.sp)
-        # Weights are what PyTorch begins with: `init_weights` of 8 B takes the CPU a minute.
+        # Use PyTorch's initial weights: `init_weights` of 8 B parameters takes a minute.
         engine = Engine(create_model(config, grid, device, None), config)
         gc.collect()
-        list(engine.parameter_slices())  # makes AdamW's state, as a resumed run does
+        list(engine.parameter_slices())  # creates AdamW's state, like a resumed run
         start = meter.peak
         done = [_step(engine, job, grid, device, meter) for _ in range(steps)]
     seconds, passes, updates = zip(*done, strict=True)
@@ -111,7 +112,7 @@ def measure(config: Config, launch: LaunchEnv, steps: int) -> Measurement:
 
 
 def find_sheet(device_name: str) -> Gpu | None:
-    """The data sheet of a device by what PyTorch calls it."""
+    """The data sheet of the device that PyTorch calls `device_name`, or None."""
     board = find_board(device_name)
     return next((gpu for gpu in GPUS.values() if gpu.name == board), None)
 
@@ -119,7 +120,7 @@ def find_sheet(device_name: str) -> Gpu | None:
 def _step(
     engine: Engine, job: Job, grid: Grid, device: torch.device, meter: _Meter
 ) -> tuple[float, int, int]:
-    """One optimizer step; returns its seconds, and the peaks of its passes and its update."""
+    """Do one optimizer step; returns its seconds, and the peaks of its passes and its update."""
     meter.restart()
     rows, length = job.stage.micro_batch, job.stage.seq_len // job.sp
     vocab_size = job.config.model.vocab_size
@@ -141,7 +142,7 @@ def _step(
 
 
 def count_operator(job: Job, kind: LayerKind) -> OperatorMemory:
-    """`plan.operator.operator_memory` of the operator that this machine runs, counted."""
+    """Count `plan.operator.operator_memory` for the operator that runs on this machine."""
     model, stage = job.config.model, job.stage
     dtype = torch.bfloat16 if job.itemsize == 2 else torch.float32
     shape = (stage.micro_batch, stage.seq_len)

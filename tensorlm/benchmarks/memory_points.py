@@ -1,6 +1,6 @@
-"""The points of `launcher/benchmark.py memory`, each measured in a process of its own.
+"""The points of `launcher/benchmark.py memory`, each measured in a separate process.
 
-A process that fails or runs out of memory costs its line, not the others'.
+If a process fails or runs out of memory, the other points are still measured.
 """
 
 import json
@@ -44,13 +44,13 @@ class Point(Section):
     """One configuration to measure."""
 
     name: str
-    config: str = Field(_8B, description="TOML file; a relative one is looked for here")
+    config: str = Field(_8B, description="TOML file, relative to this folder or the repository")
     settings: tuple[str, ...] = Field((), strict=False, alias="set", description="key.sub=value")
     steps: int = Field(3, ge=2, description="optimizer steps; the first is not timed")
 
 
 def _point(shape: str, tokens: int, *settings: str, steps: int = 3) -> Point:
-    """A point of the 8B configuration, with one of the shapes above."""
+    """A point of the 8B configuration with one of the shapes above."""
     sizes = [f"model.{key}={str(value).lower()}" for key, value in _SHAPES[shape].items()]
     what = ", ".join(s.split(".")[1].removesuffix("=true") for s in settings if s != _AGAIN)
     name = f"{shape}, {tokens // 1024}k: {what or 'recomputed'}"
@@ -59,7 +59,7 @@ def _point(shape: str, tokens: int, *settings: str, steps: int = 3) -> Point:
 
 
 def default_points(on_gpu: bool) -> list[Point]:
-    """For one GPU of 139 GiB, ten minutes; or small ones that a CPU counts."""
+    """Default points: ten minutes on one GPU of 139 GiB, or small ones counted on a CPU."""
     if not on_gpu:
         sizes = [f"model.{key}={value}" for key, value in _TINY.items()]
         common = [*_BASE, "data.seq_len=1024", "train.loss_chunk=256", *sizes]
@@ -118,10 +118,10 @@ def read_points(path: Path) -> list[Point]:
 
 
 def point_config(point: Point) -> Config:
-    """Its configuration, checked.
+    """The checked configuration of a point.
 
     Raises:
-        UserError: as `load_config`.
+        UserError: see `load_config`.
     """
     path = Path(point.config)
     return load_config(path if path.exists() else ROOT / path, point.settings)
@@ -129,7 +129,7 @@ def point_config(point: Point) -> Config:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one process found, or why it found nothing."""
+    """The result of one process, or the reason why there is none."""
 
     name: str
     numbers: dict[str, Any] | None  # `memory.Measurement`
@@ -137,13 +137,21 @@ class Outcome:
 
 
 def measure_points(points: Sequence[Point], seconds: float, each: float) -> Iterator[Outcome]:
-    """Measure each point in a process of its own, the largest last; at most `seconds` in all, and
-    `each` for one.
+    """Measure each point in a separate process, the largest last.
+
+    Args:
+        points: the points.
+        seconds: time limit for all points.
+        each: time limit in seconds for one point.
     """
     deadline = time.monotonic() + seconds
     for point in sorted(points, key=_size):
         left = min(deadline - time.monotonic(), each)
-        yield _measure(point, left) if left > 0 else Outcome(point.name, None, "no time was left")
+        yield (
+            _measure(point, left)
+            if left > 0
+            else Outcome(point.name, None, "not measured: out of time")
+        )
 
 
 def _size(point: Point) -> int:

@@ -1,8 +1,8 @@
-"""Inputs on which routing costs what it costs in a trained model, and what it reads of them.
+"""Inputs for which routed attention costs as much as in a trained model.
 
-A routed hop reads, for each tile of neighbouring tokens, the union of their choices. Queries drawn
-independently agree on nothing, so their union is several times that of a real model. Here queries
-are a slow signal plus noise, mixed so that 16 neighbours open as many blocks as measured on
+For each tile of neighbouring tokens, a routed hop reads the union of their choices. Independent
+random queries do not agree, so their union is several times that of a real model. Here queries are
+a slow signal plus noise, mixed so that 16 neighbours open as many blocks as measured on
 SmolLM2-135M (kernels/README.md): 2.3 times one token's choice.
 """
 
@@ -15,11 +15,11 @@ from tensor_attention import Rotary, choose_blocks
 
 NEIGHBOURS = 16
 MEASURED_UNION = 2.3
-_SLOW = 512  # tokens from one value of the slow signal to the next, independent one
+_SLOW = 512  # tokens between independent values of the slow signal
 
 
 class Route(NamedTuple):
-    """One setting of the routed axis, beside the window."""
+    """Settings of routed attention."""
 
     window: int
     block: int
@@ -27,7 +27,7 @@ class Route(NamedTuple):
     stretch: int
 
     def keys(self, length: int) -> float:
-        """Mean keys that a token reads in a document of `length` tokens, its own choice alone."""
+        """Mean number of keys in a token's window and own choice, in a document of `length`."""
         position = torch.arange(length, dtype=torch.float64)
         near = (position + 1).clamp(max=self.window)
         far = (position + 1 - self.window).clamp(min=0)
@@ -35,9 +35,9 @@ class Route(NamedTuple):
 
 
 def agreeing_queries(k: Tensor, heads: int, route: Route, rotary: Rotary) -> Tensor:
-    """[1, T, H, D] queries whose neighbours agree as a trained model's do, for keys k [1, T, K, D].
+    """[1, T, H, D]: queries whose neighbours agree as in a trained model, for keys k [1, T, K, D].
 
-    The share of the slow signal is found by bisection; `union_of_neighbours` shows the outcome.
+    Bisection finds the share of the slow signal; `union_of_neighbours` measures the result.
     """
     generator = torch.Generator(device=k.device).manual_seed(1)
     length, size = k.shape[1], k.shape[3]
@@ -63,12 +63,12 @@ def agreeing_queries(k: Tensor, heads: int, route: Route, rotary: Rotary) -> Ten
 
 
 def union_of_neighbours(q: Tensor, k: Tensor, route: Route, rotary: Rotary) -> float:
-    """Blocks that 16 neighbouring tokens open, over the blocks that one of them chooses."""
+    """Number of blocks that 16 neighbouring tokens open / number that one of them chooses."""
     choice = choose_blocks(
         q, k, window=route.window, block=route.block, top_k=route.top_k, stretch=route.stretch,
         rotary=rotary,
     )  # fmt: skip
-    first = route.window + (route.top_k + 1) * route.block  # where a choice is full
+    first = route.window + (route.top_k + 1) * route.block  # from here on choices are complete
     choice = choice[:, -((choice.shape[1] - first) // NEIGHBOURS * NEIGHBOURS) :]
     opened = choice.unflatten(1, (-1, NEIGHBOURS)).transpose(2, 3).flatten(3).sort(dim=-1).values
     distinct = (opened[..., 1:] != opened[..., :-1]).sum(-1) + 1

@@ -1,7 +1,7 @@
-"""One layer of a configuration on the ranks of this job: time, bytes sent, what overlapping gains.
+"""One layer of a configuration on the ranks of this job: time, bytes sent, gain from overlap.
 
-Every rank of a row computes its share of one document on random values. Times are medians over
-repeats, of the slowest rank; ranks start each repeat together.
+Each rank of a row computes its share of one document of random values. Times are medians over
+repeats, of the slowest rank; all ranks start each repeat together.
 """
 
 import statistics
@@ -30,7 +30,7 @@ SERIAL, SWAP = "attention, swap of q and k before hop 1", "swap of q and k alone
 
 @dataclass(frozen=True)
 class LayerCost:
-    """Of one layer; bytes are those sent to other ranks, per token of the row."""
+    """Times of one layer, and the bytes sent to other ranks per token of the row."""
 
     ranks: str
     milliseconds: dict[str, tuple[float, float]]  # forward; forward and backward
@@ -39,7 +39,7 @@ class LayerCost:
 
 
 class _SentBytes(TorchDispatchMode):
-    """Adds up what this rank's all-to-alls send to other ranks; their messages are bytes."""
+    """Counts the bytes that this rank's all-to-alls send to other ranks."""
 
     def __init__(self, grid: Grid) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class _SentBytes(TorchDispatchMode):
 
 
 def measure(config: Config, launch: LaunchEnv, repeats: int) -> LayerCost:
-    """Measure layer 0 of `config` on all ranks of the job together."""
+    """Measure layer 0 of `config` on all ranks of the job; collective."""
     device = init_distributed(launch)
     grid = create_grid(config.parallel.sp)
     model, train, rows = config.model, config.train, config.train.micro_batch
@@ -121,7 +121,7 @@ def _milliseconds(
     grid: Grid,
     device: torch.device,
 ) -> tuple[float, float]:
-    """Forward; forward and backward."""
+    """Milliseconds of forward, and of forward and backward."""
     cotangents = [torch.randn_like(x) for x in function()]
 
     def both() -> None:
@@ -146,7 +146,7 @@ def _milliseconds(
 
 
 def _meet(grid: Grid, device: torch.device) -> None:
-    """All ranks are here, and their devices idle."""
+    """Wait until all ranks have arrived and their devices are idle."""
     if grid.world_size > 1:
         dist.barrier()
     if device.type == "cuda":
@@ -156,7 +156,7 @@ def _meet(grid: Grid, device: torch.device) -> None:
 def _bytes(
     function: Callable[[], tuple[Tensor, ...]], leaves: Sequence[Tensor], grid: Grid
 ) -> tuple[int, int]:
-    """Sent by this rank: forward, backward."""
+    """Bytes sent by this rank: forward, backward."""
     with _SentBytes(grid) as forward:
         outputs = function()
     with _SentBytes(grid) as backward:
@@ -165,7 +165,7 @@ def _bytes(
 
 
 def format_cost(cost: LayerCost, config: Config) -> str:
-    """A Markdown table, then what was sent and what overlapping saved."""
+    """A Markdown table, followed by the bytes sent and the gain from overlap."""
     model = config.model
     route = None if model.route is None else model.route.model_dump()
     kind = layers_in_words(model.layer_kinds[:1], model.fold, model.window_size, route)

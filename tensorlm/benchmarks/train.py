@@ -1,9 +1,9 @@
 """Forward and backward of a whole model on one device, by kind of attention (`train_methods.py`).
 
-Every method trains the same decoder shape on one document of runs of random tokens, with activation
-checkpointing, in the configuration's dtype; what else saves memory (offload, tiles, fused layers)
-is that of the configuration, for the first two methods. The optimizer is left out: its cost does
-not depend on the length, and with it fewer layers would fit.
+All methods train the same decoder shape on one document of random tokens (in runs of equal ones),
+with activation checkpointing, in the configuration's dtype. Other memory settings (offload, tiles,
+fused layers) are those of the configuration, except for `huggingface`. The optimizer is left out:
+its cost does not depend on the length, and with it fewer layers would fit.
 """
 
 import math
@@ -30,11 +30,12 @@ from .train_methods import METHODS, OpenBlocks, draw_tokens, shape_of
 
 
 class TrainMeasurement(NamedTuple):
-    """One method at one length; NaN where it does not fit.
+    """One method at one length; NaN if it does not fit.
 
-    `mfu` counts the method's own model FLOPs (recomputation is none) against the peak of the data
-    sheet; `memory_gib` is allocated at the peak, weights and their gradients included.
-    `open_blocks` is `OpenBlocks.ratio` of a routed model, which its time depends on; NaN of others.
+    `mfu` is the rate of the method's own model FLOPs (without recomputation) / the data sheet's
+    peak. `memory_gib` is the peak of allocated memory, weights and their gradients included.
+    `open_blocks` is `OpenBlocks.ratio` of a routed model, on which its time depends; NaN for other
+    models.
     """
 
     method: str
@@ -48,8 +49,9 @@ class TrainMeasurement(NamedTuple):
 
 
 class SdpaAttention(nn.Module):
-    """An `Attention` layer's weights under PyTorch's full attention (cuDNN on GPUs): no documents,
-    one rank.
+    """PyTorch's full attention (cuDNN on GPUs) with the weights of an `Attention` layer.
+
+    It supports only one document and one rank.
     """
 
     def __init__(self, attention: Attention) -> None:
@@ -74,7 +76,7 @@ class SdpaAttention(nn.Module):
 def measure(
     config: Config, lengths: Sequence[int], methods: Sequence[str], repeats: int
 ) -> Iterator[TrainMeasurement]:
-    """Every method at every length, on a GPU where there is one, one measurement at a time."""
+    """Measure every method at every length, on the GPU if there is one; yields each result."""
     device = find_device()
     peak = peak_flops(device)
     for method in methods:
@@ -92,7 +94,7 @@ def measure(
 
 
 def measure_longest(config: Config, method: str) -> int:
-    """Tokens of the longest document that one method can train on, as `longest` finds it."""
+    """Tokens of the longest document on which one method can train (`longest`)."""
     device = find_device()
     model = build(config, method, 2**20, device)
 
@@ -103,7 +105,7 @@ def measure_longest(config: Config, method: str) -> int:
 
 
 def longest(fits: Callable[[int], bool], unit: int) -> int:
-    """The largest multiple of `unit` that fits, within 1/32 of it: doubled, then bisected."""
+    """The largest multiple of `unit` that fits, to 1/32 of its value: doubled, then bisected."""
     too_long = unit
     while fits(too_long):
         too_long *= 2
@@ -115,7 +117,7 @@ def longest(fits: Callable[[int], bool], unit: int) -> int:
 
 
 def build(config: Config, method: str, longest: int, device: torch.device) -> nn.Module:
-    """The model of one method, in the dtype of training, in training mode."""
+    """Build the model of one method, in the dtype of training, in training mode."""
     dtype = torch.bfloat16 if config.train.dtype == "bf16" else torch.float32
     if method == "huggingface":
         from transformers import LlamaConfig, LlamaForCausalLM
@@ -126,7 +128,7 @@ def build(config: Config, method: str, longest: int, device: torch.device) -> nn
         theirs.gradient_checkpointing_enable()
         return theirs.train()
     settings = config.train.model_copy(update={"activation_checkpointing": True})
-    # Weights are what PyTorch begins with: `init_weights` of billions takes the CPU a minute.
+    # Use PyTorch's initial weights: `init_weights` of billions of parameters takes a minute.
     model = create_llama(shape_of(config.model, method), settings, Grid(), device)
     if method == "full":
         for block in model.layers:
@@ -138,10 +140,9 @@ def build(config: Config, method: str, longest: int, device: torch.device) -> nn
 def _time_step(
     model: nn.Module, method: str, config: Config, length: int, repeats: int, device: torch.device
 ) -> tuple[float, float, float]:
-    """(median seconds, peak GiB, `OpenBlocks.ratio`) of forward and backward; NaN where memory does
-    not suffice.
+    """(median seconds, peak GiB, `OpenBlocks.ratio`) of forward and backward; NaN if out of memory.
 
-    The first step compiles kernels, and counts only where there are no `repeats`.
+    The first step compiles kernels, and is timed only if `repeats` is 0.
     """
     tokens = draw_tokens(config.model.vocab_size, length, device)
     release_memory()
@@ -159,7 +160,7 @@ def _time_step(
                     loss = model(tokens, None, tokens) / length
                 opened = blocks.ratio if blocks else opened
             loss.backward()
-            del loss  # and with it the graph, whose buffers the next step takes over
+            del loss  # frees the graph, whose buffers the next step reuses
             model.zero_grad()
             times.append(now(device) - started)
     except torch.OutOfMemoryError:
@@ -187,7 +188,7 @@ def format_table(rows: Sequence[TrainMeasurement]) -> str:
 
 
 def plot(rows: Sequence[TrainMeasurement], path: str) -> None:
-    """Tokens per second and peak memory against length, one line per method (PNG)."""
+    """Plot tokens per second and peak memory against length, one line per method (PNG)."""
     import matplotlib.pyplot as plt
 
     figure, (speed, memory) = plt.subplots(1, 2, figsize=(11, 4.5))

@@ -1,4 +1,4 @@
-"""What the training benchmark compares, and how far neighbouring tokens' choices agree in it."""
+"""Methods of the training benchmark, and how far neighbouring tokens' choices agree in it."""
 
 import torch
 from torch import Tensor, nn
@@ -8,16 +8,16 @@ from tensorlm.config import ModelConfig
 from tensorlm.model.attention import Attention, KeptChoice
 
 METHODS = ("tensorized", "routed", "strided", "window", "full", "huggingface")
-# Each random token is repeated so often in a row. Independent tokens would choose independently;
-# in a trained model 16 neighbours open 2.3 times the blocks of one of them (kernels/README.md).
+# Number of repetitions of each random token. Independent tokens would choose independently; in a
+# trained model, 16 neighbours open 2.3 times the blocks of one of them (kernels/README.md).
 RUN = 8
 
 
 def shape_of(model: ModelConfig, method: str) -> ModelConfig:
-    """The model whose layers are all of the method's kind; its own ones for "tensorized".
+    """The model with all layers of the method's kind; unchanged for "tensorized".
 
     Raises:
-        ValueError: it has no window, or no route, for such layers.
+        ValueError: the model has no window or no route for such layers.
     """
     if method == "tensorized":
         return model
@@ -27,7 +27,7 @@ def shape_of(model: ModelConfig, method: str) -> ModelConfig:
         return model.model_copy(update=changes)
     if not model.window_size or (method == "routed" and model.route is None):
         needed = "[model.route] and model.window" if method == "routed" else "model.window"
-        raise ValueError(f"method {method}: {needed} must be given (or leave the method out)")
+        raise ValueError(f"{method}: needs {needed} (set it, or remove the method)")
     match method:
         case "strided":
             changes["fold"] = model.fold or (model.window_size,)
@@ -39,16 +39,16 @@ def shape_of(model: ModelConfig, method: str) -> ModelConfig:
 
 
 def draw_tokens(vocab_size: int, length: int, device: torch.device) -> Tensor:
-    """[1, length] random tokens in runs of RUN equal ones."""
+    """[1, length]: random tokens, each repeated RUN times."""
     tokens = torch.randint(0, vocab_size, (1, -(-length // RUN)), device=device)
     return tokens.repeat_interleave(RUN, dim=1)[:, :length]
 
 
 class OpenBlocks:
-    """Counts what the routed layers of a model choose, while it is a context.
+    """Context that counts the choices of a model's routed layers.
 
-    `ratio`: blocks that a tile of 16 tokens has open, as multiples of what one of them chooses, in
-    the mean over routed layers and the later half of the row; NaN where nothing was chosen.
+    `ratio`: number of blocks open in a tile of 16 tokens / number that one of them chooses, as a
+    mean over routed layers and the second half of the row; NaN if nothing was chosen.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -75,7 +75,7 @@ class OpenBlocks:
 
 
 def open_ratio(choice: Tensor) -> float:
-    """Blocks open in a tile of 16 tokens over those of one token, of `choice` [B, T, K, C]."""
+    """Number of blocks open in a tile of 16 tokens / those of one token; `choice` [B, T, K, C]."""
     half = choice[:, choice.shape[1] // 2 :]
     tiles = half.shape[1] // KERNEL_TILE
     tiled = half[:, : tiles * KERNEL_TILE].unflatten(1, (tiles, KERNEL_TILE)).transpose(2, 3)

@@ -65,7 +65,7 @@ def test_time_is_bounded() -> None:
     assert first.numbers is second.numbers is None
     assert "took more than 0 s" in first.problem
     (late,) = bench.measure_points(points[:1], seconds=0.0, each=60.0)
-    assert late.problem == "no time was left"
+    assert late.problem == "not measured: out of time"
 
 
 def test_default_points_cover_what_a_gpu_can_run() -> None:

@@ -62,7 +62,7 @@ def test_every_method_is_measured_at_every_length(config: Path) -> None:
 
 
 def test_a_method_is_the_same_shape_with_its_kind_of_layers(config: Path, tiny: Config) -> None:
-    with pytest.raises(ValueError, match=r"routed: \[model.route\] and model.window must be given"):
+    with pytest.raises(ValueError, match=r"routed: needs \[model.route\] and model.window"):
         shape_of(tiny.model, "routed")
     route = "model.route={block=8, top_k=1, stretch=2}"
     mixed = load_config(config, [route, "model.layers=['routed', 'full']"])
