@@ -44,9 +44,10 @@ def _hugging_face_view(model: Llama, seq_len: int, device: torch.device) -> nn.M
 
 
 def make_cache(decoder: Any, prompt_length: int, num_tokens: int) -> FoldCache | None:
-    """A cache for a prompt and its answer, which keeps the choices of the answer's tokens.
+    """A cache for a prompt and its answer that keeps the choices of the answer's tokens.
 
-    None: a stock Llama makes its own.
+    Returns:
+        The cache; None for a plain Llama, which makes its own.
     """
     if not isinstance(decoder, TensorLMForCausalLM):
         return None

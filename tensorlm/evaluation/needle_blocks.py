@@ -1,4 +1,4 @@
-"""Was the needle's block open to the tokens that had to copy it? By routed layer."""
+"""Whether the needle's blocks were open to the tokens that had to copy it, per routed layer."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -15,14 +15,14 @@ from .results import NeedleBlocks
 
 @dataclass(frozen=True)
 class Needle:
-    """Where in a prompt's tokens the hidden answer stands, and how many tokens it has there."""
+    """Indices of a prompt's tokens that contain the hidden answer, and its number of tokens."""
 
     tokens: list[int]
     size: int
 
 
 def find_needle(model: EvaluatedModel, text: str, answer: str) -> Needle:
-    """The tokens of `model.encode(text)` that hold `answer`, wherever it stands in the text."""
+    """The tokens of `model.encode(text)` that contain `answer`, at each of its occurrences."""
     encoded = model.tokenizer(
         text, add_special_tokens=False, split_special_tokens=True, verbose=False,
         return_offsets_mapping=True,
@@ -38,17 +38,17 @@ def find_needle(model: EvaluatedModel, text: str, answer: str) -> Needle:
 
 @torch.no_grad()
 def open_shares(cache: Any, needle: Needle, prompt_length: int) -> NDArray[np.float64]:
-    """How much of the needle each routed layer could read while the answer was being written.
+    """How much of the needle each routed layer could read while the answer was generated.
 
     Args:
-        cache: a `FoldCache` after the answer, which has kept the choices of its tokens.
-        needle: in the prompt.
-        prompt_length: tokens of the prompt; the last one and those that follow write the answer,
-            as many as the needle has tokens.
+        cache: a `FoldCache` after generation, which has kept the choices of the answer's tokens.
+        needle: the needle in the prompt.
+        prompt_length: tokens of the prompt. The queries are its last token and those after it, as
+            many as the needle has tokens.
 
     Returns:
-        [layers]: share of the needle's tokens that are in the window or in an open block, a mean
-        over queries and key heads.
+        [layers]: fraction of the needle's tokens that are in the window or in an open block, the
+        mean over queries and key heads.
     """
     from tensorlm.hf.cache_tensorlm import RoutedLayer  # slow to import, as in decoding.py
 
@@ -83,10 +83,12 @@ def needle_blocks(
     """For each routed layer, means over the prompts that were answered and those that failed.
 
     Args:
-        task, length: of the prompts.
+        task: name of the task.
+        length: length of the prompts.
         layers: indices of the routed layers.
         opened: [layers, tasks, prompts] from `open_shares`.
-        answered, failed: [tasks, prompts].
+        answered: [tasks, prompts] bool, whether the answer was correct.
+        failed: [tasks, prompts] bool, whether it was wrong.
     """
 
     def mean(shares: NDArray[np.float64], prompts: NDArray[np.bool_]) -> float | None:

@@ -132,10 +132,11 @@ class Cell(Result):
 
 
 class NeedleBlocks(Result):
-    """Was the needle open to the tokens that write the answer, in one routed layer?
+    """Whether the needle was open to the tokens of the answer, in one routed layer.
 
-    `answered`, `failed`: the share of the needle's tokens that were in the window or in an open
-    block, a mean over key heads and over prompts that were (not) answered; None without any.
+    `answered`, `failed`: the fraction of the needle's tokens that were in the window or in an open
+    block, the mean over key heads and over the prompts that were answered correctly or not; None
+    if there are no such prompts.
     """
 
     task: str

@@ -204,7 +204,8 @@ def _needle_blocks_table(reports: list[Report]) -> Table:
     ]  # fmt: skip
     text = (
         "How much of the hidden number was in the window or in open blocks while the answer was "
-        "written, in each routed layer at the longest length; mean over key heads and prompts."
+        "generated, for each routed layer at the longest length; the mean over key heads and "
+        "prompts."
     )
     header = ["task", "length", "layer", "prompts answered", "prompts failed"]
     return Table("Were the needle's blocks open?", text, _named(reports, header), rows)

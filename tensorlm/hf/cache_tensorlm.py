@@ -159,8 +159,10 @@ class FoldLayer(CacheLayerMixin):
 class RoutedLayer(FoldLayer):
     """The cache of a routed layer.
 
-def _layer(config: TensorLMConfig, index: int, expected: int, choices: int) -> FoldLayer:
-    """An empty cache for the layer `index`."""
+    `key_rows` [B, T, K, D] are rotated to position floor((t - d(t)) / stretch), `near_rows` (the
+    last `window` tokens) to position t. `mean_rows` [B, N, K, D] are the mean keys of blocks that
+    are complete wherever their document begins. `choice_rows` are the choices of the last
+    open_tile - 1 + `choices` tokens.
     """
 
     def __init__(self, route: Route, expected: int = 0, choices: int = 0) -> None:
@@ -189,8 +191,8 @@ def _layer(config: TensorLMConfig, index: int, expected: int, choices: int) -> F
 class FoldCache(Cache):
     """One FoldLayer per decoder layer, and the last document of each sequence.
 
-def _layer(config: TensorLMConfig, index: int, expected: int, choices: int) -> FoldLayer:
-    """An empty cache for the layer `index`."""
+    Buffers are allocated for exactly `expected` tokens at first. Decoding needs the choices of the
+    last open_tile - 1 tokens; routed layers keep those of `choices` more, for evaluation.
     """
 
     last_document: LastDocument | None = None

@@ -115,7 +115,7 @@ def test_folded_folder_comes_back_with_its_hop_biases(tmp_path: Path, config: Pa
     assert any(name.endswith("hop_bias") for name in folder_weights(tmp_path / "again"))
     assert_same_bytes(folder_weights(tmp_path / "again"), folder_weights(tmp_path / "hf"))
     other = load_config(config, ["model.fold=[8]", f"run.dir={tmp_path / 'third'}"])
-    with pytest.raises(UserError, match=r"model.fold: is \[8\], .* has \[4, 8\]"):
+    with pytest.raises(UserError, match=r"model.fold: must be \[4, 8\], as in .*hf, got \[8\]"):
         import_weights(tmp_path / "hf", other)
 
 
