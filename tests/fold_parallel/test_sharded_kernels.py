@@ -8,6 +8,8 @@ import torch
 from fold_parallel import Grid, create_grid, sharded_tensor_attention
 from tests.fold_parallel.backends import device, ranks_and_backends, result
 from tests.fold_parallel.cases import Case, Results, joined, make_row, run
+from tests.fold_parallel.test_sharded_routed import routed
+from tests.fold_parallel.test_sharded_routed import run as run_routed
 from tests.support.distributed import run_distributed
 
 pytest.importorskip("triton")
@@ -39,7 +41,29 @@ def test_kernels_on_shards_equal_the_whole_row(world_size: int, backend: str) ->
     if backend == "gloo" and os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("compiled kernels take no CPU tensors (interpreted ones do)")
     ours = joined(run_distributed(kernels_on_shards, world_size, world_size, backend=backend))
-    whole = run(CASE, make_row(CASE), Grid(), torch.device("cpu"))
+    check(ours, run(CASE, make_row(CASE), Grid(), torch.device("cpu")))
+
+
+# A tile of open blocks, and a block, cross the border of two shards.
+ROUTED = routed(
+    Case((), (5, 43), heads=2, key_heads=1, dtype=torch.float32), 16, 16, 1, 2, 8
+)  # fmt: skip
+
+
+def routed_kernels_on_shards(sp: int) -> Results:
+    return run_routed(ROUTED, create_grid(sp), device(), backend="triton")
+
+
+@ranks_and_backends(2)
+def test_routed_kernels_on_shards_equal_the_whole_row(world_size: int, backend: str) -> None:
+    if backend == "gloo" and os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("compiled kernels take no CPU tensors (interpreted ones do)")
+    parts = run_distributed(routed_kernels_on_shards, world_size, world_size, backend=backend)
+    check(joined(parts), run_routed(ROUTED, None, torch.device("cpu")))
+
+
+def check(ours: Results, whole: Results) -> None:
+    """The same results, to rounding."""
     assert ours.keys() == whole.keys()
     for name, x in whole.items():
         error = (ours[name] - x).abs().max() / x.abs().max()

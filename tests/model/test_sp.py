@@ -194,22 +194,30 @@ def test_a_recomputed_routed_layer_gathers_again_but_chooses_once(
         assert backward == [halo, gather, back, halo] * 2 + [halo] * 2
 
 
-LONG = 8192
+LONG = {"strided": 8192, "routed": 4096}  # tokens of a row
 
 
-def peak_activations(sp: int) -> int:
+LAYERS: dict[str, dict[str, Any]] = {
+    "strided": {"fold": (32, 8)},
+    "routed": {
+        "window": 32, "route": {"block": 16, "top_k": 2, "stretch": 2}, "num_kv_heads": 1,
+    },
+}  # fmt: skip
+
+
+def peak_activations(sp: int, layers: str) -> int:
     """Most bytes beyond weights and gradients in forward and backward of one rank."""
     grid = create_grid(sp)
+    shape = {"num_kv_heads": 2} | LAYERS[layers]
     config = ModelConfig(
-        vocab_size=VOCAB, hidden_size=64, intermediate_size=128, num_layers=2, num_heads=4,
-        num_kv_heads=2, fold=(32, 8),
-    )  # fmt: skip
+        vocab_size=VOCAB, hidden_size=64, intermediate_size=128, num_layers=2, num_heads=4, **shape
+    )
     options: dict[str, Any] = {"activation_checkpointing": True, "loss_chunk": 64}
     model = Llama(config, grid, fused_layers="torch", **options).to(device())
     model.init_weights(seed=1)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    tokens = torch.zeros(1, LONG // sp, dtype=torch.long, device=device())
+    tokens = torch.zeros(1, LONG[layers] // sp, dtype=torch.long, device=device())
     doc_start = torch.zeros_like(tokens, dtype=torch.int32)
     if tokens.is_cuda:
         model(tokens, doc_start, tokens).backward()  # makes cuBLAS's workspace, of 32 MiB
@@ -223,21 +231,34 @@ def peak_activations(sp: int) -> int:
 
 
 @cache
-def peaks(world_size: int, backend: str) -> list[int]:
-    return run_distributed(peak_activations, world_size, world_size, backend=backend)
+def peaks(world_size: int, backend: str, layers: str) -> list[int]:
+    return run_distributed(peak_activations, world_size, world_size, layers, backend=backend)
 
 
 @ranks_and_backends(2, 4, 8)
 def test_peak_activation_memory_falls_with_the_number_of_ranks(
     world_size: int, backend: str
 ) -> None:
-    (alone,) = peaks(1, backend)
+    (alone,) = peaks(1, backend, "strided")
     # On top come the inner row in front of each shard (3 % of the row on 8 ranks), the rotary table
     # of the whole row (3 % too), and what a swap sends and receives. The kernels keep so little
     # else that q, k and z, which are there in columns too, show: 16 to 22 % by plan/operator.py.
     most = 1.25 if backend == "nccl" else 1.1
-    for peak in peaks(world_size, backend):
+    for peak in peaks(world_size, backend, "strided"):
         assert alone / world_size < peak <= most * alone / world_size
+
+
+@ranks_and_backends(2, 4)
+def test_peak_memory_of_routed_layers_falls_but_for_keys_and_values_of_the_row(
+    world_size: int, backend: str
+) -> None:
+    (alone,) = peaks(1, backend, "routed")
+    # Of one layer at a time, and one key head of 16 in float32: keys, values, keys rotated, and
+    # gradients of the first two.
+    gathered = 5 * 16 * 4 * LONG["routed"]
+    most = 1.25 if backend == "nccl" else 1.0
+    for peak in peaks(world_size, backend, "routed"):
+        assert alone / world_size < peak <= most * alone / world_size + gathered
 
 
 class CountedTokens:

@@ -105,6 +105,29 @@ def test_window_and_routed_layers_have_the_losses_of_one_rank(
     assert len(runs[0]) == 6
     assert runs[1] == pytest.approx(runs[0], rel=2e-6)
 
+    # The last run's model, evaluated by these ranks and by one.
+    settings = [
+        *OVERRIDES,
+        *ROUTED,
+        *EVAL,
+        "eval.tasks=['ppl','recall']",
+        "eval.slide=1",
+        "eval.max_tokens=1024",
+    ]
+    shared = load_config(config, [*settings, f"parallel.sp={world_size}"])
+    run_distributed(evaluate_rank, world_size, shared, tmp_path / "eval", backend=backend)
+    found, alone = read_report(tmp_path / "eval/report.json"), load_config(config, settings)
+    model = open_checkpoint_model(alone, None, torch.device("cpu"), Grid())
+    documents = held_out_documents(alone, model.tokenizer, data / "tokenizer")
+    expected = evaluate(alone.eval, model, documents)
+    assert [entry.length for entry in found.perplexity] == LENGTHS
+    for ours, one in zip(found.perplexity, expected.perplexity, strict=True):
+        assert ours.perplexity == pytest.approx(one.perplexity, rel=1e-6)
+    assert [(entry.length, entry.layer) for entry in found.recall] == [(64, 1), (512, 1)]
+    for share, whole in zip(found.recall, expected.recall, strict=True):
+        for name in ("beyond", "chosen", "best", "random", "opened"):
+            assert getattr(share, name) == pytest.approx(getattr(whole, name), rel=1e-4)
+
 
 @ranks_and_backends(4)
 def test_a_run_goes_on_with_another_number_of_ranks_to_a_row(
