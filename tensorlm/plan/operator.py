@@ -39,10 +39,10 @@ def operator_memory(job: Job, kind: LayerKind) -> OperatorMemory:
     """Memory of one layer of this kind."""
     fold = job.config.model.fold if kind == "strided" else ()
     if kind == "routed":
-        return routed(job) if job.sp == 1 else _with_gathered(job, routed(job))
+        return routed(job) if job.sp == 1 else shared_routed(job)
     if kind == "window":
-        alone = chain(job, [Axis(1, job.config.model.window_size)])
-        return alone if job.sp == 1 else _with_window_in_front(job, alone)
+        axis = Axis(1, job.config.model.window_size)
+        return chain(job, [axis]) if job.sp == 1 else shared_window(job)
     if job.sp == 1:
         return chain(job, fold_axes(fold, job.stage.seq_len))
     return shared(job, fold) if fold else shared_heads(job)
@@ -97,33 +97,70 @@ def routed(job: Job) -> OperatorMemory:
     return OperatorMemory(saved, backward, forward, kept=choice)
 
 
-def _with_window_in_front(job: Job, alone: OperatorMemory) -> OperatorMemory:
-    """Memory of hop 1 of a shared row, which has q, k, v and z of one more window of tokens.
+class _FirstHop(NamedTuple):
+    """Hop 1 of a shared row: q, k, v and z have one more window of tokens in front."""
 
-    This is an upper bound: all tensors are counted as longer (`fold_parallel/window.py`).
-    """
-    window = min(job.config.model.window_size, job.stage.seq_len)
-    longer = 1 + job.stage.micro_batch * window / job.tokens
-    q, k, _, _ = sizes(job)
-    copies = q + 2 * k  # q, k, v joined to the halo
-    return OperatorMemory(
-        round(longer * (alone.saved + copies)), round(longer * alone.backward),
-        round(longer * (alone.forward + copies)), alone.kept,
+    longer: float  # how many times as many tokens
+    saved: float
+    backward: float
+    forward: float  # with keys rotated, and the halo that has arrived
+
+
+def _first_hop(job: Job, length: int) -> _FirstHop:
+    """Bytes of hop 1, whose axis has `length` steps, on this rank (`fold_parallel/window.py`)."""
+    q, k, lse, token = sizes(job)
+    longer = 1 + job.stage.micro_batch * length / job.tokens
+    # Rank 0 has a separate rotary table, since there are no positions before the row.
+    table = 4 * job.config.model.head_size * (job.stage.seq_len // job.sp + length)
+    saved = longer * (2 * q + 2 * k + lse + token) + table
+    rotated_q, rotated_k = _rotated(job, 1, length)
+    halo = 2 * k * job.stage.micro_batch * (length - 1) / job.tokens
+    return _FirstHop(
+        longer, saved, longer * (2 * q + 2 * k + lse + rotated_q + rotated_k),
+        saved + longer * rotated_k + halo,
     )  # fmt: skip
 
 
-def _with_gathered(job: Job, alone: OperatorMemory) -> OperatorMemory:
-    """Memory of a routed layer with the whole row's keys and values, and their gradients.
+def shared_window(job: Job) -> OperatorMemory:
+    """Memory of a window layer on a shared row."""
+    q, k, _, token = sizes(job)
+    hop = _first_hop(job, min(job.config.model.window_size, job.stage.seq_len))
+    forward = q + 2 * k + hop.forward + token  # the depth of each token in its document
+    return OperatorMemory(round(hop.saved), round(hop.backward), round(forward))
 
-    This is an upper bound: tensors are counted together that do not exist at the same time.
+
+def shared_routed(job: Job) -> OperatorMemory:
+    """Memory of a routed layer on a shared row: each rank has the keys and values of the whole row.
+
+    Saved: hop 1, the row's keys, values and document starts; q, z and two log-sum-exps of the
+    routed hop, and the choice.
     """
-    shared_window = _with_window_in_front(job, alone)
-    _, k, _, token = sizes(job)
-    row = job.sp * (2 * k + token)
-    return OperatorMemory(
-        shared_window.saved + row, shared_window.backward + 2 * row + job.sp * k,
-        shared_window.forward + row + 2 * job.sp * k, alone.kept,
+    q, k, lse, token = sizes(job)
+    model, route = job.config.model, job.config.model.route
+    assert route is not None
+    hop = _first_hop(job, min(model.window_size, job.stage.seq_len))
+    row_k, choice, lists = job.sp * k, kept_choice(job), _lists(job, route)
+    row = 2 * row_k + job.sp * token
+    z = q if job.stage.micro_batch > 1 else 0  # a copy, where rows of z are not contiguous
+    saved = hop.saved + row + 2 * (q + lse) + choice + z
+    earlier = choice * job.stage.micro_batch * (route.open_tile - 1) // job.tokens
+    state = row + hop.longer * (q + lse)
+    forward = q + 2 * k + max(
+        # Hop 1, while keys, values and document starts are exchanged: sent and received.
+        row + 2 * k + token + hop.forward + 2 * token,
+        # Keys rotated, queries summed, means.
+        state + choice + row_k + k + row_k // route.block,
+        # Keys rotated; document starts and log-sum-exps once more.
+        state + z + choice + earlier + q + 2 * lse + token + lists.entries + row_k + job.sp * token,
     )  # fmt: skip
+    backward = max(
+        # dz, dq, dz of the window, queries rotated; dk and dvalues of the row, its keys rotated
+        4 * q + 2 * lists.entries + lists.ends + 2 * lse + 3 * row_k,
+        # Hop 1, while the gradients of the row travel, sent and received. What the routed hop saved
+        # is freed.
+        4 * row_k + hop.backward - (2 * lse + choice + row + z),
+    )
+    return OperatorMemory(round(saved), round(backward), round(forward), kept=choice)
 
 
 def kept_choice(job: Job) -> int:
@@ -145,8 +182,9 @@ class _Lists(NamedTuple):
 
 
 def _lists(job: Job, route: RouteConfig) -> _Lists:
+    """Of this rank's tiles, and of all blocks of the row."""
     rows, length = job.stage.micro_batch, job.stage.seq_len
-    tiles = -(-length // KERNEL_TILE)
+    tiles = -(-(length // job.sp) // KERNEL_TILE)
     per_tile = KERNEL_TILE * (1 if route.open_tile == 1 else 2) * (route.top_k + 1)
     heads = rows * job.config.model.num_kv_heads
     groups = min(128, 1 << (tiles - 1).bit_length())
@@ -163,10 +201,8 @@ def shared(job: Job, fold: Sequence[int]) -> OperatorMemory:
     q, k, lse, token = sizes(job)
     axes = fold_axes(fold, job.stage.seq_len)
     outer = len(axes) - 1
-    longer = 1 + job.stage.micro_batch * fold[0] / job.tokens  # one more inner row: the halo
-    # Rank 0 has a separate rotary table, since there are no positions before the row.
-    table = 4 * job.config.model.head_size * (job.stage.seq_len // job.sp + fold[0])
-    in_rows = longer * (2 * q + 2 * k + lse + token) + table
+    hop = _first_hop(job, fold[0])
+    longer, in_rows = hop.longer, hop.saved
     in_columns = 2 * q + k + lse + outer * (q + lse + token)
 
     peaks: list[float] = []
