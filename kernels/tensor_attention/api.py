@@ -1,7 +1,7 @@
 """Tensorized attention: the public operator, a loop of hops over the folded axes.
 
-Which implementation runs is decided here and only by the arguments: `gpu.op` and `gpu.chain`
-are imported on first use, so that a machine without triton has the other backends.
+This module alone chooses the implementation, from the arguments only. `gpu.op` and `gpu.chain` are
+imported on first use, so that the other backends work without triton.
 """
 
 import importlib.util
@@ -49,10 +49,10 @@ def hop(
 ) -> State:
     """One hop by the chosen backend; arguments and results as in `dense.hop`.
 
-    `reach` and `ahead` may be [1, T], for every row of the batch, and in any integer dtype.
+    `reach` and `ahead` may be [1, T] for all rows of the batch, and of any integer dtype.
 
     Raises:
-        ValueError: arguments that do not belong together, or that the backend does not cover.
+        ValueError: the arguments do not match, or the backend does not support them.
     """
     check_heads(q, k, values, "values", of_queries=True)
     check_axis(stride, length)
@@ -62,7 +62,7 @@ def hop(
     check_scale(scale)
     reach = steps_per_token("reach", reach, q)
     ahead = None if ahead is None else steps_per_token("ahead", ahead, q)
-    # A longer axis has no more steps: every token is alone on its line, or sees the whole of it.
+    # A longer axis has no more steps: every token is alone on its line or reads all of it.
     stride, length = (min(size, max(1, q.shape[1])) for size in (stride, length))
     backend = chosen_backend(backend, q, k, values, ahead is not None)
     run = _HOPS[backend] if backend in _HOPS else _triton_hop()
@@ -89,37 +89,38 @@ def tensor_attention(
     """Attend along each axis of the folded sequence in turn (after Feng et al., EMNLP 2024).
 
     Args:
-        q: [B, T, H, D], not rotated when `rotary` is given.
+        q: [B, T, H, D], not rotated if `rotary` is given.
         k: [B, T, K, D] with H a multiple of K; query head h reads key head h // (H / K).
         v: [B, T, K, E].
         fold: lengths of the inner axes, innermost first; [] is full attention.
-        doc_start: [B, T] integer (or [1, T], for every row of the batch), index in the row of the
+        doc_start: [B, T] integer (or [1, T] for all rows of the batch), index in the row of the
             first token of each token's document; None: one document per row. An index after t
             counts as t, one before the row as 0.
         hop_bias: [len(fold), H], added to the scores of hops 2, 3, ... (distance mode only).
         rotary: table of at least T positions; axis i uses position floor(t / stride_i).
         scale: factor on the scores, 1 / sqrt(D) by default.
-        mode: "distance" folds the distance t - u and ends in one joint softmax (kernels/README.md);
-            "fold" attends inside the lines of the folded tensor, one softmax per hop, as the paper.
-        causal: False lets tokens look ahead too (fold mode only: the encoder case).
+        mode: "distance" folds the distance t - u and ends in one joint softmax (kernels/README.md).
+            "fold" attends inside the lines of the folded tensor, with one softmax per hop, as in
+            the paper.
+        causal: False lets tokens also look ahead (fold mode only: for encoders).
         backend: "dense" is the T x T definition, "blocked" plain PyTorch, "triton" the GPU kernels
-            (causal only); "auto" is "triton" for CUDA tensors that it covers, else "blocked".
+            (causal only). "auto" is "triton" for CUDA tensors that it supports, else "blocked".
 
     Returns:
         [B, T, H, E] in the dtype of v.
 
     Raises:
-        ValueError: arguments that do not belong together, or that the backend does not cover.
+        ValueError: the arguments do not match, or the backend does not support them.
     """
     check_choice("mode", mode, get_args(Mode))
     if mode == "distance" and not causal:
-        raise ValueError('causal = False needs mode = "fold": distances only reach back')
+        raise ValueError('causal must be True in mode = "distance", got False (use mode = "fold")')
     if mode == "fold" and hop_bias is not None:
-        raise ValueError('hop_bias has no effect in mode = "fold": each hop is its own softmax')
+        raise ValueError('hop_bias must be None in mode = "fold": each hop has its own softmax')
     doc_start = check_operator(
         q, k, v, fold, doc_start, hop_bias, rotary, scale, backend, q.shape[1]
     )
-    row = max(1, q.shape[1])  # nothing is longer: a hop of a whole row reaches no other token
+    row = max(1, q.shape[1])  # a longer stride reaches no other token
     axes = [Axis(min(stride, row), min(n, row)) for stride, n in fold_axes(fold, q.shape[1])]
     bounds = [_bounds(doc_start, axis, mode, causal) for axis in axes]
     if chosen_backend(backend, q, k, v, not causal) == "triton":
@@ -152,13 +153,13 @@ def check_operator(
     backend: Backend,
     positions: int,
 ) -> Tensor:
-    """Document starts [B, T] (zeros for None), after a check of everything but the mode.
+    """Check all arguments but the mode; returns the document starts [B, T] (zeros for None).
 
     Args:
-        positions: that the rotary table must have: tokens of the whole row.
+        positions: number of positions that the rotary table must have: tokens of the whole row.
 
     Raises:
-        ValueError: arguments that do not belong together.
+        ValueError: the arguments do not match.
     """
     check_heads(q, k, v, "v", of_queries=False)
     check_rotary(rotary, positions, q)
@@ -172,10 +173,10 @@ def check_operator(
 
 
 def chosen_backend(backend: Backend, q: Tensor, k: Tensor, values: Tensor, ahead: bool) -> Backend:
-    """The backend that "auto" stands for; the definition where there is nothing to compute.
+    """Replace "auto" by a backend; "dense" if there are no tokens.
 
     Raises:
-        ValueError: no such backend.
+        ValueError: the backend is unknown.
     """
     check_choice("backend", backend, get_args(Backend))
     if not q.shape[0] or not q.shape[1]:
@@ -197,14 +198,14 @@ def _triton_hop() -> Callable[..., State]:
 
 def _causal_reach(reach: Tensor, ahead: Tensor | None) -> Tensor:
     if ahead is not None:
-        raise ValueError('backend = "triton" is causal only: use "blocked" with causal = False')
+        raise ValueError('causal must be True for backend = "triton", got False (use "blocked")')
     return reach
 
 
 def _bounds(
     doc_start: Tensor, axis: Axis, mode: Mode, causal: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """How many strides back, and forward (None if causal), each token may look along `axis`."""
+    """Number of strides that each token may look back and ahead (None if causal) along `axis`."""
     reach = document_reach(doc_start, axis.stride)
     if mode == "distance":
         return reach, None

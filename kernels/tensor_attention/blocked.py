@@ -1,12 +1,12 @@
 """One hop in plain PyTorch with O(T * length) memory: the CPU path, differentiable by autograd.
 
 A hop of stride s splits the row into s independent lines (t mod s) of T / s tokens each. Along a
-line the hop is a sliding window: a block of L queries needs its own block of keys and as many
-before it as `length` reaches (and after it when it may look ahead).
+line, the hop is a sliding window: a block of L queries reads its own block of keys and the blocks
+before it (and after it, if not causal) that `length` reaches into.
 
 Shape letters: B batch, S lines, N blocks, L block length, W window, H query heads, K key heads,
-G = H / K query heads per key head, D head size, E value size. This file has no imports from the
-project but `fold`: it also travels inside exported Hugging Face folders.
+G = H / K query heads per key head, D head size, E value size. This file imports only `fold` from
+the project, because exported Hugging Face folders contain it.
 """
 
 import torch
@@ -32,9 +32,9 @@ def hop(
     scale: float | None = None,
     ahead: Tensor | None = None,
 ) -> State:
-    """Same contract as `dense.hop`; peak memory grows with T * length instead of T * T.
+    """Same as `dense.hop`, but peak memory grows with T * length instead of T * T.
 
-    Products and softmax are in float32 or wider, and z is rounded once, to the dtype of `values`.
+    Products and softmax are in float32 or wider. z is rounded once, to the dtype of `values`.
     """
     num_tokens, head_dim = q.shape[1], q.shape[3]
     if rotary is not None:
@@ -54,7 +54,7 @@ def hop(
         scores = scores + bias.to(work)[:, None, None]
     scores = scores.masked_fill(~allowed, MASKED)
 
-    # One exponential per score: relative to the largest one, which cancels out of z and lse and so
+    # One exponential per score, relative to the largest, which cancels in z and lse and therefore
     # needs no gradient.
     largest = scores.detach().amax(dim=-1)  # [B, S, N, H, L]
     weights = torch.exp(scores - largest[..., None])
@@ -75,11 +75,12 @@ def hop(
 
 
 def _block_size(length: int, line: int) -> tuple[int, int]:
-    """Block length, and how many earlier blocks a window of `length` tokens reaches into.
+    """Block length, and the number of earlier blocks that a window of `length` tokens reaches into.
 
-    A line that fits into the window is one block. Otherwise a quarter of the window, since the
-    slots that a block computes in vain are as many as its own length; always a divisor of it, so
-    that a line cut at a multiple of the window has the same blocks, and bits, as the whole line.
+    A line that fits in the window is one block. Otherwise, a block is a quarter of the window:
+    short, because each query computes as many masked scores as its block has tokens. The length
+    always divides the window, so that a line cut at a multiple of the window has the same blocks,
+    and bits, as the whole line.
     """
     if length >= line:
         return line, 0
@@ -93,19 +94,19 @@ def _to_blocks(x: Tensor, stride: int, block: int) -> Tensor:
 
 
 def _from_blocks(x: Tensor, num_tokens: int) -> Tensor:
-    """[B, S, N, H, L, D] -> [B, T, H, D], the padding dropped."""
+    """[B, S, N, H, L, D] -> [B, T, H, D], without the padding."""
     return x.permute(0, 2, 4, 1, 3, 5).flatten(1, 3)[:, :num_tokens]
 
 
 def _window(x: Tensor, before: int, after: int) -> Tensor:
-    """Join each block with its neighbours: [B,S,N,H,L,D] -> [B,S,N,H,W,D]."""
+    """Join each block with its neighbors: [B, S, N, H, L, D] -> [B, S, N, H, W, D]."""
     num_blocks = x.shape[2]
     x = F.pad(x, (0, 0, 0, 0, 0, 0, before, after))
     return torch.cat([x[:, :, i : i + num_blocks] for i in range(before + 1 + after)], dim=4)
 
 
 def _grouped_matmul(x: Tensor, y: Tensor) -> Tensor:
-    """[..., H, L, A] @ [..., K or H, A, C] -> [..., H, L, C], y not copied per query head."""
+    """[..., H, L, A] @ [..., K or H, A, C] -> [..., H, L, C], without copying y per query head."""
     num_heads, rows = x.shape[-3], x.shape[-2]
     group = num_heads // y.shape[-3]
     folded = x.unflatten(-3, (-1, group)).flatten(-3, -2)
@@ -124,10 +125,10 @@ def _allowed(
     after: int,
     nearest: int,
 ) -> Tensor:
-    """[B, S, N, 1, L, W] bool: which slots of its window each query attends to."""
+    """[B, S, N, 1, L, W] bool: whether each query attends to each token of its window."""
     num_tokens = reach.shape[1]
     line_step = torch.arange(num_tokens, device=reach.device) // stride
-    reach = torch.minimum(reach, line_step)  # not into the padding in front of the row
+    reach = torch.minimum(reach, line_step)  # not into the padding before the row
     slots = torch.arange((before + 1 + after) * block, device=reach.device)
     queries = torch.arange(block, device=reach.device) + before * block
     steps = queries[:, None] - slots[None, :]  # [L, W]

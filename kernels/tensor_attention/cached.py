@@ -1,9 +1,9 @@
-"""One hop for the newest tokens of a sequence whose keys and values are cached: decoding.
+"""One hop for the newest tokens of a sequence with cached keys and values: decoding.
 
 Each query reads only the entries that it visits: `length` along the first axis, T / stride along
 the outermost. Shape letters: B batch, Q new tokens, T all tokens, N steps of the axis, H query
-heads, K key heads, G = H / K, D head size, E value size. This file has no imports from the project
-but `fold`: it also travels inside exported Hugging Face folders.
+heads, K key heads, G = H / K, D head size, E value size. This file imports only `fold` from the
+project, because exported Hugging Face folders contain it.
 """
 
 import torch
@@ -13,7 +13,7 @@ from .fold import FLOOR, MASKED, Rotary, apply_rotary, full_precision
 
 State = tuple[Tensor, Tensor]
 
-# Queries whose entries are gathered at one time: bounds memory when a long prompt comes in chunks.
+# Queries whose entries are gathered at a time: bounds the memory for a chunk of a long prompt.
 _QUERY_CHUNK = 64
 
 
@@ -30,19 +30,19 @@ def hop_cached(
     rotary: Rotary | None = None,
     scale: float | None = None,
 ) -> State:
-    """The rows of `dense.hop` that belong to the last Q of T tokens.
+    """The results of `dense.hop` for the last Q of T tokens.
 
     Args:
-        q: [B, Q, H, D], not rotated when `rotary` is given.
-        k: [B, T, K, D] of all tokens, rotated exactly if q is.
+        q: [B, Q, H, D], not rotated if `rotary` is given.
+        k: [B, T, K, D] of all tokens, rotated if and only if q is.
         values: [B, V, K or H, E] of the last V <= T tokens: as many as the hop reaches back.
         stride, length, bias, rotary, scale: as in `dense.hop`.
-        reach: [B, Q] int32, how many strides back each query may look.
-        state: (z [B, Q, H, E], lse [B, Q, H]) of the hop before, or None for the first hop.
+        reach: [B, Q] int32, number of strides that each query may look back.
+        state: (z [B, Q, H, E], lse [B, Q, H]) of the previous hop, or None for the first hop.
 
     Returns:
-        (z [B, Q, H, E] in the dtype of `values`, lse [B, Q, H] in float32 or wider); as in
-        `dense.hop` where a query sees nothing.
+        (z [B, Q, H, E] in the dtype of `values`, lse [B, Q, H] in float32 or wider). A query that
+        attends to nothing has z = 0 and lse = -inf.
     """
     parts = []
     for at in range(0, max(1, q.shape[1]), _QUERY_CHUNK):
@@ -110,7 +110,7 @@ def _hop_rows(
 
 
 def _gather(x: Tensor, tokens: Tensor) -> Tensor:
-    """x[:, tokens]; gradients of an entry that many queries visit are added up in float32."""
+    """x[:, tokens]; gradients of an entry that several queries visit are added in float32."""
     if not x.requires_grad:
         return x[:, tokens]
     return x.to(torch.promote_types(x.dtype, torch.float32))[:, tokens].to(x.dtype)

@@ -1,7 +1,7 @@
-"""What the operator accepts, in one place for all implementations.
+"""Argument checks shared by all implementations of the operator.
 
-Only shapes, dtypes and devices are read, never values: a check costs no wait for the GPU and breaks
-no compiled graph. What values mean where they are out of range is part of the operator
+Checks read shapes, dtypes and devices only, never values, so that they do not wait for the GPU or
+break a compiled graph. The operator defines the meaning of values out of range
 (`fold.document_reach`, `dense.hop`). Shape letters: B batch, T tokens, H query heads, K key heads,
 D head size, E value size.
 """
@@ -22,23 +22,26 @@ _INTEGERS = (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8)
 def check_heads(
     q: Tensor, k: Tensor, values: Tensor, name: str, of_queries: bool, first: int | None = None
 ) -> None:
-    """Raise ValueError unless q, k and values belong together.
+    """Raise ValueError unless q, k and values match.
 
     Args:
-        name: of the values in the messages.
-        of_queries: whether there may be values for each of the H query heads.
-        first: the queries are the tokens from `first` on, of the row that k holds; None: all.
+        q: [B, T, H, D].
+        k: [B, T, K, D].
+        values: [B, T, K, E], or [B, T, H, E] if `of_queries`.
+        name: name of the values in messages.
+        of_queries: whether each of the H query heads may have its own values.
+        first: index in the row of k of the first query; None: the queries are the whole row.
     """
     if q.ndim != 4 or not q.shape[2] or not q.shape[3]:
         raise ValueError(f"q must be [B, T, H, D] with at least one head, got {list(q.shape)}")
     rows = q.shape[:2] if first is None else (q.shape[0], *k.shape[1:2])
     matches = k.ndim == 4 and k.shape[:2] == rows and k.shape[3] == q.shape[3]
     if not matches or not k.shape[2] or q.shape[2] % k.shape[2]:
-        raise ValueError(f"k {list(k.shape)} does not match q {list(q.shape)} (H % K must be 0)")
+        raise ValueError(f"k must match q {list(q.shape)} (H % K must be 0), got {list(k.shape)}")
     heads = (k.shape[2], q.shape[2]) if of_queries else (k.shape[2],)
     matches = values.ndim == 4 and values.shape[:2] == k.shape[:2] and values.shape[2] in heads
     if not matches or not values.shape[3]:
-        raise ValueError(f"{name} {list(values.shape)} does not match k {list(k.shape)}")
+        raise ValueError(f"{name} must match k {list(k.shape)}, got {list(values.shape)}")
     if first is not None and not 0 <= first <= k.shape[1] - q.shape[1]:
         raise ValueError(
             f"first must be between 0 and T - Q = {k.shape[1] - q.shape[1]}, got {first}"
@@ -46,23 +49,23 @@ def check_heads(
     dtypes = (q.dtype, k.dtype, values.dtype)
     if not q.is_floating_point() or len(set(dtypes)) > 1:
         raise ValueError(
-            f"q, k, {name} must share one dtype of floats, got {', '.join(map(str, dtypes))}"
+            f"q, k, {name} must have one floating-point dtype, got {', '.join(map(str, dtypes))}"
         )
     check_device("k", k, q)
     check_device(name, values, q)
 
 
 def check_device(name: str, x: Tensor, q: Tensor) -> None:
-    """Raise ValueError unless `x` is where q is."""
+    """Raise ValueError unless `x` is on the device of q."""
     if x.device != q.device:
-        raise ValueError(f"{name} must be on {q.device} as q is, got {x.device}")
+        raise ValueError(f"{name} must be on {q.device}, like q, got {x.device}")
 
 
 def per_token(name: str, x: Tensor, q: Tensor) -> Tensor:
-    """`x` as [B, T]; a [1, T] tensor stands for every row of the batch.
+    """`x` as [B, T]; [1, T] is expanded to all rows of the batch.
 
     Raises:
-        ValueError: another shape, another device, or no integers.
+        ValueError: the shape, dtype or device is wrong.
     """
     rows = q.shape[:2]
     if x.ndim != 2 or x.shape[1] != rows[1] or x.shape[0] not in (rows[0], 1):
@@ -74,30 +77,32 @@ def per_token(name: str, x: Tensor, q: Tensor) -> Tensor:
 
 
 def steps_per_token(name: str, x: Tensor, q: Tensor) -> Tensor:
-    """`per_token` in int32; what lies outside the row is brought to its border."""
+    """`per_token` in int32, with values clamped to the row."""
     x = per_token(name, x, q)
     return x if x.dtype == torch.int32 else x.long().clamp(-1, q.shape[1]).to(torch.int32)
 
 
 def check_bias(name: str, bias: Tensor | None, shape: Sequence[int], q: Tensor) -> None:
-    """Raise ValueError unless `bias` is None or floats of this shape."""
+    """Raise ValueError unless `bias` is None or a floating-point tensor of this shape."""
     if bias is None:
         return
     if list(bias.shape) != list(shape):
-        raise ValueError(f"{name} {list(bias.shape)} must be {list(shape)}")
+        raise ValueError(f"{name} must be {list(shape)}, got {list(bias.shape)}")
     if not bias.is_floating_point():
         raise ValueError(f"{name} must be floats, got {bias.dtype}")
     check_device(name, bias, q)
 
 
 def check_rotary(rotary: Rotary | None, positions: int, q: Tensor) -> None:
-    """Raise ValueError unless the table has that many positions for heads of this size."""
+    """Raise ValueError unless the table has at least `positions` positions and fits q's heads."""
     if rotary is None:
         return
     check_width(rotary, q.shape[3])
     for name, table in zip(rotary._fields, rotary, strict=True):
         if table.shape[0] < positions:
-            raise ValueError(f"rotary table has {table.shape[0]} positions, need {positions}")
+            raise ValueError(
+                f"rotary.{name} must have at least {positions} positions, got {table.shape[0]}"
+            )
         if not table.is_floating_point():
             raise ValueError(f"rotary.{name} must be floats, got {table.dtype}")
         check_device(f"rotary.{name}", table, q)
@@ -110,7 +115,7 @@ def check_scale(scale: float | None) -> None:
 
 
 def check_state(state: State | None, q: Tensor, values: Tensor) -> None:
-    """Raise ValueError unless the state is z [B, T, H, E] as the values are, lse [B, T, H]."""
+    """Raise ValueError unless the state is z [B, T, H, E], like the values, and lse [B, T, H]."""
     if state is None:
         return
     rows, lse_dtypes = list(q.shape[:3]), (torch.float32, torch.float64)

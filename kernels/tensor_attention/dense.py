@@ -1,4 +1,4 @@
-"""The definition of one hop, T x T, in any dtype: the oracle that every other implementation meets.
+"""The definition of one hop, T x T, in any dtype: the reference for all other implementations.
 
 Shape letters: B batch, T tokens, H query heads, K key/value heads, D head size, E value size.
 """
@@ -27,8 +27,8 @@ def hop(
 ) -> State:
     """Strided causal attention that starts from a state and returns a state (kernels/README.md).
 
-    Token t attends to u = t - j * stride for 0 <= j < length (1 <= j < length with a `state`, which
-    stands for the token itself and everything nearer), as far back as `reach` allows.
+    Token t attends to u = t - j * stride for 0 <= j < length, as far back as `reach` allows. With a
+    `state`, which covers the token itself and all nearer tokens, j starts at 1.
 
     Args:
         q: [B, T, H, D].
@@ -36,16 +36,17 @@ def hop(
         values: [B, T, K or H, E].
         stride: stride of the axis, in tokens.
         length: number of steps of the axis.
-        reach: [B, T] int32, how many strides back each token may look; below 0: not even at itself.
+        reach: [B, T] int32, number of strides that each token may look back; below 0: no token, not
+            even itself.
         bias: [H] or None, added to every score of this hop.
-        state: (z [B, T, H, E], lse [B, T, H]) of the hop before, or None for the first hop.
-        rotary: table that rotates q and k to floor(t / stride); None if they are rotated already.
+        state: (z [B, T, H, E], lse [B, T, H]) of the previous hop, or None for the first hop.
+        rotary: table that rotates q and k to position floor(t / stride); None: already rotated.
         scale: factor on the scores, 1 / sqrt(D) by default.
-        ahead: [B, T] int32, how many strides forward each token may look; None is causal.
+        ahead: [B, T] int32, number of strides that each token may look ahead; None: causal.
 
     Returns:
         (z [B, T, H, E] in the dtype of `values`, lse [B, T, H] in float32 or wider). A token that
-        sees nothing has z = 0 and lse = -inf, and passes on no gradient.
+        attends to nothing has z = 0, lse = -inf and zero gradients.
     """
     num_tokens, num_heads, head_dim = q.shape[1:]
     if rotary is not None:
@@ -70,7 +71,7 @@ def hop(
         allowed = allowed & (steps > -length) & (steps >= -ahead[:, :, None])
     scores = scores.masked_fill(~allowed[:, None], MASKED)
 
-    # The state is one more key: its score is its log-sum-exp and its value is its z.
+    # The state acts as one more key, with its log-sum-exp as score and its z as value.
     if state is not None:
         z_before, lse_before = state
         lse_before = lse_before.to(work).transpose(1, 2)[..., None]

@@ -2,8 +2,8 @@
 
 A sequence of T tokens is folded into a tensor with axes (n_1, ..., n_m), innermost first. `fold`
 lists the inner axes n_1 ... n_(m-1); the outermost axis is open-ended. The mathematics is in
-`kernels/README.md`. This file has no imports from the project: it also travels inside exported
-Hugging Face folders.
+`kernels/README.md`. This file imports nothing from the project, because exported Hugging Face
+folders contain it.
 """
 
 import math
@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-# Scores that do not count, and what no score that counts is below. Finite, so that a token that
-# sees nothing has a gradient of zero instead of NaN.
+# The score of a masked key, and a lower bound of all other scores. Finite, so that a token without
+# any key has a gradient of zero instead of NaN.
 MASKED, FLOOR = -1e30, -1e20
 
 
@@ -29,7 +29,7 @@ class Axis(NamedTuple):
 class Rotary(NamedTuple):
     """Rotary table for integer positions 0 ... P-1: `cos` and `sin`, each [P, D/2], float32.
 
-    `rotary_table` makes one whose angles are exact at any position.
+    `rotary_table` makes a table whose angles are exact at any position.
     """
 
     cos: Tensor
@@ -39,7 +39,7 @@ class Rotary(NamedTuple):
 def validate_fold(fold: Sequence[int]) -> None:
     """Raise ValueError unless every inner axis has at least 2 steps."""
     if any(n < 2 for n in fold):
-        raise ValueError(f"fold = {list(fold)}: every axis needs a length of at least 2")
+        raise ValueError(f"fold must be a list of lengths of at least 2, got {list(fold)}")
 
 
 def fold_axes(fold: Sequence[int], num_tokens: int) -> list[Axis]:
@@ -57,12 +57,11 @@ def fold_axes(fold: Sequence[int], num_tokens: int) -> list[Axis]:
 
 
 def document_reach(doc_start: Tensor, stride: int) -> Tensor:
-    """How many strides back each token may look inside its document.
+    """Number of strides that each token may look back inside its document.
 
     Args:
         doc_start: [B, T] integer, the index in the row of the first token of each token's document.
-            An index outside 0 ... t counts as the nearest one inside: a document that would begin
-            after its token begins with it, one that would begin before the row begins with the row.
+            An index after t counts as t, one before the row as 0.
         stride: stride of the axis, in tokens.
 
     Returns:
@@ -74,7 +73,7 @@ def document_reach(doc_start: Tensor, stride: int) -> Tensor:
 
 
 def document_ahead(doc_start: Tensor, stride: int) -> Tensor:
-    """How many strides forward each token may look inside its document ([B, T] int32)."""
+    """Number of strides that each token may look ahead inside its document ([B, T] int32)."""
     num_tokens = doc_start.shape[1]
     positions = torch.arange(num_tokens, device=doc_start.device)
     is_last = torch.ones_like(doc_start, dtype=torch.bool)
@@ -101,16 +100,16 @@ def rotary_frequencies(
     Args:
         head_size: D.
         theta: base of the frequencies.
-        scaling: of a model whose context was extended, by Hugging Face's keys: `rope_type` "linear"
-            slows all frequencies by `factor`, "llama3" smoothly only those with long wavelengths
-            (Llama 3.1); None or "default": nothing.
-        device: where the table will be, so that nothing is copied and waited for.
+        scaling: how the context was extended, with Hugging Face's keys: `rope_type` "linear"
+            divides all frequencies by `factor`, "llama3" only those with long wavelengths, with a
+            smooth transition (Llama 3.1); None or "default" changes nothing.
+        device: device of the table, so that no copy from another device is waited for.
 
     Returns:
-        [D/2] float64, on the CPU where the device has no float64.
+        [D/2] float64, on the CPU if the device has no float64.
 
     Raises:
-        ValueError: another `rope_type`.
+        ValueError: the `rope_type` is not supported.
     """
     exact = _with_float64(torch.device(device))
     exponents = torch.arange(0, head_size, 2, dtype=torch.float64, device=exact) / head_size
@@ -130,14 +129,14 @@ def rotary_frequencies(
 
 
 def rotary_table(frequencies: Tensor, num_positions: int, device: torch.device) -> Rotary:
-    """cos and sin of position x frequency, in float64 until they are rounded to float32.
+    """cos and sin of position x frequency, computed in float64 and rounded to float32.
 
-    In float32 an angle is off by its own rounding, 0.04 radians at a million positions.
+    In float32, the rounding error of an angle is 0.04 radians at a million positions.
 
     Args:
         frequencies: [D/2], radians per position (`rotary_frequencies`).
         num_positions: P.
-        device: of the table.
+        device: device of the table.
     """
     exact = _with_float64(device)
     positions = torch.arange(num_positions, dtype=torch.float64, device=exact)
@@ -147,12 +146,12 @@ def rotary_table(frequencies: Tensor, num_positions: int, device: torch.device) 
 
 
 def _with_float64(device: torch.device) -> torch.device:
-    """The device itself, or the CPU for those without float64 (Apple's GPUs)."""
+    """The device itself, or the CPU if the device has no float64 (Apple's GPUs)."""
     return device if device.type in ("cpu", "cuda", "meta") else torch.device("cpu")
 
 
 def check_width(rotary: Rotary, head_size: int) -> None:
-    """Raise ValueError unless both tables are [P, D/2] (one column would broadcast unnoticed)."""
+    """Raise ValueError unless both tables are [P, D/2] (one column would broadcast silently)."""
     for name, table in zip(rotary._fields, rotary, strict=True):
         if table.ndim != 2 or 2 * table.shape[1] != head_size:
             expected = f"[P, D / 2] = [P, {head_size / 2:g}]"
@@ -162,12 +161,11 @@ def check_width(rotary: Rotary, head_size: int) -> None:
 def apply_rotary(x: Tensor, rotary: Rotary, positions: Tensor) -> Tensor:
     """Rotate `x` [..., T, H, D] to `positions` [..., T] (integers) by the half-split convention.
 
-    The two halves of D are the real and imaginary parts, as in Hugging Face's Llama. The product
-    is taken in the table's precision or that of `x`, whichever is higher, at least float32, and
-    rounded once.
+    The two halves of D are the real and imaginary parts, as in Hugging Face's Llama. Products are
+    in the higher precision of the table and `x`, at least float32, and rounded once.
 
     Raises:
-        ValueError: the table is for heads of another size.
+        ValueError: the table is for another head size.
     """
     check_width(rotary, x.shape[-1])
     dtype = torch.promote_types(torch.promote_types(x.dtype, rotary.cos.dtype), torch.float32)
@@ -183,10 +181,10 @@ def rotate_along(x: Tensor, rotary: Rotary, stride: int) -> Tensor:
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[None]:
-    """Context in which products keep the dtype of their factors, whatever autocast asks for.
+    """Context in which products keep the dtype of their factors, even under autocast.
 
-    A bf16 product rounds each score by up to 2^-9 of its size, and with it the logarithm of a
-    weight: scores of 20 would lose 4 % of their weights.
+    A bf16 product rounds each score, the logarithm of a weight, by up to 2^-9 of its size: weights
+    with scores of 20 would be off by 4 %.
     """
     if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)

@@ -1,8 +1,9 @@
-"""The routed axis: a window, and beyond it the few blocks of the past that a token chooses.
+"""The routed axis: a window, and a few blocks beyond it that each token chooses.
 
 `routed_attention` is hop 1 (the window) and one routed hop that starts from its state. The choice
-is a function of its own, so that it can be inspected, kept, or replaced. Mathematics and figures:
-`kernels/README.md`. Routing by mean keys follows MoBA (Lu et al., 2025) and InfLLM-V2 (2025).
+is a separate function, so that it can be inspected, kept or replaced. The mathematics and
+measurements are in `kernels/README.md`. Routing by mean keys follows MoBA (Lu et al., 2025) and
+InfLLM-V2 (2025).
 """
 
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from .checks import State, check_heads, check_rotary, check_scale, check_state, 
 from .fold import Rotary, document_reach
 from .routing import check_choice_of_blocks, validate_route
 
-# Given a function that chooses, returns its choice, or the same one if that has been kept.
+# Takes a function that chooses; returns its choice, or the choice kept from an earlier call.
 Keep = Callable[[Callable[[], Tensor]], Tensor]
 
 
@@ -39,30 +40,29 @@ def routed_attention(
     """Attend to the last `window` tokens and to the chosen blocks before them, in one softmax.
 
     Args:
-        q: [B, T, H, D], not rotated when `rotary` is given.
+        q: [B, T, H, D], not rotated if `rotary` is given.
         k: [B, T, K, D] with H a multiple of K; query head h reads key head h // (H / K).
         v: [B, T, K, E].
-        window: tokens that are always read, the token itself included.
-        block: tokens of a block, at most `window`.
-        top_k: blocks that a token and key head chooses beside the document's first one.
-        stretch: rotary positions beyond the window are floor((t - d(t)) / stretch), d(t) the first
-            token of t's document.
-        open_tile: blocks chosen by earlier tokens of the same tile of this many tokens (counted
-            from the document's start) are read too; 1 turns this off.
-        doc_start: [B, T] integer (or [1, T], for every row of the batch), index in the row of the
+        window: number of tokens that are always read, including the token itself.
+        block: tokens per block, at most `window`.
+        top_k: blocks that each token and key head chooses, in addition to the document's first.
+        stretch: rotary positions beyond the window are floor((t - d(t)) / stretch), where d(t) is
+            the first token of t's document.
+        open_tile: tokens per tile, counted from the document's start: a token also reads the blocks
+            that earlier tokens of its tile chose. 1: only its own.
+        doc_start: [B, T] integer (or [1, T] for all rows of the batch), index in the row of the
             first token of each token's document; None: one document per row. An index after t
             counts as t, one before the row as 0.
         rotary: table of at least T positions.
         scale: factor on the scores, 1 / sqrt(D) by default.
         backend: as in `tensor_attention`.
-        keep: returns the choice that it is given the function for, or the same one from before: so
-            that a forward that is computed again need not choose again.
+        keep: see `Keep`; spares a recomputed forward pass from choosing again.
 
     Returns:
         [B, T, H, E] in the dtype of v.
 
     Raises:
-        ValueError: on numbers that describe no routed axis, or inputs the backend does not cover.
+        ValueError: the arguments do not match, or the backend does not support them.
     """
     validate_route(window, block, top_k, stretch, open_tile)
     doc_start = _checked_starts(q, k, v, doc_start, rotary, scale)
@@ -98,20 +98,21 @@ def choose_blocks(
 ) -> Tensor:
     """The blocks that each token and key head reads beyond its window; no gradient.
 
-    A far block scores <sum over the group of R q_h(t), mean over the block of R k(u)>, R the rotary
-    embedding at floor((t - d(t)) / stretch); sums and means are rounded to the dtype of q and k,
-    products are taken in float32 or wider. Arguments as in `routed_attention`, but for:
+    The score of a far block is <sum over the group of R q_h(t), mean over the block of R k(u)>,
+    where R is the rotary embedding at floor((t - d(t)) / stretch). Sums and means are rounded to
+    the dtype of q and k; products are in float32 or wider. Arguments as in `routed_attention`,
+    except:
 
     Args:
         q: [B, Q, H, D]: queries may be a slice of the row, the tokens first ... first + Q - 1.
-        k: [B, T, K, D] of the row, T at least first + Q; doc_start [B, T] is of the row too.
+        k: [B, T, K, D] of the whole row, T at least first + Q; so is doc_start [B, T].
         first: index in the row of the first query.
-        ordered: False leaves the blocks of a token in any order, which costs less.
+        ordered: False returns the blocks of a token in any order, which is faster.
 
     Returns:
-        [B, Q, K, top_k + 1] int32: indices of blocks in the document, ascending, -1 at the end
-        where fewer are far. Block 0 is chosen wherever it is far, beside the `top_k` best of the
-        others; ties go to the earlier block.
+        [B, Q, K, top_k + 1] int32: indices of blocks in the document, ascending, then -1 if fewer
+        are far. If block 0 is far, it is chosen in addition to the `top_k` best of the others. Ties
+        go to the earlier block.
     """
     validate_route(window, block, top_k, stretch, 1)
     doc_start = _checked_starts(q, k, k, doc_start, rotary, None, first)
@@ -126,7 +127,7 @@ def choose_blocks(
 def _routed_backend(
     backend: Backend, q: Tensor, k: Tensor, values: Tensor, block: int, open_tile: int
 ) -> Backend:
-    """The backend that "auto" stands for: Triton only where its kernels take these numbers."""
+    """Replace "auto" by a backend: "triton" only if its kernels support these numbers."""
     chosen = chosen_backend(backend, q, k, values, False)
     if backend == "auto" and chosen == "triton":
         from .gpu.routed_op import why_not
@@ -144,10 +145,10 @@ def _checked_starts(
     scale: float | None,
     first: int | None = None,
 ) -> Tensor:
-    """Document starts [B, T] int32 within 0 ... t (zeros for None), after a check of all shapes.
+    """Check all shapes; returns document starts [B, T] int32 within 0 ... t (zeros for None).
 
     Raises:
-        ValueError: arguments that do not belong together.
+        ValueError: the arguments do not match.
     """
     check_heads(q, k, values, "values", of_queries=False, first=first)
     check_rotary(rotary, k.shape[1], q)
@@ -171,7 +172,7 @@ def _choice(
     backend: Backend,
     first: int = 0,
 ) -> Tensor:
-    """`choose_blocks` as the hop takes it: unordered, which the kernels need not sort."""
+    """`choose_blocks` in any order, as the hop takes it: the kernels need not sort."""
     backend = _routed_backend(backend, q, k, k, block, 1)
     if backend == "triton":
         from .gpu.routed_op import choose_blocks as run
@@ -200,30 +201,32 @@ def routed_hop(
     first: int = 0,
     backend: Backend = "auto",
 ) -> State:
-    """Read the blocks of `choice` as far as they lie before the window; starts from a state.
+    """Attend to the tokens of open blocks that are before the window, starting from a state.
 
-    Token t attends to u with u in an open block and u <= t - window, joined to the state of the
-    window by one log-sum-exp.
+    Token t attends to each u <= t - window in an open block. The result is joined to the window's
+    state by one log-sum-exp.
 
-    Queries may be a slice of the row: the tokens first ... first + Q - 1. They read what they would
-    read in the whole row; the gradients of k and values are those of these queries.
+    Queries may be a slice of the row: the tokens first ... first + Q - 1. They attend to the same
+    tokens as in the whole row. The gradients of k and values are those of these queries only.
 
     Args:
         q: [B, Q, H, D].
-        k, values: [B, T, K, D], [B, T, K, E] of the row, T at least first + Q; doc_start [B, T].
-        choice: [B, P + Q, K, C] int32 as `choose_blocks` returns it; any order, -1 for none. Every
-            block must be full and begin at or before t - window, and a token names it once. The
-            last Q are of the queries. P tokens before them tell which blocks are open in the first
-            query's tile: at least min(first, open_tile - 1) of them.
+        k: [B, T, K, D] of the whole row, T at least first + Q; so is doc_start [B, T].
+        values: [B, T, K, E] of the whole row.
+        choice: [B, P + Q, K, C] int32 as from `choose_blocks`, in any order, -1 for none. Every
+            block must be full, begin at or before t - window, and occur once per token. The last Q
+            are the queries' choices. The P before them, at least min(first, open_tile - 1), are
+            needed for the tile of the first query.
+        window, block, stretch, open_tile, doc_start, rotary, scale, backend: as in
+            `routed_attention`.
         state: (z [B, Q, H, E], lse [B, Q, H]) of the window.
         first: index in the row of the first query.
-        Others as in `routed_attention`.
 
     Returns:
         (z [B, Q, H, E] in the dtype of `values`, lse [B, Q, H] in float32 or wider).
 
     Raises:
-        ValueError: arguments that do not belong together, or that the backend does not cover.
+        ValueError: the arguments do not match, or the backend does not support them.
     """
     validate_route(window, block, 1, stretch, open_tile)
     doc_start = _checked_starts(q, k, values, doc_start, rotary, scale, first)

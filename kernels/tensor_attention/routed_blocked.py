@@ -1,9 +1,9 @@
 """The routed axis in plain PyTorch, tile by tile: the CPU path, differentiable by autograd.
 
-A tile of tokens reads the union of its tokens' blocks, each token masked to its own. Scores of all
-slots exist for one tile at a time, and the hop recomputes a tile's scores in the backward, so peak
-memory grows with T (D + top_k) and not with T x T. This file has no imports from the project but
-`fold` and `routing`: it also travels inside exported Hugging Face folders.
+A tile of tokens reads the union of its tokens' blocks; a mask restricts each token to its own.
+Scores for all slots are held for one tile at a time, and the hop recomputes a tile's scores in the
+backward pass. Peak memory therefore grows with T (D + top_k), not with T x T. This file imports
+only `fold` and `routing` from the project, because exported Hugging Face folders contain it.
 """
 
 import itertools
@@ -20,7 +20,7 @@ State = tuple[Tensor, Tensor]
 # Finite, so that a token whose keys are all masked has a gradient of zero instead of NaN.
 MASKED = -1e30
 _TILE = 64  # tokens that share one product of the hop
-_CHOICE_TILE = 512  # tokens whose scores of all slots exist at a time
+_CHOICE_TILE = 512  # tokens whose scores for all slots are held at a time
 
 
 def choose_blocks(
@@ -35,7 +35,7 @@ def choose_blocks(
     rotary: Rotary | None,
     first: int = 0,
 ) -> Tensor:
-    """Same contract as `routed.choose_blocks`."""
+    """Same as `routed.choose_blocks`."""
     work = torch.promote_types(q.dtype, torch.float32)
     q = summed_queries(rotate_stretched(q, rotary, doc_start, stretch, first), k.shape[2]).to(work)
     starts = block_starts(doc_start, block)
@@ -64,9 +64,10 @@ def hop(
     scale: float,
     first: int = 0,
 ) -> State:
-    """Same contract as `routed.routed_hop`; peak memory grows with T instead of T x T."""
+    """Same as `routed.routed_hop`, but peak memory grows with T instead of T x T."""
     work = torch.promote_types(q.dtype, torch.float32)
-    known, chosen = choice.shape[1], first + q.shape[1] - choice.shape[1]  # first token of a choice
+    known = choice.shape[1]
+    chosen = first + q.shape[1] - known  # first token of `choice`
     q = rotate_stretched(q, rotary, doc_start, stretch, first).to(work) * scale
     k = rotate_stretched(k, rotary, doc_start, stretch).to(work)
     v = values.to(work)
@@ -96,7 +97,7 @@ def hop(
 
 
 def _first_of_open_tile(token: Tensor, doc_start: Tensor, open_tile: int) -> Tensor:
-    """[C]: the first token whose choice each token shares."""
+    """[C]: the first token of each token's open tile."""
     document = doc_start[token].long()
     return document + (token - document) // open_tile * open_tile
 
@@ -111,10 +112,21 @@ def _tile_hop(
     window: int,
     block: int,
 ) -> State:
-    """Softmax over the far keys alone of one tile and one key head: z [C, G, E], lse [C, G].
+    """Softmax over the far keys of one tile and one key head, without the window.
 
-    q [C, G, D] scaled; k [T, D], v [T, E]; starts [S, C'] of the blocks (-1: none) of each token
-    from the first of `begin` to the last of `token`.
+    Args:
+        q: [C, G, D], scaled.
+        k: [T, D].
+        v: [T, E].
+        starts: [S, C'], first tokens of the blocks (-1: none) chosen by each token from the first
+            of `begin` to the last of `token`.
+        token: [C], indices of the queries in the row.
+        begin: [C], first token of each query's open tile.
+        window: tokens of the window.
+        block: tokens per block.
+
+    Returns:
+        (z [C, G, E], lse [C, G]).
     """
     count = token.shape[0]
     source = token[-1] - torch.arange(starts.shape[0] - 1, -1, -1, device=q.device)
@@ -134,13 +146,13 @@ def _tile_hop(
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, seen: Tensor) -> State:
-    """Softmax attention of q [C, G, D] to the tokens `keys` [U] where `seen` [C, U]."""
+    """Softmax attention of q [C, G, D] to the tokens of `keys` [U] that `seen` [C, U] marks."""
     scores = (q.flatten(0, 1) @ k[keys].T).unflatten(0, q.shape[:2])
     scores = scores.masked_fill(~seen[:, None], MASKED)
     largest = scores.detach().amax(-1, keepdim=True)
     weights = torch.exp(scores - largest) * seen[:, None]
     total = weights.sum(-1)
-    some = total > 0  # a token at the start of a tile may have no far block yet
+    some = total > 0  # False for tokens without a far block
     total = torch.where(some, total, 1.0)
     lse = torch.where(some, largest[..., 0] + total.log(), MASKED)
     z = (weights.flatten(0, 1) @ v[keys]).unflatten(0, q.shape[:2])
@@ -148,8 +160,10 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, seen: Tensor) -> Stat
 
 
 def _tiles(x: Tensor, size: int, first: int) -> list[tuple[int, Tensor]]:
-    """(first token, part) of `x` [B, Q, ...], the tokens of a row from `first` on, in parts of at
-    most `size` tokens, cut where the whole row is cut: at multiples of `size`.
+    """Split `x` [B, Q, ...], a row's tokens from `first` on, at the row's multiples of `size`.
+
+    Returns:
+        (first token, part of `x`) of each part.
     """
     borders = [*range(first // size * size, first + x.shape[1], size), first + x.shape[1]]
     borders[0] = first

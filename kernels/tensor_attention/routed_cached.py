@@ -1,11 +1,11 @@
-"""The routed axis for the newest tokens of a sequence whose keys and means are cached: decoding.
+"""The routed axis for the newest tokens of a sequence with cached keys and means: decoding.
 
-The choice reads one stored mean for each block of the past, the hop only the blocks that are open:
-T / block means and (top_k + 1) * block entries a token, or what its tile has opened with open
-tiles. Queries and keys are rotated already. Shape letters: B batch, Q new tokens, T all tokens,
-N slots (`routing.py`), H query heads, K key heads, G = H / K, D head size, E value size, C blocks
-of a choice, U entries that a query reads. This file has no imports from the project but `fold` and
-`routing`: it also travels inside exported Hugging Face folders.
+The choice reads one stored mean per past block, and the hop reads only open blocks: per token
+T / block means and (top_k + 1) * block entries, or all that its tile has opened. Queries and keys
+are already rotated. Shape letters: B batch, Q new tokens, T all tokens, N slots (`routing.py`), H
+query heads, K key heads, G = H / K, D head size, E value size, C blocks of a choice, U entries that
+a query reads. This file imports only `fold` and `routing` from the project, because exported
+Hugging Face folders contain it.
 """
 
 import torch
@@ -16,8 +16,8 @@ from .routing import best_blocks, summed_queries
 
 State = tuple[Tensor, Tensor]
 
-_QUERY_CHUNK = 8  # queries whose entries are gathered at one time
-_CHOICE_CHUNK = 512  # queries whose scores of all slots exist at one time
+_QUERY_CHUNK = 8  # queries whose entries are gathered at a time
+_CHOICE_CHUNK = 512  # queries whose scores for all slots are held at a time
 _NOTHING = torch.iinfo(torch.int32).max
 
 
@@ -31,12 +31,12 @@ def choose_cached(
     block: int,
     top_k: int,
 ) -> Tensor:
-    """The rows of `routed.choose_blocks` that belong to the last Q of T tokens.
+    """The results of `routed.choose_blocks` for the last Q of T tokens.
 
     Args:
         q: [B, Q, H, D], rotated.
-        means: [B, N, K, D] of the first N slots: all that are far from any of the queries.
-        starts: [B, N] first tokens of their blocks, as `routing.block_starts` returns them.
+        means: [B, N, K, D] of the first N slots, which include all that are far from any query.
+        starts: [B, N], first tokens of their blocks, from `routing.block_starts`.
         doc_start: [B, T].
         window, block, top_k: as in `routed.choose_blocks`.
 
@@ -68,14 +68,15 @@ def routed_hop_cached(
     state: State,
     scale: float,
 ) -> State:
-    """The rows of `routed.routed_hop` that belong to the last Q of T tokens.
+    """The results of `routed.routed_hop` for the last Q of T tokens.
 
     Args:
-        q: [B, Q, H, D]; k: [B, T, K, D]; both rotated.
+        q: [B, Q, H, D], rotated.
+        k: [B, T, K, D], rotated.
         values: [B, T, K, E].
-        choice: [B, P + Q, K, C] of the queries and of the P tokens before them, at least the
-            open_tile - 1 that may share a tile with the first query, as far as there are any.
-        doc_start: [B, Q] of the queries.
+        choice: [B, P + Q, K, C] of the queries and the P tokens before them: at least the
+            open_tile - 1 tokens that can share a tile with the first query, or all there are.
+        doc_start: [B, Q], of the queries.
         state: (z [B, Q, H, E], lse [B, Q, H]) of the window.
         window, block, open_tile, scale: as in `routed.routed_hop`.
 
@@ -105,12 +106,13 @@ def routed_hop_cached(
 
 
 def _open_blocks(choice: Tensor, depth: Tensor, open_tile: int, num_far: int) -> Tensor:
-    """[B, Q, K, L] int64: the blocks open to each query, each once, -1 for none.
+    """[B, Q, K, L] int64: the blocks open to each query, without duplicates, -1 for none.
 
     Args:
-        choice: [B, S, K, C] of the queries, the last ones, and of tokens before them.
-        depth: [B, Q] of each query in its document.
-        num_far: no query has more far blocks than this.
+        choice: [B, S, K, C] of tokens up to and including the queries.
+        depth: [B, Q], index in the document of each query.
+        open_tile: as in `routed.routed_hop`.
+        num_far: upper bound on the number of far blocks of any query.
     """
     num_new = depth.shape[1]
     back = torch.arange(min(open_tile, choice.shape[1]), device=choice.device)
@@ -119,13 +121,13 @@ def _open_blocks(choice: Tensor, depth: Tensor, open_tile: int, num_far: int) ->
     shares = (back <= (depth % open_tile)[..., None]) & (source >= 0)  # [B, Q, R]
     opened = choice[:, source.clamp(min=0)].transpose(2, 3)  # [B, Q, K, R, C]
     opened = torch.where(shares[:, :, None, :, None] & (opened >= 0), opened, _NOTHING).flatten(3)
-    if open_tile > 1:  # one token names a block once, its tile more often
+    if open_tile > 1:  # a token chooses a block once, but its tile may choose it more often
         opened = opened.sort(dim=-1).values
         again = torch.zeros_like(opened, dtype=torch.bool)
         again[..., 1:] = opened[..., 1:] == opened[..., :-1]
         opened = opened.masked_fill(again, _NOTHING)
     opened = opened.sort(dim=-1).values[..., :num_far]
-    if not (opened.is_cuda or torch.compiler.is_compiling()):  # a GPU is not waited for
+    if not (opened.is_cuda or torch.compiler.is_compiling()):  # would make the host wait for a GPU
         opened = opened[..., : int((opened != _NOTHING).sum(-1).max())]
     return torch.where(opened == _NOTHING, -1, opened).long()
 
@@ -133,7 +135,7 @@ def _open_blocks(choice: Tensor, depth: Tensor, open_tile: int, num_far: int) ->
 def _attend(
     q: Tensor, k: Tensor, values: Tensor, entries: Tensor, seen: Tensor, state: State, scale: float
 ) -> State:
-    """One softmax over the state and the entries [B, Q, K, U] of k and values where `seen`."""
+    """One softmax over the state and those of the entries [B, Q, K, U] that `seen` marks."""
     work = torch.promote_types(q.dtype, torch.float32)
     keys, read = gather_entries(k, entries).to(work), gather_entries(values, entries).to(work)
     q_groups = q.to(work).unflatten(2, (k.shape[2], -1))
@@ -155,7 +157,7 @@ def _attend(
 def gather_entries(x: Tensor, entries: Tensor) -> Tensor:
     """[B, Q, K, U, D]: the entries [B, Q, K, U] of x [B, T, K, D].
 
-    Gradients of an entry that is read more than once are added up in float32.
+    Gradients of an entry that is read more than once are added in float32.
     """
     row = torch.arange(x.shape[0], device=x.device)[:, None, None, None]
     head = torch.arange(x.shape[2], device=x.device)[:, None]

@@ -1,11 +1,12 @@
-"""One new token of a routed layer, in few operations: window, choice and open blocks at once.
+"""One new token of a routed layer: window, choice and open blocks in few operations.
 
-What depends on documents and positions alone is computed once a step, for all layers (`Step`). The
-results are those of `hop_cached`, `choose_cached` and `routed_hop_cached`; launching operations is
-what a step costs on a GPU. Shape letters: B batch, T all tokens, N far slots (`routing.py`), W
-tokens of the window, H query heads, K key heads, G = H / K, D head size, C blocks of a choice, L
-open blocks, U entries of open blocks. This file has no imports from the project but `fold`,
-`routing` and `routed_cached`: it also travels inside exported Hugging Face folders.
+The time of a step on a GPU is the time to launch its operations. Values that depend only on
+documents and positions are therefore computed once per step for all layers (`Step`). The results
+are those of `hop_cached`, `choose_cached` and `routed_hop_cached`. Shape letters: B batch, T all
+tokens, N far slots (`routing.py`), W tokens of the window, H query heads, K key heads, G = H / K, D
+head size, C blocks of a choice, L open blocks, U entries of open blocks. This file imports only
+`fold`, `routing` and `routed_cached` from the project, because exported Hugging Face folders
+contain it.
 """
 
 from typing import NamedTuple
@@ -19,17 +20,17 @@ from .routing import summed_queries
 
 
 class Step(NamedTuple):
-    """What all routed layers of a step share; the new token is the last of T."""
+    """Values shared by all routed layers in one step. The new token is the last of T."""
 
-    cos: Tensor  # [2, B, 1, 1, D/2]: of its position, and of its stretched one
+    cos: Tensor  # [2, B, 1, 1, D/2]: at its position and at its stretched position
     sin: Tensor
     document: Tensor  # [B, 1, 1, 1] int64: the first token of its document
     last: int  # the last token before the window
     near: Tensor  # [B, 1, 1, W] bool: tokens of the window that are in the document
-    blocks: Tensor  # [B, 1, N] int64: index in the document of the block of each slot
+    blocks: Tensor  # [B, 1, N] int64: index in the document of each slot's block
     closed: Tensor  # [B, 1, N] bool: slots that cannot be chosen
-    first_block: Tensor  # [B, 1, 1] int64: 0 where the document's first block is far, else -1
-    own: Tensor  # [B, R, 1, 1] bool: of the last R tokens, those of other tiles
+    first_block: Tensor  # [B, 1, 1] int64: 0 if the document's first block is far, else -1
+    own: Tensor  # [B, R, 1, 1] bool: which of the last R tokens are in other tiles
 
 
 def make_step(
@@ -42,7 +43,7 @@ def make_step(
         row: [B, T], document starts of all tokens.
         starts: [B, at least N] from `routing.block_starts`.
         rotary: table of at least T positions.
-        window, block, stretch, open_tile: of the routed layers.
+        window, block, stretch, open_tile: settings of the routed layers.
     """
     token, device = row.shape[1] - 1, row.device
     document = row[:, -1:].long()  # [B, 1]
@@ -69,7 +70,7 @@ def make_step(
 
 
 def rotate_step(q: Tensor, k: Tensor, step: Step) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """q and k rotated to the token's position, then both to its stretched one; rounded once."""
+    """Rotate q and k to the token's position, then both to its stretched position; rounded once."""
     x = torch.cat((q, k), dim=2)
     work = torch.promote_types(x.dtype, torch.float32)
     real, imag = x.to(work).chunk(2, dim=-1)
@@ -80,9 +81,13 @@ def rotate_step(q: Tensor, k: Tensor, step: Step) -> tuple[Tensor, Tensor, Tenso
 
 
 def choose_step(q: Tensor, means: Tensor, step: Step, top_k: int) -> Tensor:
-    """The choice [B, 1, K, top_k + 1] int32 of the token; the first block first, -1 for none.
+    """The token's choice [B, 1, K, top_k + 1] int32: block 0 first, -1 for none.
 
-    q [B, 1, H, D] and means [B, N, K, D] are rotated to stretched positions.
+    Args:
+        q: [B, 1, H, D], rotated to the stretched position.
+        means: [B, N, K, D], rotated to stretched positions.
+        step: the token's step.
+        top_k: as in `routed.choose_blocks`.
     """
     work = torch.promote_types(q.dtype, torch.float32)
     queries = summed_queries(q, means.shape[2]).to(work)  # [B, 1, K, D]
@@ -111,12 +116,13 @@ def attend_step(
     """[B, 1, H, E]: one softmax over the window and the open blocks.
 
     Args:
-        queries: [B, 1, H, D] twice, rotated to the position and to the stretched one.
-        keys: [B, at least W, K, D] of the last tokens, and [B, T, K, D]; rotated alike.
+        queries: [B, 1, H, D] twice, rotated to the position and to the stretched position.
+        keys: [B, at least W, K, D] of the last tokens, rotated to positions, and [B, T, K, D] of
+            all tokens, rotated to stretched positions.
         values: [B, T, K, E].
         choices: [B, R, K, C] of the last R tokens.
-        step: of the token.
-        block: tokens of a block.
+        step: the token's step.
+        block: tokens per block.
         scale: factor on the scores.
     """
     num_keys, size = keys[1].shape[2], step.near.shape[-1]
@@ -134,15 +140,15 @@ def attend_step(
 
 
 def _open_entries(choices: Tensor, step: Step, block: int) -> tuple[Tensor, Tensor]:
-    """The entries [B, 1, K, U] of the open blocks, each block once, and which of them are read."""
+    """The entries [B, 1, K, U] of the open blocks, each block once, and whether each is read."""
     opened = choices[:, -step.own.shape[1] :].masked_fill(step.own, -1)
     opened = opened.transpose(1, 2).flatten(2).sort(dim=-1, descending=True).values  # [B, K, L]
     again = opened[..., 1:] == opened[..., :-1]
     opened[..., 1:].masked_fill_(again, -1)
-    if not (opened.is_cuda or torch.compiler.is_compiling()):  # a GPU is not waited for
+    if not (opened.is_cuda or torch.compiler.is_compiling()):  # would make the host wait for a GPU
         opened = opened.sort(dim=-1, descending=True).values
         opened = opened[..., : int((opened >= 0).sum(-1).max())]
     offset = torch.arange(block, device=opened.device)
     entries = step.document + (opened.long() * block)[..., None] + offset  # [B, K, L, block]
-    seen = (entries >= step.document) & (entries <= step.last)  # none of block -1
+    seen = (entries >= step.document) & (entries <= step.last)  # excludes block -1
     return entries.clamp(min=0).flatten(2)[:, None], seen.flatten(2)[:, None]

@@ -1,8 +1,7 @@
-"""The definition of the routed axis, T x T, in any dtype: the oracle of its other implementations.
+"""The definition of the routed axis, T x T, in any dtype: the reference for its implementations.
 
 Shape letters: B batch, T tokens, H query heads, K key/value heads, D head size, E value size,
-N slots (`routing.py`), C = top_k + 1 blocks of a choice, Q queries from token
-`first` on.
+N slots (`routing.py`), C = top_k + 1 blocks of a choice, Q queries from token `first` on.
 """
 
 import torch
@@ -26,7 +25,7 @@ def choose_blocks(
     rotary: Rotary | None,
     first: int = 0,
 ) -> Tensor:
-    """Same contract as `routed.choose_blocks`."""
+    """Same as `routed.choose_blocks`."""
     q = summed_queries(rotate_stretched(q, rotary, doc_start, stretch, first), k.shape[2])
     starts = block_starts(doc_start, block)
     means = block_means(rotate_stretched(k, rotary, doc_start, stretch), starts, block)
@@ -38,10 +37,17 @@ def choose_blocks(
 def opened_blocks(
     choice: Tensor, doc_start: Tensor, block: int, open_tile: int, first: int, queries: int
 ) -> Tensor:
-    """[B, K, Q, N] bool: the slots that each query reads: its own choice, and what earlier tokens
-    of its tile of `open_tile` tokens (counted from the document's start) have chosen.
+    """[B, K, Q, N] bool: the slots open to each query.
 
-    choice [B, P + Q, K, C] of the queries and the P tokens before them; doc_start [B, T].
+    These are the query's own choice and the choices of earlier tokens of its tile.
+
+    Args:
+        choice: [B, P + Q, K, C] of the queries and the P tokens before them.
+        doc_start: [B, T].
+        block: tokens per block.
+        open_tile: tokens per tile, counted from the document's start.
+        first: index in the row of the first query.
+        queries: Q.
     """
     batch, known, num_key_heads, _ = choice.shape
     num_slots = -(-doc_start.shape[1] // block)
@@ -73,7 +79,7 @@ def hop(
     scale: float,
     first: int = 0,
 ) -> State:
-    """Same contract as `routed.routed_hop`."""
+    """Same as `routed.routed_hop`."""
     queries, num_heads = q.shape[1:3]
     num_tokens = k.shape[1]
     group = num_heads // k.shape[2]
@@ -85,7 +91,7 @@ def hop(
 
     position = torch.arange(num_tokens, device=q.device)
     document = doc_start.long()
-    slot = document // block + (position - document) // block  # of each key [B, T]
+    slot = document // block + (position - document) // block  # [B, T], of each key
     query = slice(first, first + queries)
     opened = opened_blocks(choice, doc_start, block, open_tile, first, queries)
     read = opened.gather(3, slot[:, None, None, :].expand(*opened.shape[:3], -1))
@@ -93,7 +99,7 @@ def hop(
     read = read & (position[None, :] <= position[query, None] - window)
     scores = scores.masked_fill(~read.repeat_interleave(group, dim=1), float("-inf"))
 
-    # The state is one more key: its score is its log-sum-exp and its value is its z.
+    # The state acts as one more key, with its log-sum-exp as score and its z as value.
     z_before, lse_before = state
     scores = torch.cat((scores, lse_before.to(work).transpose(1, 2)[..., None]), dim=-1)
     weights = torch.softmax(scores, dim=-1)

@@ -1,13 +1,13 @@
-"""Geometry of the routed axis: blocks of a document, and which of them a token may choose.
+"""Geometry of the routed axis: the blocks of a document, and those that a token may choose.
 
 A *block* is `block` consecutive tokens of one document, counted from the document's first token. A
-block is *far* from token t when it begins at or before t - window, so it lies wholly behind t. The
-last, shorter block of a document is never far from any of its tokens (block <= window), therefore
-every block that can be chosen is full, and the cell floor(start / block) of the row names it
-uniquely: a *slot*. A row of T tokens has ceil(T / block) slots whatever documents it holds.
+block is *far* from token t if it begins at or before t - window, so that all its tokens are before
+t. A document's last, shorter block is never far from any of its tokens (block <= window). Every
+block that can be chosen is therefore full, and floor(start / block) identifies it in the row: its
+*slot*. A row of T tokens has ceil(T / block) slots, whatever documents it contains.
 
-The mathematics is in `kernels/README.md`. This file has no imports from the project but `fold`: it
-also travels inside exported Hugging Face folders.
+The mathematics is in `kernels/README.md`. This file imports only `fold` from the project, because
+exported Hugging Face folders contain it.
 """
 
 import torch
@@ -15,13 +15,13 @@ from torch import Tensor
 
 from .fold import Rotary, apply_rotary
 
-# What the GPU kernels take: tokens of a block, and tokens of a tile of queries.
+# Supported by the GPU kernels: tokens per block, and maximum tokens per tile of queries.
 KERNEL_BLOCKS = (16, 32, 64, 128)
 KERNEL_TILE = 16
 
 
 def validate_route(window: int, block: int, top_k: int, stretch: int, open_tile: int) -> None:
-    """Raise ValueError unless the numbers describe a routed axis."""
+    """Raise ValueError unless the numbers are valid for a routed axis."""
     if not 1 <= block <= window:
         raise ValueError(f"block must be between 1 and the window of {window} tokens, got {block}")
     if top_k < 1:
@@ -33,7 +33,7 @@ def validate_route(window: int, block: int, top_k: int, stretch: int, open_tile:
 
 
 def why_no_kernels(block: int, open_tile: int) -> str | None:
-    """Why the GPU kernels cannot take these numbers, or None if they can."""
+    """Why the GPU kernels do not support these numbers, or None if they do."""
     if block not in KERNEL_BLOCKS:
         return f"block must be one of {KERNEL_BLOCKS}, got {block}"
     if open_tile > KERNEL_TILE:
@@ -44,18 +44,18 @@ def why_no_kernels(block: int, open_tile: int) -> str | None:
 def check_choice_of_blocks(
     choice: Tensor, k: Tensor, queries: int, first: int, open_tile: int
 ) -> None:
-    """Raise ValueError unless `choice` is [B, P + Q, K, C] int32, C >= 1, where the keys are.
+    """Raise ValueError unless `choice` is [B, P + Q, K, C] int32, C >= 1, on the keys' device.
 
-    The P tokens before the Q queries are at least the open_tile - 1 that can share a tile with the
-    first query, as far as the row has them.
+    P tokens come before the Q queries: at least the open_tile - 1 tokens that can share a tile with
+    the first query, or all that the row has.
     """
     shape, least = list(choice.shape), min(first, open_tile - 1)
     rows = [k.shape[0], k.shape[2]]
     if choice.ndim != 4 or [shape[0], shape[2]] != rows or not shape[3]:
         raise ValueError(f"choice must be [{rows[0]}, P + Q, {rows[1]}, C], got {shape}")
     if not queries + least <= shape[1] <= queries + first:
-        need = f"{queries} queries" + (f" and of {least} to {first} tokens before" if first else "")
-        raise ValueError(f"choice must be of the {need}, got {shape[1]} tokens")
+        need = f"{queries} queries" + (f" and {least} to {first} tokens before" if first else "")
+        raise ValueError(f"choice must cover {need}, got {shape[1]} tokens")
     if choice.dtype != torch.int32 or choice.device != k.device:
         expected = f"int32 on {k.device}"
         raise ValueError(f"choice must be {expected}, got {choice.dtype} on {choice.device}")
@@ -69,8 +69,14 @@ def positions_in_document(doc_start: Tensor) -> Tensor:
 def rotate_stretched(
     x: Tensor, rotary: Rotary | None, doc_start: Tensor, stretch: int, first: int = 0
 ) -> Tensor:
-    """Rotate `x` [B, Q, H, D], of the tokens first, first + 1, ... of a row, to
-    floor((t - d(t)) / stretch); unchanged where rotary is None. doc_start [B, T].
+    """Rotate tokens to position floor((t - d(t)) / stretch); unchanged if `rotary` is None.
+
+    Args:
+        x: [B, Q, H, D], of the tokens first, first + 1, ... of a row.
+        rotary: table of at least T positions.
+        doc_start: [B, T], of the whole row.
+        stretch: divisor of positions.
+        first: index in the row of the first token of `x`.
     """
     if rotary is None:
         return x
@@ -79,10 +85,10 @@ def rotate_stretched(
 
 
 def block_starts(doc_start: Tensor, block: int) -> Tensor:
-    """[B, ceil(T / block)] int64: the first token of the block of each slot.
+    """[B, ceil(T / block)] int64: the first token of each slot's block.
 
-    The block of slot j is the one that holds token (j + 1) * block - 1. A slot without a full block
-    gets the start of a block that is never far.
+    The block of slot j contains token (j + 1) * block - 1. A slot without a full block gets the
+    start of a block that is never far.
     """
     num_tokens = doc_start.shape[1]
     last = torch.arange(block - 1, num_tokens + block - 1, block, device=doc_start.device)
@@ -92,10 +98,10 @@ def block_starts(doc_start: Tensor, block: int) -> Tensor:
 
 
 def block_means(k: Tensor, starts: Tensor, block: int) -> Tensor:
-    """[B, N, K, D]: mean of the rotated keys `k` [B, T, K, D] of each slot's block.
+    """[B, N, K, D]: mean of the rotated keys `k` [B, T, K, D] over each slot's block.
 
-    Summed in float32 or wider and rounded once. Tokens behind the row repeat its last one, which
-    changes nothing: the blocks that reach there are never far.
+    Summed in float32 or wider and rounded once. Beyond the end of the row, the last token is
+    repeated: this has no effect, because blocks that extend there are never far.
     """
     tokens = starts[..., None] + torch.arange(block, device=k.device)
     tokens = tokens.clamp(max=k.shape[1] - 1)
@@ -119,15 +125,18 @@ def best_blocks(
     block: int,
     top_k: int,
 ) -> Tensor:
-    """The choice of tokens first, first + 1, ... from their scores of all slots.
+    """The choice of tokens first, first + 1, ... from their scores for all slots.
 
     Args:
         scores: [B, K, C, N], of C tokens.
-        starts: [B, N] from `block_starts`; doc_start: [B, T].
+        starts: [B, N] from `block_starts`.
+        doc_start: [B, T].
+        first: index in the row of the first of the C tokens.
+        window, block, top_k: as in `routed.choose_blocks`.
 
     Returns:
-        [B, C, K, top_k + 1] int32: indices of blocks in the document, ascending; -1 at the end
-        where fewer are far. Block 0 is chosen wherever it is far; ties go to the earlier block.
+        [B, C, K, top_k + 1] int32: indices of blocks in the document, ascending, then -1 if fewer
+        are far. Block 0 is chosen if it is far; ties go to the earlier block.
     """
     count = scores.shape[2]
     token = torch.arange(first, first + count, device=scores.device)

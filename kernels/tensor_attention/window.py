@@ -1,4 +1,4 @@
-"""The window alone: hop 1 of the folded or routed sequence, and nothing beyond it."""
+"""Sliding-window attention: hop 1 of the folded or routed sequence, without the later hops."""
 
 from torch import Tensor
 
@@ -20,17 +20,17 @@ def window_attention(
     """Attend to the last `window` tokens of the document, the token itself included.
 
     Args:
-        q: [B, T, H, D], not rotated when `rotary` is given.
+        q: [B, T, H, D], not rotated if `rotary` is given.
         k: [B, T, K, D] with H a multiple of K; query head h reads key head h // (H / K).
         v: [B, T, K, E].
-        window: at least 1.
+        window: number of tokens, at least 1.
         doc_start, rotary, scale, backend: as in `tensor_attention`.
 
     Returns:
         [B, T, H, E] in the dtype of v.
 
     Raises:
-        ValueError: arguments that do not belong together, or that the backend does not cover.
+        ValueError: the arguments do not match, or the backend does not support them.
     """
     if window < 1:
         raise ValueError(f"window must be at least 1, got {window}")

@@ -303,7 +303,10 @@ both_kinds = pytest.mark.parametrize("case", [CASES[0], CASES[7]], ids=["routed"
     [
         ({"doc_start": torch.zeros(3, 8)}, r"doc_start must be \[B, T\] = \[2, 8\]"),
         ({"doc_start": torch.zeros(2, 8)}, "doc_start must be integers"),
-        ({"rotary": Rotary(torch.ones(31, 2), torch.ones(31, 2))}, "31 positions, need 32"),
+        (
+            {"rotary": Rotary(torch.ones(31, 2), torch.ones(31, 2))},
+            "must have at least 32 positions, got 31",
+        ),
         ({"scale": 0.0}, "scale must be a positive number, got 0.0"),
         ({"backend": "tritn"}, 'got "tritn"'),
     ],

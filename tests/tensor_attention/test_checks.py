@@ -278,16 +278,22 @@ REFUSED_BY_THE_OPERATOR: dict[str, tuple[Changes, str]] = {
     ),
     "fewer sines": (
         {"rotary": Rotary(GOOD[0], GOOD[1][:9])},
-        "rotary table has 9 positions, need 10",
+        "rotary.sin must have at least 10 positions, got 9",
     ),
-    "too few positions": ({"rotary": Rotary(*(x[:9] for x in GOOD))}, "9 positions, need 10"),
+    "too few positions": (
+        {"rotary": Rotary(*(x[:9] for x in GOOD))},
+        "at least 10 positions, got 9",
+    ),
     "a table of integers": (
         {"rotary": Rotary(*(x.int() for x in GOOD))},
         "rotary.cos must be float",
     ),
     "an unknown mode": ({"mode": "distnace"}, 'mode must be "distance" or "fold", got "distnace"'),
     "an unknown backend": ({"backend": "tritn"}, 'backend must be .*"triton", got "tritn"'),
-    "looking ahead in distance mode": ({"causal": False}, 'needs mode = "fold"'),
+    "looking ahead in distance mode": (
+        {"causal": False},
+        'causal must be True in mode = "distance"',
+    ),
     "a scale of zero": ({"scale": 0.0}, "scale must be a positive number, got 0.0"),
     "a scale below zero": ({"scale": -1.0}, "scale must be a positive number, got -1.0"),
     "a scale that is not a number": ({"scale": float("nan")}, "scale must be a positive number"),
@@ -302,7 +308,7 @@ REFUSED_BY_THE_OPERATOR: dict[str, tuple[Changes, str]] = {
     ),
     "no key heads": (
         {n: random(BATCH, TOKENS, 0, DIM) for n in "kv"},
-        r"k \[2, 10, 0, 8\] does not match q",
+        r"k must match q .*got \[2, 10, 0, 8\]",
     ),
     "heads of no size": (
         {n: random(BATCH, TOKENS, 1, 0) for n in "qkv"},
@@ -311,24 +317,33 @@ REFUSED_BY_THE_OPERATOR: dict[str, tuple[Changes, str]] = {
     "queries without a batch": ({"q": random(TOKENS, HEADS, DIM)}, r"q must be \[B, T, H, D\]"),
     "keys without a batch": (
         {"k": random(TOKENS, KEY_HEADS, DIM)},
-        r"k \[10, 1, 8\] does not match",
+        r"k must match q .*got \[10, 1, 8\]",
     ),
-    "keys of fewer tokens": ({"k": random(BATCH, TOKENS - 1, KEY_HEADS, DIM)}, "does not match q"),
-    "values of other heads": ({"v": random(BATCH, TOKENS, HEADS, DIM)}, "v .* does not match k"),
-    "values of no size": ({"v": random(BATCH, TOKENS, KEY_HEADS, 0)}, "v .* does not match k"),
-    "keys in another dtype": ({"k": random(BATCH, TOKENS, KEY_HEADS, DIM).half()}, "one dtype"),
-    "values in another dtype": ({"v": random(BATCH, TOKENS, KEY_HEADS, DIM).double()}, "one dtype"),
+    "keys of fewer tokens": ({"k": random(BATCH, TOKENS - 1, KEY_HEADS, DIM)}, "k must match q"),
+    "values of other heads": ({"v": random(BATCH, TOKENS, HEADS, DIM)}, "v must match k"),
+    "values of no size": ({"v": random(BATCH, TOKENS, KEY_HEADS, 0)}, "v must match k"),
+    "keys in another dtype": (
+        {"k": random(BATCH, TOKENS, KEY_HEADS, DIM).half()},
+        "one floating-point dtype",
+    ),
+    "values in another dtype": (
+        {"v": random(BATCH, TOKENS, KEY_HEADS, DIM).double()},
+        "one floating-point dtype",
+    ),
     "integers": (
         {n: random(BATCH, TOKENS, 2, DIM).int() for n in "qkv"},
-        "one dtype.*got torch.int32",
+        "one floating-point dtype.*got torch.int32",
     ),
     "a bias of another shape": (
         {"hop_bias": random(2, HEADS)},
-        r"hop_bias \[2, 2\] must be \[1, 2\]",
+        r"hop_bias must be \[1, 2\], got \[2, 2\]",
     ),
-    "a bias of one number": ({"hop_bias": random(1, 1)}, r"hop_bias \[1, 1\] must be \[1, 2\]"),
+    "a bias of one number": (
+        {"hop_bias": random(1, 1)},
+        r"hop_bias must be \[1, 2\], got \[1, 1\]",
+    ),
     "a bias of integers": ({"hop_bias": random(1, HEADS).int()}, "hop_bias must be float"),
-    "an axis of one step": ({"fold": [1]}, "length of at least 2"),
+    "an axis of one step": ({"fold": [1]}, "lengths of at least 2"),
 }
 
 
@@ -343,19 +358,22 @@ REFUSED_BY_A_HOP: dict[str, tuple[Changes, str]] = {
     "reach of another batch": ({"reach": REACH.expand(3, -1)}, r"reach must be .*got \[3, 10\]"),
     "reach of one token": ({"reach": REACH[:, :1]}, r"reach must be .*got \[1, 1\]"),
     "reach as floats": ({"reach": REACH.float()}, "reach must be integers, got torch.float32"),
-    "a bias of one number": ({"bias": random(1)}, r"bias \[1\] must be \[2\]"),
-    "a bias of more heads": ({"bias": random(HEADS + 1)}, r"bias \[3\] must be \[2\]"),
-    "a bias of two hops": ({"bias": random(1, HEADS)}, r"bias \[1, 2\] must be \[2\]"),
+    "a bias of one number": ({"bias": random(1)}, r"bias must be \[2\], got \[1\]"),
+    "a bias of more heads": ({"bias": random(HEADS + 1)}, r"bias must be \[2\], got \[3\]"),
+    "a bias of two hops": ({"bias": random(1, HEADS)}, r"bias must be \[2\], got \[1, 2\]"),
     "a stride of 0": ({"stride": 0}, "stride must be at least 1, got 0"),
     "a stride below 0": ({"stride": -3}, "stride must be at least 1, got -3"),
     "a length of 0": ({"length": 0}, "length must be at least 1, got 0"),
     "a table of half the width": ({"rotary": Rotary(*HALF)}, r"rotary.cos must be .*got \[20, 2\]"),
-    "too few positions": ({"rotary": Rotary(*(x[:3] for x in GOOD))}, "3 positions, need 4"),
+    "too few positions": (
+        {"rotary": Rotary(*(x[:3] for x in GOOD))},
+        "at least 4 positions, got 3",
+    ),
     "values of other heads": (
         {"values": random(BATCH, TOKENS, 3, DIM)},
-        "values .* does not match",
+        "values must match k",
     ),
-    "values of one row": ({"values": Z[:1]}, "values .* does not match"),
+    "values of one row": ({"values": Z[:1]}, "values must match k"),
     "a state of fewer tokens": (
         {"state": (Z[:, 1:], STATE[1][:, 1:])},
         r"state.*z .*\[2, 9, 2, 10\]",

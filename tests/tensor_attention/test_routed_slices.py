@@ -171,10 +171,10 @@ def test_aligned_slices_of_a_long_row_have_its_bits() -> None:
     [
         (-1, 0, r"first must be between 0 and T - Q = 60, got -1"),
         (61, 0, r"first must be between 0 and T - Q = 60, got 61"),
-        (30, 2, r"choice must be of the 10 queries and of 3 to 30 tokens before, got 12 tokens"),
-        (2, 1, r"choice must be of the 10 queries and of 2 to 2 tokens before, got 11 tokens"),
-        (2, 3, r"choice must be of the 10 queries and of 2 to 2 tokens before, got 13 tokens"),
-        (0, 1, r"choice must be of the 10 queries, got 11 tokens"),
+        (30, 2, r"choice must cover 10 queries and 3 to 30 tokens before, got 12 tokens"),
+        (2, 1, r"choice must cover 10 queries and 2 to 2 tokens before, got 11 tokens"),
+        (2, 3, r"choice must cover 10 queries and 2 to 2 tokens before, got 13 tokens"),
+        (0, 1, r"choice must cover 10 queries, got 11 tokens"),
     ],
 )
 def test_a_slice_that_does_not_fit_is_refused(first: int, known: int, message: str) -> None:
