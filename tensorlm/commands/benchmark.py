@@ -334,7 +334,7 @@ def train(args: argparse.Namespace) -> int:
     methods = args.methods.split(",")
     unknown = [method for method in methods if method not in METHODS]
     if unknown:
-        raise UserError(f"--methods: must be among {', '.join(METHODS)}, got {unknown[0]}")
+        raise UserError(f"--methods: must be one of {', '.join(METHODS)}, got {unknown[0]}")
     try:
         for method in methods:
             shape_of(config.model, method)
@@ -408,7 +408,7 @@ def decode(args: argparse.Namespace) -> int:
     unknown = [method for method in methods if method not in bench.METHODS]
     if unknown:
         allowed = ", ".join(bench.METHODS)
-        raise UserError(f"--methods: must be among {allowed}, got {unknown[0]}")
+        raise UserError(f"--methods: must be one of {allowed}, got {unknown[0]}")
     rows: list[bench.DecodeMeasurement] = []
     for row in bench.measure(config, lengths, methods, args.new_tokens):
         rows.append(row)

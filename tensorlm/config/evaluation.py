@@ -107,7 +107,7 @@ class EvalConfig(Section):
         if 0 < self.near < 4:
             problems.append(f"near: must be at least 4, or 0 (not measured), got {self.near}")
         for name in set(self.ruler) - set(RULER_TASKS):
-            problems.append(f"ruler: must be among {', '.join(RULER_TASKS)}, got {name}")
+            problems.append(f"ruler: must be one of {', '.join(RULER_TASKS)}, got {name}")
         if not self.qa and any(name.startswith("qa_") for name in self.ruler):
             problems.append("ruler: qa_1 and qa_2 need data files (set eval.qa)")
         return raise_all(self, problems)

@@ -77,7 +77,7 @@ def check_operator(config: LlamaConfig) -> None:
     """Raise ValueError if a field needs what the operator does not support."""
     rope_type = rope_fields(config)["rope_type"]
     if rope_type not in _ROPE_TYPES:
-        raise ValueError(f"rope_type must be among {', '.join(_ROPE_TYPES)}, got {rope_type}")
+        raise ValueError(f"rope_type must be one of {', '.join(_ROPE_TYPES)}, got {rope_type}")
     if config.attention_dropout:
         raise ValueError(
             f"attention_dropout must be 0 for tensorized attention, got {config.attention_dropout}"
@@ -120,7 +120,7 @@ def _list_problems(config: TensorLMConfig) -> list[str]:
     names, count = config.layers or [], config.num_hidden_layers
     unknown = [name for name in names if name not in _KINDS]
     if unknown:
-        problems.append(f"layers must be among {', '.join(_KINDS)}, got {unknown[0]!r}")
+        problems.append(f"layers must be one of {', '.join(_KINDS)}, got {unknown[0]!r}")
     if names and len(names) != count:
         problems.append(f"layers must have one entry for each of {count} layers, got {len(names)}")
     for name in ("full_every", "route_every"):

@@ -43,7 +43,7 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
         "error: --lengths: must be integers above 0 with commas between them, got 60,,90 (like",
         "eval.tasks.0: input should be 'ppl', 'recall', 'passkey', 'niah' or 'ruler'",
         "eval: near: must be at least 4, or 0 (not measured), got 3",
-        "eval: ruler: must be among niah_single_1, ",
+        "eval: ruler: must be one of niah_single_1, ",
         "eval: ruler: qa_1 and qa_2 need data files (set eval.qa)",
         "must contain config.json (write the folder with launcher/convert.py export)",
         f"{tmp_path}/file: cannot be written (Not a directory; choose another folder with --out",

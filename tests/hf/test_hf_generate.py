@@ -142,7 +142,7 @@ def test_what_has_no_meaning_is_refused(model: TensorLMForCausalLM, batch: dict[
     mask[0, 40] = 0
     with pytest.raises(ValueError, match="padding only outside documents"):
         model(tokens, attention_mask=mask)
-    with pytest.raises(ValueError, match=r"must be \[2, 90\]"):
+    with pytest.raises(ValueError, match=r"must have shape \[2, 90\]"):
         model(tokens, attention_mask=torch.ones(2, 1, 90, 90))
     with pytest.raises(ValueError, match="output_attentions"):
         model(tokens, output_attentions=True)

@@ -120,7 +120,7 @@ def _toml(value: Any) -> str:
         ),
         (
             {"window": 8, "layers": ["window", "?"]},
-            "layers must be among window, strided, routed",
+            "layers must be one of window, strided, routed",
         ),
         ({"layers": ["full", "strided"]}, "fold must have an inner axis for strided layers, got"),
         ({"window": 8, "layers": ["full", "routed"]}, "route must be given for routed layers"),
@@ -187,8 +187,8 @@ def test_folder_brings_its_layers_and_its_weights_back(
     other = ("import", "--config", config, "--hf", folder, f"run.dir={tmp_path}/third", *ROUTED)
     assert launcher_here("convert.py", *other, "model.route.top_k=3", "model.window=9") == 2
     assert capsys.readouterr().err.splitlines() == [
-        f"error: model.window: is 9, {folder} has 8 (set model.window=8)",
-        f"error: model.route.top_k: is 3, {folder} has 2 (set model.route.top_k=2)",
+        f"error: model.window: must be 8, as in {folder}, got 9 (set model.window=8)",
+        f"error: model.route.top_k: must be 2, as in {folder}, got 3 (set model.route.top_k=2)",
     ]
     tiny_llama().save_pretrained(tmp_path / "llama")
     unused = describe_unused(tmp_path / "llama", settings.model)
