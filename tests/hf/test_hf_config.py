@@ -100,8 +100,8 @@ def test_closing_line_repeats_the_settings_that_were_given(
     settings = [f"run.dir={tmp_path}/with space", "model.fold=[]"]
     arguments = ("--config", str(config), settings[0], "--hf", str(folder), settings[1])
     assert launcher_here("convert.py", "import", *arguments) == 0
-    line = capsys.readouterr().out.splitlines()[0]
-    assert line.endswith(" starts from them")
+    said = capsys.readouterr().out.splitlines()
+    (line,) = [line for line in said if line.endswith(" starts from them")]
     words = shlex.split(line.rpartition("training with ")[2].removesuffix(" starts from them"))
     assert words == ["--config", str(config), *settings]
 
