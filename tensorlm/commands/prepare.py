@@ -5,6 +5,8 @@ Train a tokenizer:
 Encode documents on all cores of this machine, or on all MPI ranks (mpirun or srun):
   python launcher/prepare_data.py encode --input '*.parquet' --tokenizer TOK --output DATA
   mpirun -np 8 python launcher/prepare_data.py encode ...
+Write the installed Python packages as long documents, some of them held out:
+  python launcher/prepare_data.py packages --hold-out sympy networkx --output TEXTS
 Check every byte of a data set, and show what it contains:
   python launcher/prepare_data.py verify DATA
   python launcher/prepare_data.py inspect DATA --plot lengths.png
@@ -16,6 +18,7 @@ from pathlib import Path
 
 from tensorlm.data.prepare.encode import SHARD_BYTES, encode
 from tensorlm.data.prepare.inputs import LONGEST_DOCUMENT, find_files, read_documents
+from tensorlm.data.prepare.packages import books, installed_packages, write_long_texts
 from tensorlm.data.shards import open_shards, verify_shards
 from tensorlm.data.tokenizer.tokenizers import (
     check_new_tokenizer,
@@ -126,6 +129,25 @@ def main() -> int:
         "terabytes)",
     )
 
+    packages = commands.add_parser(
+        "packages", help="write the source of installed Python packages as long documents"
+    )
+    packages.add_argument(
+        "--text",
+        nargs="*",
+        default=[],
+        metavar="GLOB",
+        help="write these files instead of the packages: a book each, text, also .gz or .zst",
+    )
+    packages.add_argument(
+        "--hold-out", nargs="+", required=True, metavar="NAME",
+        help="packages, or books by the names of their files, that only held_out.jsonl contains",
+    )  # fmt: skip
+    packages.add_argument(
+        "--output", type=Path, required=True, metavar="DIR",
+        help="folder for train.jsonl, where some passages are repeated, and held_out.jsonl",
+    )  # fmt: skip
+
     verify = commands.add_parser("verify", help="check every byte of a data set and its tokenizer")
     verify.add_argument("data", type=Path, metavar="DATA", help="folder of the data set")
 
@@ -170,6 +192,9 @@ def main() -> int:
         )  # fmt: skip
         if summary:
             print(summary)
+    elif args.command == "packages":
+        texts = books(args.text) if args.text else installed_packages()
+        print(write_long_texts(texts, args.hold_out, args.output))
     elif args.command == "verify":
         for split in _splits(args.data):
             if bad := verify_shards(split):

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from pydantic import (
     AliasChoices,
     BaseModel,
@@ -173,7 +174,14 @@ def differing_settings(folder: Path, model: ModelConfig) -> dict[str, tuple[Any,
         pairs |= {f"route.{key}": ((ours["route"] or {}).get(key), route[key]) for key in route}
     elif "fold" in theirs:
         pairs["route"] = (ours["route"], None)
-    return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
+    return {key: pair for key, pair in pairs.items() if not _are_equal(*pair)}
+
+
+def _are_equal(ours: Any, theirs: Any) -> bool:
+    """Numbers are compared in float32: some formats, such as GGUF, keep no more of them."""
+    if isinstance(ours, float) and isinstance(theirs, float):
+        return bool(np.float32(ours) == np.float32(theirs))
+    return bool(ours == theirs)
 
 
 def check_config(folder: Path, model: ModelConfig) -> None:
