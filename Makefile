@@ -36,6 +36,11 @@ help: ## list the targets
 demo: .venv/.installed ## prepare, train, resume, evaluate, export, generate on this machine
 	@PATH="$(CURDIR)/$(BIN):$$PATH" bash launcher/demo.sh
 
+.PHONY: adapt
+adapt: .venv/.installed ## adapt a pretrained Llama with each kind of attention, and compare
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[adapt]'
+	@PATH="$(CURDIR)/$(BIN):$$PATH" bash launcher/adapt.sh
+
 .PHONY: install
 install: .venv/.installed-dev ## the project, editable, with all that development needs
 

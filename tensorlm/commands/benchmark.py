@@ -7,6 +7,7 @@ data        times preparing, planning and serving data, with one process on any 
 sp          times one layer whose rows are shared by the ranks of this job (under deepspeed,
             torchrun or srun), and projects the time to 8 ... 1,024 GPUs
 memory      compares the memory and time that launcher/plan.py predicts with those of real steps
+adaptation  shows what adapted models cost and keep, from their evaluations (make adapt)
 conversion  imports and exports a model of a given shape, and reports the peak memory of both
 
 Example for sp, on the 4 GPUs of one machine:
@@ -45,6 +46,9 @@ def main() -> int:
     )
     add_memory(
         commands.add_parser("memory", help="compare a plan's predictions with real training steps")
+    )
+    add_adaptation(
+        commands.add_parser("adaptation", help="compare adapted models, from their evaluations")
     )
     add_data(commands.add_parser("data", help="time preparing, planning and serving data"))
     args = parse_arguments(parser)
@@ -415,6 +419,25 @@ def decode(args: argparse.Namespace) -> int:
         if args.json:  # after each measurement, so that an interruption loses nothing
             args.json.write_text(json_text([row._asdict() for row in rows], indent=1) + "\n")
     print(bench.format_table(rows), flush=True)
+    return 0
+
+
+def add_adaptation(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "configs",
+        nargs="+",
+        type=Path,
+        metavar="CONFIG",
+        help="TOML files of the runs; run.dir of each contains code/, books/ and needles/, the "
+        "reports of launcher/evaluate.py",
+    )
+    parser.set_defaults(run=adaptation)
+
+
+def adaptation(args: argparse.Namespace) -> int:
+    from tensorlm.benchmarks import adaptation as bench
+
+    print(bench.format_table(bench.read_variants(args.configs)))
     return 0
 
 

@@ -193,8 +193,8 @@ def main() -> int:
         if summary:
             print(summary)
     elif args.command == "packages":
-        texts = books(args.text) if args.text else installed_packages()
-        print(write_long_texts(texts, args.hold_out, args.output))
+        long_texts = books(args.text) if args.text else installed_packages()
+        print(write_long_texts(long_texts, args.hold_out, args.output))
     elif args.command == "verify":
         for split in _splits(args.data):
             if bad := verify_shards(split):

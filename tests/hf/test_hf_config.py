@@ -6,14 +6,17 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from transformers import AutoConfig
 
 from tensorlm.checkpoint import Checkpoint, list_steps, select_checkpoint
-from tensorlm.config import Config, load_config
+from tensorlm.config import Config, ModelConfig, load_config
 from tensorlm.evaluation.launch import evaluate_on_ranks
 from tensorlm.hf.export_folder import export_checkpoint
 from tensorlm.hf.import_folder import imported_folder
+from tensorlm.hf.llama_config import check_config, model_settings
+from tensorlm.runtime.errors import UserError
 from tensorlm.runtime.launch_env import LaunchEnv
 from tests.hf.test_hf_import import LLAMA3_ROPE
 from tests.support.hf_models import launcher_here, random_checkpoint, tiny_llama
@@ -48,6 +51,15 @@ def test_configuration_that_import_writes_is_one_that_it_takes(
     assert list_steps(Path(config.run.dir)) == [0]
     assert launcher_here("convert.py", *written) == 2
     assert "--write-config: must be a new file, got " in capsys.readouterr().err
+
+
+def test_numbers_that_a_format_keeps_in_float32_are_equal(tmp_path: Path) -> None:
+    tiny_llama(rms_norm_eps=float(np.float32(1e-5))).save_pretrained(tmp_path / "from-gguf")
+    tiny_llama(rms_norm_eps=1.1e-5).save_pretrained(tmp_path / "another")
+    model = model_settings(tmp_path / "from-gguf") | {"rms_norm_eps": 1e-5}
+    check_config(tmp_path / "from-gguf", ModelConfig(**model))
+    with pytest.raises(UserError, match=r"rms_norm_eps: is 1e-05, .* has 1\.1e-05"):
+        check_config(tmp_path / "another", ModelConfig(**model))
 
 
 def test_other_sections_come_from_a_given_configuration(

@@ -41,7 +41,7 @@ def installed_packages() -> Iterator[LongText]:
 
     Packages come in a random order that is always the same, so that the first bytes are a sample.
     """
-    roots = [*map(Path, sys.path), *(Path(sysconfig.get_path(key)) for key in ("purelib", "stdlib"))]
+    roots = map(Path, (*sys.path, *map(sysconfig.get_path, ("purelib", "stdlib"))))
     folders: dict[str, Path] = {}
     for root in roots:
         for path in root.iterdir() if root.is_dir() else ():
@@ -113,8 +113,8 @@ def write_long_texts(texts: Iterator[LongText], held_out: Collection[str], folde
         if not counts[side]:
             raise UserError(f"{folder}: no text {name} (change --hold-out or --text)")
     return (
-        f"{folder}: {names['train']} texts of {counts['train'] / 1e6:,.1f} M characters to train "
-        f"on, {names['held_out']} of {counts['held_out'] / 1e6:,.1f} M held out"
+        f"{folder}: texts to train on: {names['train']} ({counts['train'] / 1e6:,.1f} M characters)"
+        f", held out: {names['held_out']} ({counts['held_out'] / 1e6:,.1f} M characters)"
     )
 
 
@@ -128,7 +128,7 @@ def cut(text: str, longest: int) -> list[str]:
     for number in range(1, count):
         place = len(text) * number // count
         ends.append(max(text.rfind("\n", ends[-1], place) + 1, 0) or place)
-    return [text[start:stop] for start, stop in pairwise([*ends, len(text)])]
+    return [text[start:stop] for start, stop in pairwise([*ends, len(text)]) if start < stop]
 
 
 def repeat_passages(text: str, seed: str) -> str:

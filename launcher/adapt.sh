@@ -1,0 +1,91 @@
+#!/usr/bin/env bash
+# What adapting a pretrained Llama costs and keeps, by kind of attention: fetch SmolLM2-135M, adapt
+# each variant of configs/adapt to the same rows, evaluate, compare, export, answer. `make adapt`.
+#
+#   VARIANTS="full window routed"   names in configs/adapt (default: these three; on a GPU: all)
+#   BOOKS="texts/*.txt"             books beside the source of installed Python packages
+#   HELD_OUT="sympy networkx"       packages, and books by name, to evaluate on
+#   MODEL=DIR                       another Hugging Face folder of SmolLM2-135M (default: fetched)
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+out=runs/adapt
+gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
+read -ra held_out <<<"${HELD_OUT:-sympy networkx sklearn}"
+read -ra books <<<"${BOOKS:-}"
+export TOKENIZERS_PARALLELISM=true PYTHONUNBUFFERED=1
+
+# On a CPU: fewer variants, shorter rows, fewer steps. The rows read 4 times as far as training did.
+if [ "$gpus" -gt 0 ]; then
+  variants=${VARIANTS:-full window window_2048 strided hybrid routed routed_32}
+  size=() window=() code_bytes=0 trained=8192 predicted=1048576
+  tasks='["passkey","niah"]'
+else
+  export DS_ACCELERATOR=cpu
+  variants=${VARIANTS:-full window routed}
+  size=(data.seq_len=2048 train.dtype=fp32 zero.stage=2 train.micro_batch=1 train.rows_per_step=1
+    train.steps=6 optim.warmup_steps=1 checkpoint.every=6)
+  window=(model.window=256) code_bytes=4000000 trained=2048 predicted=16384
+  tasks=
+fi
+
+run() {
+  printf '\n\033[1m$ %s\033[0m\n' "$*"
+  "$@"
+}
+
+mkdir -p $out
+if [ -n "${MODEL:-}" ]; then
+  model=$MODEL
+else
+  model=$out/smollm2
+  [ -e $model/config.json ] || run python -m tensorlm.benchmarks.smollm2 $model
+fi
+
+texts=(code)
+[ -e $out/texts/code/held_out.jsonl ] ||
+  run python launcher/prepare_data.py packages --hold-out "${held_out[@]}" --output $out/texts/code
+if [ ${#books[@]} -gt 0 ]; then
+  texts+=(books)
+  [ -e $out/texts/books/held_out.jsonl ] ||
+    run python launcher/prepare_data.py packages --text "${books[@]}" --hold-out "${held_out[@]}" \
+      --output $out/texts/books
+fi
+sources=()
+for text in "${texts[@]}"; do
+  run python launcher/prepare_data.py encode --input $out/texts/$text/train.jsonl \
+    --tokenizer "$model" --output $out/data/$text --holdout 0 --max-bytes $code_bytes
+  [ $text = code ] && weight=4 || weight=1
+  sources+=("{path = \"$out/data/$text\", weight = $weight}")
+done
+sources="data.sources=[$(IFS=,; echo "${sources[*]}")]"
+
+configs=()
+for variant in $variants; do
+  config=configs/adapt/$variant.toml
+  configs+=("$config")
+  settings=("$sources" "${size[@]}")
+  grep -q '^window' $config && settings+=("${window[@]}")
+  [ -e $out/$variant/step-00000000 ] ||
+    run python launcher/convert.py import --config $config --hf "$model" "${settings[@]}"
+  run python launcher/train.py --config $config "${settings[@]}"
+  for text in "${texts[@]}"; do
+    run python launcher/evaluate.py --config $config --output $out/$variant/$text \
+      --lengths $trained,$((4 * trained)) --tasks ppl "${settings[@]}" \
+      eval.text=$out/texts/$text/held_out.jsonl eval.max_tokens=$predicted
+  done
+  [ -z "$tasks" ] ||
+    run python launcher/evaluate.py --config $config --output $out/$variant/needles \
+      --lengths $trained,$((4 * trained)) "${settings[@]}" "eval.tasks=$tasks" \
+      "eval.text=$out/texts/${texts[-1]}/held_out.jsonl"
+done
+
+last=${variants##* }
+[ -e $out/hf ] || run python launcher/convert.py export --config configs/adapt/$last.toml \
+  --output $out/hf --dtype fp32 "$sources" "${size[@]}" \
+  $(grep -q '^window' configs/adapt/$last.toml && echo "${window[@]}")
+run python launcher/generate.py --model $out/hf --max-new-tokens 24 \
+  --prompt 'The pass key is 71432. Remember it. What is the pass key? The pass key is'
+
+printf '\n\033[1mfound\033[0m\n'
+run python launcher/benchmark.py adaptation "${configs[@]}"

