@@ -1,11 +1,10 @@
-"""One hop backward on the GPU: each program owns what it writes (no atomics).
+"""One hop backward on the GPU. Each output is written by one program only (no atomics).
 
-Long lines take two kernels, short ones (`backward_line`) do all of the following in one.
-
-The first owns queries: dq, the gradient of the bias per token, of the state's log-sum-exp, and
-delta = <dz, z>. The second owns keys: dk and the gradient of the values. Where the values are the
-state's z (every hop but the first of `tensor_attention`) that is also the gradient of the state.
-The formulas are in `kernels/README.md`.
+Long lines need two kernels. The first owns queries: it computes dq, the bias's gradient per token,
+the gradient of the state's log-sum-exp, and delta = <dz, z>. The second owns keys: it computes dk
+and the gradient of the values. If the values are the state's z (in every hop of `tensor_attention`
+but the first), this includes the gradient of the state. For short lines, one kernel computes
+everything (`backward_line`). The formulas are in `kernels/README.md`.
 """
 
 from typing import NamedTuple
@@ -21,11 +20,11 @@ from .tiles import backward_line_tiles
 
 
 class HopGradients(NamedTuple):
-    """What the backward of a hop returns beside dq, dk, dvalues; None where there is no such input.
+    """Results of a hop's backward pass other than dq, dk, dvalues; None for absent inputs.
 
     `dbias` is [H] float32. `dlse_before`, the gradient of the state's log-sum-exp, and
-    `delta_before`, the row sums <dz, z> that the hop before needs, are [B, H, T] float32;
-    `delta_before` exists where the values are the state's z.
+    `delta_before`, the row sums <dz, z> for the previous hop, are [B, H, T] float32. `delta_before`
+    is None unless the values are the state's z.
     """
 
     dbias: Tensor | None
@@ -50,12 +49,17 @@ def hop_backward(
     """Write the gradients of one hop; all tensors contiguous.
 
     Args:
-        z: [B, T, H, E] and lse [B, H, T]: results of the hop.
-        dz, dlse: gradients that arrive for them; dlse None is zero.
-        delta: <dz, z> [B, H, T] where it is known; z is not read then and may be None.
-        dq, dk: written, or added to if `accumulate`.
-        dvalues: written. With `dz_before` None, the state's z is the values and its gradient is
-            included here; otherwise it is written to `dz_before`.
+        hop: the inputs of the hop.
+        z: result of the hop, [B, T, H, E]; may be None if `delta` is given.
+        lse: result of the hop, [B, H, T].
+        dz: gradient of z.
+        dlse: gradient of lse; None: zero.
+        delta: <dz, z> [B, H, T]; None: it is computed from z.
+        dq, dk: outputs.
+        accumulate: whether to add to dq and dk instead of writing them.
+        dvalues: output.
+        dz_before: output, the gradient of the state's z. None: the values are the state's z, and
+            `dvalues` includes its gradient.
     """
     grads = QueryGradients(
         delta=torch.empty_like(lse) if delta is None else delta,

@@ -22,7 +22,7 @@ from .common import (
 from .launch import SIZES, Hop, Tiles, bulk_heads, bulk_rows
 from .tiles import backward_key_tiles
 
-# Rows whose reach one program looks at together when it finds the queries that see its keys.
+# Rows whose reach a program reads at a time to find the queries that attend to its keys.
 _SCAN = 1024
 
 
@@ -35,7 +35,7 @@ def gather_dk(
     MASK: tl.constexpr, BULK: tl.constexpr, STRIDED: tl.constexpr, PACK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add to dk and dvalues what the queries of rows [begin, end) contribute (tiles transposed)."""
+    """Add the contributions of the queries of rows [begin, end) to dk, dvalues (transposed)."""
     lane = tl.arange(0, BLOCK_M)
     head = head_first + lane % PACK
     for start in range(begin, end, BLOCK_M // PACK):
@@ -74,10 +74,10 @@ def query_range(
     reach, begin, num_tokens, num_rows, steps, stride, length,
     STRIDED: tl.constexpr, BLOCK_N: tl.constexpr, SCAN: tl.constexpr,
 ):  # fmt: skip
-    """Which queries see the keys of rows [begin, begin + BLOCK_N): (end, end of the inner run).
+    """Queries that attend to the keys of rows [begin, begin + BLOCK_N): (end, inner end).
 
-    Queries of rows [begin, end) see some of the keys; those from begin + BLOCK_N up to the end of
-    the inner run see all of them. Nothing is assumed of how `reach` varies along a line.
+    Queries of rows [begin, end) attend to some of the keys; those of rows [begin + BLOCK_N, inner
+    end) to all of them. `reach` may vary arbitrarily along a line.
     """
     last_key = tl.minimum(begin + BLOCK_N, num_rows) - 1
     limit = tl.minimum((last_key // steps + 1) * steps, last_key + length)
@@ -103,9 +103,9 @@ def hop_backward_key_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, SCAN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dk [B,T,K,D]; dvalues [B,T,V,E], the state's own share included if the values are the state's
-    z, which is when delta_before [B,H,T] = <dvalues, values> is asked for. Program: (batch, block
-    of rows, key head), heads fastest.
+    """dk [B,T,K,D]; dvalues [B,T,V,E]. If delta_before [B,H,T] is given, the values are the state's
+    z: dvalues includes the state's gradient, and delta_before is set to <dvalues, values>.
+    Program: (batch, block of rows, key head), heads fastest.
     """
     BLOCK_T: tl.constexpr = BLOCK_M // PACK
     NEAREST: tl.constexpr = 0 if lse_before is None else 1
@@ -208,9 +208,12 @@ def backward_keys(
     """Write (or add to) dk, and write the gradient of the values.
 
     Args:
-        lse, dz, dlse, delta: as in `backward_queries`.
+        hop, lse, dz, dlse, accumulate: as in `backward.hop_backward`.
+        delta: <dz, z> [B, H, T].
+        dk, dvalues: outputs.
         delta_before: [B, H, T] float32 or None. If given, the values are the state's z: `dvalues`
-            is its whole gradient, and `delta_before` receives <dvalues, values>.
+            includes the state's gradient, and `delta_before` is set to <dvalues, values>.
+        tiles: None: from the table.
     """
     tiles = tiles or backward_key_tiles(hop)
     assert tiles.block_n % (tiles.block_m // tiles.pack) == 0

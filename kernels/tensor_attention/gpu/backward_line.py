@@ -1,10 +1,10 @@
 # ruff: noqa: N803 - compile-time constants of Triton kernels are capitals
 # mypy: allow-untyped-defs, allow-incomplete-defs
-"""The whole backward of a hop whose lines are short: one kernel, each tensor read once.
+"""The backward pass of a hop with short lines: one kernel that reads each tensor once.
 
-Where a line fits in one tile, the tile's queries see only the tile's keys. One program then owns
-dq, dk and the gradient of the values of its lines, and the score tile is computed once instead of
-once for the queries and once for the keys.
+If a line fits in one tile, the tile's queries attend only to the tile's keys. One program can then
+compute dq, dk and the gradient of the values of its lines. It computes the score tile once instead
+of twice (for queries and for keys).
 """
 
 import torch
@@ -39,7 +39,7 @@ def hop_backward_line_kernel(
     BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """As the kernels that own queries and keys, for values per query head (V = H) that are the
-    state's z where there is a state. Program: (batch, block of whole lines, key head).
+    state's z, if there is a state. Program: (batch, block of whole lines, key head).
     """
     NEAREST: tl.constexpr = 0 if lse_before is None else 1
     program = tl.program_id(0)
@@ -56,7 +56,7 @@ def hop_backward_line_kernel(
     exists = exists & (lane < rows_per_block)
     first = first_visible(reach, row, token, step, exists, length)
     token = token.to(tl.int64)
-    # Lanes without a token come after all that see them could be, so no query sees them.
+    # Lanes without a token are after all queries of their line, so no query attends to them.
     seen = (row[None, :] >= first[:, None]) & (row[None, :] <= row[:, None] - NEAREST)
     seen = seen & exists[:, None]
 
@@ -95,7 +95,7 @@ def hop_backward_line_kernel(
             keep = tl.where(b_before > float("-inf"), tl.exp(b_before - b_lse), 0.0)
             own = tl.sum(tl.where(row[None, :] == row[:, None], inner, 0.0), 1)  # <dz, z_before>
             tl.store(dlse_before + scalar, keep * (own - b_delta), mask=exists)
-            # Loaded again (from cache): holding them for the products' length costs registers.
+            # Loaded again (from the cache): keeping them during the products needs registers.
             dvalue += keep[:, None] * load_tile(dz, vector * E, exists, E, BLOCK_E).to(tl.float32)
             b_v = load_tile(values, vector * E, exists, E, BLOCK_E)
             tl.store(delta_before + scalar, tl.sum(dvalue * b_v.to(tl.float32), 1), mask=exists)
@@ -123,10 +123,13 @@ def backward_lines(
     delta_before: Tensor | None,
     tiles: LineTiles,
 ) -> None:
-    """Write (or add to) dq and dk, write dvalues, and fill `grads` but for `delta`.
+    """Write (or add to) dq and dk, write dvalues, and fill `grads` except `delta`.
 
     Args:
-        z, lse, dz, dlse: as in `backward_queries`; `grads.delta` is read where z is None.
+        hop, lse, dz, dlse, accumulate: as in `backward.hop_backward`.
+        z: None: `grads.delta` is read instead.
+        dq, dk, dvalues: outputs.
+        grads: outputs.
         delta_before: as in `backward_keys`.
         tiles: rows of a tile, at least `hop.steps`, and its warps and stages.
     """

@@ -1,6 +1,6 @@
 # ruff: noqa: N803 - compile-time constants of Triton kernels are capitals
 # mypy: allow-untyped-defs, allow-incomplete-defs
-"""The backward kernel that owns queries: dq, the bias, and the state's log-sum-exp."""
+"""The backward kernel that owns queries: gradients of q, the bias and the state's log-sum-exp."""
 
 from typing import NamedTuple
 
@@ -34,7 +34,7 @@ def gather_dq(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add to dq (and to the sum of dscore) what the keys of rows [begin, end) contribute."""
+    """Add the contributions of keys in rows [begin, end) to dq (and to the sum of dscore)."""
     for start in range(begin, end, BLOCK_N):
         key = start + tl.arange(0, BLOCK_N)
         token, step, exists = locate(key, num_tokens, num_rows, steps, stride, STRIDED)
@@ -65,8 +65,8 @@ def hop_backward_query_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq [B,T,H,D]; delta, dbias, dlse_before [B,H,T]; dz_before [B,T,H,E]. `z` None: `delta` is
-    given. Program: (batch, block of rows from the last, group of PACK heads), heads fastest.
+    """dq [B,T,H,D]; delta, dbias, dlse_before [B,H,T]; dz_before [B,T,H,E]. If `z` is None, `delta`
+    is an input. Program: (batch, block of rows from the last, group of PACK heads), heads fastest.
     """
     BLOCK_T: tl.constexpr = BLOCK_M // PACK
     NEAREST: tl.constexpr = 0 if lse_before is None else 1
@@ -89,8 +89,8 @@ def hop_backward_query_kernel(
     token, step, exists = locate(row, num_tokens, num_rows, steps, stride, STRIDED)
     first = first_visible(reach, row, token, step, exists, length)
     token = token.to(tl.int64)
-    vector = per_query + token * H + head  # which head of which token, as in q, z, dz
-    scalar = per_query + head * num_tokens + token  # the same, as in lse, delta, dlse
+    vector = per_query + token * H + head  # index of the token's head in q, z, dz
+    scalar = per_query + head * num_tokens + token  # its index in lse, delta, dlse
     b_q = load_rotated(q, vector * D, exists, step, q_cos, q_sin, D, BLOCK_D)
     b_dz = load_tile(dz, vector * E, exists, E, BLOCK_E)
     b_lse = tl.load(lse + scalar, mask=exists, other=0.0)
@@ -145,10 +145,10 @@ def hop_backward_query_kernel(
 
 
 class QueryGradients(NamedTuple):
-    """What the kernel that owns queries writes beside dq, each float32 [B, H, T] and contiguous.
+    """Outputs of the kernel other than dq, each float32 [B, H, T] and contiguous.
 
-    `delta` is <dz, z>; `dbias` holds each token's share of the bias's gradient, `dlse_before` is
-    the gradient of the state's log-sum-exp (None where the hop has no bias, no state).
+    `delta` is <dz, z>. `dbias` is each token's contribution to the bias's gradient (None: no bias).
+    `dlse_before` is the gradient of the state's log-sum-exp (None: no state).
     """
 
     delta: Tensor
@@ -169,12 +169,15 @@ def backward_queries(
     dz_before: Tensor | None,
     tiles: Tiles | None = None,
 ) -> None:
-    """Write (or add to) dq and fill `grads`; `delta` is read instead where z is None.
+    """Write (or add to) dq and fill `grads`.
 
     Args:
-        z: [B, T, H, E] and lse [B, H, T]: results of the hop.
-        dz, dlse: gradients that arrive for them; dlse None is zero.
-        dz_before: receives the gradient of `hop.z_before` if that is not `hop.values`.
+        hop, lse, dz, dlse, accumulate: as in `backward.hop_backward`.
+        z: result of the hop, [B, T, H, E]; None: `grads.delta` is read instead.
+        dq: output.
+        grads: outputs.
+        dz_before: output, the gradient of `hop.z_before`; None if that is `hop.values`.
+        tiles: None: from the table.
     """
     tiles = tiles or backward_query_tiles(hop)
     k, k_cos, k_sin = hop.rotated(hop.k, tiles.rotate_first)

@@ -1,8 +1,8 @@
-"""All hops of the operator by the Triton kernels, as one differentiable operator.
+"""All hops of the operator with the Triton kernels, as one differentiable operator.
 
-Against a loop of single hops the chain saves memory traffic in the backward: dq and dk are added
-up in place from hop to hop, and each hop hands the one before it the row sums <dz, z> that it
-would have to read two tensors for.
+Compared with a loop of single hops, the chain saves memory traffic in the backward pass: dq and dk
+are accumulated in place from hop to hop, and each hop also computes the row sums <dz, z> for the
+previous one, which would otherwise read two tensors.
 """
 
 from collections.abc import Sequence
@@ -34,14 +34,15 @@ def chain(
 
     Args:
         q, k, v, hop_bias, rotary, scale: as in `api.tensor_attention`.
-        axes: one per hop, innermost first; reaches: the [B, T] int32 reach of each.
-        joint: one softmax over all hops (distance mode); False gives each hop its own.
+        axes: one per hop, innermost first.
+        reaches: the reach of each hop, [B, T] int32.
+        joint: True: one softmax over all hops (distance mode); False: one per hop.
 
     Returns:
         [B, T, H, E] in the dtype of v.
 
     Raises:
-        ValueError: on inputs that the kernels do not cover.
+        ValueError: the kernels do not support the inputs.
     """
     require(q, k, v, False)
     out, _, _ = _chain(
@@ -53,7 +54,7 @@ def chain(
 
 
 def _new_states(q: Tensor, v: Tensor, hops: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Uninitialised out [B, T, H, E], inner z [hops - 1, B, T, H, E], lse [hops, B, H, T]."""
+    """Uninitialized out [B, T, H, E], inner z [hops - 1, B, T, H, E], lse [hops, B, H, T]."""
     batch, num_tokens, heads, _ = q.shape
     shape = (batch, num_tokens, heads, v.shape[3])
     lse = q.new_empty(hops, batch, heads, num_tokens, dtype=torch.float32)
@@ -70,7 +71,7 @@ def _chain(
     cos: Tensor | None, sin: Tensor | None, strides: list[int], lengths: list[int],
     joint: bool, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """out, the inner z, every lse."""
+    """out, and z and lse of the hops, as in `_new_states`."""
     out, inner, lse = _new_states(q, v, len(strides))
     values = v
     for i, (stride, length, reach) in enumerate(zip(strides, lengths, reaches, strict=True)):
@@ -99,7 +100,7 @@ def _chain_backward(
     cos: Tensor | None, sin: Tensor | None, strides: list[int], lengths: list[int],
     joint: bool, scale: float, out: Tensor, inner: Tensor, lse: Tensor, dz: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """dq, dk, dv, dhop_bias (empty without one)."""
+    """dq, dk, dv, dhop_bias (empty without a bias)."""
     dq, dk = torch.empty_like(q), torch.empty_like(k)
     dbias = None if hop_bias is None else torch.empty_like(hop_bias)
     last, delta, dlse = len(strides) - 1, None, None

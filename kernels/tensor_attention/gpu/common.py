@@ -1,14 +1,14 @@
 # ruff: noqa: N803 - compile-time constants of Triton kernels are capitals
 # mypy: allow-untyped-defs, allow-incomplete-defs
-"""What the Triton kernels share: where rows live, how tiles are loaded, rotated and stored.
+"""Shared by the Triton kernels: the order of rows, and loading, rotating and storing tiles.
 
 Rows. A hop of stride s splits the tokens into s lines of R = ceil(T / s) steps each. The kernels
-walk the rows r = line * R + step, so that a line is contiguous: token(r) = step * s + line. In this
-order every hop, whatever its stride, is one banded causal attention: row r sees the rows u with
-lo(r) <= u <= r - nearest, and lo(r) never leaves the line. Short lines simply share a tile.
+iterate over rows r = line * R + step, so that a line is contiguous: token(r) = step * s + line. In
+this order, every hop, whatever its stride, is banded causal attention: row r attends to rows u with
+lo(r) <= u <= r - nearest, and lo(r) is always on the same line. Short lines share a tile.
 
 Columns. The columns of a tile are padded per half of the head, [first half, padding, second half,
-padding], so that rotary pairs stay BLOCK_D / 2 apart whatever the head size.
+padding], so that the distance of rotary pairs is BLOCK_D / 2 for every head size.
 """
 
 import triton
@@ -16,14 +16,14 @@ import triton.language as tl
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
-# Scores that do not count, and the floor of the running maximum: exp2(MASKED - FLOOR) is 0.
+# The score of a masked key, and the floor of the running maximum: exp2(MASKED - FLOOR) is 0.
 MASKED: tl.constexpr = tl.constexpr(-1.0e30)
 FLOOR: tl.constexpr = tl.constexpr(-1.0e20)
 
 
 @triton.jit
 def product(x, y, PRECISION: tl.constexpr):
-    """`tl.dot` in float32 accumulation; "upcast" is for the interpreter, which has no bf16 dot."""
+    """`tl.dot` with float32 accumulation; "upcast" is for the interpreter, without bf16 dot."""
     if PRECISION == "upcast":
         result = tl.dot(x.to(tl.float32), y.to(tl.float32), input_precision="ieee")
     else:
@@ -43,7 +43,7 @@ def add_product(acc, x, y, PRECISION: tl.constexpr):
 
 @triton.jit
 def locate(row, num_tokens, num_rows, steps, stride, STRIDED: tl.constexpr):
-    """Token, step along its line (the rotary position), and existence of each row."""
+    """Token of each row, its step along the line (the rotary position), and whether it exists."""
     if STRIDED:
         step = row % steps
         token = step * stride + row // steps
@@ -55,14 +55,14 @@ def locate(row, num_tokens, num_rows, steps, stride, STRIDED: tl.constexpr):
 
 @triton.jit
 def first_visible(reach, row, token, step, exists, length):
-    """lo(r): the first row that each row sees; a row that does not exist sees only itself."""
+    """lo(r): the first row that each row attends to; itself if it does not exist."""
     back = tl.maximum(tl.load(reach + token, mask=exists, other=0), -1)
     return row - tl.where(exists, tl.minimum(tl.minimum(back, step), length - 1), 0)
 
 
 @triton.jit
 def tile_columns(SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    """Index in the head of each column of a tile, and which columns exist."""
+    """Index in the head of each column of a tile, and whether the column exists."""
     column = tl.arange(0, BLOCK)
     within = column % (BLOCK // 2)
     if SIZE != BLOCK:
@@ -72,7 +72,7 @@ def tile_columns(SIZE: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def load_tile(base, offset, exists, SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    """[rows, BLOCK] tile of the heads that start at `base + offset`, zero where nothing exists."""
+    """[rows, BLOCK] tile of the heads that start at `base + offset`, zero outside them."""
     column, inside = tile_columns(SIZE, BLOCK)
     mask = exists[:, None]
     if SIZE != BLOCK:
@@ -84,10 +84,10 @@ def load_tile(base, offset, exists, SIZE: tl.constexpr, BLOCK: tl.constexpr):
 def score_gradient(
     score, inner, offset, delta, seen, scale, MASK: tl.constexpr
 ):  # fmt: skip
-    """Weights P = exp2(score * scale + offset) and their scores' gradient P (inner - delta).
+    """Weights P = exp2(score * scale + offset) and the gradient P (inner - delta) of their scores.
 
-    `offset` is (bias - lse) in base 2; `delta`, less dlse, is subtracted (an addition would become
-    the start of the product `inner`, which would then wait until `delta` is loaded).
+    `offset` is (bias - lse) in base 2. `delta` contains -dlse. It is subtracted, because the
+    compiler fuses an addition into the product `inner`, which would then wait for `delta` to load.
     """
     weight = tl.exp2(score * scale + offset)
     if MASK:
@@ -97,7 +97,7 @@ def score_gradient(
 
 @triton.jit
 def load_angles(cos, sin, position, exists, SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    """[rows, BLOCK / 2] cosines and sines of the rows' positions."""
+    """[rows, BLOCK / 2] cosines and sines at the rows' positions."""
     column = tl.arange(0, BLOCK // 2)
     mask = exists[:, None] & (column < SIZE // 2)[None, :]
     angle = position.to(tl.int64)[:, None] * (SIZE // 2) + column[None, :]
@@ -108,7 +108,7 @@ def load_angles(cos, sin, position, exists, SIZE: tl.constexpr, BLOCK: tl.conste
 def load_rotated(
     base, offset, exists, position, cos, sin, SIZE: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """`load_tile`, rotated to `position` in float32 and rounded once (cos None: as it is)."""
+    """`load_tile`, rotated to `position` in float32 and rounded once (cos None: unchanged)."""
     if cos is None:
         tile = load_tile(base, offset, exists, SIZE, BLOCK)
     else:
@@ -128,7 +128,7 @@ def store_gradient(
     x, base, offset, exists, position, cos, sin,
     SIZE: tl.constexpr, BLOCK: tl.constexpr, ACCUMULATE: tl.constexpr,
 ):  # fmt: skip
-    """Store the gradient of a rotated tile: rotate back, then write or add to what is there."""
+    """Store the gradient of a rotated tile: rotate it back, then write or accumulate it."""
     halves = tl.permute(tl.reshape(x, (offset.shape[0], 2, BLOCK // 2)), (0, 2, 1))
     real, imag = tl.split(halves)
     column = tl.arange(0, BLOCK // 2)
@@ -148,7 +148,7 @@ def store_gradient(
 
 @triton.jit
 def store_tile(x, base, offset, exists, SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    """Store a [rows, BLOCK] tile where `load_tile` would read it."""
+    """Store a [rows, BLOCK] tile at the place where `load_tile` reads it."""
     column, inside = tile_columns(SIZE, BLOCK)
     mask = exists[:, None]
     if SIZE != BLOCK:
@@ -161,7 +161,7 @@ def rotate_kernel(
     x, out, cos, sin, num_rows, num_tokens, stride,
     HEADS: tl.constexpr, SIZE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """out[b, t, h] = x[b, t, h] rotated to floor(t / stride); one row is one head of one token."""
+    """out[b, t, h] = x[b, t, h] rotated to position floor(t / stride); a row is one head."""
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS).to(tl.int64)
     exists = row < num_rows
     position = (row // HEADS) % num_tokens // stride

@@ -2,10 +2,10 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
 """One hop forward on the GPU: banded causal attention over rows, starting from a state.
 
-Each program owns one tile of queries (block_m / pack tokens of `pack` query heads that share a key
-head) and walks the keys it can see, from the first row that any of its queries reaches to the
-diagonal, with a running maximum and sum as in FlashAttention-2 (Dao, 2023). The state of the hop
-before is one more key: it only changes where the running maximum, sum and values begin.
+Each program processes one tile of queries (block_m / pack tokens of `pack` query heads that share a
+key head). It iterates over their keys, from the first row that any of its queries reaches to the
+diagonal, with a running maximum and sum as in FlashAttention-2 (Dao, 2023). The state of the
+previous hop acts as one more key: it sets the initial maximum, sum and values.
 """
 
 import torch
@@ -39,7 +39,7 @@ def attend(
     MASK: tl.constexpr, BULK: tl.constexpr, STRIDED: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Fold the keys of rows [begin, end) into the running (values, maximum, sum), base 2."""
+    """Add the keys of rows [begin, end) to the running (values, maximum, sum), base 2."""
     for start in range(begin, end, BLOCK_N):
         key = start + tl.arange(0, BLOCK_N)
         token, step, exists = locate(key, num_tokens, num_rows, steps, stride, STRIDED)
@@ -122,7 +122,7 @@ def hop_forward_kernel(
         total = tl.zeros([BLOCK_M], tl.float32)
         acc = tl.zeros([BLOCK_M, BLOCK_E], tl.float32)
 
-    # Keys in three runs: cut by the window or a document, seen by every query, cut by causality.
+    # Three ranges of keys: masked by window or document, read by all queries, masked by causality.
     end = tl.minimum((block + 1) * BLOCK_T, num_rows)
     begin = tl.min(tl.where(first <= row - NEAREST, first, end)) // BLOCK_N * BLOCK_N
     inner_end = (block * BLOCK_T + 1 - NEAREST) // BLOCK_N * BLOCK_N
@@ -152,7 +152,7 @@ def hop_forward(hop: Hop, z: Tensor, lse: Tensor, tiles: Tiles | None = None) ->
     """Write one hop into `z` [B, T, H, E] and `lse` [B, H, T] float32, both contiguous.
 
     Args:
-        tiles: of the general kernel; by default the table decides, between kernels too.
+        tiles: tiles of the general kernel; None: the table chooses the kernel and its tiles.
     """
     line_tiles = forward_line_tiles(hop) if tiles is None else None
     if line_tiles is not None:

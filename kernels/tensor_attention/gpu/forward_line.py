@@ -1,9 +1,9 @@
 # ruff: noqa: N803 - compile-time constants of Triton kernels are capitals
 # mypy: allow-untyped-defs, allow-incomplete-defs
-"""One hop forward where lines are short: a tile holds whole lines, so nothing is walked.
+"""One hop forward for short lines: a tile contains whole lines, so there is no loop over keys.
 
-Against the general kernel a program loads and rotates its keys once for all query heads that share
-them, and reads the values, which are the state's z too, once.
+Unlike the general kernel, a program loads and rotates its keys once for all query heads that share
+them, and reads the values, which are also the state's z, once.
 """
 
 import torch
@@ -35,8 +35,8 @@ def hop_forward_line_kernel(
     STRIDED: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """As the general kernel, for values per query head (V = H) that are the state's z where there
-    is a state. Program: (batch, block of whole lines, key head).
+    """As the general kernel, for values per query head (V = H) that are the state's z, if there is
+    a state. Program: (batch, block of whole lines, key head).
     """
     NEAREST: tl.constexpr = 0 if lse_before is None else 1
     program = tl.program_id(0)

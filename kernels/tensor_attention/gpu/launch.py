@@ -1,4 +1,4 @@
-"""What the launchers of the Triton kernels share: the inputs of a hop, and how it walks them."""
+"""Shared by the launchers of the Triton kernels: the inputs of a hop and its tiles."""
 
 from typing import NamedTuple
 
@@ -9,20 +9,20 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .common import rotate_kernel
 
-# Sizes that change with the data; specialising on them would compile anew for each length.
+# Sizes that change with the data: specializing on them would recompile for each length.
 SIZES = ["num_tokens", "num_rows", "steps", "stride", "length", "num_blocks"]
-LARGEST_BLOCK = 128  # tokens of the longest tile
+LARGEST_BLOCK = 128  # maximum tokens per tile
 LOG2E = 1.4426950408889634
 
 
 class Tiles(NamedTuple):
-    """Shape of one kernel's tiles and how it is launched.
+    """Shape of a kernel's tiles, and its launch parameters.
 
     `pack` query heads of one key head share a query tile, so block_m rows are block_m / pack
-    tokens. `rotate_first` rotates what the inner loop loads into a copy before the kernel, instead
-    of on every load: worth it where each tile is loaded many times. `bulk` has the copy engine of
-    Hopper and later GPUs load these tiles (`Hop.allows_bulk` says where it can): threads then hold
-    no addresses, which frees a third of their registers.
+    tokens. `rotate_first` rotates the inner loop's inputs into a copy before the kernel, instead of
+    on every load: faster if each tile is loaded many times. `bulk` loads tiles with the copy engine
+    of Hopper and later GPUs (see `Hop.allows_bulk`): threads then hold no addresses, which frees a
+    third of their registers.
     """
 
     block_m: int
@@ -37,7 +37,7 @@ class Tiles(NamedTuple):
 class Hop(NamedTuple):
     """The inputs of one hop as the kernels take them: contiguous, lse [B, H, T] in float32.
 
-    Otherwise as in `dense.hop`; `z_before` is `values` itself where the values are the state's z.
+    Otherwise as in `dense.hop`. If the values are the state's z, `z_before` is `values` itself.
     """
 
     q: Tensor
@@ -55,29 +55,29 @@ class Hop(NamedTuple):
 
     @property
     def steps(self) -> int:
-        """Steps R of one line; the last ones may not exist."""
+        """Number of steps R per line, of which the last may not exist."""
         return triton.cdiv(self.q.shape[1], self.stride)
 
     @property
     def rows(self) -> int:
-        """Rows of all lines; a stride longer than the sequence leaves one step per line."""
+        """Rows of all lines. With a stride longer than the sequence, a line has one step."""
         return min(self.stride, self.q.shape[1]) * self.steps
 
     @property
     def shared(self) -> int:
-        """Query heads that read the same values."""
+        """Number of query heads that share values."""
         return self.q.shape[2] // self.values.shape[2]
 
     @property
     def window(self) -> int:
-        """Most keys that one query sees."""
+        """Maximum number of keys that a query attends to."""
         return min(self.length, self.steps)
 
     @property
     def allows_bulk(self) -> bool:
         """Whether the copy engine can load whole tiles of this hop's inputs.
 
-        Rows must lie in memory order (no stride) without padding, and a last tile must not reach
+        Rows must be in memory order (no stride) without padding, and a last tile must not extend
         into the next sequence of the batch.
         """
         batch, num_tokens, _, size = self.q.shape
@@ -92,7 +92,7 @@ class Hop(NamedTuple):
         )
 
     def walk(self, num_blocks: int) -> tuple[int | float, ...]:
-        """The sizes that every kernel takes, and the scale of scores in base 2."""
+        """The sizes that every kernel takes, and the scale of base-2 scores."""
         num_tokens = self.q.shape[1]
         return (
             num_tokens, self.rows, self.steps, self.stride, self.length, num_blocks,
@@ -109,28 +109,28 @@ class Hop(NamedTuple):
         }  # fmt: skip
 
     def rotated(self, x: Tensor, first: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """`x` (q or k) and the tables to rotate it by on load; none if it is rotated `first`."""
+        """`x` (q or k) and the tables to rotate it on load; without tables if rotated `first`."""
         if self.cos is None or self.sin is None or not first:
             return x, self.cos, self.sin
         return rotate(x, self.cos, self.sin, self.stride), None, None
 
 
 def bulk_rows(x: Tensor, block: int) -> TensorDescriptor:
-    """`x` [B, T, N, D] as a matrix [B T, N D], to be loaded in tiles of one head [block, D]."""
+    """`x` [B, T, N, D] as a matrix [B T, N D], loaded in tiles [block, D] of one head."""
     batch, num_tokens, heads, size = x.shape
     shape, strides = [batch * num_tokens, heads * size], [heads * size, 1]
     return TensorDescriptor(x, shape, strides, [block, size])
 
 
 def bulk_heads(x: Tensor, block: int, heads: int) -> TensorDescriptor:
-    """`x` [B, T, N, D] as [B T, N, D], to be loaded in tiles [block, heads, D]."""
+    """`x` [B, T, N, D] as [B T, N, D], loaded in tiles [block, heads, D]."""
     batch, num_tokens, num_heads, size = x.shape
     shape, strides = [batch * num_tokens, num_heads, size], [num_heads * size, size, 1]
     return TensorDescriptor(x, shape, strides, [block, heads, size])
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, stride: int) -> Tensor:
-    """A copy of `x` [B, T, H, D] rotated to the positions floor(t / stride)."""
+    """A copy of `x` [B, T, H, D] rotated to positions floor(t / stride)."""
     out = torch.empty_like(x)
     batch, num_tokens, heads, size = x.shape
     num_rows, block_rows = batch * num_tokens * heads, 32
@@ -142,7 +142,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, stride: int) -> Tensor:
 
 
 def padded(size: int) -> int:
-    """Columns of a tile that holds heads of this size."""
+    """Number of columns of a tile for heads of this size."""
     return max(16, triton.next_power_of_2(size))
 
 

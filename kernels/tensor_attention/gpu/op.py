@@ -1,7 +1,7 @@
-"""One hop by the Triton kernels, as a differentiable operator that `torch.compile` understands.
+"""One hop with the Triton kernels, as a differentiable operator for `torch.compile`.
 
-It is a custom operator with a shape-only implementation: a compiled model keeps it whole and breaks
-no graph. Inside, log-sum-exps are [B, H, T], so that neighbours on a line lie together in memory.
+It is a custom operator with a shape-only implementation, so that it does not break a compiled
+graph. Internally, log-sum-exps are [B, H, T], so that neighbors on a line are adjacent in memory.
 """
 
 from typing import Any
@@ -20,16 +20,18 @@ _MAX_SIZE = 256
 
 
 def why_not(q: Tensor, k: Tensor, values: Tensor, ahead: bool) -> str | None:
-    """Why the Triton kernels cannot take these inputs, or None if they can."""
+    """Why the Triton kernels do not support these inputs, or None if they do."""
     sizes = (q.shape[3], values.shape[3])
     if ahead:
-        return "attention that looks ahead (causal = False) runs on the other backends only"
+        return 'causal must be True, got False (use "blocked")'
     if not (q.dtype == k.dtype == values.dtype) or q.dtype not in _DTYPES:
-        return f"needs one dtype of bf16, fp16, fp32, not {q.dtype}, {k.dtype}, {values.dtype}"
+        dtypes = f"{q.dtype}, {k.dtype}, {values.dtype}"
+        return f"q, k, values must all be bf16, fp16 or fp32, got {dtypes}"
     if max(sizes) > _MAX_SIZE or any(size % 2 for size in sizes):
-        return f"head sizes {sizes} must be even and at most {_MAX_SIZE}"
+        return f"head sizes must be even and at most {_MAX_SIZE}, got {sizes}"
     if values.shape[2] not in (k.shape[2], q.shape[2]):
-        return f"{values.shape[2]} value heads must be the {k.shape[2]} key or {q.shape[2]} heads"
+        heads = f"{k.shape[2]} (key) or {q.shape[2]} (query) heads"
+        return f"values must have {heads}, got {values.shape[2]}"
     return None
 
 
@@ -47,13 +49,13 @@ def hop(
     scale: float | None = None,
     ahead: Tensor | None = None,
 ) -> State:
-    """Same contract as `dense.hop`, on the GPU; causal only, head sizes even and at most 256.
+    """Same as `dense.hop`, on the GPU; causal only, head sizes even and at most 256.
 
-    Where the values are the state's z itself (the same tensor), its gradient is computed in one
-    piece; pass the same object to profit.
+    If the values and the state's z are the same tensor object, their gradients are computed
+    together, which is faster.
 
     Raises:
-        ValueError: on inputs that the kernels do not cover (`why_not`).
+        ValueError: the kernels do not support the inputs (`why_not`).
     """
     require(q, k, values, ahead is not None)
     z_before, lse_before = state or (None, None)
@@ -69,14 +71,14 @@ def hop(
 
 
 def require(q: Tensor, k: Tensor, values: Tensor, ahead: bool) -> None:
-    """Raise ValueError unless the kernels can take these inputs."""
+    """Raise ValueError unless the kernels support these inputs."""
     reason = why_not(q, k, values, ahead)
     if reason is not None:
         raise ValueError(f'backend = "triton": {reason}')
 
 
 def score_scale(q: Tensor, scale: float | None) -> float:
-    """The factor on the scores, 1 / sqrt(D) unless it is given."""
+    """The factor on the scores, by default 1 / sqrt(D)."""
     return q.shape[3] ** -0.5 if scale is None else scale
 
 
@@ -88,7 +90,7 @@ def rotary_tables(rotary: Rotary | None) -> tuple[Tensor | None, Tensor | None]:
 
 
 def new_state(q: Tensor, values: Tensor) -> State:
-    """Uninitialised z [B, T, H, E] and lse [B, H, T]."""
+    """Uninitialized z [B, T, H, E] and lse [B, H, T]."""
     batch, num_tokens, heads, _ = q.shape
     z = values.new_empty(batch, num_tokens, heads, values.shape[3])
     return z, q.new_empty(batch, heads, num_tokens, dtype=torch.float32)
@@ -100,7 +102,7 @@ def _hop(
     z_before: Tensor | None, lse_before: Tensor | None, cos: Tensor | None, sin: Tensor | None,
     stride: int, length: int, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """z, lse; `lse_before` without `z_before` means that the values are the state's z."""
+    """z, lse. If `lse_before` is given without `z_before`, the values are the state's z."""
     z, lse = new_state(q, values)
     before = values if z_before is None else z_before
     inputs = Hop(q, k, values, reach, bias, before, lse_before, cos, sin, stride, length, scale)
@@ -124,7 +126,7 @@ def _hop_backward(
     z: Tensor, lse: Tensor, dz: Tensor, dlse: Tensor | None,
     stride: int, length: int, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """dq, dk, dvalues, dbias, dz_before, dlse_before; empty where there is no such input."""
+    """dq, dk, dvalues, dbias, dz_before, dlse_before; empty tensors for absent inputs."""
     dq, dk, dvalues = torch.empty_like(q), torch.empty_like(k), torch.empty_like(values)
     dz_before = None if z_before is None else torch.empty_like(z_before)
     before = values if z_before is None else z_before

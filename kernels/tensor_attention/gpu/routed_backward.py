@@ -2,8 +2,9 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
 """The routed hop backward on the GPU: a kernel that owns queries, and one that owns blocks.
 
-The first walks a tile's open blocks again: dq, delta = <dz, z>, and the gradient of the state. The
-second walks the tiles that read a block: dk and dvalues. Formulas as for any hop.
+The first iterates over a tile's open blocks and computes dq, delta = <dz, z> and the gradient of
+the state. The second iterates over the tiles that read a block and computes dk and dvalues. The
+formulas are those of any hop.
 """
 
 from typing import NamedTuple
@@ -56,9 +57,9 @@ def routed_backward_query_kernel(
     CAPACITY: tl.constexpr, BULK: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq [B,Q,H,D]; dz_before [B,Q,H,E]; delta (less dlse), dlse_before [B,H,Q].
+    """dq [B,Q,H,D]; dz_before [B,Q,H,E]; delta (minus dlse), dlse_before [B,H,Q].
 
-    doc_start [B, Q] of the queries, the tokens of the row from `first_token` on.
+    doc_start [B, Q] is for the queries, the tokens of the row from `first_token` on.
     """
     tile, key_head, batch, token, head, lane, exists = query_rows(
         tl.program_id(0), num_tiles, num_tokens, K, TILE, GROUP, H // K
@@ -122,10 +123,10 @@ def routed_backward_key_kernel(
     GROUPS: tl.constexpr, BULK: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dk [B,T,K,D], dvalues [B,T,K,E] of the tokens of one slot's block (others stay zero).
+    """dk [B,T,K,D], dvalues [B,T,K,E] of the tokens of one slot's block (others remain zero).
 
-    doc_start [B, T]; the queries are the tokens of the row from `first_token` on.
-    The first programs own the first slot of every head: in a long document all tiles read it.
+    doc_start is [B, T]; the queries are the tokens of the row from `first_token` on. The first
+    programs own the first slot of each head, because all tiles of a long document read it.
     """
     program = tl.program_id(0)
     heads = tl.num_programs(0) // (num_slots * (BLOCK // BLOCK_N))
@@ -198,8 +199,13 @@ def routed_backward(
     """Gradients of one routed hop.
 
     Args:
-        state, result: (z [B, Q, H, E], lse [B, H, Q]) before and after the hop.
-        dz, dlse: gradients that arrive for the result; dlse None is zero.
+        routed: the inputs of the hop.
+        lists: open blocks of each tile.
+        readers: tiles that read each block.
+        state: (z [B, Q, H, E], lse [B, H, Q]) before the hop.
+        result: (z, lse) after the hop.
+        dz: gradient of z.
+        dlse: gradient of lse; None: zero.
     """
     q, k, values = routed.q, routed.k, routed.values
     z_before, lse_before = state

@@ -2,10 +2,11 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
 """The choice of blocks on the GPU: mean keys, and a streaming top-k that never stores scores.
 
-A program owns a tile of tokens of one key head and walks the slots before them twice: first for a
-bound that at least `top_k` scores of a token reach, then, among the scores that reach it, for the
-best. It keeps `top_k` blocks; while the best new score of any token beats its worst kept one, such
-tokens exchange the two. The bound leaves about as many exchanges as there are blocks to choose.
+A program processes a tile of tokens of one key head and makes two passes over the slots before
+them. The first finds a bound that at least `top_k` scores of each token reach. The second finds the
+best of the scores that reach the bound. It keeps `top_k` blocks: while the best new score of any
+token exceeds its worst kept score, such tokens exchange the two. With the bound, there are about as
+many exchanges as blocks to choose.
 """
 
 import torch
@@ -27,8 +28,9 @@ def rotate_stretched_kernel(
     HEADS: tl.constexpr, SIZE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK: tl.constexpr,
     num_tokens=0, first=0,
 ):  # fmt: skip
-    """out[b, i, h] = x[b, i, h] rotated to floor((t - d(t)) / stretch), t = first + i; a row is one
-    head. doc_start [B, num_tokens] of these tokens.
+    """out[b, i, h] = x[b, i, h] rotated to position floor((t - d(t)) / stretch), t = first + i.
+
+    A row is one head; doc_start [B, num_tokens] is for these tokens.
     """
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS).to(tl.int64)
     exists = row < num_rows
@@ -47,9 +49,9 @@ def rotate_stretched(
     stretch: int,
     first: int = 0,
 ) -> Tensor:
-    """A copy of `x` [B, Q, H, D] rotated along its documents; `x` itself without a table.
+    """A copy of `x` [B, Q, H, D] rotated to stretched positions; `x` itself if `cos` is None.
 
-    doc_start [B, Q] of the tokens of `x`, which begin at `first`.
+    doc_start [B, Q] is for the tokens of `x`, the tokens of the row from `first` on.
     """
     if cos is None:
         return x
@@ -66,7 +68,7 @@ def rotate_stretched(
 
 @triton.jit
 def slot_start(doc_start, slot, num_tokens, exists, BLOCK: tl.constexpr):
-    """First token of the block of each slot, and its document's (`routing.block_starts`)."""
+    """First token of each slot's block, and of its document (`routing.block_starts`)."""
     last = tl.minimum(slot * BLOCK + BLOCK - 1, num_tokens - 1)
     document = tl.load(doc_start + last, mask=exists, other=0)
     return document + (last - document) // BLOCK * BLOCK, document
@@ -77,7 +79,7 @@ def block_mean_kernel(
     k, doc_start, means, num_tokens, num_slots,
     K: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """means [B, K, N, D]: mean of the rotated keys k [B, T, K, D] of each slot's block."""
+    """means [B, K, N, D]: mean of the rotated keys k [B, T, K, D] over each slot's block."""
     slot = tl.program_id(0)
     head = tl.program_id(1)
     batch = tl.program_id(2).to(tl.int64)
@@ -115,8 +117,9 @@ def slot_scores(
     D: tl.constexpr, BULK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
-    """Scores [BLOCK_M, BLOCK_N] of slots first, first + 1, ...; with MASK, -inf outside
-    (lowest, highest].
+    """Scores [BLOCK_M, BLOCK_N] of slots first, first + 1, ....
+
+    With MASK, they are -inf outside (lowest, highest].
     """
     slot = first + tl.arange(0, BLOCK_N)
     if BULK:
@@ -133,10 +136,10 @@ def slot_scores(
 
 @triton.jit
 def exchange(kept, ids, score, slot):
-    """Put every score that beats the worst kept one in its place, best first, earlier slots first.
+    """Replace the worst kept scores by better new ones, the best first; ties: earlier slots first.
 
-    kept, ids [BLOCK_M, KEEP]: scores and slots kept so far; score [BLOCK_M, BLOCK_N], slot
-    [BLOCK_N] ascending, above all kept ones.
+    kept, ids [BLOCK_M, KEEP]: scores and slots kept so far. score [BLOCK_M, BLOCK_N]: new scores of
+    the slots slot [BLOCK_N], ascending and above all kept slots.
     """
     best = tl.max(score, 1)
     worst = tl.min(kept, 1)
@@ -161,9 +164,9 @@ def choose_kernel(
     KEEP: tl.constexpr, BULK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """choice [B, Q, K, TOP + 1] int32, unordered. Program: (batch, block of tokens, key head).
+    """choice [B, Q, K, TOP + 1] int32, in any order. Program: (batch, block of tokens, key head).
 
-    q [B, Q, K, D] summed over groups, doc_start [B, Q]; means [B, K, N, D].
+    q [B, Q, K, D] is summed over groups; doc_start [B, Q]; means [B, K, N, D].
     """
     program = tl.program_id(0)
     block = num_blocks - 1 - program % num_blocks
@@ -174,7 +177,7 @@ def choose_kernel(
     document = tl.load(doc_start + batch * num_tokens + token, mask=exists, other=0)
     vector = ((batch * num_tokens + token) * K + key_head) * D
     b_q = load_tile(q, vector, exists, D, BLOCK_D)
-    # Far blocks of a document are neighbouring slots; its first one is not up for choice.
+    # Far blocks of a document are adjacent slots; its first block needs no score.
     before = first_token + token - window
     has_far = exists & (before >= document)
     lowest = document // BLOCK
@@ -182,7 +185,7 @@ def choose_kernel(
     begin = tl.min(tl.where(has_far, lowest + 1, num_slots))
     end = tl.max(highest) + 1
     row_zero = program // num_blocks * num_slots
-    # Slots [begin, inner_end) are up for every token's choice: no mask.
+    # Every token may choose slots [begin, inner_end): no mask.
     shared_end = tl.min(highest) + 1
     shared = (shared_end > begin) & (tl.max(lowest) < begin)
     inner_end = begin + tl.where(shared, shared_end - begin, 0) // BLOCK_N * BLOCK_N
@@ -206,8 +209,8 @@ def choose_kernel(
             largest = tl.where(largest == tl.max(largest, 1)[:, None], float("-inf"), largest)
         bound = tl.maximum(tl.max(largest, 1), bound)
 
-    # The blocks kept so far: ids of empty places are negative and distinct; places beyond TOP hold
-    # infinity and are never given up.
+    # The blocks kept so far. Ids of empty places are negative and distinct. Places beyond TOP hold
+    # infinity and are never replaced.
     place = tl.arange(0, KEEP)
     kept = (
         tl.zeros([BLOCK_M, KEEP], tl.float32)
@@ -253,8 +256,9 @@ def choose(
     q: Tensor, k: Tensor, doc_start: Tensor, cos: Tensor | None, sin: Tensor | None,
     window: int, block: int, top_k: int, stretch: int, first: int,
 ) -> Tensor:  # fmt: skip
-    """The choice [B, Q, K, top_k + 1] int32 of the tokens from `first` on, unordered; all tensors
-    contiguous, k [B, T, K, D] and doc_start [B, T] of the row.
+    """The choice [B, Q, K, top_k + 1] int32 of the tokens from `first` on, in any order.
+
+    All tensors are contiguous; k [B, T, K, D] and doc_start [B, T] are for the whole row.
     """
     batch, num_keys, key_heads, size = k.shape
     num_tokens, num_slots = q.shape[1], triton.cdiv(num_keys, block)

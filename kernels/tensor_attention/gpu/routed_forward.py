@@ -2,8 +2,8 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
 """The routed hop forward on the GPU: each tile of queries reads the union of its open blocks.
 
-A program owns TILE tokens of all query heads of one key head and walks its list of blocks with a
-running maximum and sum, which begin at the state of the window.
+A program processes TILE tokens of all query heads of one key head. It iterates over its list of
+blocks with a running maximum and sum, which start from the state of the window.
 """
 
 import torch
@@ -36,8 +36,8 @@ def query_rows(
     program, num_tiles, num_tokens,
     K: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
-    """Which tile, head and batch a program owns, and its rows: TILE tokens of GROUP heads, heads
-    fastest. Programs of one key head are neighbours, so that its keys stay in the cache.
+    """Tile, key head and batch of a program, and its rows: TILE tokens of GROUP heads, heads
+    fastest. Programs of one key head are adjacent, so that its keys stay in the cache.
     """
     tile = num_tiles - 1 - program % num_tiles
     key_head = program // num_tiles % K
@@ -73,7 +73,7 @@ def routed_forward_kernel(
 ):  # fmt: skip
     """q, z_before, z [B,Q,H,.]; k, values [B,T,K,.]; lse_before, lse [B,H,Q]. Program: a tile.
 
-    doc_start [B, Q] of the queries, the tokens of the row from `first_token` on.
+    doc_start [B, Q] is for the queries, the tokens of the row from `first_token` on.
     """
     tile, key_head, batch, token, head, lane, exists = query_rows(
         tl.program_id(0), num_tiles, num_tokens, K, TILE, GROUP, H // K
@@ -121,7 +121,7 @@ def routed_forward_kernel(
 def routed_forward(
     routed: Routed, lists: TileLists, z_before: Tensor, lse_before: Tensor, z: Tensor, lse: Tensor
 ) -> None:
-    """Write z [B, Q, H, E] and lse [B, H, Q] float32 of the hop that starts from a state."""
+    """Write z [B, Q, H, E] and lse [B, H, Q] float32 of a hop that starts from a state."""
     launch = forward_launch(routed)
     k = rotate_stretched(routed.k, routed.cos, routed.sin, routed.doc_start, routed.stretch)
     values = routed.values

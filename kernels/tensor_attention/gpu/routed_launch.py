@@ -1,4 +1,4 @@
-"""What the launchers of the routed kernels share: the inputs, how tokens are tiled, tile shapes."""
+"""Shared by the launchers of the routed kernels: inputs of a hop, tiles of tokens, tile shapes."""
 
 from typing import NamedTuple
 
@@ -9,19 +9,19 @@ from torch import Tensor
 from ..routing import KERNEL_TILE
 from .launch import LOG2E, is_interpreted, padded, precision_of
 
-# Tokens of a tile: its queries read the union of their blocks, each masked by one bit a token.
+# Tokens per tile. Its queries read the union of their blocks, masked by one bit per token.
 TILE = KERNEL_TILE
 # Shared memory of a program on Hopper, in bytes.
 SHARED_MEMORY = 227 * 1024
-# Tiles are counted in at most this many groups, in order, to list the tiles of each block.
+# Maximum number of groups in which tiles are counted, in order, to list the tiles of each block.
 _MOST_GROUPS = 128
 
 
 class Routed(NamedTuple):
     """The inputs of a routed hop as the kernels take them; all contiguous.
 
-    q [B, Q, H, D] of the tokens from `first` on, k [B, T, K, D], values [B, T, K, E], choice
-    [B, P + Q, K, C] and doc_start [B, T] int32, cos and sin [positions, D / 2] float32 or None.
+    q [B, Q, H, D] holds the tokens from `first` on; k [B, T, K, D]; values [B, T, K, E]; choice
+    [B, P + Q, K, C] and doc_start [B, T] int32; cos and sin [positions, D / 2] float32 or None.
     """
 
     q: Tensor
@@ -40,7 +40,7 @@ class Routed(NamedTuple):
 
     @property
     def query_starts(self) -> Tensor:
-        """doc_start [B, Q] of the queries."""
+        """doc_start [B, Q] for the queries."""
         return starts_of(self.doc_start, self.first, self.q.shape[1])
 
     @property
@@ -49,7 +49,7 @@ class Routed(NamedTuple):
 
     @property
     def tile_groups(self) -> int:
-        """Groups of tiles in which the readers of blocks are counted side by side."""
+        """Number of groups of tiles in which the readers of blocks are counted in parallel."""
         return min(_MOST_GROUPS, triton.next_power_of_2(self.tiles))
 
     @property
@@ -58,7 +58,7 @@ class Routed(NamedTuple):
 
     @property
     def group(self) -> int:
-        """Query heads of a key head."""
+        """Number of query heads per key head."""
         return self.q.shape[2] // self.k.shape[2]
 
     @property
@@ -67,13 +67,13 @@ class Routed(NamedTuple):
 
     @property
     def capacity(self) -> int:
-        """Most blocks that a tile can have open."""
+        """Maximum number of open blocks of a tile."""
         tokens = TILE if self.open_tile == 1 else 2 * TILE
         return tokens * self.choice.shape[3]
 
     @property
     def rows_of_block(self) -> int:
-        """Keys of a block that one product takes."""
+        """Number of keys of a block per product."""
         return rows_of_block(self.q, self.values, self.block)
 
     @property
@@ -98,12 +98,12 @@ class Routed(NamedTuple):
 
 
 def starts_of(doc_start: Tensor, first: int, count: int) -> Tensor:
-    """doc_start [B, count] of the tokens first, first + 1, ...; contiguous."""
+    """doc_start [B, count] for the tokens first, first + 1, ...; contiguous."""
     return doc_start[:, first : first + count].contiguous()
 
 
 def rows_of_block(q: Tensor, values: Tensor, block: int) -> int:
-    """Keys of a block that one product takes: 64, or 32 for long rows (see `operand_bytes`)."""
+    """Number of keys of a block per product: 64, or 32 for large heads (see `operand_bytes`)."""
     longest = max(padded(q.shape[3]), padded(values.shape[3])) * q.dtype.itemsize
     return min(block, 64 if longest <= 512 else 32)
 
@@ -116,7 +116,7 @@ def operand_bytes(q: Tensor, k: Tensor, values: Tensor, block: int) -> int:
 
 
 def can_bulk(x: Tensor) -> bool:
-    """Whether TMA (Hopper and later) can load tiles of the heads of `x`: they need no padding."""
+    """Whether TMA (Hopper and later) can load tiles of the heads of `x`: without padding."""
     return padded(x.shape[3]) == x.shape[3] and (
         is_interpreted() or torch.cuda.get_device_capability(x.device) >= (9, 0)
     )

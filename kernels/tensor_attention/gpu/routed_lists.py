@@ -1,10 +1,11 @@
 # ruff: noqa: N803 - compile-time constants of Triton kernels are capitals
 # mypy: allow-untyped-defs, allow-incomplete-defs
-"""Who reads what: the open blocks of each tile of tokens, and the tiles that read each block.
+"""Lists of the open blocks of each tile of tokens, and of the tiles that read each block.
 
-A choice names blocks per token. Queries are tiled, so the kernels need the union of a tile's blocks
-with one bit a token; keys and values need the reverse. Both are built in order and without atomics,
-and nothing waits for the host: sizes are bounds, counts stay on the device.
+A choice lists blocks per token. Queries are processed in tiles, so the kernels need the union of a
+tile's blocks, with one bit per token. The kernel for keys and values needs the inverse. Both are
+built in order and without atomics. The GPU does not wait for the host: buffers have maximum sizes,
+and counts stay on the device.
 """
 
 from typing import NamedTuple
@@ -27,13 +28,13 @@ def tile_list_kernel(
     TOKENS: tl.constexpr, CAPACITY: tl.constexpr, SORTED: tl.constexpr,
 ):  # fmt: skip
     """entries [B, K, tiles, CAPACITY] int64 = first token of a block << 32 | bits of its readers,
-    ascending; counts [B, K, tiles]. TOKENS of the tile and, with open tiles, of the tile before.
+    ascending; counts [B, K, tiles]. TOKENS includes, with open tiles, those of the previous tile.
 
-    choice [B, num_tokens, K, C] and doc_start [B, num_tokens] begin with token `first_known` of the
-    row; tiles begin `earlier` tokens later, with the queries.
+    choice [B, num_tokens, K, C] and doc_start [B, num_tokens] start at token `first_known` of the
+    row. Tiles start at the first query, `earlier` tokens later.
 
-    Sorting (block, bit) pairs brings readers of a block together; their bits are added up by a
-    running sum, whose differences at the borders between blocks are the masks.
+    Sorting (block, bit) pairs makes the readers of a block adjacent. A running sum adds their bits;
+    its differences at the boundaries between blocks are the masks.
     """
     tile = tl.program_id(0)
     key_head = tl.program_id(1)
@@ -48,7 +49,7 @@ def tile_list_kernel(
     chosen = (batch * num_tokens + token) * K + key_head
     index = tl.load(choice + chosen * C + place % C, mask=valid, other=-1)
     valid = valid & (index >= 0)
-    if OPEN > 1:  # what earlier tokens opened stays open for the tile's first token, if at all
+    if OPEN > 1:  # blocks of earlier tokens count if they are in the open tile of the first token
         first_document = tl.load(doc_start + first)
         same = (document == first_document) & (
             (first_known + token - document) // OPEN
@@ -79,7 +80,7 @@ def tile_list_kernel(
     after = tl.load(entries + place + 1, mask=listed & (place + 1 < count), other=0)
     after = tl.where(place + 1 < count, after & 0xFFFFFFFF, total)
     mask = (after - (packed & 0xFFFFFFFF)).to(tl.int32)
-    if OPEN > 1:  # a bit spreads to the later tokens of its open tile
+    if OPEN > 1:  # copy a bit to the later tokens of its open tile
         lane = tl.arange(0, TILE)
         here = first + lane
         known = here < num_tokens
@@ -102,8 +103,9 @@ def rank_kernel(
 ):  # fmt: skip
     """Number the readers of each block within a group of tiles, in order.
 
-    seen [B K, slots, GROUPS] int32 (zeros) becomes how many tiles of the group read each slot; bits
-    16 to 31 of an entry, how many did before it. A tile names a block once: no two places collide.
+    seen [B K, slots, GROUPS] int32 (zeros) is set to the number of tiles of the group that read
+    each slot; bits 16 to 31 of an entry, to the number before it. A tile lists a block once, so no
+    two places collide.
     """
     group = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
@@ -131,8 +133,9 @@ def reader_kernel(
     entries, counts, begins, readers, num_tiles, num_slots, per_group,
     BLOCK: tl.constexpr, CAPACITY: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
-    """readers [B K, tiles CAPACITY] int64 = tile << 16 | bits, of slot after slot, tiles ascending;
-    begins [B K, slots GROUPS]: where each group's readers of a slot begin.
+    """readers [B K, tiles CAPACITY] int64 = tile << 16 | bits, slot by slot, tiles ascending.
+
+    begins [B K, slots GROUPS]: index in `readers` of each group's first reader of a slot.
     """
     tile = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
@@ -159,7 +162,7 @@ class TileLists(NamedTuple):
 class Readers(NamedTuple):
     """Tiles that read each block: `readers` [B K, tiles capacity], `ends` [B K, slots GROUPS].
 
-    `ends` is where the readers of a slot end, one number for each group of tiles.
+    `ends` is the end index of a slot's readers, one number per group of tiles.
     """
 
     readers: Tensor
@@ -167,7 +170,7 @@ class Readers(NamedTuple):
 
 
 def tile_lists(routed: Routed) -> TileLists:
-    """The union of each tile's open blocks, with a bit for each of its tokens."""
+    """The union of each tile's open blocks, with one bit per token."""
     batch, num_tokens, key_heads, width = routed.choice.shape
     device, tiles = routed.choice.device, routed.tiles
     shape = (batch, key_heads, tiles)
@@ -188,7 +191,7 @@ def tile_lists(routed: Routed) -> TileLists:
 
 
 def readers_of_blocks(routed: Routed, lists: TileLists) -> Readers:
-    """Turn the lists round. Bits 16 to 31 of `lists.entries` are written on the way."""
+    """Invert the lists. This writes bits 16 to 31 of `lists.entries`."""
     batch, key_heads, tiles = lists.counts.shape
     rows, slots = batch * key_heads, routed.slots
     device = lists.counts.device

@@ -1,4 +1,4 @@
-"""The choice and the routed hop by the Triton kernels, as operators that `torch.compile` keeps."""
+"""The choice and the routed hop with the Triton kernels, as operators for `torch.compile`."""
 
 from typing import Any
 
@@ -21,10 +21,10 @@ def choose_blocks(
     q: Tensor, k: Tensor, *, window: int, block: int, top_k: int, stretch: int,
     doc_start: Tensor, rotary: Rotary | None, first: int = 0,
 ) -> Tensor:  # fmt: skip
-    """The choice [B, Q, K, top_k + 1] int32 of `routed.choose_blocks`, unordered.
+    """The choice [B, Q, K, top_k + 1] int32 of `routed.choose_blocks`, in any order.
 
     Raises:
-        ValueError: on inputs that the kernels do not cover.
+        ValueError: the kernels do not support the inputs.
     """
     require(q, k, k, False)
     _require(why_no_kernels(block, 1))
@@ -39,15 +39,18 @@ def hop(
     stretch: int, open_tile: int, doc_start: Tensor, state: State, rotary: Rotary | None,
     scale: float, first: int = 0,
 ) -> State:  # fmt: skip
-    """Same contract as `routed.routed_hop`, on the GPU.
+    """Same as `routed.routed_hop`, on the GPU.
 
     Raises:
-        ValueError: on inputs that the kernels do not cover.
+        ValueError: the kernels do not support the inputs.
     """
     require(q, k, values, False)
     _require(why_not(q, k, values, block, open_tile))
     if values.shape[2] != k.shape[2]:
-        raise ValueError(f'backend = "triton": values must have {k.shape[2]} heads, as the keys')
+        raise ValueError(
+            f'backend = "triton": values must have {k.shape[2]} heads, like k, got '
+            f"{values.shape[2]}"
+        )
     z_before, lse_before = state
     z, lse = _hop(
         q.contiguous(), k.contiguous(), values.contiguous(), choice.contiguous(),
@@ -59,7 +62,7 @@ def hop(
 
 
 def why_not(q: Tensor, k: Tensor, values: Tensor, block: int, open_tile: int) -> str | None:
-    """Why the routed kernels cannot take these numbers and inputs, or None if they can."""
+    """Why the routed kernels do not support these numbers and inputs, or None if they do."""
     return why_no_kernels(block, open_tile) or _too_large(q, k, values, block)
 
 
@@ -69,7 +72,7 @@ def _too_large(q: Tensor, k: Tensor, values: Tensor, block: int) -> str | None:
         return None
     group = q.shape[2] // k.shape[2]
     return (
-        f"q with {group} heads of size {q.shape[3]} in {q.dtype} for each key head must fit in "
+        f"q with {group} heads of size {q.shape[3]} in {q.dtype} per key head must fit in "
         f"{SHARED_MEMORY} bytes of shared memory, got {needed} (use a smaller dtype or blocked)"
     )
 
@@ -96,7 +99,7 @@ def _(
 
 
 def _new_state(q: Tensor, values: Tensor) -> State:
-    """Uninitialised z [B, Q, H, E] and lse [B, H, Q]."""
+    """Uninitialized z [B, Q, H, E] and lse [B, H, Q]."""
     batch, num_tokens, heads, _ = q.shape
     z = values.new_empty(batch, num_tokens, heads, values.shape[3])
     return z, q.new_empty(batch, heads, num_tokens, dtype=torch.float32)
@@ -132,8 +135,10 @@ def _hop_backward(
     z: Tensor, lse: Tensor, dz: Tensor, dlse: Tensor | None,
     window: int, block: int, stretch: int, open_tile: int, scale: float, first: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """dq, dk, dvalues, dz_before, dlse_before. The lists are built again: they are larger than the
-    choice, and take less than a hundredth of the time.
+    """dq, dk, dvalues, dz_before, dlse_before.
+
+    The lists are rebuilt instead of stored: they are larger than the choice, and building them
+    takes less than 1 % of the time.
     """
     routed = Routed(
         q, k, values, choice, doc_start, cos, sin, window, block, stretch, open_tile, scale, first

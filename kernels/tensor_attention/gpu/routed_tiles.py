@@ -1,4 +1,4 @@
-"""How the routed kernels are launched, measured on an H200 (`kernels/README.md` has the log)."""
+"""Launch parameters of the routed kernels, measured on an H200 (see `kernels/README.md`)."""
 
 from typing import NamedTuple
 
@@ -10,7 +10,7 @@ from .routed_launch import TILE, Routed, can_bulk
 
 
 class Launch(NamedTuple):
-    """Warps and pipeline stages of a kernel; `bulk` has TMA load its tiles."""
+    """Warps and pipeline stages of a kernel; `bulk`: TMA loads its tiles."""
 
     warps: int
     stages: int
@@ -40,12 +40,12 @@ def _launch(routed: Routed, stages: int) -> Launch:
 
 
 def list_warps(routed: Routed) -> int:
-    """Warps of the kernel that sorts what a tile's tokens have chosen."""
+    """Warps of the kernel that sorts the choices of a tile's tokens."""
     return 1 if routed.capacity <= 1024 else 4
 
 
 class ChoiceLaunch(NamedTuple):
-    """Tokens and slots of a tile of scores, and how the kernel that chooses is launched."""
+    """Tokens and slots per tile of scores, and launch parameters of the choice kernel."""
 
     tokens: int
     slots: int
@@ -55,7 +55,7 @@ class ChoiceLaunch(NamedTuple):
 
 
 def choice_launch(q: Tensor, top_k: int) -> ChoiceLaunch:
-    """More slots than top_k, or nothing bounds the choice."""
+    """Launch parameters; the bound of the choice needs more slots per tile than top_k."""
     bulk = can_bulk(q)
     if is_interpreted():
         return ChoiceLaunch(16, 16, 4, 1, bulk)

@@ -1,7 +1,7 @@
-"""Tile shapes of the Triton kernels, measured on an H100 (`kernels/README.md` has the log).
+"""Tile shapes of the Triton kernels, measured on an H100 (see `kernels/README.md`).
 
-A small fixed table rather than a run-time search: the first step is not slower than the others,
-and two runs of one program compute bit for bit the same.
+Unlike a search at run time, this small fixed table does not slow down the first step, and two runs
+of a program agree in every bit.
 """
 
 import math
@@ -11,12 +11,12 @@ import torch
 
 from .launch import Hop, Tiles, is_interpreted, padded
 
-# Windows of this many keys make rotating into a copy cheaper than rotating on every load.
+# For windows above this many keys, rotating into a copy is faster than rotating on every load.
 _REUSE = 256
 
 
 class LineTiles(NamedTuple):
-    """Rows of a tile that holds whole lines, and how its kernel is launched."""
+    """Rows of a tile of whole lines, and launch parameters of its kernel."""
 
     block: int
     warps: int
@@ -36,13 +36,13 @@ def forward_tiles(hop: Hop) -> Tiles:
         return Tiles(64, 32, 4, 2, pack, reuse)
     if reuse and hop.allows_bulk:
         return Tiles(64, 64, 4, 3, min(pack, 4), reuse, bulk=True)
-    if reuse:  # measured: sharing a tile between 4 heads wins up to 64k rows, between 2 above
+    if reuse:  # measured: a tile of 4 heads is faster up to 64k rows, one of 2 heads above
         return Tiles(64, 64, 4, 3, min(pack, 4 if hop.rows <= 1 << 16 else 2), reuse)
     return Tiles(64, 64, 4, 1, min(pack, 2), reuse)
 
 
 def backward_query_tiles(hop: Hop) -> Tiles:
-    """Tiles of the kernel that owns queries."""
+    """Tiles of the backward kernel that owns queries."""
     pack = _pack(hop)
     if is_interpreted():
         return Tiles(16 * pack, 16, 4, 1, pack, hop.window > 64, _bulk(hop, hop.window > 64))
@@ -60,8 +60,9 @@ def backward_query_tiles(hop: Hop) -> Tiles:
 
 
 def backward_key_tiles(hop: Hop) -> Tiles:
-    """Tiles of the kernel that owns keys and values; block_n must be a multiple of the tokens
-    (block_m / pack) of a query tile.
+    """Tiles of the backward kernel that owns keys and values.
+
+    block_n must be a multiple of the tokens (block_m / pack) of a query tile.
     """
     pack = _pack(hop)
     if is_interpreted():
@@ -76,7 +77,7 @@ def backward_key_tiles(hop: Hop) -> Tiles:
 
 
 def forward_line_tiles(hop: Hop) -> LineTiles | None:
-    """Tiles of the forward kernel for short lines; None where the general kernel serves."""
+    """Tiles of the forward kernel for short lines; None if the general kernel is used."""
     values_are_state = hop.lse_before is None or hop.z_before is hop.values
     if hop.values.shape[2] != hop.q.shape[2] or not values_are_state:
         return None
@@ -89,7 +90,7 @@ def forward_line_tiles(hop: Hop) -> LineTiles | None:
 
 
 def backward_line_tiles(hop: Hop) -> LineTiles | None:
-    """Tiles of the kernel for short lines; None where the two general kernels serve better."""
+    """Tiles of the backward kernel for short lines; None if the two general kernels are used."""
     if hop.values.shape[2] != hop.q.shape[2]:
         return None
     if is_interpreted():
@@ -101,7 +102,7 @@ def backward_line_tiles(hop: Hop) -> LineTiles | None:
 
 
 def _bulk(hop: Hop, rotate_first: bool) -> bool:
-    """Whether tiles can be loaded as they lie in memory: rotated already, or not at all."""
+    """Whether tiles can be loaded unchanged: already rotated, or without rotary embedding."""
     return hop.allows_bulk and (rotate_first or hop.cos is None)
 
 
