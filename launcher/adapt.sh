@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# What adapting a pretrained Llama costs and keeps, by kind of attention: fetch SmolLM2-135M, adapt
-# each variant of configs/adapt to the same rows, evaluate, compare, export, answer. `make adapt`.
+# Compare kinds of attention on a pretrained Llama: download SmolLM2-135M, adapt each variant of
+# configs/adapt on the same rows, evaluate and compare them, export one, generate. `make adapt`.
 #
 #   VARIANTS="full window routed"   names in configs/adapt (default: these three; on a GPU: all)
-#   BOOKS="texts/*.txt"             books beside the source of installed Python packages
-#   HELD_OUT="sympy networkx"       packages, and books by name, to evaluate on
-#   MODEL=DIR                       another Hugging Face folder of SmolLM2-135M (default: fetched)
+#   BOOKS="texts/*.txt"             books, in addition to the source of installed Python packages
+#   HELD_OUT="sympy networkx"       packages and names of books to evaluate on
+#   MODEL=DIR                       a Hugging Face folder of SmolLM2-135M (default: download it)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -15,7 +15,7 @@ read -ra held_out <<<"${HELD_OUT:-sympy networkx sklearn}"
 read -ra books <<<"${BOOKS:-}"
 export TOKENIZERS_PARALLELISM=true PYTHONUNBUFFERED=1
 
-# On a CPU: fewer variants, shorter rows, fewer steps. The rows read 4 times as far as training did.
+# On a CPU: fewer variants, shorter rows, fewer steps. Evaluation uses 4 times the trained length.
 if [ "$gpus" -gt 0 ]; then
   variants=${VARIANTS:-full window window_2048 strided hybrid routed routed_32}
   size=() window=() code_bytes=0 trained=8192 predicted=1048576
@@ -87,5 +87,5 @@ last=${variants##* }
 run python launcher/generate.py --model $out/hf --max-new-tokens 24 \
   --prompt 'The pass key is 71432. Remember it. What is the pass key? The pass key is'
 
-printf '\n\033[1mfound\033[0m\n'
+printf '\n\033[1mresults\033[0m\n'
 run python launcher/benchmark.py adaptation "${configs[@]}"

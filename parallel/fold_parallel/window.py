@@ -77,7 +77,7 @@ def first_hop(
     scale: float | None,
     backend: Backend,
 ) -> tuple[Tensor, Tensor]:
-    """Hop 1 of this rank's tokens, with the halo of tokens before them from its neighbours.
+    """Hop 1 of this rank's tokens, with the halo of tokens before them from its neighbors.
 
     `length` tokens are prepended: padding that is out of reach, then the halo. So if slices are
     multiples of `length`, blocks of `length` tokens are those of the whole row. The outputs of

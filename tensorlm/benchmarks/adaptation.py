@@ -1,7 +1,8 @@
-"""One table of an adaptation: what each kind of attention costs, and what it keeps.
+"""A table of the cost and quality of adapted models, by kind of attention.
 
-Every variant is a configuration whose run has been evaluated: `RUN/code` and `RUN/books` hold
-perplexities of two kinds of text, `RUN/needles` what was found. Nothing is measured here.
+Each variant is a configuration whose run was evaluated: `RUN/code` and `RUN/books` contain
+perplexities on two kinds of text, `RUN/needles` results of retrieval tasks. This module measures
+nothing itself.
 """
 
 from collections.abc import Sequence
@@ -26,11 +27,10 @@ _LLAMA_8B_LENGTH = 131_072
 class Variant(NamedTuple):
     """One adapted model.
 
-    keys: tokens that a query reads in a layer, on average over all queries and layers, by context
-    length.
-    flops: of attention and choice in Llama-8B's shape at 131,072 tokens, over those of full
-    attention. losses: mean loss of the last half of each length, by (text, length). found: share
-    of prompts answered, by (task, length).
+    keys: number of tokens that a query reads in a layer, mean over queries and layers, by length.
+    flops: FLOPs of attention and choice for Llama-8B's shape at 131,072 tokens, relative to full
+    attention. losses: mean loss over the second half of each length, by (text, length). found:
+    fraction of prompts answered correctly, by (task, length).
     """
 
     name: str
@@ -41,14 +41,14 @@ class Variant(NamedTuple):
 
 
 def read_variants(files: Sequence[Path]) -> list[Variant]:
-    """The variants of these configurations, those without any report left out.
+    """The variants of these configurations that have a report.
 
     Raises:
-        UserError: a file that is no configuration or report, or no reports at all.
+        UserError: a configuration or report cannot be read, or there are no reports.
     """
     variants = [variant for file in files if (variant := _read_variant(file))]
     if not variants:
-        raise UserError(f"{files[0]}: no evaluated run among the configurations (make adapt)")
+        raise UserError(f"{files[0]}: a run must be evaluated first (make adapt)")
     return variants
 
 
@@ -96,7 +96,7 @@ def _keys(model: ModelConfig, length: int) -> float:
 
 
 def attention_share(config: Config) -> float:
-    """FLOPs of attention and choice, as `Variant.flops`."""
+    """`Variant.flops` of a configuration."""
     model = ModelConfig.model_validate(config.model.model_dump() | LLAMA_8B)
     plain = {"fold": (), "window": 0, "route": None, "full_every": 0, "route_every": 0}
     full = ModelConfig.model_validate(model.model_dump() | plain)
@@ -106,10 +106,10 @@ def attention_share(config: Config) -> float:
 
 
 def format_table(variants: Sequence[Variant], worst: str = "window", best: str = "full") -> str:
-    """A Markdown table, one row a variant.
+    """A Markdown table with one row per variant.
 
-    The gap closed is the share of the difference between the losses of `worst` and `best` by which
-    a variant is below `worst`, at the shortest length.
+    The gap closed is (loss of `worst` - loss of the variant) / (loss of `worst` - loss of `best`),
+    at the shortest length.
     """
     lengths = sorted({length for v in variants for _, length in (*v.losses, *v.found)})
     texts = [text for text in TEXTS if any(text == t for v in variants for t, _ in v.losses)]

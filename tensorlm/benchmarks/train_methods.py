@@ -1,4 +1,4 @@
-"""Methods of the training benchmark, and how far neighbouring tokens' choices agree in it."""
+"""Methods of the training benchmark, and how far neighboring tokens' choices agree in it."""
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +9,7 @@ from tensorlm.model.attention import Attention, KeptChoice
 
 METHODS = ("tensorized", "routed", "strided", "window", "full", "huggingface")
 # Number of repetitions of each random token. Independent tokens would choose independently; in a
-# trained model, 16 neighbours open 2.3 times the blocks of one of them (kernels/README.md).
+# trained model, 16 neighbors open 2.3 times the blocks of one of them (kernels/README.md).
 RUN = 8
 
 

@@ -7,7 +7,7 @@ data        times preparing, planning and serving data, with one process on any 
 sp          times one layer whose rows are shared by the ranks of this job (under deepspeed,
             torchrun or srun), and projects the time to 8 ... 1,024 GPUs
 memory      compares the memory and time that launcher/plan.py predicts with those of real steps
-adaptation  shows what adapted models cost and keep, from their evaluations (make adapt)
+adaptation  compares the cost and quality of adapted models (make adapt)
 conversion  imports and exports a model of a given shape, and reports the peak memory of both
 
 Example for sp, on the 4 GPUs of one machine:
@@ -48,7 +48,7 @@ def main() -> int:
         commands.add_parser("memory", help="compare a plan's predictions with real training steps")
     )
     add_adaptation(
-        commands.add_parser("adaptation", help="compare adapted models, from their evaluations")
+        commands.add_parser("adaptation", help="compare the cost and quality of adapted models")
     )
     add_data(commands.add_parser("data", help="time preparing, planning and serving data"))
     args = parse_arguments(parser)
@@ -428,8 +428,8 @@ def add_adaptation(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         type=Path,
         metavar="CONFIG",
-        help="TOML files of the runs; run.dir of each contains code/, books/ and needles/, the "
-        "reports of launcher/evaluate.py",
+        help="TOML files of the runs; each run.dir contains reports of launcher/evaluate.py in "
+        "code/, books/ and needles/",
     )
     parser.set_defaults(run=adaptation)
 

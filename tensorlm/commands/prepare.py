@@ -5,7 +5,7 @@ Train a tokenizer:
 Encode documents on all cores of this machine, or on all MPI ranks (mpirun or srun):
   python launcher/prepare_data.py encode --input '*.parquet' --tokenizer TOK --output DATA
   mpirun -np 8 python launcher/prepare_data.py encode ...
-Write the installed Python packages as long documents, some of them held out:
+Write the source of installed Python packages as long documents, some of them held out:
   python launcher/prepare_data.py packages --hold-out sympy networkx --output TEXTS
 Check every byte of a data set, and show what it contains:
   python launcher/prepare_data.py verify DATA
@@ -137,15 +137,15 @@ def main() -> int:
         nargs="*",
         default=[],
         metavar="GLOB",
-        help="write these files instead of the packages: a book each, text, also .gz or .zst",
+        help="write these text files (also .gz, .zst) as books instead of the packages",
     )
     packages.add_argument(
         "--hold-out", nargs="+", required=True, metavar="NAME",
-        help="packages, or books by the names of their files, that only held_out.jsonl contains",
+        help="packages or books (file name without extensions) to write to held_out.jsonl",
     )  # fmt: skip
     packages.add_argument(
         "--output", type=Path, required=True, metavar="DIR",
-        help="folder for train.jsonl, where some passages are repeated, and held_out.jsonl",
+        help="folder for train.jsonl (with some passages repeated) and held_out.jsonl",
     )  # fmt: skip
 
     verify = commands.add_parser("verify", help="check every byte of a data set and its tokenizer")

@@ -234,7 +234,7 @@ def _digest(index: int, first: int, tokens: NDArray[np.int64], doc_start: NDArra
 
 
 def _mixed(number: int) -> int:
-    """SplitMix64 (Steele, Lea, Flood 2014): neighbouring numbers give unrelated words."""
+    """SplitMix64 (Steele, Lea, Flood 2014): neighboring numbers give unrelated words."""
     word = (number + 1) * 0x9E3779B97F4A7C15 & _WORD
     word = (word ^ word >> 30) * 0xBF58476D1CE4E5B9 & _WORD
     word = (word ^ word >> 27) * 0x94D049BB133111EB & _WORD

@@ -178,7 +178,7 @@ def differing_settings(folder: Path, model: ModelConfig) -> dict[str, tuple[Any,
 
 
 def _are_equal(ours: Any, theirs: Any) -> bool:
-    """Numbers are compared in float32: some formats, such as GGUF, keep no more of them."""
+    """Whether two values are equal; floats in float32, the precision of formats such as GGUF."""
     if isinstance(ours, float) and isinstance(theirs, float):
         return bool(np.float32(ours) == np.float32(theirs))
     return bool(ours == theirs)

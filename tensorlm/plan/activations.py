@@ -13,7 +13,7 @@ from tensorlm.config import LayerKind
 from .job import FP32, Job
 from .operator import OperatorMemory, operator_memory
 
-# Hidden states being copied to the host, or back, while a neighbouring block computes.
+# Hidden states being copied to the host, or back, while a neighboring block computes.
 OFFLOADS_IN_FLIGHT = 2
 
 

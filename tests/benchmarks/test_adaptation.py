@@ -56,7 +56,7 @@ def test_table(tmp_path: Path) -> None:
     route = "window = 32\n[model.route]\nblock = 8\ntop_k = 1\nstretch = 1\n"
     models = {"full": "", "window": "window = 32\n", "mine": route}
     files = [variant(tmp_path, name, model) for name, model in models.items()]
-    with pytest.raises(UserError, match="no evaluated run among the configurations"):
+    with pytest.raises(UserError, match="a run must be evaluated first"):
         read_variants(files)
     for name, loss in {"full": 1.0, "window": 2.0, "mine": 1.25}.items():
         report(tmp_path / name / "code", {64: loss, 256: loss + 1}, [])

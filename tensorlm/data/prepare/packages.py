@@ -1,7 +1,7 @@
-"""Long documents that every machine has: the source code of its installed Python packages.
+"""Long documents available on every machine: the source code of installed Python packages.
 
-A package is one long text whose parts depend on one another across many files, as a repository
-is. Books can stand beside the packages. Packages and books that are held out are named, and whole.
+A package is one long text whose parts depend on one another across many files, like a repository.
+Books can be written in the same way. Packages and books are held out by name, as a whole.
 """
 
 import json
@@ -17,11 +17,11 @@ from tensorlm.runtime.errors import UserError
 
 from .inputs import find_files, read_documents
 
-LONGEST_PART = 200_000  # characters of a document; 32,768 tokens and more
-_MOST_HELD_OUT = 16  # documents of one text, evenly spaced: evaluation encodes all of them
+LONGEST_PART = 200_000  # characters per document, at least 32,768 tokens
+_MOST_HELD_OUT = 16  # documents per text, evenly spaced: evaluation encodes all of them
 _SHORTEST_FILE, _LONGEST_FILE = 300, 300_000  # characters; longer ones are mostly tables
-# A passage of 48 to 400 tokens or so comes again within the next 7,000, in every third row of
-# 8,192 tokens: text that only a reader of distant tokens can predict.
+# In every third row of 8,192 tokens, a passage of about 48 to 400 tokens is repeated within 7,000
+# tokens: only a model that attends to distant tokens can predict the repetition.
 _PASSAGE = (150, 1300)  # characters
 _PERIOD = 75_000
 _REACH = 20_000
@@ -29,23 +29,23 @@ _REACH = 20_000
 
 @dataclass(frozen=True)
 class LongText:
-    """A package or book: its name and its whole text."""
+    """A package or book: its name and text."""
 
     name: str
     text: str
 
 
 def installed_packages() -> Iterator[LongText]:
-    """Every importable package of this Python: its .py files in order of their paths, each after a
-    comment that holds its path.
+    """Each importable package of this Python: its .py files sorted by path, each after a comment
+    with its path.
 
-    Packages come in a random order that is always the same, so that the first bytes are a sample.
+    Packages are in a fixed random order, so that the first bytes are a sample.
     """
     roots = map(Path, (*sys.path, *map(sysconfig.get_path, ("purelib", "stdlib"))))
     folders: dict[str, Path] = {}
     for root in roots:
         for path in root.iterdir() if root.is_dir() else ():
-            # No package: site-packages, NAME.dist-info, __pycache__.
+            # Not packages: site-packages, NAME.dist-info, __pycache__.
             if path.is_dir() and path.name.isidentifier() and path.name != "__pycache__":
                 folders.setdefault(path.name, path)
     for name in sorted(folders, key=lambda name: Random(name).random()):
@@ -64,10 +64,10 @@ def _files(folder: Path) -> Iterator[str]:
 
 
 def books(patterns: list[str]) -> Iterator[LongText]:
-    """Each file of `patterns` (text, also .gz or .zst) as one text, named by its file.
+    """Each file of `patterns` (text, also .gz or .zst) as one text, named after the file.
 
     Raises:
-        UserError: a file that cannot be read.
+        UserError: a file cannot be read.
     """
     for file in find_files(patterns):
         name = Path(file).name.split(".")[0]
@@ -77,19 +77,19 @@ def books(patterns: list[str]) -> Iterator[LongText]:
 def write_long_texts(texts: Iterator[LongText], held_out: Collection[str], folder: Path) -> str:
     """Write `folder/train.jsonl` and `folder/held_out.jsonl`, records {"name", "text"}.
 
-    Texts are cut into documents of about `LONGEST_PART` characters at most. Those of train.jsonl
-    repeat some of their passages.
+    Texts are cut into documents of about `LONGEST_PART` characters at most. In train.jsonl, some
+    passages are repeated.
 
     Args:
-        texts: any order; that of the records.
-        held_out: names of texts that train.jsonl must not contain.
-        folder: made if missing; files in it are replaced.
+        texts: texts to write, in this order.
+        held_out: names of texts that are written to held_out.jsonl only.
+        folder: created if missing; existing files are replaced.
 
     Returns:
-        One line that says what was written.
+        One line with the numbers of texts and characters written.
 
     Raises:
-        UserError: no text at all, or none on one of the two sides.
+        UserError: one of the files would be empty.
     """
     folder.mkdir(parents=True, exist_ok=True)
     counts = {"train": 0, "held_out": 0}
@@ -119,9 +119,9 @@ def write_long_texts(texts: Iterator[LongText], held_out: Collection[str], folde
 
 
 def cut(text: str, longest: int) -> list[str]:
-    """`text` in the fewest parts of equal length, about `longest` characters at most.
+    """Split `text` into the fewest parts of about equal length, at most about `longest` characters.
 
-    A part ends with a line, unless one line is longer than a part.
+    A part ends at the end of a line, unless one line is longer than a part.
     """
     count = -(-len(text) // longest)
     ends = [0]
@@ -132,7 +132,7 @@ def cut(text: str, longest: int) -> list[str]:
 
 
 def repeat_passages(text: str, seed: str) -> str:
-    """`text` with a passage repeated in every `_PERIOD` characters, up to `_REACH` further on."""
+    """`text` with one passage repeated per `_PERIOD` characters, at most `_REACH` after itself."""
     rng, parts, done = Random(seed), [], 0
     for period in range(0, len(text) - _PERIOD, _PERIOD):
         length = rng.randint(*_PASSAGE)
