@@ -35,13 +35,6 @@ def write_tensors(
     return write_safetensors(path, shapes, torch.float32, pieces, progress)
 
 
-def start_folder(temporary: Path) -> None:
-    disk.make_folder(temporary.parent)
-    if temporary.exists():  # left by an interrupted save
-        disk.remove_tree(temporary)
-    disk.make_folder(temporary)
-
-
 def write_manifest(folder: Path, content: dict[str, Any]) -> None:
     disk.write_file(folder / MANIFEST, [manifest_text(content).encode()])
 
@@ -123,26 +116,24 @@ def write_weights(
     if list_steps(run_dir):
         raise UserError(f"{run_dir}: already has checkpoints (choose a new run.dir)")
     target = step_folder(run_dir, 0)
-    temporary = target.with_name(f".tmp-{target.name}")
     entries: list[dict[str, Any]] = []
     started = time.perf_counter()
     try:
-        start_folder(temporary)
-        for index, group in enumerate(_groups(parameters, _WEIGHT_FILE_BYTES)):
-            path = temporary / f"rank-{index:05d}.safetensors"
-            tensors = {f"{name}/master": tensor.flatten() for name, tensor in group}
-            num_bytes, sha256 = write_tensors(path, tensors, progress)
-            entries.append(
-                {
-                    "name": path.name,
-                    "bytes": num_bytes,
-                    "sha256": sha256,
-                    "slices": {name: [0, tensor.numel()] for name, tensor in group},
-                    "shapes": {name: list(tensor.shape) for name, tensor in group},
-                }
-            )
-        write_manifest(temporary, {"step": 0, **info, "files": entries})
-        publish(temporary, target)
+        with disk.atomic_folder(target) as folder:
+            for index, group in enumerate(_groups(parameters, _WEIGHT_FILE_BYTES)):
+                path = folder / f"rank-{index:05d}.safetensors"
+                tensors = {f"{name}/master": tensor.flatten() for name, tensor in group}
+                num_bytes, sha256 = write_tensors(path, tensors, progress)
+                entries.append(
+                    {
+                        "name": path.name,
+                        "bytes": num_bytes,
+                        "sha256": sha256,
+                        "slices": {name: [0, tensor.numel()] for name, tensor in group},
+                        "shapes": {name: list(tensor.shape) for name, tensor in group},
+                    }
+                )
+            write_manifest(folder, {"step": 0, **info, "files": entries})
         seconds = time.perf_counter() - started
         note(run_dir, 0, sum(e["bytes"] for e in entries), seconds, seconds)
     except OSError as error:

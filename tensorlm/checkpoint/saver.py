@@ -29,7 +29,6 @@ from .publish import (
     note,
     publish,
     remove,
-    start_folder,
     write_manifest,
     write_tensors,
 )
@@ -144,7 +143,7 @@ class Saver:
         stall: float | None,
     ) -> None:
         target = step_folder(self._run_dir, step)
-        temporary = target.with_name(f".tmp-{target.name}")
+        temporary = disk.temporary_folder(target)
         name = f"rank-{self._rank:05d}.safetensors"
 
         def write_slices() -> dict[str, Any]:
@@ -165,7 +164,7 @@ class Saver:
             )
 
         try:
-            self._agree(lambda: self._only_rank_0(lambda: start_folder(temporary)))
+            self._agree(lambda: self._only_rank_0(lambda: disk.start_folder(target)))
             entries = self._agree(write_slices)
             self._agree(lambda: self._only_rank_0(seal))
         except UserError:
@@ -176,7 +175,7 @@ class Saver:
         if self._rank == 0:
             self._retire(step)
 
-    def _only_rank_0(self, action: Callable[[], None]) -> None:
+    def _only_rank_0(self, action: Callable[[], object]) -> None:
         if self._rank == 0:
             action()
 

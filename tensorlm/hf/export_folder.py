@@ -6,7 +6,6 @@ Our parameter names are Llama's without the leading `model.`.
 import itertools
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -186,39 +185,25 @@ def check_new_folder(output: Path) -> None:
 
 @contextmanager
 def _published(output: Path) -> Iterator[Path]:
-    """A temporary folder that takes the name `output` when the body is done, else vanishes.
+    """A folder to fill that takes the name `output` when the body is done, else vanishes.
 
     Links are followed: the folder that `output` leads to is filled.
     """
     target = Path(os.path.realpath(output))
-    temporary = target.with_name(f".tmp-{target.name}")
     try:
         check_new_folder(output)
         disk.make_folder(target.parent)
         with locked(target.with_name(f".lock-{target.name}"), f"--output: {output}"):
             check_new_folder(output)
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir()
-            try:
-                yield temporary
-                disk.sync_folder(temporary)
-            except BaseException:
-                shutil.rmtree(temporary, ignore_errors=True)
-                raise
-            _rename(temporary, target, output)
+            with disk.atomic_folder(target) as folder:
+                yield folder
     except OSError as error:
+        if error.filename2 == str(target):  # of the last rename
+            raise UserError(
+                f"{output}: cannot be replaced ({error.strerror}; the finished export is "
+                f"{error.filename}: rename it)"
+            ) from None
         raise UserError(f"{output}: cannot be written ({error.strerror or error})") from None
-
-
-def _rename(temporary: Path, target: Path, output: Path) -> None:
-    """Give a finished folder its name; where that fails, it stays and the error says where."""
-    try:
-        disk.rename(temporary, target)
-    except OSError as error:
-        raise UserError(
-            f"{output}: cannot be replaced ({error.strerror}; the finished export is {temporary}: "
-            "rename it)"
-        ) from None
 
 
 def _write_shards(

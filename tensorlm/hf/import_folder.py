@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tensorlm.checkpoint import list_steps
-from tensorlm.checkpoint.publish import sweep, was_imported, write_weights
+from tensorlm.checkpoint.publish import was_imported, write_weights
 from tensorlm.config import Config
 from tensorlm.data.tokenizer.chat_templates import copy_chat_templates
 from tensorlm.data.tokenizer.tokenizers import TOKENIZER_FILES
@@ -86,7 +86,6 @@ def import_weights(folder: Path, config: Config) -> Path:
             return write_weights(run_dir, parameters(), info, moved)
         except BaseException:
             shutil.rmtree(run_dir / "imported", ignore_errors=True)
-            sweep(run_dir)
             raise
 
 

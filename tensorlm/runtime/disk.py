@@ -1,15 +1,17 @@
 """All changes to the disk that a run must be able to survive.
 
-`Disk` is the operating system, with one method per system call. Tests replace it with `use`, by one
-that kills the process at the n-th call, makes that call fail, or records what a power cut would
-lose.
+Files and folders get their names when they are complete: `AtomicFile`, `replace_file`,
+`atomic_folder`. `Disk` is the operating system, with one method per system call. Tests replace it
+with `use`, by one that kills the process at the n-th call, makes that call fail, or records what a
+power cut would lose.
 """
 
 import contextlib
 import hashlib
 import os
+import secrets
 import stat
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 
@@ -61,13 +63,77 @@ def use(disk: Disk) -> Disk:
 
 
 def make_folder(path: Path) -> None:
-    """Create a folder and its missing parents, durably; do nothing if it exists."""
+    """Create a folder and its missing parents, durably; do nothing if it exists.
+
+    Raises:
+        OSError: it cannot be created, or something else has its name.
+    """
     if path.is_dir():
         return
     make_folder(path.parent)
-    with contextlib.suppress(FileExistsError):
+    try:
         _disk.make_folder(path)
+    except FileExistsError:
+        if not path.is_dir():
+            raise
     _disk.sync_folder(path.parent)
+
+
+class _NewFile:
+    """A new file that is counted and hashed as it is written."""
+
+    def __init__(self, path: Path) -> None:
+        self._size, self._digest = 0, hashlib.sha256()
+        self._descriptor = _disk.create(path)
+
+    def write(
+        self, part: bytes | memoryview, progress: Callable[[int], object] = lambda num_bytes: None
+    ) -> None:
+        """Append all of `part`; `progress` is called with the number of bytes just written."""
+        data = memoryview(part).cast("B")
+        self._digest.update(data)
+        self._size += len(data)
+        while data:
+            num_written = _disk.write(self._descriptor, data)
+            data = data[num_written:]
+            progress(num_written)
+
+    def finish(self, *, sync: bool = True) -> tuple[int, str]:
+        """Write the content through to the disk (fsync), and close; returns size and sha256."""
+        if sync:
+            _disk.sync(self._descriptor)
+        self.close()
+        return self._size, self._digest.hexdigest()
+
+    def close(self) -> None:
+        """Close the file; a second call does nothing."""
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            _disk.close(descriptor)
+
+
+class AtomicFile(_NewFile):
+    """A file that is written under another name, and gets its own when it is complete."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+        super().__init__(self._temporary)
+
+    def publish(self, *, sync: bool = True) -> tuple[int, str]:
+        """Take the name `path`, in place of an older file; returns size and sha256.
+
+        Without `sync` nothing waits for the disk: whole after a kill, not after a power cut.
+        """
+        size_and_digest = self.finish(sync=sync)
+        _disk.rename(self._temporary, self.path)
+        return size_and_digest
+
+    def discard(self) -> None:
+        """Leave nothing behind (after `publish` this does nothing)."""
+        for step in (self.close, lambda: _disk.unlink(self._temporary)):
+            with contextlib.suppress(OSError):
+                step()
 
 
 def write_file(
@@ -80,21 +146,68 @@ def write_file(
     The folder's entry for the file is durable only after `sync_folder`. `progress` is called with
     the number of bytes just written.
     """
-    digest, size = hashlib.sha256(), 0
-    descriptor = _disk.create(path)
+    file = _NewFile(path)
     try:
         for part in parts:
-            data = memoryview(part).cast("B")
-            digest.update(data)
-            size += len(data)
-            while data:
-                num_written = _disk.write(descriptor, data)
-                data = data[num_written:]
-                progress(num_written)
-        _disk.sync(descriptor)
+            file.write(part, progress)
+        return file.finish()
     finally:
-        _disk.close(descriptor)
-    return size, digest.hexdigest()
+        file.close()
+
+
+def replace_file(path: Path, content: bytes, *, sync: bool = True) -> tuple[int, str]:
+    """Write a small file whole or not at all (`AtomicFile`); returns its size and sha256."""
+    file = AtomicFile(path)
+    try:
+        file.write(content)
+        return file.publish(sync=sync)
+    finally:
+        file.discard()
+
+
+def temporary_folder(target: Path) -> Path:
+    """Name under which the folder `target` is filled."""
+    return target.with_name(f".tmp-{target.name}")
+
+
+def start_folder(target: Path) -> Path:
+    """An empty `temporary_folder`; what a killed writer left there is removed."""
+    temporary = temporary_folder(target)
+    make_folder(target.parent)
+    if os.path.lexists(temporary):
+        remove_tree(temporary)
+    make_folder(temporary)
+    return temporary
+
+
+@contextlib.contextmanager
+def atomic_folder(target: Path) -> Iterator[Path]:
+    """A folder to fill, which gets the name `target` when the body is done; else it is removed.
+
+    Raises:
+        OSError: the disk refused. If that was the last rename (`filename2` is set), the complete
+            folder stays under its temporary name.
+    """
+    temporary = start_folder(target)
+    try:
+        yield temporary
+        _sync_tree(temporary)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            remove_tree(temporary)
+        raise
+    rename(temporary, target)
+
+
+def _sync_tree(folder: Path) -> None:
+    """Make all that is in a folder durable, whichever library wrote it."""
+    for path in folder.rglob("*"):
+        if path.is_dir():
+            _disk.sync_folder(path)
+        else:
+            with open(path, "rb") as file:
+                _disk.sync(file.fileno())
+    _disk.sync_folder(folder)
 
 
 def rename(old: Path, new: Path) -> None:
@@ -110,6 +223,9 @@ def sync_folder(path: Path) -> None:
 
 def remove_tree(path: Path) -> None:
     """Remove a folder with everything in it; links are removed, never followed."""
+    if path.is_symlink():
+        _disk.unlink(path)
+        return
     with os.scandir(path) as entries:
         for entry in list(entries):
             if entry.is_dir(follow_symlinks=False):

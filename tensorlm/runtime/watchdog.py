@@ -22,6 +22,7 @@ from collections import Counter, deque
 from pathlib import Path
 from typing import Any
 
+from .disk import replace_file
 from .errors import EXIT_INTERNAL
 from .strict_json import json_text
 
@@ -157,9 +158,8 @@ class Watchdog:
             "waits": _is_waiting(),
             "seconds": seconds,
         }
-        temporary = self._folder / f".{name}"
-        temporary.write_text(json_text(report))
-        temporary.rename(self._folder / f"{name}.json")
+        content = json_text(report).encode()
+        replace_file(self._folder / f"{name}.json", content, sync=False)  # it may hang, too
         deadline = time.monotonic() + _GRACE_SECONDS
         while len(reports := self._reports()) < self._world_size and time.monotonic() < deadline:
             time.sleep(self._period)

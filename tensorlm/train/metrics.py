@@ -1,7 +1,6 @@
 """Metrics of a run: the progress line, metrics.jsonl and TensorBoard, written by rank 0."""
 
 import json
-import os
 import resource
 import sys
 import time
@@ -12,6 +11,7 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from tensorlm.config import Config, config_toml
+from tensorlm.runtime import disk
 from tensorlm.runtime.progress import format_duration
 from tensorlm.runtime.strict_json import json_text
 
@@ -102,6 +102,6 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
 
 def _drop_later_steps(path: Path, step: int) -> None:
     kept = [record for record in read_metrics(path.parent) if record["step"] <= step]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json_text(record) + "\n" for record in kept))
-    os.replace(temporary, path)
+    for left in path.parent.glob(f"{path.name}.*.tmp"):  # by a start that was killed just here
+        left.unlink()
+    disk.replace_file(path, "".join(json_text(record) + "\n" for record in kept).encode())

@@ -7,17 +7,15 @@ which a shard does not exist. The index comes last and makes the split readable.
 import contextlib
 import hashlib
 import json
-import os
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tensorlm.runtime.disk import sync_folder
+from tensorlm.runtime import disk
 from tensorlm.runtime.errors import UserError
 
 from ..shards import (
@@ -32,58 +30,21 @@ from ..shards import (
     shard_name,
 )
 
-_BUFFER_BYTES = 1 << 20
-
 
 def token_dtype(vocab_size: int) -> str:
     """The smaller of uint16 and uint32 that can hold every id."""
     return "uint16" if vocab_size <= 1 << 16 else "uint32"
 
 
-class _AtomicFile:
-    """A file that is hashed as it is written, and gets its name when `publish` is called."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self._hash, self._size = path, hashlib.sha256(), 0
-        self._file: IO[bytes] | None = None
-        with self._errors_named():
-            handle, name = tempfile.mkstemp(prefix=f"{path.name}.", suffix=".tmp", dir=path.parent)
-            self._temporary = Path(name)
-            self._file = os.fdopen(handle, "wb", _BUFFER_BYTES)
-            os.fchmod(handle, 0o644)
-
-    def write(self, content: bytes) -> None:
-        with self._errors_named():
-            assert self._file is not None
-            self._file.write(content)
-        self._hash.update(content)
-        self._size += len(content)
-
-    def publish(self) -> FileEntry:
-        with self._errors_named():
-            assert self._file is not None
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._file.close()
-            self._temporary.rename(self.path)
-        return FileEntry(bytes=self._size, sha256=self._hash.hexdigest())
-
-    def discard(self) -> None:
-        """Leave nothing behind (nothing happens after `publish`)."""
-        with contextlib.suppress(OSError):
-            if self._file is not None:
-                self._file.close()
-        self._temporary.unlink(missing_ok=True)
-
-    @contextlib.contextmanager
-    def _errors_named(self) -> Any:
-        try:
-            yield
-        except OSError as error:
-            raise UserError(
-                f"{self.path}: cannot be written: {error.strerror} (make room and run the same "
-                "command again: finished shards are kept)"
-            ) from None
+@contextlib.contextmanager
+def _errors_named(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be written: {error.strerror} (make room and run the same "
+            "command again: finished shards are kept)"
+        ) from None
 
 
 def make_folder(path: Path) -> None:
@@ -93,7 +54,7 @@ def make_folder(path: Path) -> None:
         UserError: it cannot be made.
     """
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        disk.make_folder(path)
     except OSError as error:
         raise UserError(f"{path}: cannot be made ({error.strerror})") from None
 
@@ -104,12 +65,9 @@ def write_atomically(path: Path, content: bytes) -> FileEntry:
     Raises:
         UserError: it cannot be written.
     """
-    file = _AtomicFile(path)
-    try:
-        file.write(content)
-        return file.publish()
-    finally:
-        file.discard()
+    with _errors_named(path):
+        size, sha256 = disk.replace_file(path, content)
+    return FileEntry(bytes=size, sha256=sha256)
 
 
 class ShardWriter:
@@ -139,7 +97,9 @@ class ShardWriter:
         }
         self._ends: list[int] = []
         self._num_tokens = self._num_bytes = self._max_id = 0
-        self._tokens = _AtomicFile(self._path.with_suffix(".tokens"))
+        path = self._path.with_suffix(".tokens")
+        with _errors_named(path):
+            self._tokens = disk.AtomicFile(path)
 
     def add(self, documents: Sequence[NDArray[Any]], num_bytes: int = 0) -> None:
         """Append non-empty documents with `num_bytes` bytes of text in total."""
@@ -152,7 +112,8 @@ class ShardWriter:
                 f"{self._path}: token ids must be below the vocabulary size "
                 f"{self._header['vocab_size']}, got {largest} (check the tokenizer's files)"
             )
-        self._tokens.write(ids.astype(self._header["dtype"]).tobytes())
+        with _errors_named(self._tokens.path):
+            self._tokens.write(ids.astype(self._header["dtype"]).tobytes())
         self._max_id = max(self._max_id, largest)
         self._ends += (self._num_tokens + np.cumsum([len(d) for d in documents])).tolist()
         self._num_tokens += len(ids)
@@ -171,12 +132,12 @@ class ShardWriter:
             self._tokens.discard()
 
     def _publish(self) -> None:
-        ends = np.array(self._ends, dtype=np.uint64).tobytes()
+        with _errors_named(self._tokens.path):
+            size, sha256 = self._tokens.publish()
+        ends = self._path.with_suffix(".ends")
         files = {
-            self._path.with_suffix(".tokens").name: self._tokens.publish(),
-            self._path.with_suffix(".ends").name: write_atomically(
-                self._path.with_suffix(".ends"), ends
-            ),
+            self._tokens.path.name: FileEntry(bytes=size, sha256=sha256),
+            ends.name: write_atomically(ends, np.array(self._ends, dtype=np.uint64).tobytes()),
         }
         header = ShardHeader(
             **self._header,
@@ -186,7 +147,7 @@ class ShardWriter:
             num_bytes=self._num_bytes,
             files=files,
         )
-        sync_folder(self._path.parent)
+        disk.sync_folder(self._path.parent)
         write_atomically(self._path, header.model_dump_json(indent=1).encode())
 
 
@@ -208,5 +169,5 @@ def write_index(folder: Path, num_shards: int) -> None:
     content = json.dumps(index, indent=1).encode()
     path = folder / INDEX
     if not path.is_file() or path.read_bytes() != content:
-        sync_folder(folder)
+        disk.sync_folder(folder)
         write_atomically(path, content)
