@@ -13,7 +13,6 @@ from torch import Tensor
 
 from . import blocked, dense
 from .checks import (
-    State,
     check_axis,
     check_bias,
     check_choice,
@@ -24,12 +23,22 @@ from .checks import (
     per_token,
     steps_per_token,
 )
-from .fold import Axis, Rotary, document_ahead, document_reach, fold_axes, line_digit, validate_fold
+from .fold import (
+    Axis,
+    HopInputs,
+    Rotary,
+    State,
+    document_ahead,
+    document_reach,
+    fold_axes,
+    line_digit,
+    validate_fold,
+)
 
 Mode = Literal["distance", "fold"]
 Backend = Literal["auto", "dense", "blocked", "triton"]
 
-_HOPS: dict[str, Callable[..., State]] = {"dense": dense.hop, "blocked": blocked.hop}
+_HOPS: dict[str, Callable[[HopInputs], State]] = {"dense": dense.hop, "blocked": blocked.hop}
 
 
 def hop(
@@ -47,7 +56,7 @@ def hop(
     ahead: Tensor | None = None,
     backend: Backend = "auto",
 ) -> State:
-    """One hop by the chosen backend; arguments and results as in `dense.hop`.
+    """One hop by the chosen backend: `HopInputs` has the arguments, `dense.hop` the results.
 
     `reach` and `ahead` may be [1, T] for all rows of the batch, and of any integer dtype.
 
@@ -66,10 +75,7 @@ def hop(
     stride, length = (min(size, max(1, q.shape[1])) for size in (stride, length))
     backend = chosen_backend(backend, q, k, values, ahead is not None)
     run = _HOPS[backend] if backend in _HOPS else _triton_hop()
-    return run(
-        q, k, values, stride=stride, length=length, reach=reach, bias=bias, state=state,
-        rotary=rotary, scale=scale, ahead=ahead,
-    )  # fmt: skip
+    return run(HopInputs(q, k, values, stride, length, reach, bias, state, rotary, scale, ahead))
 
 
 def tensor_attention(
@@ -190,7 +196,7 @@ def chosen_backend(backend: Backend, q: Tensor, k: Tensor, values: Tensor, ahead
     return "blocked" if why_not(q, k, values, ahead) else "triton"
 
 
-def _triton_hop() -> Callable[..., State]:
+def _triton_hop() -> Callable[[HopInputs], State]:
     from .gpu import op as triton_op
 
     return triton_op.hop

@@ -13,34 +13,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .fold import FLOOR, MASKED, Rotary, full_precision, rotate_along
-
-State = tuple[Tensor, Tensor]
+from .fold import FLOOR, MASKED, HopInputs, State, full_precision, rotate_along
 
 
-def hop(
-    q: Tensor,
-    k: Tensor,
-    values: Tensor,
-    *,
-    stride: int,
-    length: int,
-    reach: Tensor,
-    bias: Tensor | None = None,
-    state: State | None = None,
-    rotary: Rotary | None = None,
-    scale: float | None = None,
-    ahead: Tensor | None = None,
-) -> State:
+def hop(inputs: HopInputs) -> State:
     """Same as `dense.hop`, but peak memory grows with T * length instead of T * T.
 
     Products and softmax are in float32 or wider. z is rounded once, to the dtype of `values`.
     """
-    num_tokens, head_dim = q.shape[1], q.shape[3]
+    q, k, values, stride, length, reach, bias, state, rotary, _, ahead = inputs
+    num_tokens = q.shape[1]
     if rotary is not None:
         q, k = rotate_along(q, rotary, stride), rotate_along(k, rotary, stride)
     work = torch.promote_types(q.dtype, torch.float32)
-    scale = head_dim**-0.5 if scale is None else scale
     block, before = _block_size(length, -(-num_tokens // stride))
     after = before if ahead is not None else 0
 
@@ -49,7 +34,7 @@ def hop(
     v_window = _window(_to_blocks(values.to(work), stride, block), before, after)
     nearest = 0 if state is None else 1
     allowed = _allowed(reach, ahead, stride, length, block, before, after, nearest)
-    scores = _grouped_matmul(q_blocks * scale, k_window.transpose(-1, -2))
+    scores = _grouped_matmul(q_blocks * inputs.score_scale, k_window.transpose(-1, -2))
     if bias is not None:
         scores = scores + bias.to(work)[:, None, None]
     scores = scores.masked_fill(~allowed, MASKED)

@@ -9,9 +9,7 @@ project, because exported Hugging Face folders contain it.
 import torch
 from torch import Tensor
 
-from .fold import FLOOR, MASKED, Rotary, apply_rotary, full_precision
-
-State = tuple[Tensor, Tensor]
+from .fold import FLOOR, MASKED, Rotary, State, apply_rotary, full_precision
 
 # Queries whose entries are gathered at a time: bounds the memory for a chunk of a long prompt.
 _QUERY_CHUNK = 64

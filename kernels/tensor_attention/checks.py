@@ -12,9 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .fold import Rotary, check_width
-
-State = tuple[Tensor, Tensor]
+from .fold import Rotary, State, check_width
 
 _INTEGERS = (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8)
 

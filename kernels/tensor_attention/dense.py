@@ -4,60 +4,30 @@ Shape letters: B batch, T tokens, H query heads, K key/value heads, D head size,
 """
 
 import torch
-from torch import Tensor
 
-from .fold import FLOOR, MASKED, Rotary, full_precision, rotate_along
-
-State = tuple[Tensor, Tensor]
+from .fold import FLOOR, MASKED, HopInputs, State, full_precision, rotate_along
 
 
-def hop(
-    q: Tensor,
-    k: Tensor,
-    values: Tensor,
-    *,
-    stride: int,
-    length: int,
-    reach: Tensor,
-    bias: Tensor | None = None,
-    state: State | None = None,
-    rotary: Rotary | None = None,
-    scale: float | None = None,
-    ahead: Tensor | None = None,
-) -> State:
+def hop(inputs: HopInputs) -> State:
     """Strided causal attention that starts from a state and returns a state (kernels/README.md).
 
     Token t attends to u = t - j * stride for 0 <= j < length, as far back as `reach` allows. With a
     `state`, which covers the token itself and all nearer tokens, j starts at 1.
 
-    Args:
-        q: [B, T, H, D].
-        k: [B, T, K, D]; query head h reads key head h // (H / K).
-        values: [B, T, K or H, E].
-        stride: stride of the axis, in tokens.
-        length: number of steps of the axis.
-        reach: [B, T] int32, number of strides that each token may look back; below 0: no token, not
-            even itself.
-        bias: [H] or None, added to every score of this hop.
-        state: (z [B, T, H, E], lse [B, T, H]) of the previous hop, or None for the first hop.
-        rotary: table that rotates q and k to position floor(t / stride); None: already rotated.
-        scale: factor on the scores, 1 / sqrt(D) by default.
-        ahead: [B, T] int32, number of strides that each token may look ahead; None: causal.
-
     Returns:
         (z [B, T, H, E] in the dtype of `values`, lse [B, T, H] in float32 or wider). A token that
         attends to nothing has z = 0, lse = -inf and zero gradients.
     """
-    num_tokens, num_heads, head_dim = q.shape[1:]
+    q, k, values, stride, length, reach, bias, state, rotary, _, ahead = inputs
+    num_tokens, num_heads = q.shape[1:3]
     if rotary is not None:
         q, k = rotate_along(q, rotary, stride), rotate_along(k, rotary, stride)
     work = torch.promote_types(q.dtype, torch.float32)
     k = k.repeat_interleave(num_heads // k.shape[2], dim=2)
     v = values.repeat_interleave(num_heads // values.shape[2], dim=2).to(work)
-    scale = head_dim**-0.5 if scale is None else scale
 
     with full_precision(q.device):
-        scores = torch.einsum("bthd,buhd->bhtu", q.to(work), k.to(work)) * scale
+        scores = torch.einsum("bthd,buhd->bhtu", q.to(work), k.to(work)) * inputs.score_scale
     if bias is not None:
         scores = scores + bias.to(work)[:, None, None]
     position = torch.arange(num_tokens, device=q.device)

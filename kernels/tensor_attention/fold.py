@@ -36,6 +36,44 @@ class Rotary(NamedTuple):
     sin: Tensor
 
 
+State = tuple[Tensor, Tensor]
+
+
+class HopInputs(NamedTuple):
+    """What one hop takes. B batch, T tokens, H query heads, K key/value heads, D and E sizes.
+
+    q: [B, T, H, D].
+    k: [B, T, K, D]; query head h reads key head h // (H / K).
+    values: [B, T, K or H, E].
+    stride: stride of the axis, in tokens.
+    length: number of steps of the axis.
+    reach: [B, T] int32, number of strides that each token may look back; below 0: no token, not
+        even itself.
+    bias: [H] or None, added to every score of this hop.
+    state: (z [B, T, H, E], lse [B, T, H]) of the previous hop, or None for the first hop.
+    rotary: table that rotates q and k to position floor(t / stride); None: already rotated.
+    scale: factor on the scores, 1 / sqrt(D) by default.
+    ahead: [B, T] int32, number of strides that each token may look ahead; None: causal.
+    """
+
+    q: Tensor
+    k: Tensor
+    values: Tensor
+    stride: int
+    length: int
+    reach: Tensor
+    bias: Tensor | None = None
+    state: State | None = None
+    rotary: Rotary | None = None
+    scale: float | None = None
+    ahead: Tensor | None = None
+
+    @property
+    def score_scale(self) -> float:
+        """The factor on the scores."""
+        return self.q.shape[3] ** -0.5 if self.scale is None else self.scale
+
+
 def validate_fold(fold: Sequence[int]) -> None:
     """Raise ValueError unless every inner axis has at least 2 steps."""
     if any(n < 2 for n in fold):

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from . import routed_blocked, routed_dense
 from .api import Backend, chosen_backend, hop
-from .checks import State, check_heads, check_rotary, check_scale, check_state, per_token
-from .fold import Rotary, document_reach
+from .checks import check_heads, check_rotary, check_scale, check_state, per_token
+from .fold import Rotary, State, document_reach
 from .routing import check_choice_of_blocks, validate_route
 
 # Takes a function that chooses; returns its choice, or the choice kept from an earlier call.

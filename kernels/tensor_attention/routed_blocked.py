@@ -12,10 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from .fold import Rotary
+from .fold import Rotary, State
 from .routing import best_blocks, block_means, block_starts, rotate_stretched, summed_queries
-
-State = tuple[Tensor, Tensor]
 
 # Finite, so that a token whose keys are all masked has a gradient of zero instead of NaN.
 MASKED = -1e30

@@ -11,10 +11,8 @@ Hugging Face folders contain it.
 import torch
 from torch import Tensor
 
-from .fold import FLOOR, MASKED, full_precision
+from .fold import FLOOR, MASKED, State, full_precision
 from .routing import best_blocks, summed_queries
-
-State = tuple[Tensor, Tensor]
 
 _QUERY_CHUNK = 8  # queries whose entries are gathered at a time
 _CHOICE_CHUNK = 512  # queries whose scores for all slots are held at a time

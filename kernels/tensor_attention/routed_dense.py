@@ -7,10 +7,8 @@ N slots (`routing.py`), C = top_k + 1 blocks of a choice, Q queries from token `
 import torch
 from torch import Tensor
 
-from .fold import Rotary
+from .fold import Rotary, State
 from .routing import best_blocks, block_means, block_starts, rotate_stretched, summed_queries
-
-State = tuple[Tensor, Tensor]
 
 
 def choose_blocks(

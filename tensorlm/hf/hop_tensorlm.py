@@ -3,6 +3,8 @@
 Shape letters: B batch, Q new tokens, T all tokens, H query heads, K key/value heads, D head size.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -11,9 +13,14 @@ try:
     from tensor_attention import Axis, Rotary, hop
     from tensor_attention.cached import hop_cached
 except ImportError:
-    from .blocked import hop  # type: ignore[import-not-found, no-redef]
+    from .blocked import hop as hop_blocked  # type: ignore[import-not-found]
     from .cached import hop_cached  # type: ignore[import-not-found, no-redef]
-    from .fold import Axis, Rotary  # type: ignore[import-not-found, no-redef]
+    from .fold import Axis, HopInputs, Rotary  # type: ignore[import-not-found, no-redef]
+
+    def hop(q: Tensor, k: Tensor, values: Tensor, **others: Any) -> Any:  # type: ignore[misc]
+        """As `tensor_attention.hop`, where that is not installed."""
+        return hop_blocked(HopInputs(q, k, values, **others))
+
 
 # If there are more unread rows per new query than this, gathering the visited entries is faster
 # than the kernel. Measured on a CPU. For GPUs an estimate: gathering for 65,536 queries took about

@@ -7,6 +7,7 @@ would hide that of the scores.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,7 +15,6 @@ import torch
 from torch import Tensor
 
 from tensor_attention import document_reach, fold_axes, hop, tensor_attention
-from tensor_attention.blocked import hop as blocked_hop
 from tensor_attention.cached import hop_cached
 from tests.tensor_attention.cases import cotangent_like, doc_start_of, inputs
 
@@ -22,6 +22,7 @@ TOKENS, HEADS, KEY_HEADS, DIM = 192, 4, 2, 64
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 DOCUMENTS = [50, 1, 141]
 Run = Callable[[Tensor, Tensor, Tensor, list[int]], Tensor]
+blocked_hop = partial(hop, backend="blocked")
 
 
 def definition(q: Tensor, k: Tensor, v: Tensor, fold: list[int]) -> Tensor:

@@ -9,12 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..fold import Rotary
+from ..fold import HopInputs, Rotary, State
 from .backward import hop_backward
 from .forward import hop_forward
 from .launch import Hop
 
-State = tuple[Tensor, Tensor]
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _MAX_SIZE = 256
 
@@ -35,20 +34,7 @@ def why_not(q: Tensor, k: Tensor, values: Tensor, ahead: bool) -> str | None:
     return None
 
 
-def hop(
-    q: Tensor,
-    k: Tensor,
-    values: Tensor,
-    *,
-    stride: int,
-    length: int,
-    reach: Tensor,
-    bias: Tensor | None = None,
-    state: State | None = None,
-    rotary: Rotary | None = None,
-    scale: float | None = None,
-    ahead: Tensor | None = None,
-) -> State:
+def hop(inputs: HopInputs) -> State:
     """Same as `dense.hop`, on the GPU; causal only, head sizes even and at most 256.
 
     If the values and the state's z are the same tensor object, their gradients are computed
@@ -57,6 +43,7 @@ def hop(
     Raises:
         ValueError: the kernels do not support the inputs (`why_not`).
     """
+    q, k, values, stride, length, reach, bias, state, rotary, _, ahead = inputs
     require(q, k, values, ahead is not None)
     z_before, lse_before = state or (None, None)
     if lse_before is not None:
@@ -65,7 +52,7 @@ def hop(
         q.contiguous(), k.contiguous(), values.contiguous(), reach.contiguous(),
         None if bias is None else bias.float().contiguous(),
         None if z_before is values or z_before is None else z_before.contiguous(), lse_before,
-        *rotary_tables(rotary), stride, length, score_scale(q, scale),
+        *rotary_tables(rotary), stride, length, inputs.score_scale,
     )  # fmt: skip
     return z, lse.transpose(1, 2)
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..fold import Rotary
+from ..fold import Rotary, State
 from ..routing import why_no_kernels
 from .op import require, rotary_tables
 from .routed_backward import routed_backward
@@ -13,8 +13,6 @@ from .routed_choice import choose
 from .routed_forward import routed_forward
 from .routed_launch import SHARED_MEMORY, Routed, operand_bytes
 from .routed_lists import readers_of_blocks, tile_lists
-
-State = tuple[Tensor, Tensor]
 
 
 def choose_blocks(
