@@ -11,7 +11,7 @@ A data set is a folder with `train/`, `valid/` (splits of shards) and `tokenizer
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from pydantic import Field, ValidationError
 
 from tensorlm.config import Section
+from tensorlm.runtime import disk
 from tensorlm.runtime.errors import UserError
 from tensorlm.runtime.progress import byte_bar
 
@@ -220,29 +221,40 @@ def verify_shards(folder: str | Path) -> list[str]:
     """Read every byte of a split; one line for each file that does not match its checksum."""
     folder = Path(folder)
     paths, _ = _read_index(folder)
-    entries = [
-        (folder / name, entry) for path in paths for name, entry in read_header(path).files.items()
-    ]
-    total = sum(entry.bytes for _, entry in entries)
+    files = [(folder / n, entry) for path in paths for n, entry in read_header(path).files.items()]
+    return verify_files(files, f"verify {folder}")
+
+
+def verify_files(
+    files: Sequence[tuple[Path, FileEntry]],
+    title: str,
+    *,
+    is_shown: bool = True,
+    progress: Callable[[], object] = lambda: None,
+) -> list[str]:
+    """Read every byte of `files`; one line for each that is not as it was written.
+
+    `progress` is called as bytes are read, and a bar called `title` shows them.
+    """
+    total = sum(entry.bytes for _, entry in files)
     with (
-        byte_bar(total, f"verify {folder}") as advance,
+        byte_bar(total, title, is_shown=is_shown) as show,
         ThreadPoolExecutor(_HASH_THREADS) as threads,
     ):
-        bad = []
-        for file, entry, digest in threads.map(_digest, entries):
-            advance(entry.bytes)
-            if digest != entry.sha256:
-                bad.append(f"{file}: checksum differs ({_REPAIR})")
-    return bad
 
+        def moved(num_bytes: int) -> None:
+            show(num_bytes)
+            progress()
 
-def _digest(item: tuple[Path, FileEntry]) -> tuple[Path, FileEntry, str]:
-    path, entry = item
-    try:
-        with open(path, "rb") as file:
-            return path, entry, hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}; {_REPAIR})") from None
+        def problem(file: tuple[Path, FileEntry]) -> str:
+            path, entry = file
+            try:
+                _, sha256 = disk.file_sha256(path.resolve(), moved)
+            except OSError as error:
+                return f"{path}: cannot be read: {error.strerror} ({_REPAIR})"
+            return "" if sha256 == entry.sha256 else f"{path}: checksum differs ({_REPAIR})"
+
+        return [line for line in threads.map(problem, files) if line]
 
 
 class Corpus:

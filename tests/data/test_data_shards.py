@@ -241,6 +241,14 @@ def test_verify_names_every_bad_file(split: Path) -> None:
     ]
 
 
+def test_verify_goes_on_after_a_file_that_cannot_be_read(split: Path) -> None:
+    (split / "shard-00000.tokens").unlink()
+    flip("shard-00001.tokens", 0.9, 7)(split)
+    missing, damaged = verify_shards(split)
+    assert missing.startswith(f"{split}/shard-00000.tokens: cannot be read: No such file")
+    assert damaged.startswith(f"{split}/shard-00001.tokens: checksum differs (")
+
+
 def test_equal_data_has_an_equal_fingerprint_wherever_it_is(tmp_path: Path, split: Path) -> None:
     copy = shutil.copytree(split, tmp_path / "copy")
     assert Corpus(copy).fingerprint == Corpus(split).fingerprint
