@@ -98,10 +98,9 @@ class _NewFile:
             data = data[num_written:]
             progress(num_written)
 
-    def finish(self, *, sync: bool = True) -> tuple[int, str]:
-        """Write the content through to the disk (fsync), and close; returns size and sha256."""
-        if sync:
-            _disk.sync(self._descriptor)
+    def finish(self) -> tuple[int, str]:
+        """Take the content to the disk itself (fsync), and close; returns size and sha256."""
+        _disk.sync(self._descriptor)
         self.close()
         return self._size, self._digest.hexdigest()
 
@@ -120,12 +119,9 @@ class AtomicFile(_NewFile):
         self._temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
         super().__init__(self._temporary)
 
-    def publish(self, *, sync: bool = True) -> tuple[int, str]:
-        """Take the name `path`, in place of an older file; returns size and sha256.
-
-        Without `sync` nothing waits for the disk: whole after a kill, not after a power cut.
-        """
-        size_and_digest = self.finish(sync=sync)
+    def publish(self) -> tuple[int, str]:
+        """Take the name `path`, in place of an older file; returns size and sha256."""
+        size_and_digest = self.finish()
         _disk.rename(self._temporary, self.path)
         return size_and_digest
 
@@ -155,12 +151,12 @@ def write_file(
         file.close()
 
 
-def replace_file(path: Path, content: bytes, *, sync: bool = True) -> tuple[int, str]:
+def replace_file(path: Path, content: bytes) -> tuple[int, str]:
     """Write a small file whole or not at all (`AtomicFile`); returns its size and sha256."""
     file = AtomicFile(path)
     try:
         file.write(content)
-        return file.publish(sync=sync)
+        return file.publish()
     finally:
         file.discard()
 

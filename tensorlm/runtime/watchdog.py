@@ -22,7 +22,6 @@ from collections import Counter, deque
 from pathlib import Path
 from typing import Any
 
-from .disk import replace_file
 from .errors import EXIT_INTERNAL
 from .strict_json import json_text
 
@@ -158,8 +157,10 @@ class Watchdog:
             "waits": _is_waiting(),
             "seconds": seconds,
         }
-        content = json_text(report).encode()
-        replace_file(self._folder / f"{name}.json", content, sync=False)  # it may hang, too
+        # Not by `disk.replace_file`, which waits for the disk: that may be what hangs.
+        temporary = self._folder / f".{name}"
+        temporary.write_text(json_text(report))
+        temporary.rename(self._folder / f"{name}.json")
         deadline = time.monotonic() + _GRACE_SECONDS
         while len(reports := self._reports()) < self._world_size and time.monotonic() < deadline:
             time.sleep(self._period)

@@ -54,7 +54,9 @@ def write_two(folder: Path) -> None:
     with disk.atomic_folder(folder / "set") as new:
         disk.write_file(new / "a", [NEW, NEW])
         disk.make_folder(new / "below")
-        disk.replace_file(new / "below/b", NEW, sync=False)
+        file = disk._NewFile(new / "below/b")
+        file.write(NEW)
+        file.close()
 
 
 def found(folder: Path) -> dict[str, bytes]:
@@ -149,21 +151,6 @@ def test_a_power_cut_at_any_time_leaves_all_or_nothing(tmp_path: Path, writer: A
             states = [after] if length == len(recorder.notes) else [before, after]
             assert found(target / "run") in states, (length, mode)
             shutil.rmtree(target)
-
-
-def test_without_sync_no_operation_waits_for_the_disk(tmp_path: Path) -> None:
-    """Of what the watchdog writes: the disk may be what hangs."""
-
-    class Hanging(disk.Disk):
-        def sync(self, descriptor: int) -> None:
-            raise AssertionError("waited")
-
-        def sync_folder(self, path: Path) -> None:
-            raise AssertionError("waited")
-
-    with used(Hanging()):
-        disk.replace_file(tmp_path / "file", NEW, sync=False)
-    assert found(tmp_path) == {"file": NEW}
 
 
 def test_a_folder_is_not_made_where_a_file_is(tmp_path: Path) -> None:
