@@ -21,11 +21,18 @@ from dataclasses import asdict
 from pathlib import Path
 
 from tensorlm.config import load_config
-from tensorlm.runtime.arguments import check_plot, check_positive, parse_arguments, parse_lengths
+from tensorlm.runtime.arguments import (
+    add_json,
+    add_settings,
+    check_plot,
+    check_positive,
+    parse_arguments,
+    parse_lengths,
+    write_json,
+)
 from tensorlm.runtime.errors import UserError
 from tensorlm.runtime.exit import run_launcher
 from tensorlm.runtime.launch_env import grow_memory_segments, read_launch_env
-from tensorlm.runtime.strict_json import json_text
 
 
 def main() -> int:
@@ -95,9 +102,7 @@ def add_attention(parser: argparse.ArgumentParser) -> None:
         metavar="MEAN",
         help="use packed documents of this mean length in tokens (default: one document)",
     )
-    parser.add_argument(
-        "--json", type=Path, metavar="FILE", help="also write every number to this file"
-    )
+    add_json(parser)
     parser.add_argument(
         "--plot", type=Path, metavar="FILE.png", help="plot time against length into this file"
     )
@@ -176,27 +181,19 @@ def attention(args: argparse.Namespace) -> int:
         measured = bench.measure(length, folds, routes, documents, args.full_limit)
         rows += measured
         print(bench.format_table(measured, ceilings) + "\n", flush=True)
-        if args.json:  # after each length, so that an interruption loses nothing
-            args.json.write_text(json_text([row._asdict() for row in rows], indent=1) + "\n")
+        # after each length, so that an interruption loses nothing
+        write_json(args.json, [row._asdict() for row in rows])
         if args.plot:
             bench.plot(rows, str(args.plot))
     return 0
 
 
 def add_sp(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", required=True, help="TOML file of the run")
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="key.sub=value",
-        help="settings that replace those of the file, such as train.steps=100",
-    )
+    add_settings(parser)
     parser.add_argument(
         "--repeats", type=int, default=10, metavar="N", help="number of timed repeats (default: 10)"
     )
-    parser.add_argument(
-        "--json", type=Path, metavar="FILE", help="also write every number to this file"
-    )
+    add_json(parser)
     parser.add_argument(
         "--only-project", action="store_true", help="print the projection without measuring"
     )
@@ -269,25 +266,13 @@ def sp(args: argparse.Namespace) -> int:
         if cost:
             print(bench.format_cost(cost, config), end="\n\n")
         print(format_projection(projections, config, machine))
-        if args.json:
-            projected = [projection._asdict() for projection in projections]
-            content = {"measured": cost and asdict(cost), "projected": projected}
-            args.json.write_text(json_text(content, indent=1) + "\n")
+        projected = [projection._asdict() for projection in projections]
+        write_json(args.json, {"measured": cost and asdict(cost), "projected": projected})
     return 0
 
 
 def add_train(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--config",
-        required=True,
-        help="TOML file of the run, for its shape, fold, dtype and memory settings",
-    )
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="key.sub=value",
-        help="settings that replace those of the file, such as train.steps=100",
-    )
+    add_settings(parser, "TOML file of the run, for its shape, fold, dtype and memory settings")
     parser.add_argument(
         "--lengths",
         default="32768,131072",
@@ -310,9 +295,7 @@ def add_train(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="also find the longest document that fits with each method",
     )
-    parser.add_argument(
-        "--json", type=Path, metavar="FILE", help="also write every number to this file"
-    )
+    add_json(parser)
     parser.add_argument(
         "--plot",
         type=Path,
@@ -348,9 +331,7 @@ def train(args: argparse.Namespace) -> int:
     found: dict[str, int] = {}
 
     def save() -> None:  # after each measurement, so that an interruption loses nothing
-        if args.json:
-            content = {"rows": [row._asdict() for row in rows], "longest": found}
-            args.json.write_text(json_text(content, indent=1) + "\n")
+        write_json(args.json, {"rows": [row._asdict() for row in rows], "longest": found})
         if args.plot:
             bench.plot(rows, str(args.plot))
 
@@ -367,15 +348,7 @@ def train(args: argparse.Namespace) -> int:
 
 
 def add_decode(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--config", required=True, help="TOML file of the run, for its shape, layers and dtype"
-    )
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="key.sub=value",
-        help="settings that replace those of the file, such as train.steps=100",
-    )
+    add_settings(parser, "TOML file of the run, for its shape, layers and dtype")
     parser.add_argument(
         "--lengths",
         default="32768,131072",
@@ -395,9 +368,7 @@ def add_decode(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="number of generated tokens to time (default: 64)",
     )
-    parser.add_argument(
-        "--json", type=Path, metavar="FILE", help="also write every number to this file"
-    )
+    add_json(parser)
     parser.set_defaults(run=decode)
 
 
@@ -416,8 +387,8 @@ def decode(args: argparse.Namespace) -> int:
     rows: list[bench.DecodeMeasurement] = []
     for row in bench.measure(config, lengths, methods, args.new_tokens):
         rows.append(row)
-        if args.json:  # after each measurement, so that an interruption loses nothing
-            args.json.write_text(json_text([row._asdict() for row in rows], indent=1) + "\n")
+        # after each measurement, so that an interruption loses nothing
+        write_json(args.json, [row._asdict() for row in rows])
     print(bench.format_table(rows), flush=True)
     return 0
 
@@ -472,9 +443,7 @@ def add_memory(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="TOML file with [[points]] to measure (default: built-in points for this machine)",
     )
-    parser.add_argument(
-        "--json", type=Path, metavar="FILE", help="also write every number to this file"
-    )
+    add_json(parser)
     parser.add_argument(
         "--seconds",
         type=float,
@@ -515,8 +484,8 @@ def memory(args: argparse.Namespace) -> int:
     for outcome in bench.measure_points(points, args.seconds, args.each):
         outcomes.append(asdict(outcome))
         print(bench.format_outcome(outcome), flush=True)
-        if args.json:  # after each point, so that an interruption loses nothing
-            args.json.write_text(json_text(outcomes, indent=1) + "\n")
+        # after each point, so that an interruption loses nothing
+        write_json(args.json, outcomes)
     return 0
 
 

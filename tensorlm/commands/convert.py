@@ -13,7 +13,7 @@ import shlex
 from pathlib import Path
 
 from tensorlm.config import Config, load_config, parse_config
-from tensorlm.runtime.arguments import parse_arguments
+from tensorlm.runtime.arguments import add_settings, parse_arguments
 from tensorlm.runtime.errors import UserError
 from tensorlm.runtime.exit import run_launcher
 
@@ -24,13 +24,11 @@ def main() -> int:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument(
-        "--config", help="TOML file of the run (required, except with import --write-config)"
+    add_settings(
+        common,
+        "TOML file of the run (required, except with import --write-config)",
+        required=False,
     )
-    common.add_argument(
-        "overrides", nargs="*", metavar="key.sub=value",
-        help="settings that replace those of the file, such as train.steps=100",
-    )  # fmt: skip
     add_export(
         commands.add_parser(
             "export", parents=[common], help="write a checkpoint as a Hugging Face folder"

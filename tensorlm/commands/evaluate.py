@@ -13,7 +13,7 @@ import argparse
 from pathlib import Path
 
 from tensorlm.config import load_config
-from tensorlm.runtime.arguments import parse_lengths
+from tensorlm.runtime.arguments import add_settings, parse_lengths
 from tensorlm.runtime.errors import UserError
 from tensorlm.runtime.exit import run_launcher
 
@@ -22,13 +22,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config", help="TOML file of the run (required, except with --compare)")
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="key.sub=value",
-        help="settings that replace those of the file, such as train.steps=100",
-    )
+    add_settings(parser, "TOML file of the run (required, except with --compare)", required=False)
     which = parser.add_mutually_exclusive_group()
     which.add_argument(
         "--checkpoint",

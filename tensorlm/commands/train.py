@@ -6,6 +6,7 @@ under deepspeed, torchrun, srun, mpirun and plain python.
 
 import argparse
 
+from tensorlm.runtime.arguments import add_settings
 from tensorlm.runtime.errors import EXIT_DONE, EXIT_PREEMPTED
 from tensorlm.runtime.exit import run_launcher
 from tensorlm.runtime.preemption import StopRequest
@@ -13,19 +14,13 @@ from tensorlm.runtime.preemption import StopRequest
 
 def main(stop: StopRequest) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--config", required=True, help="TOML file of the run")
+    add_settings(parser)
     parser.add_argument(
         "--replay",
         type=int,
         metavar="STEP",
         help="recompute this step from the checkpoint before it, compare it with the recorded "
         "loss, and write nothing",
-    )
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="key.sub=value",
-        help="settings that replace those of the file, such as train.steps=100",
     )
     parser.add_argument(
         "--dry-run",

@@ -2,8 +2,36 @@
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from .errors import UserError
+from .strict_json import json_text
+
+
+def add_settings(
+    parser: argparse.ArgumentParser, text: str = "TOML file of the run", *, required: bool = True
+) -> None:
+    """Add `--config`, described by `text`, and the settings that replace those of its file."""
+    parser.add_argument("--config", required=required, help=text)
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key.sub=value",
+        help="settings that replace those of the file, such as train.steps=100",
+    )
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """Add `--json`, for `write_json`."""
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="also write every number to this file"
+    )
+
+
+def write_json(path: Path | None, content: Any) -> None:
+    """Write what was measured or computed to the file of `--json`, where there is one."""
+    if path is not None:
+        path.write_text(json_text(content, indent=1) + "\n")
 
 
 def parse_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
