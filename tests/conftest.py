@@ -15,8 +15,9 @@ if not torch.cuda.is_available():
 
 from tensorlm.config import load_config
 from tensorlm.data.prepare.encode import encode
-from tensorlm.data.prepare.inputs import find_files, read_documents
-from tensorlm.data.tokenizer.tokenizers import train_tokenizer
+from tensorlm.data.prepare.files import find_files
+from tensorlm.data.prepare.inputs import read_documents
+from tensorlm.data.tokenizer.training import train_tokenizer
 from tests.reliability.harness import Job, warm_up
 from tests.support.launching import (
     ROOT,

@@ -16,11 +16,13 @@ import numpy as np
 from tensorlm.data.loader import PackedRows, RowStage
 from tensorlm.data.packing import plan_rows
 from tensorlm.data.prepare.encode import ShardJob, batches, encode, encode_shard
-from tensorlm.data.prepare.inputs import find_files, plan_shards, read_documents
+from tensorlm.data.prepare.files import find_files
+from tensorlm.data.prepare.inputs import plan_shards, read_documents
 from tensorlm.data.prepare.resume import Settings
 from tensorlm.data.prepare.workers import Progress
 from tensorlm.data.shards import Corpus
-from tensorlm.data.tokenizer.tokenizers import copy_tokenizer, load_tokenizer, train_tokenizer
+from tensorlm.data.tokenizer.tokenizers import copy_tokenizer, load_tokenizer
+from tensorlm.data.tokenizer.training import train_tokenizer
 
 SEQ_LENS = (4096, 32_768, 131_072)
 _MEAN_LENGTH, _SIGMA = 3000, 1.0

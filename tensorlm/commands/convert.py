@@ -103,7 +103,8 @@ def add_export(parser: argparse.ArgumentParser) -> None:
 def export(args: argparse.Namespace, config: Config) -> int:
     from tensorlm.checkpoint import check_model, select_checkpoint
     from tensorlm.checkpoint.publish import was_imported
-    from tensorlm.data.tokenizer.tokenizers import check_tokenizer, has_tokenizer
+    from tensorlm.data.tokenizer.files import has_tokenizer
+    from tensorlm.data.tokenizer.tokenizers import check_tokenizer
     from tensorlm.hf import hub
     from tensorlm.hf.export_folder import check_new_folder, export_checkpoint
     from tensorlm.hf.export_tokenizer import describe_prompts

@@ -17,15 +17,13 @@ import os
 from pathlib import Path
 
 from tensorlm.data.prepare.encode import SHARD_BYTES, encode
-from tensorlm.data.prepare.inputs import LONGEST_DOCUMENT, find_files, read_documents
+from tensorlm.data.prepare.files import find_files
+from tensorlm.data.prepare.inputs import read_documents
 from tensorlm.data.prepare.packages import books, installed_packages, write_long_texts
+from tensorlm.data.prepare.readers import LONGEST_DOCUMENT
 from tensorlm.data.shards import open_shards, verify_shards
-from tensorlm.data.tokenizer.tokenizers import (
-    check_new_tokenizer,
-    check_tokenizer,
-    load_tokenizer,
-    train_tokenizer,
-)
+from tensorlm.data.tokenizer.tokenizers import check_tokenizer, load_tokenizer
+from tensorlm.data.tokenizer.training import check_new_tokenizer, train_tokenizer
 from tensorlm.runtime.arguments import check_plot
 from tensorlm.runtime.errors import UserError
 from tensorlm.runtime.exit import run_launcher

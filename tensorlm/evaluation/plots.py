@@ -22,7 +22,7 @@ def figures(reports: list[Report]) -> dict[str, Figure]:
         "ratio": _ratio,
         "perplexity": _perplexity,
         "positions": _positions,
-        "attribution": _attribution,
+        "attribution": _context_gain,
         "recall": _recall,
         "passkey": lambda these: _heat_maps(these, "passkey", "Passkey"),
         "niah": lambda these: _heat_maps(these, "niah", "Needle in a haystack"),
@@ -156,7 +156,7 @@ def _by_position(result: LengthResult) -> tuple[list[int], list[Mean]]:
     return [bucket.stop for bucket in result.buckets], [bucket.loss for bucket in result.buckets]
 
 
-def _attribution(reports: list[Report]) -> Figure:
+def _context_gain(reports: list[Report]) -> Figure:
     figure, axes = _axes(
         "Gain from the context beyond the last tokens", "loss reduction (nats per token)"
     )

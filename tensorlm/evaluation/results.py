@@ -72,7 +72,7 @@ class Gain(Result):
     gain: Mean
 
 
-class Attribution(Result):
+class ContextGain(Result):
     """Gains by position in windows of `length` tokens; `total` over all positions from `near`."""
 
     length: int
@@ -195,7 +195,7 @@ class Report(Result):
     facts: dict[str, Any] = {}
     perplexity: list[LengthResult] = []
     ratios: list[Ratio] = []
-    attribution: list[Attribution] = []
+    attribution: list[ContextGain] = []
     recall: list[Recall] = []
     passkey: list[Cell] = []
     niah: list[Cell] = []

@@ -10,7 +10,7 @@ import torch
 from tensorlm.config.evaluation import GENERATION_TASKS, EvalConfig
 from tensorlm.runtime.commit import git_commit
 
-from .attribution import attribute, near_losses
+from .context_gain import context_gain, near_losses
 from .describe import weights_digest
 from .limits import Limits
 from .model import EvaluatedModel
@@ -112,7 +112,7 @@ class _Evaluation:
         if longer:
             with self.limits.trying("attribution", near):
                 table = near_losses(model, spans, near)
-                gains = [attribute(table, tables[n], owner, n, near, seed) for n in longer]
+                gains = [context_gain(table, tables[n], owner, n, near, seed) for n in longer]
         ratios = compare_lengths(tables, owner, model.trained_length, seed)
         if not ratios and any(length > model.trained_length for length in tables):
             self.notes.append(without_base(model.trained_length))

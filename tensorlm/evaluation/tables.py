@@ -27,7 +27,7 @@ def make_tables(reports: list[Report]) -> list[Table]:
     makers = (
         _ratio_table,
         _perplexity_table,
-        _attribution_table,
+        _context_gain_table,
         _recall_table,
         _recall_by_layer_table,
         _retrieval_table,
@@ -107,7 +107,7 @@ def _ratio_table(reports: list[Report]) -> Table:
     return Table("Beyond the trained length", text, _named(reports, header), rows, ("ratio",))
 
 
-def _attribution_table(reports: list[Report]) -> Table:
+def _context_gain_table(reports: list[Report]) -> Table:
     rows = []
     for report in reports:
         for found in report.attribution:

@@ -12,7 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tensorlm.config import Config
-from tensorlm.data.prepare.inputs import Advice, find_files, read_documents
+from tensorlm.data.prepare.files import find_files
+from tensorlm.data.prepare.input_errors import Advice
+from tensorlm.data.prepare.inputs import read_documents
 from tensorlm.data.shards import Corpus
 from tensorlm.data.tokenizer.tokenizers import check_tokenizer
 from tensorlm.runtime.errors import UserError

@@ -19,7 +19,7 @@ _SPARE_FRACTION = 4
 _SPARE_MINIMUM = 64
 
 
-class Rows:
+class GrowingBuffer:
     """The rows of successive tokens [B, T, ...], appended in place; keeps only the last `keep`.
 
     The buffer grows by a quarter when it is full; it has room for `expected` rows from the start.
@@ -95,11 +95,11 @@ class FoldLayer(CacheLayerMixin):
         self.num_tokens = 0
         self.is_initialized = False
 
-    def _rows(self, keep: int) -> Rows:
-        """An empty `Rows` for the last `keep` tokens (0: all tokens)."""
-        return Rows(keep) if keep else Rows(expected=self.expected)
+    def _rows(self, keep: int) -> GrowingBuffer:
+        """An empty `GrowingBuffer` for the last `keep` tokens (0: all tokens)."""
+        return GrowingBuffer(keep) if keep else GrowingBuffer(expected=self.expected)
 
-    def all_rows(self) -> list[Rows]:
+    def all_rows(self) -> list[GrowingBuffer]:
         """All rows of this layer."""
         return [self.key_rows, self.value_rows, *self.states]
 
@@ -172,11 +172,11 @@ class RoutedLayer(FoldLayer):
     def reset(self) -> None:
         """Remove all tokens."""
         super().reset()
-        self.near_rows = Rows(self.route.window)
-        self.mean_rows = Rows(expected=self.expected // self.route.block)
-        self.choice_rows = Rows(self.route.open_tile - 1 + self.choices)
+        self.near_rows = GrowingBuffer(self.route.window)
+        self.mean_rows = GrowingBuffer(expected=self.expected // self.route.block)
+        self.choice_rows = GrowingBuffer(self.route.open_tile - 1 + self.choices)
 
-    def all_rows(self) -> list[Rows]:
+    def all_rows(self) -> list[GrowingBuffer]:
         """All rows of this layer."""
         return [*super().all_rows(), self.near_rows, self.mean_rows, self.choice_rows]
 

@@ -19,7 +19,7 @@ from tensorlm.checkpoint import list_steps
 from tensorlm.checkpoint.publish import was_imported, write_weights
 from tensorlm.config import Config
 from tensorlm.data.tokenizer.chat_templates import copy_chat_templates
-from tensorlm.data.tokenizer.tokenizers import TOKENIZER_FILES
+from tensorlm.data.tokenizer.files import TOKENIZER_FILES
 from tensorlm.model import Llama
 from tensorlm.runtime.errors import UserError
 from tensorlm.runtime.lock import lock_run

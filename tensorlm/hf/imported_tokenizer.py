@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from tensorlm.data.tokenizer.tokenizers import compare_tokenizers, has_tokenizer, tokenizer_sha256
+from tensorlm.data.tokenizer.files import has_tokenizer
+from tensorlm.data.tokenizer.tokenizers import compare_tokenizers, tokenizer_sha256
 from tensorlm.runtime.errors import UserError
 
 

@@ -13,7 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, DatasetDict
 
-from tensorlm.data.prepare.inputs import find_files, plan_shards, read_documents, read_part
+from tensorlm.data.prepare.files import find_files
+from tensorlm.data.prepare.inputs import plan_shards, read_documents
+from tensorlm.data.prepare.readers import read_part
 from tensorlm.runtime.errors import UserError
 
 TEXTS = [f"document {i}, ünïcode\r\nand a second line\n" * (1 + i % 7) for i in range(40)]

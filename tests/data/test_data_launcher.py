@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tensorlm.data.tokenizer.tokenizers import tokenizer_sha256, train_tokenizer
+from tensorlm.data.tokenizer.tokenizers import tokenizer_sha256
+from tensorlm.data.tokenizer.training import train_tokenizer
 from tests.support.hf_models import launcher_here
 from tests.support.launching import ROOT, launch_environment
 

@@ -20,7 +20,7 @@ from tensorlm.data import epochs as epoch_plans
 from tensorlm.data.loader import PackedRows, RowStage, open_rows
 from tensorlm.data.prefetch import Feed
 from tensorlm.data.shards import Corpus
-from tensorlm.data.tokenizer.tokenizers import train_tokenizer
+from tensorlm.data.tokenizer.training import train_tokenizer
 from tensorlm.runtime.errors import UserError
 from tests.support.documents import rows_of, write_split
 

@@ -16,9 +16,11 @@ from transformers import PreTrainedTokenizerFast
 
 from tensorlm.data.inspect import length_histogram, lengths_figure
 from tensorlm.data.prepare.encode import encode
-from tensorlm.data.prepare.inputs import find_files, read_documents
+from tensorlm.data.prepare.files import find_files
+from tensorlm.data.prepare.inputs import read_documents
 from tensorlm.data.shards import Corpus, verify_shards
-from tensorlm.data.tokenizer.tokenizers import load_tokenizer, tokenizer_sha256, train_tokenizer
+from tensorlm.data.tokenizer.tokenizers import load_tokenizer, tokenizer_sha256
+from tensorlm.data.tokenizer.training import train_tokenizer
 from tensorlm.runtime.errors import UserError
 from tests.support.launching import ROOT, launch_environment
 

@@ -16,7 +16,9 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset
 
-from tensorlm.data.prepare.inputs import find_files, plan_shards, read_documents, read_part
+from tensorlm.data.prepare.files import find_files
+from tensorlm.data.prepare.inputs import plan_shards, read_documents
+from tensorlm.data.prepare.readers import read_part
 from tensorlm.runtime.errors import UserError
 from tests.support.launching import ROOT, launch_environment
 

@@ -10,16 +10,16 @@ import pytest
 import sentencepiece
 from transformers import AutoTokenizer
 
-from tensorlm.data.prepare.inputs import find_files, read_documents
+from tensorlm.data.prepare.files import find_files
+from tensorlm.data.prepare.inputs import read_documents
 from tensorlm.data.tokenizer.tokenizers import (
     DocumentEncoder,
     check_tokenizer,
     copy_tokenizer,
-    cut_line,
     load_tokenizer,
     tokenizer_sha256,
-    train_tokenizer,
 )
+from tensorlm.data.tokenizer.training import cut_line, train_tokenizer
 from tensorlm.runtime.errors import UserError
 
 SOURCES = str(Path(email.__file__).parent / "*.py")

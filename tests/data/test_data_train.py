@@ -19,8 +19,9 @@ from tensorlm.checkpoint import manifest_text, newest_checkpoint
 from tensorlm.config import load_config
 from tensorlm.data.loader import open_rows
 from tensorlm.data.prepare.encode import encode
-from tensorlm.data.prepare.inputs import find_files, read_documents
-from tensorlm.data.tokenizer.tokenizers import train_tokenizer
+from tensorlm.data.prepare.files import find_files
+from tensorlm.data.prepare.inputs import read_documents
+from tensorlm.data.tokenizer.training import train_tokenizer
 from tensorlm.model.flops import peak_flops, train_flops
 from tensorlm.train.metrics import read_metrics
 from tests.support.documents import write_split

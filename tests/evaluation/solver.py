@@ -8,7 +8,8 @@ import torch
 
 from tensorlm.checkpoint.publish import write_weights
 from tensorlm.config import Config
-from tensorlm.data.tokenizer.tokenizers import load_tokenizer, tokenizer_sha256, train_tokenizer
+from tensorlm.data.tokenizer.tokenizers import load_tokenizer, tokenizer_sha256
+from tensorlm.data.tokenizer.training import train_tokenizer
 from tensorlm.evaluation.retrieval import passkey_task
 from tensorlm.model import Llama
 

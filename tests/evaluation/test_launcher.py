@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from fold_parallel import Grid
 from tensorlm.checkpoint import select_checkpoint
 from tensorlm.config import load_config
-from tensorlm.data.tokenizer.tokenizers import train_tokenizer
+from tensorlm.data.tokenizer.training import train_tokenizer
 from tensorlm.evaluation.model import (
     open_checkpoint_model,
     open_hugging_face_model,

@@ -10,9 +10,9 @@ from torch.utils.tensorboard import SummaryWriter
 from tensorlm.evaluation.plots import FIGURES, figures
 from tensorlm.evaluation.report import format_report, log_to_tensorboard, write_reports
 from tensorlm.evaluation.results import (
-    Attribution,
     Bucket,
     Cell,
+    ContextGain,
     Cost,
     Example,
     Gain,
@@ -49,7 +49,7 @@ def make_report(name: str, lengths: tuple[int, ...], accuracy: float = 0.5) -> R
             for n in lengths
         ],
         ratios=[Ratio(length=8192, multiple=2, ratio=mean)],
-        attribution=[Attribution(length=8192, near=4096, total=gain, buckets=[gain, gain])],
+        attribution=[ContextGain(length=8192, near=4096, total=gain, buckets=[gain, gain])],
         recall=[
             Recall(
                 length=n, layer=layer, num_queries=64, beyond=0.125 * (1 + layer),

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache
 
 from tensorlm.data.tokenizer.tokenizers import DocumentEncoder, load_tokenizer
-from tensorlm.hf.cache_tensorlm import FoldCache, Rows
+from tensorlm.hf.cache_tensorlm import FoldCache, GrowingBuffer
 from tensorlm.hf.configuration_tensorlm import TensorLMConfig
 from tensorlm.hf.export_folder import export_checkpoint
 from tensorlm.hf.load_folder import load_folder
@@ -207,7 +207,7 @@ def test_a_new_token_reads_the_sum_of_the_axes(num_tokens: int) -> None:
 
 def test_rows_hold_what_was_appended_and_copy_little() -> None:
     for keep in (None, 5):
-        rows, wanted, num_buffers, last = Rows(keep), torch.empty(2, 0, 3), 0, 0
+        rows, wanted, num_buffers, last = GrowingBuffer(keep), torch.empty(2, 0, 3), 0, 0
         for size in (7, 1, 1, 60, *[1] * 400):
             new = torch.randn(2, size, 3)
             kept = wanted if keep is None else wanted[:, -keep:]
@@ -217,7 +217,7 @@ def test_rows_hold_what_was_appended_and_copy_little() -> None:
             num_buffers += rows.buffer.data_ptr() != last
             last = rows.buffer.data_ptr()
         assert num_buffers < 12
-    rows = Rows(expected=100)
+    rows = GrowingBuffer(expected=100)
     for size in (60, 39, 1):
         rows.append(torch.randn(1, size))
         assert rows.buffer is not None

@@ -23,7 +23,7 @@ from tensorlm.runtime.progress import progress_bar
 from ..shards import is_complete, read_header, shard_name
 from ..tokenizer.reading import check_plain_reading
 from ..tokenizer.tokenizers import DocumentEncoder, copy_tokenizer, tokenizer_sha256
-from .inputs import LONGEST_DOCUMENT, Part, read_part
+from .readers import LONGEST_DOCUMENT, Part, read_part
 from .resume import Settings, begin, output_locked
 from .shard_writer import ShardWriter, write_index
 from .workers import Progress, Ranks, run_tasks

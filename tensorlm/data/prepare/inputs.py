@@ -13,15 +13,8 @@ tables and binary files are rejected. Any other suffix is text.
 from collections.abc import Collection, Iterator
 from dataclasses import replace
 
-from .files import find_files
-from .hub import HUB, dataset_identity, open_dataset
 from .input_errors import PREPARE, Advice
 from .readers import LONGEST_DOCUMENT, Part, extent_of, read_part
-
-__all__ = [
-    "HUB", "LONGEST_DOCUMENT", "Advice", "Part", "dataset_identity", "find_files", "mend_shards",
-    "open_dataset", "plan_shards", "read_documents", "read_part",
-]  # fmt: skip
 
 
 def plan_shards(

@@ -15,7 +15,8 @@ from random import Random
 
 from tensorlm.runtime.errors import UserError
 
-from .inputs import find_files, read_documents
+from .files import find_files
+from .inputs import read_documents
 
 LONGEST_PART = 200_000  # characters per document, at least 32,768 tokens
 _MOST_HELD_OUT = 16  # documents per text, evenly spaced: evaluation encodes all of them

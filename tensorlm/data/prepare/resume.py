@@ -18,7 +18,9 @@ from tensorlm.runtime.errors import UserError
 from tensorlm.runtime.lock import locked
 
 from ..shards import INDEX, shard_name
-from .inputs import HUB, Part, dataset_identity, mend_shards, plan_shards
+from .hub import HUB, dataset_identity
+from .inputs import mend_shards, plan_shards
+from .readers import Part
 from .shard_writer import make_folder, write_atomically
 
 PLAN = "prepare.json"

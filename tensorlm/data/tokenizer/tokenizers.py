@@ -15,25 +15,8 @@ from numpy.typing import NDArray
 from tensorlm.runtime.errors import UserError
 
 from .chat_templates import copy_chat_templates
-from .files import TOKENIZER_FILES, has_tokenizer, read_files, tokenizer_files, write_files
+from .files import TOKENIZER_FILES, read_files, tokenizer_files, write_files
 from .reading import difference, earlier_difference, read_tokenizer
-from .training import check_new_tokenizer, cut_line, train_tokenizer
-
-__all__ = [
-    "TOKENIZER_FILES",
-    "DocumentEncoder",
-    "check_new_tokenizer",
-    "check_tokenizer",
-    "compare_tokenizers",
-    "copy_tokenizer",
-    "cut_line",
-    "has_tokenizer",
-    "largest_text_id",
-    "load_tokenizer",
-    "tokenizer_files",
-    "tokenizer_sha256",
-    "train_tokenizer",
-]
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:

@@ -14,15 +14,13 @@ from datasets import Dataset
 
 from tensorlm.data.prepare import shard_writer
 from tensorlm.data.prepare.encode import encode
-from tensorlm.data.prepare.inputs import (
-    find_files,
-    mend_shards,
-    open_dataset,
-    plan_shards,
-    read_part,
-)
+from tensorlm.data.prepare.files import find_files
+from tensorlm.data.prepare.hub import open_dataset
+from tensorlm.data.prepare.inputs import mend_shards, plan_shards
+from tensorlm.data.prepare.readers import read_part
 from tensorlm.data.shards import Corpus
-from tensorlm.data.tokenizer.tokenizers import load_tokenizer, train_tokenizer
+from tensorlm.data.tokenizer.tokenizers import load_tokenizer
+from tensorlm.data.tokenizer.training import train_tokenizer
 from tensorlm.runtime.errors import UserError
 
 SHARD_BYTES = 4000

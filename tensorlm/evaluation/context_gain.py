@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from .bootstrap import mean_over_documents
 from .model import EvaluatedModel
 from .perplexity import Losses, window_losses
-from .results import Attribution, Gain
+from .results import ContextGain, Gain
 from .text import Spans
 
 
@@ -29,14 +29,14 @@ def near_losses(model: EvaluatedModel, spans: Spans, near: int) -> Losses:
     return window_losses(model, spans, window, window - near, f"last {near:,} tokens only")
 
 
-def attribute(
+def context_gain(
     near_table: Losses,
     full_table: Losses,
     document: NDArray[np.int64],
     length: int,
     near: int,
     seed: int,
-) -> Attribution:
+) -> ContextGain:
     """Gains by position in windows of `length`, in buckets whose ends double from `near` on."""
     near_rows, full_rows = near_table.reshape(-1, length), full_table.reshape(-1, length)
     owners = np.repeat(document, near_table.shape[1] // length)
@@ -55,4 +55,4 @@ def attribute(
     while edges[-1] < length:
         edges.append(min(length, 2 * edges[-1]))
     buckets = [gain(a, b) for a, b in pairwise(edges)]
-    return Attribution(length=length, near=near, total=gain(near, length), buckets=buckets)
+    return ContextGain(length=length, near=near, total=gain(near, length), buckets=buckets)
