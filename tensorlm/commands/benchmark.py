@@ -2,7 +2,7 @@
 
 attention   times tensorized and routed attention against full attention and a window, on one GPU
 train       times forward and backward of a model against full attention and Hugging Face's Llama
-decode      times generated tokens after long prompts, beside Hugging Face's Llama
+decode      times generation after long prompts, and compares it with Hugging Face's Llama
 data        times preparing, planning and serving data, with one process on any machine
 sp          times one layer whose rows are shared by the ranks of this job (under deepspeed,
             torchrun or srun), and projects the time to 8 ... 1,024 GPUs
@@ -236,8 +236,8 @@ def add_sp(parser: argparse.ArgumentParser) -> None:
         "--overlap",
         type=float,
         metavar="SHARE",
-        help="projection: share of the possible overlap of hop 1 with the swap of q and k that is "
-        f"achieved (0: none, 1: all; default: {machine.overlap:g})",
+        help="projection: achieved fraction of the possible overlap of hop 1 with the swap of q "
+        f"and k (0: none, 1: all; default: {machine.overlap:g})",
     )
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     parser.set_defaults(run=sp)

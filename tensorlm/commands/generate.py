@@ -42,13 +42,13 @@ def main() -> int:
         default=0.95,
         metavar="P",
         help="sample from the most likely tokens whose probabilities add up to this share; used "
-        "if the temperature is above 0 (default: 0.95)",
+        "only if the temperature is above 0 (default: 0.95)",
     )
     parser.add_argument(
         "--seed",
         type=int,
         default=0,
-        help="seed of the sampling; used if the temperature is above 0 (default: 0)",
+        help="seed of the sampling; used only if the temperature is above 0 (default: 0)",
     )
     parser.add_argument(
         "--prefill-chunk",
