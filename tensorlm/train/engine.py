@@ -5,6 +5,7 @@ learning rate, counters, loss scaling and checkpoints are ours. Checkpoints read
 rank's share of the fp32 weights and Adam state through `parameter_slices`, at every ZeRO stage.
 """
 
+import importlib
 import io
 import logging
 import math
@@ -18,6 +19,7 @@ import deepspeed
 import deepspeed.ops
 import torch
 import torch.distributed as dist
+from deepspeed.runtime import compiler
 from deepspeed.utils import logger as deepspeed_logger
 from torch import Tensor, nn
 
@@ -47,6 +49,20 @@ def init_distributed(launch: LaunchEnv) -> torch.device:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
     return device
+
+
+def import_muon() -> None:
+    """Import DeepSpeed's Muon without PyTorch's compiler, which takes 5 CPU seconds to import.
+
+    DeepSpeed asks of every optimizer whether it is Muon, and passes Muon's functions to
+    `torch.compile` at import. Nothing here calls them.
+    """
+    compile_decorator = compiler.compile
+    compiler.compile = lambda: lambda function: function
+    try:
+        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+    finally:
+        compiler.compile = compile_decorator
 
 
 def deepspeed_config(config: Config) -> dict[str, Any]:
@@ -119,6 +135,7 @@ class Engine:
         self._unsharded_norm = float("nan")
         self._moment_dtype = torch.bfloat16 if config.optim.state_dtype == "bf16" else torch.float32
         adamw = create_optimizer(model, config)
+        import_muon()
         if self._stage == 0:
             adamw.register_step_pre_hook(self._clip_unsharded)
         with redirect_stdout(io.StringIO()):  # stage 1 prints its memory use

@@ -7,6 +7,7 @@ and compares what is left in the run's folder.
 
 import ctypes
 import functools
+import gc
 import importlib
 import os
 import random
@@ -32,10 +33,11 @@ _PR_SET_PDEATHSIG = 1
 # What DeepSpeed and torch import late: seconds, in each rank, if they were not here already.
 _LATE_IMPORTS = (
     "setuptools",
-    "torch._inductor.compile_fx",
+    "torch._dynamo",
     "torch.utils.tensorboard",
+    "deepspeed.comm.mori",
     "deepspeed.module_inject.auto_ep_layer",
-    "deepspeed.runtime.zero.muon.original_muon",
+    "deepspeed.runtime.superoffload.superoffload_stage3",
 )
 
 Prepare = Callable[[int], object]
@@ -50,6 +52,7 @@ def warm_up() -> None:
     importlib.import_module("tensorlm.train.loop")
     for name in _LATE_IMPORTS:
         importlib.import_module(name)
+    importlib.import_module("tensorlm.train.engine").import_muon()
     ops = importlib.import_module("deepspeed.ops")
     ops.__compatible_ops__["deepspeed_shm_comm"] = False
     peak_flops(torch.device("cpu"))
@@ -140,6 +143,7 @@ class Job:
     def _run_rank(
         self, rank: int, world: int, prepare: Prepare, run: Run | None, port: int | None
     ) -> None:
+        gc.freeze()  # a collection, such as ZeRO-3's, would copy all that the parent has imported
         # Nobody outlives the test process.
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         log = os.open(self.scratch / f"{rank}.log", os.O_WRONLY | os.O_CREAT, 0o666)

@@ -3,7 +3,6 @@
 import contextlib
 import gc
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -43,11 +42,10 @@ from tensorlm.model.output_head import OutputHead
 from tensorlm.plan.job import Job, ZeroLimits, plan_jobs
 from tensorlm.runtime.launch_env import LaunchEnv
 from tensorlm.train import engine as engine_module
-from tensorlm.train.engine import Engine, create_model, init_distributed
+from tensorlm.train.engine import Engine, create_model, import_muon, init_distributed
 from tests.support.launching import ROOT
 
-with warnings.catch_warnings(action="ignore"):  # DeepSpeed would import it, for seconds, in a rank
-    import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
+import_muon()  # else every forked rank would
 
 SHAPE = {
     "train.dtype": "bf16", "model.vocab_size": 512, "model.hidden_size": 64,
@@ -299,7 +297,6 @@ def engines(
         }
         return tree
 
-    gc.freeze()  # collections need not look at all that was imported
     rank, size = dist.get_rank(), dist.get_world_size()
     device = init_distributed(LaunchEnv(rank, size, rank, size, "127.0.0.1", 0))
     with patch.object(engine_module, "deepspeed_config", limited):

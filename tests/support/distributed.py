@@ -1,5 +1,6 @@
 """Run a function on several ranks of this machine, over a file store: no ports, no launcher."""
 
+import gc
 import multiprocessing
 import os
 import tempfile
@@ -82,6 +83,8 @@ def _run_rank(
     backend: str,
     folder: Path,
 ) -> None:
+    if backend == "gloo":
+        gc.freeze()  # a collection would copy all that the parent has imported
     try:
         torch.set_num_threads(1)
         if backend == "nccl":

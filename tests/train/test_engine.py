@@ -1,16 +1,18 @@
-"""The model that an engine is made of, divided while it is made."""
+"""The model that an engine is made of, divided while it is made; what it imports."""
 
+import sys
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from deepspeed.runtime import compiler
 
 from fold_parallel import Grid
 from tensorlm.config import Config
 from tensorlm.model import create_llama
 from tensorlm.runtime.launch_env import LaunchEnv
-from tensorlm.train.engine import create_model, init_distributed
+from tensorlm.train.engine import create_model, import_muon, init_distributed
 from tensorlm.train.optim import parameter_groups
 from tests.support.counted import small
 from tests.support.distributed import run_distributed
@@ -51,3 +53,15 @@ def test_zero_3_makes_the_weights_of_any_other_stage(dtype: str, tied: bool) -> 
             assert whole[name].dtype == parameter.dtype
             assert torch.equal(whole[name], parameter), name
         assert own_groups == groups
+
+
+def test_deepspeeds_muon_is_imported_without_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    def compiled(*args: Any, **options: Any) -> None:
+        raise AssertionError("torch.compile takes seconds")
+
+    for name in [name for name in sys.modules if ".zero.muon." in name]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(torch, "compile", compiled)
+    import_muon()
+    assert "deepspeed.runtime.zero.muon.original_muon" in sys.modules
+    assert compiler.compile() is compiled  # for whoever compiles afterwards
