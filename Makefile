@@ -58,13 +58,14 @@ fix: .venv/.installed-dev ## format, and fix what ruff can fix
 .PHONY: test
 test: check ## the whole suite, on the CPU
 	@# One worker more than cores: many tests wait for processes that they have started.
-	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest \
+	@# The processes that tests start read compiled modules, also where the shell keeps none.
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest \
 	  -m 'not gpu and not multi_gpu and not faults' -n $$(($$(nproc) + 1)) \
 	  --dist loadfile --no-loadscope-reorder
 
 .PHONY: test-faults
 test-faults: .venv/.installed-dev ## the long tier of fault injection (docs/reliability.md; an hour)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m faults -n auto \
+	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -m faults -n auto \
 	  tests/reliability tests/slurm tests/train tests/data
 
 .PHONY: test-gpu

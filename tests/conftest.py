@@ -19,6 +19,7 @@ from tensorlm.data.prepare.files import find_files
 from tensorlm.data.prepare.inputs import read_documents
 from tensorlm.data.tokenizer.training import train_tokenizer
 from tests.reliability.harness import Job, warm_up
+from tests.support.interpreter import speed_up_interpreter
 from tests.support.launching import (
     ROOT,
     TINY,
@@ -27,6 +28,9 @@ from tests.support.launching import (
     launch_command,
     launch_environment,
 )
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    speed_up_interpreter()
 
 # No example has a deadline, for a loaded machine is no bug. The same ones are tried every time, so
 # that a change is not blamed for what another run happened to find.

@@ -2,8 +2,6 @@
 
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,7 +15,8 @@ from tensorlm.plan.exchange import Machine, format_projection, project_all
 from tensorlm.runtime.launch_env import LaunchEnv
 from tests.fold_parallel.backends import ranks_and_backends
 from tests.support.distributed import run_distributed
-from tests.support.launching import ROOT, launch_environment
+from tests.support.forked import run_forked
+from tests.support.launching import ROOT
 
 
 def measure(configs: list[Config]) -> list[bench.LayerCost]:
@@ -91,13 +90,8 @@ def test_gpus_that_cannot_share_a_row_are_named(config: Path) -> None:
 
 
 def test_the_documented_projection_is_what_the_launcher_prints() -> None:
-    command = [
-        sys.executable, "launcher/benchmark.py", "sp", "--config", "configs/llama8b_32k.toml",
-        "parallel.sp=8", "--only-project",
-    ]  # fmt: skip
-    result = subprocess.run(
-        command, cwd=ROOT, env=launch_environment(), capture_output=True, text=True, timeout=120
-    )
+    settings = ["--config", "configs/llama8b_32k.toml", "parallel.sp=8"]
+    result = run_forked("benchmark.py", "sp", *settings, "--only-project")
     table = result.stdout[result.stdout.index("| GPUs = sp") :]
     assert table.count("\n") == 10
     assert table in (ROOT / "docs/sequence_parallelism.md").read_text()
@@ -105,13 +99,8 @@ def test_the_documented_projection_is_what_the_launcher_prints() -> None:
 
 def test_launcher_prints_measurement_and_projection(tmp_path: Path, config: Path) -> None:
     output = tmp_path / "sp.json"
-    command = [
-        sys.executable, "launcher/benchmark.py", "sp", "--config", str(config), "--repeats", "1",
-        "--tflops", "1", "--json", str(output),
-    ]  # fmt: skip
-    result = subprocess.run(
-        command, cwd=ROOT, env=launch_environment(), capture_output=True, text=True, timeout=120
-    )
+    options = ["--repeats", "1", "--tflops", "1", "--json", str(output)]
+    result = run_forked("benchmark.py", "sp", "--config", str(config), *options)
     assert result.returncode == 0, result.stderr
     numbers = json.loads(output.read_text())
     assert "1 x CPU" in numbers["measured"]["ranks"]

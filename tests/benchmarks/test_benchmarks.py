@@ -3,7 +3,6 @@
 import json
 import math
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from tensorlm.commands import benchmark
 from tensorlm.config import Config, ModelConfig, load_config
 from tensorlm.model import Llama
 from tensorlm.runtime.errors import UserError
-from tests.support.launching import ROOT, launch_environment
+from tests.support.forked import run_forked
 
 
 @pytest.fixture
@@ -89,21 +88,17 @@ def test_the_longest_length_is_found(limit: int) -> None:
 
 
 def test_launcher_writes_numbers_and_a_plot(tmp_path: Path, config: Path) -> None:
-    command = [
-        sys.executable, "launcher/benchmark.py", "train", "--config", str(config),
-        "--lengths", "32,64", "--methods", "tensorized,full", "--repeats", "1",
-        "--json", str(tmp_path / "rows.json"), "--plot", str(tmp_path / "rows.png"),
+    arguments = [
+        "train", "--config", str(config), "--lengths", "32,64", "--methods", "tensorized,full",
+        "--repeats", "1", "--json", str(tmp_path / "rows.json"),
+        "--plot", str(tmp_path / "rows.png"),
     ]  # fmt: skip
-    done = subprocess.run(
-        command, cwd=ROOT, env=launch_environment(), capture_output=True, text=True, timeout=120
-    )
+    done = run_forked("benchmark.py", *arguments)
     assert done.returncode == 0, done.stderr
     content = json.loads((tmp_path / "rows.json").read_text())
     assert [row["length"] for row in content["rows"]] == [32, 64, 32, 64]
     assert (tmp_path / "rows.png").read_bytes().startswith(b"\x89PNG")
-    longest = subprocess.run(
-        [*command, "--longest"], cwd=ROOT, env=launch_environment(), capture_output=True, text=True
-    )
+    longest = run_forked("benchmark.py", *arguments, "--longest")
     assert longest.returncode == 2
     assert longest.stderr.splitlines() == ["error: --longest: needs a CUDA device"]
 

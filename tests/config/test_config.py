@@ -1,7 +1,5 @@
 """Configurations: every shipped one is good, and every mistake is one helpful line."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +10,7 @@ from tensorlm.config import Config, config_toml, load_config
 from tensorlm.config.settings_table import settings_table
 from tensorlm.model import Llama
 from tensorlm.runtime.errors import UserError
+from tests.support.forked import run_forked
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = sorted((ROOT / "configs").glob("*.toml"))
@@ -175,10 +174,8 @@ def test_every_setting_that_makes_another_model_is_told_and_no_other() -> None:
 
 
 def test_launcher_prints_error_lines_and_exits_2() -> None:
-    command = [sys.executable, "launcher/train.py", "--config", "configs/demo.toml"]
-    result = subprocess.run(
-        [*command, "model.hiden_size=3", "optim.lr=-1"], cwd=ROOT, capture_output=True, text=True
-    )
+    settings = ["--config", "configs/demo.toml", "model.hiden_size=3", "optim.lr=-1"]
+    result = run_forked("train.py", *settings)
     assert result.returncode == 2
     lines = result.stderr.splitlines()
     assert len(lines) == 2
@@ -281,11 +278,8 @@ def test_mistakes_in_the_file_are_all_reported(tmp_path: Path) -> None:
 
 
 def test_a_dry_run_reports_what_ranks_cannot_share_beside_an_unknown_key() -> None:
-    command = [sys.executable, "launcher/train.py", "--config", "configs/demo.toml"]
-    result = subprocess.run(
-        [*command, "--dry-run", "2", "train.stepz=4", "train.rows_per_step=3"],
-        cwd=ROOT, capture_output=True, text=True,
-    )  # fmt: skip
+    settings = ["--config", "configs/demo.toml", "train.stepz=4", "train.rows_per_step=3"]
+    result = run_forked("train.py", *settings, "--dry-run", "2")
     assert result.returncode == 2
     first, second = result.stderr.splitlines()
     assert first.startswith("error: configs/demo.toml: train.stepz: unknown key")

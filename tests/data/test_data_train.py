@@ -25,7 +25,7 @@ from tensorlm.data.tokenizer.training import train_tokenizer
 from tensorlm.model.flops import peak_flops, train_flops
 from tensorlm.train.metrics import read_metrics
 from tests.support.documents import write_split
-from tests.support.launching import TINY, RunTraining, TrainRanks, losses
+from tests.support.launching import TINY, TrainRanks, losses
 
 DATA = """[data]
 seq_len = 256
@@ -87,10 +87,10 @@ def mixed(tmp_path: Path, config: Path) -> Path:
 
 
 def test_three_sources_are_mixed_and_trained_on_in_stages(
-    tmp_path: Path, mixed: Path, run_training: RunTraining, train_ranks: TrainRanks
+    tmp_path: Path, mixed: Path, train_ranks: TrainRanks
 ) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    shown = run_training(f"run.dir={whole}", ranks=1, launcher="python").stdout
+    shown = train_ranks(f"run.dir={whole}", ranks=1)
     assert "data: code: " in shown
     assert "50.0% of the rows" in shown
     assert "3 of 8 rows of 64 tokens, then 2 of 4 rows of 128 tokens, then 3 of 4" in shown

@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +24,7 @@ from tensorlm.evaluation.results import (
 from tensorlm.evaluation.tables import make_tables
 from tensorlm.evaluation.text import choose_spans
 from tensorlm.runtime.errors import UserError
-from tests.support.launching import ROOT
+from tests.support.forked import run_forked
 
 
 class Documents:
@@ -252,16 +250,13 @@ def test_launcher_names_a_missing_folder_and_prints_why_there_is_no_ratio(tmp_pa
     for length in (4096, 8192):
         write_reports(tmp_path / str(length), [report(result(length, predicted=str(length)))])
 
-    def compare(*arguments: str) -> "subprocess.CompletedProcess[str]":
-        command = [sys.executable, "launcher/evaluate.py", "--compare", *arguments]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-
-    done = compare(str(tmp_path), "--output", str(tmp_path / "all"))
+    output = ("--output", str(tmp_path / "all"))
+    done = run_forked("evaluate.py", "--compare", str(tmp_path), *output)
     assert done.returncode == 0, done.stderr
     assert "no ratio of perplexity at 8,192 to that at 4,096 tokens" in done.stdout
     assert "Beyond the trained length" not in done.stdout
     assert json.loads((tmp_path / "all/report.json").read_text())["ratios"] == []
-    failed = compare(str(tmp_path / "nothing"), "--output", str(tmp_path / "all"))
+    failed = run_forked("evaluate.py", "--compare", str(tmp_path / "nothing"), *output)
     assert failed.returncode == 2
     assert "--compare: must be folders, got " in failed.stderr
     assert os.path.exists(tmp_path / "all/report.html")

@@ -24,7 +24,7 @@ from tensorlm.evaluation.text import held_out_documents
 from tensorlm.hf.export_folder import export_checkpoint
 from tensorlm.runtime.errors import UserError
 from tests.evaluation.solver import save_untrained, solved_text, write_inputs
-from tests.support.launching import ROOT, TINY, launch_command, launch_environment
+from tests.support.launching import ROOT, TrainRanks
 
 
 def test_mistakes_are_one_line(tmp_path: Path) -> None:
@@ -135,24 +135,19 @@ def test_models_are_named_by_their_whole_paths(
 
 
 @pytest.mark.parametrize(
-    ("launcher", "ranks", "stage", "tasks"),
-    [("torchrun", 2, 3, '["ppl"]'), ("python", 1, 2, '["ppl","passkey"]')],
+    ("ranks", "stage", "tasks"),
+    [(2, 3, '["ppl"]'), (1, 2, '["ppl","passkey"]')],
     ids=["zero 3", "zero 2"],
 )
 def test_training_evaluates_every_few_steps(
-    data: Path, tmp_path: Path, launcher: str, ranks: int, stage: int, tasks: str
-) -> None:
-    config = tmp_path / "config.toml"
-    config.write_text(TINY.format(run=tmp_path / "run", data=data))
-    command = [
-        *launch_command(launcher, ranks), "--config", str(config), "train.stop_at=4",
-        "eval.every=2", f"zero.stage={stage}", f"eval.tasks={tasks}", "eval.lengths=[128,256]",
-        "eval.near=64", "eval.max_tokens=768", "eval.depths=1", "eval.repeats=2",
-        "checkpoint.every=4",
-    ]  # fmt: skip
-    subprocess.run(
-        command, cwd=ROOT, env=launch_environment(), capture_output=True, check=True, timeout=300
-    )
+    data: Path, tmp_path: Path, config: Path, train_ranks: TrainRanks, ranks: int, stage: int,
+    tasks: str,
+) -> None:  # fmt: skip
+    train_ranks(
+        "train.stop_at=4", "eval.every=2", f"zero.stage={stage}", f"eval.tasks={tasks}",
+        "eval.lengths=[128,256]", "eval.near=64", "eval.max_tokens=768", "eval.depths=1",
+        "eval.repeats=2", "checkpoint.every=4", ranks=ranks,
+    )  # fmt: skip
     steps = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert len(steps) == 4
     reports = [read_report(tmp_path / f"run/eval/step-0000000{n}/report.json") for n in (2, 4)]

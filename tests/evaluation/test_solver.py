@@ -19,6 +19,7 @@ from tensorlm.evaluation.run import evaluate
 from tensorlm.evaluation.text import held_out_documents
 from tensorlm.hf.export_folder import export_checkpoint
 from tests.evaluation.solver import SPAN
+from tests.support.forked import run_forked
 from tests.support.launching import ROOT, launch_environment
 
 SETTINGS = [
@@ -135,7 +136,8 @@ def test_checkpoint_and_exported_folder_have_one_report(solver: Path, tmp_path: 
     run_dir = Path(config.run.dir)
     settings = ["--config", str(solver), *SMALL]
     tasks = ["--lengths", f"90,{SPAN}", "--tasks", "ppl,passkey"]
-    ours = launch(*settings, *tasks)
+    ours = run_forked("evaluate.py", *settings, *tasks)
+    assert ours.returncode == 0, ours.stderr
     assert "Perplexity by length" in ours.stdout
     assert "perplexity at 96 tokens was not measured" in ours.stdout
     folder = run_dir / "eval/step-00000000"
@@ -159,9 +161,9 @@ def test_checkpoint_and_exported_folder_have_one_report(solver: Path, tmp_path: 
     assert checkpoint_report.passkey == exported_report.passkey
     assert checkpoint_report.passkey[-1].accuracy > 0
 
-    joint = launch(
-        "--compare", str(folder), str(tmp_path / "report"), "--output", str(tmp_path / "joint")
-    )
+    parts = (str(folder), str(tmp_path / "report"))
+    joint = run_forked("evaluate.py", "--compare", *parts, "--output", str(tmp_path / "joint"))
+    assert joint.returncode == 0, joint.stderr
     assert "run step 0" in joint.stdout
     page = (tmp_path / "joint/report.html").read_text()
     assert page.count("data:image/png;base64,") == 4

@@ -27,7 +27,7 @@ from tests.support.hf_models import (
     relative_error,
     tiny_llama,
 )
-from tests.support.launching import RunTraining
+from tests.support.launching import TrainRanks
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -314,7 +314,7 @@ def test_training_starts_from_imported_weights_and_exports_their_tokenizer(
     tmp_path: Path,
     config: Path,
     data: Path,
-    run_training: RunTraining,
+    train_ranks: TrainRanks,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     reference = tiny_llama()
@@ -326,11 +326,11 @@ def test_training_starts_from_imported_weights_and_exports_their_tokenizer(
     # It was saved as tokenizer.json, the data set's is a tokenizer.model.
     assert "was encoded with another tokenizer" in capsys.readouterr().out
     assert imported_folder(tmp_path / "run") == tmp_path / "run/imported/Tiny-Llama"
-    result = run_training("train.stop_at=1", "optim.lr=1e-12", ranks=1, launcher="python")
-    assert f"run {tmp_path / 'run'}: from imported weights, 8 steps" in result.stdout
+    printed = train_ranks("train.stop_at=1", "optim.lr=1e-12", ranks=1)
+    assert f"run {tmp_path / 'run'}: from imported weights, 8 steps" in printed
     note = f"note: {data} was encoded with another tokenizer than that of {tmp_path / 'run'}"
-    assert f"{note}/imported/Tiny-Llama" in result.stdout
-    assert "their ids are the same for all compared texts" in result.stdout
+    assert f"{note}/imported/Tiny-Llama" in printed
+    assert "their ids are the same for all compared texts" in printed
     after = select_checkpoint(tmp_path / "run", 1)
     name = "layers.0.self_attn.q_proj.weight"
     wanted = reference.state_dict()[f"model.{name}"]

@@ -3,8 +3,6 @@
 import copy
 import dataclasses
 import json
-import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,7 +23,8 @@ from tensorlm.plan.proposals import GAIN, MAX_PROPOSALS, SPARE, Proposal, apply,
 from tensorlm.plan.report import format_plan, plan_json
 from tensorlm.plan.speed import step_time
 from tensorlm.runtime.errors import UserError
-from tests.support.launching import ROOT, launch_environment
+from tests.support.forked import Completed, run_forked
+from tests.support.launching import ROOT
 
 LLAMA = "configs/llama8b_32k.toml"
 
@@ -374,11 +373,8 @@ def test_the_largest_stage_decides() -> None:
 # ----------------------------------------------------------------------------------------- launcher
 
 
-def launch(*arguments: str) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, "launcher/plan.py", "--config", LLAMA, *arguments]
-    return subprocess.run(
-        command, cwd=ROOT, env=launch_environment(), capture_output=True, text=True, timeout=120
-    )
+def launch(*arguments: str) -> Completed:
+    return run_forked("plan.py", "--config", LLAMA, *arguments)
 
 
 def test_launcher_tells_what_does_not_fit_and_what_would(tmp_path: Path) -> None:

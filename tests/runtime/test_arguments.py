@@ -9,7 +9,8 @@ import pytest
 
 from tensorlm.runtime.arguments import parse_arguments
 from tensorlm.runtime.errors import EXIT_BROKEN_PIPE, EXIT_USER_ERROR
-from tests.support.launching import ROOT, launch_environment
+from tests.support.forked import run_forked
+from tests.support.launching import ROOT
 
 
 def parse(monkeypatch: pytest.MonkeyPatch, *words: str) -> argparse.Namespace:
@@ -48,10 +49,7 @@ def test_what_is_no_setting_is_refused(
     ],
 )
 def test_benchmarks_refuse_what_they_cannot_measure(words: str, problem: str) -> None:
-    command = [sys.executable, "launcher/benchmark.py", *words.split()]
-    result = subprocess.run(
-        command, cwd=ROOT, env=launch_environment(), capture_output=True, text=True, timeout=60
-    )
+    result = run_forked("benchmark.py", *words.split())
     assert result.returncode == EXIT_USER_ERROR
     assert result.stderr.splitlines()[-1].startswith(f"error: {problem}")
 

@@ -16,7 +16,7 @@ from tensorlm.runtime.launch_env import (
     restarts_failed_ranks,
 )
 from tensorlm.runtime.ranks import own_gpu
-from tests.support.launching import RunTraining, losses
+from tests.support.launching import RunTraining, TrainRanks, losses
 
 MASTER = {"MASTER_ADDR": "node1", "MASTER_PORT": "10042"}
 # What each launcher sets for rank 5 of 8, the second of four on its node.
@@ -86,10 +86,10 @@ def test_ranks_that_cannot_meet_are_told_what_is_missing() -> None:
 @pytest.mark.skipif(
     shutil.which("mpirun") is None, reason="no mpirun here (apt-get install openmpi-bin)"
 )
-def test_ranks_of_mpirun_that_meet_through_mpi_train_like_plain_python(
-    tmp_path: Path, run_training: RunTraining
+def test_ranks_of_mpirun_that_meet_through_mpi_train_like_one_rank(
+    tmp_path: Path, run_training: RunTraining, train_ranks: TrainRanks
 ) -> None:
-    run_training("train.stop_at=3", f"run.dir={tmp_path / 'one'}", ranks=1, launcher="python")
+    train_ranks("train.stop_at=3", f"run.dir={tmp_path / 'one'}", ranks=1)
     run_training("train.stop_at=3", f"run.dir={tmp_path / 'two'}", ranks=2, launcher="mpirun")
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-6)
 

@@ -25,6 +25,8 @@ pytest.importorskip("triton")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 needs_cuda = pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
+# Programs race on a GPU only: in the interpreter, which is slow, few cases are run twice.
+MOST_TOKENS_RUN_TWICE = 1 if DEVICE == "cpu" else 1 << 30
 
 
 def operator(
@@ -51,7 +53,9 @@ def check_operator(
     tensors = {name: x.to(dtype) for name, x in tensors.items()}
     with poisoned_memory():
         ours = operator(tensors, dtype, "triton", rotary, **options)
-        again = operator(tensors, dtype, "triton", rotary, **options)
+        again = ours
+        if tensors["q"].shape[1] <= MOST_TOKENS_RUN_TWICE:
+            again = operator(tensors, dtype, "triton", rotary, **options)
     plain = operator(tensors, dtype, exact_backend, rotary, **options)
     exact = operator(tensors, torch.float64, exact_backend, rotary, **options)
     assert_as_good_as_plain(ours, plain, exact)

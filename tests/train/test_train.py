@@ -21,7 +21,6 @@ from tensorlm.train.dry_run import check_run
 from tensorlm.train.metrics import read_metrics
 from tests.support.launching import (
     ROOT,
-    RunTraining,
     TrainRanks,
     launch_command,
     launch_environment,
@@ -39,7 +38,7 @@ def final_hashes(run_dir: Path) -> list[str]:
 
 
 def test_run_killed_after_a_checkpoint_continues_bit_for_bit(
-    tmp_path: Path, config: Path, run_training: RunTraining, train_ranks: TrainRanks
+    tmp_path: Path, config: Path, train_ranks: TrainRanks
 ) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     steps = "train.steps=60"
@@ -67,8 +66,8 @@ def test_run_killed_after_a_checkpoint_continues_bit_for_bit(
     assert killed_at is not None
     assert killed_at.step < 60  # it had not ended by itself
 
-    result = run_training(f"run.dir={broken}", steps, launcher="deepspeed")
-    assert "resumed after step" in result.stdout
+    printed = train_ranks(f"run.dir={broken}", steps)
+    assert "resumed after step" in printed
     assert losses(broken) == losses(whole)
     assert final_hashes(broken) == final_hashes(whole)
 
@@ -81,7 +80,7 @@ def test_run_killed_after_a_checkpoint_continues_bit_for_bit(
     assert (broken / "config.toml").read_text().startswith(f"# commit {git_commit()}\n")
     line = r"^step 60/60 \| loss [\d.]+ \| grad norm [\d.]+ \| lr [\d.e+-]+ \| [\d,]+ tokens/s "
     line += r"\| MFU [\d.]+% \| [\d.]+ GiB \| ETA 0s$"
-    assert re.search(line, result.stdout, re.MULTILINE)
+    assert re.search(line, printed, re.MULTILINE)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 3])

@@ -34,10 +34,6 @@ class Tiles(NamedTuple):
     bulk: bool = False
 
 
-# A tensor, and the tables to rotate it by on load: none if it is rotated, or is not to be.
-Turned = tuple[Tensor, Tensor | None, Tensor | None]
-
-
 class Hop(NamedTuple):
     """The inputs of one hop as the kernels take them: contiguous, lse [B, H, T] in float32.
 
@@ -112,7 +108,7 @@ class Hop(NamedTuple):
             "STRIDED": self.stride > 1, "PRECISION": precision_of(self.q.dtype),
         }  # fmt: skip
 
-    def rotated(self, x: Tensor, first: bool) -> Turned:
+    def rotated(self, x: Tensor, first: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """`x` (q or k) and the tables to rotate it on load; without tables if rotated `first`."""
         if self.cos is None or self.sin is None or not first:
             return x, self.cos, self.sin

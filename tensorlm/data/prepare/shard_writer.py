@@ -1,7 +1,7 @@
-"""Atomic writing of shards: an interrupted writer never leaves a partial shard.
+"""Writing shards so that each exists whole or not at all, whatever stops the writer.
 
-Files are written under temporary names, synced and renamed: tokens, ends, then the header, without
-which a shard does not exist. The index is written last and makes the split readable.
+Files are written under temporary names, synced, and renamed: tokens, ends, then the header, without
+which a shard does not exist. The index comes last and makes the split readable.
 """
 
 import contextlib
@@ -48,22 +48,22 @@ def _errors_named(path: Path) -> Iterator[None]:
 
 
 def make_folder(path: Path) -> None:
-    """Create a folder and its missing parents.
+    """Make a folder and those above it.
 
     Raises:
-        UserError: the folder cannot be created.
+        UserError: it cannot be made.
     """
     try:
         disk.make_folder(path)
     except OSError as error:
-        raise UserError(f"{path}: cannot be created ({error.strerror})") from None
+        raise UserError(f"{path}: cannot be made ({error.strerror})") from None
 
 
 def write_atomically(path: Path, content: bytes) -> FileEntry:
-    """Write a small file atomically.
+    """Write a small file whole or not at all.
 
     Raises:
-        UserError: the file cannot be written.
+        UserError: it cannot be written.
     """
     with _errors_named(path):
         size, sha256 = disk.replace_file(path, content)
