@@ -56,7 +56,7 @@ def hop(
     ahead: Tensor | None = None,
     backend: Backend = "auto",
 ) -> State:
-    """One hop by the chosen backend: `HopInputs` has the arguments, `dense.hop` the results.
+    """One hop by the chosen backend. For arguments see `HopInputs`, for results `dense.hop`.
 
     `reach` and `ahead` may be [1, T] for all rows of the batch, and of any integer dtype.
 

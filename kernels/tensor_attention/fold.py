@@ -40,7 +40,7 @@ State = tuple[Tensor, Tensor]
 
 
 class HopInputs(NamedTuple):
-    """What one hop takes. B batch, T tokens, H query heads, K key/value heads, D and E sizes.
+    """The inputs of one hop (B batch, T tokens, H query heads, K key heads, D and E head sizes).
 
     q: [B, T, H, D].
     k: [B, T, K, D]; query head h reads key head h // (H / K).
@@ -70,7 +70,7 @@ class HopInputs(NamedTuple):
 
     @property
     def score_scale(self) -> float:
-        """The factor on the scores."""
+        """The factor on the scores, 1 / sqrt(D) by default."""
         return self.q.shape[3] ** -0.5 if self.scale is None else self.scale
 
 

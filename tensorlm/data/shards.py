@@ -232,9 +232,9 @@ def verify_files(
     is_shown: bool = True,
     progress: Callable[[], object] = lambda: None,
 ) -> list[str]:
-    """Read every byte of `files`; one line for each that is not as it was written.
+    """Read every byte of `files`; one line for each file that does not match its checksum.
 
-    `progress` is called as bytes are read, and a bar called `title` shows them.
+    `progress` is called as bytes are read, and a bar with the title `title` shows them.
     """
     total = sum(entry.bytes for _, entry in files)
     with (

@@ -1,4 +1,4 @@
-"""Every byte of the data is as it was written."""
+"""Verification of a run's data against its checksums."""
 
 from collections.abc import Callable
 
@@ -10,10 +10,10 @@ from .shards import verify_files
 
 
 def check_data(rows: PackedRows, rank: int, world_size: int, progress: Callable[[], None]) -> None:
-    """Every byte of the data is as it was written; each rank reads its share of the files.
+    """Verify all files of the data; each rank reads its share of them.
 
     Raises:
-        UserError: on all ranks, a line for each file that differs.
+        UserError: on all ranks, one line for each file that differs.
     """
     files = [
         (corpus.folder / name, entry)

@@ -1,8 +1,8 @@
 """The gain from long context: the loss with the whole context, compared with the last tokens only.
 
-A curve over length that stays flat may hide a model that ignores its context. Here each token is
-predicted twice: from everything before it in the window, and from about the last `near` tokens. A
-model that does not use earlier tokens has a gain of zero.
+A flat curve over length can hide a model that ignores its context. Therefore, each token is
+predicted twice: from all tokens before it in the window, and from about the last `near` tokens. A
+model that does not use more distant tokens has a gain of zero.
 """
 
 from itertools import pairwise
@@ -21,8 +21,8 @@ def near_losses(model: EvaluatedModel, spans: Spans, near: int) -> Losses:
     """The loss of each token, predicted only from the last tokens before it.
 
     Each window predicts the near / 4 tokens after its first `near` tokens (more if ranks share
-    windows, which must then be longer). So each token sees `near` to 1.25 x `near` tokens, and the
-    gain is a lower bound.
+    windows, which must then be longer). Each token thus reads `near` to 1.25 x `near` tokens, and
+    the gain is a lower bound.
     """
     unit = model.window_unit
     window = min(-(-(near + near // 4) // unit) * unit, spans.length)

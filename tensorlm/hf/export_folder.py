@@ -185,9 +185,9 @@ def check_new_folder(output: Path) -> None:
 
 @contextmanager
 def _published(output: Path) -> Iterator[Path]:
-    """A folder to fill that takes the name `output` when the body is done, else vanishes.
+    """A folder to fill. After the body it is renamed to `output`; on an error it is removed.
 
-    Links are followed: the folder that `output` leads to is filled.
+    If `output` is a link, its target is filled.
     """
     target = Path(os.path.realpath(output))
     try:
@@ -198,7 +198,7 @@ def _published(output: Path) -> Iterator[Path]:
             with disk.atomic_folder(target) as folder:
                 yield folder
     except OSError as error:
-        if error.filename2 == str(target):  # of the last rename
+        if error.filename2 == str(target):  # the final rename failed
             raise UserError(
                 f"{output}: cannot be replaced ({error.strerror}; the finished export is "
                 f"{error.filename}: rename it)"

@@ -11,7 +11,7 @@ from .strict_json import json_text
 def add_settings(
     parser: argparse.ArgumentParser, text: str = "TOML file of the run", *, required: bool = True
 ) -> None:
-    """Add `--config`, described by `text`, and the settings that replace those of its file."""
+    """Add `--config`, described by `text`, and settings that replace those of its file."""
     parser.add_argument("--config", required=required, help=text)
     parser.add_argument(
         "overrides",
@@ -29,7 +29,7 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 
 
 def write_json(path: Path | None, content: Any) -> None:
-    """Write what was measured or computed to the file of `--json`, where there is one."""
+    """Write `content` to the file of `--json`, if one is given."""
     if path is not None:
         path.write_text(json_text(content, indent=1) + "\n")
 

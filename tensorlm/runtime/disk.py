@@ -1,9 +1,8 @@
-"""All changes to the disk that a run must be able to survive.
+"""Durable and atomic changes to files and folders.
 
 Files and folders get their names when they are complete: `AtomicFile`, `replace_file`,
-`atomic_folder`. `Disk` is the operating system, with one method per system call. Tests replace it
-with `use`, by one that kills the process at the n-th call, makes that call fail, or records what a
-power cut would lose.
+`atomic_folder`. `Disk` has one method per system call. Tests replace it (`use`) by one that kills
+the process at the n-th call, makes that call fail, or records what a power cut would lose.
 """
 
 import contextlib
@@ -22,7 +21,7 @@ class Disk:
         os.mkdir(path)
 
     def create(self, path: Path) -> int:
-        """Create a file and return its descriptor; fail if the path exists, as a link too."""
+        """Create a file and return its descriptor; fail if the path exists, also as a link."""
         return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
 
     def write(self, descriptor: int, data: memoryview) -> int:
@@ -66,7 +65,7 @@ def make_folder(path: Path) -> None:
     """Create a folder and its missing parents, durably; do nothing if it exists.
 
     Raises:
-        OSError: it cannot be created, or something else has its name.
+        OSError: the folder cannot be created, or its name belongs to something else.
     """
     if path.is_dir():
         return
@@ -99,7 +98,7 @@ class _NewFile:
             progress(num_written)
 
     def finish(self) -> tuple[int, str]:
-        """Take the content to the disk itself (fsync), and close; returns size and sha256."""
+        """Sync the content to disk (fsync) and close the file; returns size and sha256."""
         _disk.sync(self._descriptor)
         self.close()
         return self._size, self._digest.hexdigest()
@@ -112,7 +111,7 @@ class _NewFile:
 
 
 class AtomicFile(_NewFile):
-    """A file that is written under another name, and gets its own when it is complete."""
+    """A file that is written under a temporary name and renamed when it is complete."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -120,13 +119,13 @@ class AtomicFile(_NewFile):
         super().__init__(self._temporary)
 
     def publish(self) -> tuple[int, str]:
-        """Take the name `path`, in place of an older file; returns size and sha256."""
+        """Rename to `path`, replacing an older file; returns size and sha256."""
         size_and_digest = self.finish()
         _disk.rename(self._temporary, self.path)
         return size_and_digest
 
     def discard(self) -> None:
-        """Leave nothing behind (after `publish` this does nothing)."""
+        """Remove the temporary file (after `publish`, this does nothing)."""
         for step in (self.close, lambda: _disk.unlink(self._temporary)):
             with contextlib.suppress(OSError):
                 step()
@@ -137,7 +136,7 @@ def write_file(
     parts: Iterable[bytes | memoryview],
     progress: Callable[[int], object] = lambda num_bytes: None,
 ) -> tuple[int, str]:
-    """Write a new file through to the disk (fsync); returns its size and sha256.
+    """Write a new file and sync it to disk (fsync); returns its size and sha256.
 
     The folder's entry for the file is durable only after `sync_folder`. `progress` is called with
     the number of bytes just written.
@@ -152,7 +151,7 @@ def write_file(
 
 
 def replace_file(path: Path, content: bytes) -> tuple[int, str]:
-    """Write a small file whole or not at all (`AtomicFile`); returns its size and sha256."""
+    """Write a small file atomically (`AtomicFile`); returns its size and sha256."""
     file = AtomicFile(path)
     try:
         file.write(content)
@@ -162,12 +161,12 @@ def replace_file(path: Path, content: bytes) -> tuple[int, str]:
 
 
 def temporary_folder(target: Path) -> Path:
-    """Name under which the folder `target` is filled."""
+    """Temporary name of the folder `target` while it is filled."""
     return target.with_name(f".tmp-{target.name}")
 
 
 def start_folder(target: Path) -> Path:
-    """An empty `temporary_folder`; what a killed writer left there is removed."""
+    """Create an empty `temporary_folder`; removes one that a killed writer left."""
     temporary = temporary_folder(target)
     make_folder(target.parent)
     if os.path.lexists(temporary):
@@ -178,11 +177,11 @@ def start_folder(target: Path) -> Path:
 
 @contextlib.contextmanager
 def atomic_folder(target: Path) -> Iterator[Path]:
-    """A folder to fill, which gets the name `target` when the body is done; else it is removed.
+    """A folder to fill. After the body it is renamed to `target`; on an error it is removed.
 
     Raises:
-        OSError: the disk refused. If that was the last rename (`filename2` is set), the complete
-            folder stays under its temporary name.
+        OSError: an operation failed. If it was the final rename (`filename2` is set), the complete
+            folder remains under its temporary name.
     """
     temporary = start_folder(target)
     try:
@@ -196,7 +195,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
 
 
 def _sync_tree(folder: Path) -> None:
-    """Make all that is in a folder durable, whichever library wrote it."""
+    """Make everything in a folder durable, whichever library wrote it."""
     for path in folder.rglob("*"):
         if path.is_dir():
             _disk.sync_folder(path)
@@ -218,7 +217,7 @@ def sync_folder(path: Path) -> None:
 
 
 def remove_tree(path: Path) -> None:
-    """Remove a folder with everything in it; links are removed, never followed."""
+    """Remove a folder and everything in it; links are removed, never followed."""
     if path.is_symlink():
         _disk.unlink(path)
         return
@@ -237,7 +236,7 @@ def file_sha256(
     """Size and sha256 of a regular file; `progress` is called with the number of bytes just read.
 
     Raises:
-        OSError: it cannot be read, or is a link, a pipe or a device.
+        OSError: the file cannot be read, or is a link, a pipe or a device.
     """
     # Without O_NONBLOCK, opening a pipe would wait forever for a writer.
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)

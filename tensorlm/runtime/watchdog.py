@@ -157,7 +157,7 @@ class Watchdog:
             "waits": _is_waiting(),
             "seconds": seconds,
         }
-        # Not by `disk.replace_file`, which waits for the disk: that may be what hangs.
+        # Not with `disk.replace_file`, which waits for the disk: the disk may be what hangs.
         temporary = self._folder / f".{name}"
         temporary.write_text(json_text(report))
         temporary.rename(self._folder / f"{name}.json")

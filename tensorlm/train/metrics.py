@@ -102,6 +102,6 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
 
 def _drop_later_steps(path: Path, step: int) -> None:
     kept = [record for record in read_metrics(path.parent) if record["step"] <= step]
-    for left in path.parent.glob(f"{path.name}.*.tmp"):  # by a start that was killed just here
+    for left in path.parent.glob(f"{path.name}.*.tmp"):  # left by a start that was killed here
         left.unlink()
     disk.replace_file(path, "".join(json_text(record) + "\n" for record in kept).encode())

@@ -16,7 +16,7 @@ from .backward_key import backward_keys
 from .backward_line import backward_lines
 from .backward_query import QueryGradients, backward_queries
 from .launch import Hop
-from .tiles import backward_line_tiles
+from .tiles import backward_key_tiles, backward_line_tiles, backward_query_tiles
 
 
 class HopGradients(NamedTuple):
@@ -75,13 +75,16 @@ def hop_backward(
             accumulate=accumulate, delta_before=delta_before, tiles=line_tiles,
         )  # fmt: skip
     else:
+        query_tiles, key_tiles = backward_query_tiles(hop), backward_key_tiles(hop)
+        assert query_tiles.rotate_first == key_tiles.rotate_first
+        keys = hop.rotated(hop.k, key_tiles.rotate_first)
         backward_queries(
             hop, z if delta is None else None, lse, dz, dlse, dq, grads,
-            accumulate=accumulate, dz_before=dz_before,
+            keys=keys, accumulate=accumulate, dz_before=dz_before,
         )  # fmt: skip
         backward_keys(
             hop, lse, dz, dlse, grads.delta, dk, dvalues,
-            accumulate=accumulate, delta_before=delta_before,
+            keys=keys, accumulate=accumulate, delta_before=delta_before,
         )  # fmt: skip
     dbias = None if grads.dbias is None else grads.dbias.sum((0, 2))
     return HopGradients(dbias, grads.dlse_before, delta_before)

@@ -19,7 +19,7 @@ from .common import (
     store_gradient,
     store_tile,
 )
-from .launch import SIZES, Hop, Tiles, bulk_heads, bulk_rows
+from .launch import SIZES, Hop, Tiles, Turned, bulk_heads, bulk_rows
 from .tiles import backward_key_tiles
 
 # Rows whose reach a program reads at a time to find the queries that attend to its keys.
@@ -201,6 +201,7 @@ def backward_keys(
     dk: Tensor,
     dvalues: Tensor,
     *,
+    keys: Turned,
     accumulate: bool,
     delta_before: Tensor | None,
     tiles: Tiles | None = None,
@@ -211,6 +212,7 @@ def backward_keys(
         hop, lse, dz, dlse, accumulate: as in `backward.hop_backward`.
         delta: <dz, z> [B, H, T].
         dk, dvalues: outputs.
+        keys: as in `backward_queries`.
         delta_before: [B, H, T] float32 or None. If given, the values are the state's z: `dvalues`
             includes the state's gradient, and `delta_before` is set to <dvalues, values>.
         tiles: None: from the table.
@@ -218,7 +220,7 @@ def backward_keys(
     tiles = tiles or backward_key_tiles(hop)
     assert tiles.block_n % (tiles.block_m // tiles.pack) == 0
     q, q_cos, q_sin = hop.rotated(hop.q, tiles.rotate_first)
-    k, k_cos, k_sin = hop.rotated(hop.k, tiles.rotate_first)
+    k, k_cos, k_sin = keys
     values, dz_tiles = hop.values, dz
     if tiles.bulk:
         tokens = tiles.block_m // tiles.pack

@@ -21,7 +21,7 @@ from .common import (
     store_gradient,
     store_tile,
 )
-from .launch import SIZES, Hop, Tiles, bulk_rows
+from .launch import SIZES, Hop, Tiles, Turned, bulk_rows
 from .tiles import backward_query_tiles
 
 
@@ -165,6 +165,7 @@ def backward_queries(
     dq: Tensor,
     grads: QueryGradients,
     *,
+    keys: Turned,
     accumulate: bool,
     dz_before: Tensor | None,
     tiles: Tiles | None = None,
@@ -176,11 +177,12 @@ def backward_queries(
         z: result of the hop, [B, T, H, E]; None: `grads.delta` is read instead.
         dq: output.
         grads: outputs.
+        keys: the keys, rotated already if the tiles ask for it (`Hop.rotated`).
         dz_before: output, the gradient of `hop.z_before`; None if that is `hop.values`.
         tiles: None: from the table.
     """
     tiles = tiles or backward_query_tiles(hop)
-    k, k_cos, k_sin = hop.rotated(hop.k, tiles.rotate_first)
+    k, k_cos, k_sin = keys
     values = hop.values
     if tiles.bulk:
         k, values = bulk_rows(k, tiles.block_n), bulk_rows(values, tiles.block_n)

@@ -28,7 +28,7 @@ from .common import (
 )
 from .forward_line import forward_lines
 from .launch import SIZES, Hop, Tiles, bulk_rows
-from .tiles import forward_line_tiles, forward_tiles
+from .tiles import forward_line_tiles, forward_ring, forward_tiles
 
 
 @triton.jit
@@ -157,6 +157,12 @@ def hop_forward(hop: Hop, z: Tensor, lse: Tensor, tiles: Tiles | None = None) ->
     line_tiles = forward_line_tiles(hop) if tiles is None else None
     if line_tiles is not None:
         forward_lines(hop, z, lse, line_tiles)
+        return
+    ring = forward_ring(hop) if tiles is None else None
+    if ring is not None:
+        from .specialized_forward import specialized_forward
+
+        specialized_forward(hop, hop.rotated(hop.k, True)[0], z, lse, ring)
         return
     tiles = tiles or forward_tiles(hop)
     k, k_cos, k_sin = hop.rotated(hop.k, tiles.rotate_first)

@@ -34,6 +34,10 @@ class Tiles(NamedTuple):
     bulk: bool = False
 
 
+# A tensor, and the tables to rotate it by on load: none if it is rotated, or is not to be.
+Turned = tuple[Tensor, Tensor | None, Tensor | None]
+
+
 class Hop(NamedTuple):
     """The inputs of one hop as the kernels take them: contiguous, lse [B, H, T] in float32.
 
@@ -108,7 +112,7 @@ class Hop(NamedTuple):
             "STRIDED": self.stride > 1, "PRECISION": precision_of(self.q.dtype),
         }  # fmt: skip
 
-    def rotated(self, x: Tensor, first: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def rotated(self, x: Tensor, first: bool) -> Turned:
         """`x` (q or k) and the tables to rotate it on load; without tables if rotated `first`."""
         if self.cos is None or self.sin is None or not first:
             return x, self.cos, self.sin

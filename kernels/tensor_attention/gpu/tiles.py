@@ -5,6 +5,7 @@ of a program agree in every bit.
 """
 
 import math
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -21,6 +22,46 @@ class LineTiles(NamedTuple):
     block: int
     warps: int
     stages: int
+
+
+class RingTiles(NamedTuple):
+    """Tiles of a warp-specialized kernel: keys of a slot, slots of the ring, heads of a tile."""
+
+    block_n: int
+    stages: int
+    pack: int
+
+
+@cache
+def _has_gluon() -> bool:
+    """Whether Triton brings what the warp-specialized kernel is written in."""
+    try:
+        from . import specialized_forward  # noqa: F401
+    except (ImportError, AttributeError):
+        return False
+    return True
+
+
+def forward_ring(hop: Hop) -> RingTiles | None:
+    """Tiles of the warp-specialized forward kernel; None where it does not serve.
+
+    It serves the shape of most large models on Hopper: bf16, rotary heads of 128, and groups of
+    query heads that 4 divides.
+    """
+    serves = (
+        not is_interpreted()
+        and hop.window > _REUSE
+        and hop.bias is None
+        and hop.cos is not None
+        and hop.q.dtype == torch.bfloat16
+        and (hop.q.shape[3], hop.values.shape[3]) == (128, 128)
+        and hop.values.shape[2] == hop.k.shape[2]
+        and hop.shared % 4 == 0
+        and hop.allows_bulk
+        and torch.cuda.get_device_capability(hop.q.device)[0] == 9
+        and _has_gluon()
+    )
+    return RingTiles(64, 5, 4) if serves else None
 
 
 def forward_tiles(hop: Hop) -> Tiles:

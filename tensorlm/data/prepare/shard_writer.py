@@ -1,7 +1,7 @@
-"""Writing shards so that each exists whole or not at all, whatever stops the writer.
+"""Atomic writing of shards: an interrupted writer never leaves a partial shard.
 
-Files are written under temporary names, synced, and renamed: tokens, ends, then the header, without
-which a shard does not exist. The index comes last and makes the split readable.
+Files are written under temporary names, synced and renamed: tokens, ends, then the header, without
+which a shard does not exist. The index is written last and makes the split readable.
 """
 
 import contextlib
@@ -48,22 +48,22 @@ def _errors_named(path: Path) -> Iterator[None]:
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder and those above it.
+    """Create a folder and its missing parents.
 
     Raises:
-        UserError: it cannot be made.
+        UserError: the folder cannot be created.
     """
     try:
         disk.make_folder(path)
     except OSError as error:
-        raise UserError(f"{path}: cannot be made ({error.strerror})") from None
+        raise UserError(f"{path}: cannot be created ({error.strerror})") from None
 
 
 def write_atomically(path: Path, content: bytes) -> FileEntry:
-    """Write a small file whole or not at all.
+    """Write a small file atomically.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: the file cannot be written.
     """
     with _errors_named(path):
         size, sha256 = disk.replace_file(path, content)

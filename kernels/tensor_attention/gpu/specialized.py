@@ -1,0 +1,122 @@
+# ruff: noqa: N803 - compile-time constants of Triton kernels are capitals
+# mypy: allow-untyped-defs, allow-incomplete-defs
+"""What the warp-specialized kernel of the window hop shares: tiles of queries, a ring of keys.
+
+One program per multiprocessor walks many tiles of queries. A producer warp loads the keys and
+values of tile after tile by TMA into a ring of shared memory. Two warp groups compute, with 64 rows
+each: what is loaded once serves 128 rows. Each slot of the ring has four barriers: keys and values
+are `full` when they have been loaded, and `empty` when both groups are done with them.
+
+A tile is 128 / PACK tokens of PACK query heads that share a key head; rows count heads fastest.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+
+# Their names in Triton 3.6, and in later ones.
+load_tiles = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+barrier = getattr(gl, "barrier", None) or gl.thread_barrier
+GROUPS = gl.constexpr(2)
+ROWS = gl.constexpr(64)  # of one warp group
+
+
+@gluon.jit
+def place(tile, num_blocks, HEAD_BLOCKS: gl.constexpr):
+    """Group of heads, block of tokens (the last one first), batch of a tile."""
+    rest = tile // HEAD_BLOCKS
+    return tile % HEAD_BLOCKS, num_blocks - 1 - rest % num_blocks, rest // num_blocks
+
+
+@gluon.jit
+def row_tokens(block, which, PACK: gl.constexpr, LAYOUT: gl.constexpr):
+    """The token of each row of a warp group."""
+    row = gl.arange(0, ROWS, layout=LAYOUT)
+    return (block * GROUPS + which) * (ROWS // PACK) + row // PACK
+
+
+@gluon.jit
+def first_visible(reach, token, exists, length):
+    """The first token that each token sees; one that does not exist sees itself alone."""
+    back = gl.maximum(gl.load(reach + token, mask=exists, other=0), -1)
+    return token - gl.where(exists, gl.minimum(gl.minimum(back, token), length - 1), 0)
+
+
+@gluon.jit
+def key_range(
+    reach, block, num_tokens, length,
+    PACK: gl.constexpr, BLOCK_N: gl.constexpr, WARPS: gl.constexpr,
+):  # fmt: skip
+    """Where the keys of a tile begin, how many blocks they are, and from where to where all rows
+    see all keys. Every warp computes the same.
+    """
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
+    tokens: gl.constexpr = GROUPS * (ROWS // PACK)
+    token = block * tokens + gl.arange(0, tokens, layout=LAYOUT)
+    exists = token < num_tokens
+    first = first_visible(reach, token, exists, length)
+    end = gl.minimum((block + 1) * tokens, num_tokens)
+    begin = gl.min(gl.where(first <= token, first, end), 0) // BLOCK_N * BLOCK_N
+    inner = (gl.max(gl.where(exists, first, 0), 0) + BLOCK_N - 1) // BLOCK_N * BLOCK_N
+    inner_end = (block * tokens + 1) // BLOCK_N * BLOCK_N
+    return begin, (end - begin + BLOCK_N - 1) // BLOCK_N, inner, inner_end
+
+
+@gluon.jit
+def release(empty):
+    """This group is done with a slot: all its warps are, after `barrier`."""
+    barrier()
+    mbarrier.arrive(empty, count=1)
+
+
+@gluon.jit
+def produce(
+    k, values, ring, reach, num_tokens, length, num_blocks, num_tiles,
+    H: gl.constexpr, K: gl.constexpr, D: gl.constexpr, PACK: gl.constexpr,
+    BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Load the keys and values of all tiles of this program, as slots become empty."""
+    ks, vs, k_full, k_empty, v_full, v_empty = ring
+    BYTES: gl.constexpr = BLOCK_N * D * 2
+    slot = 0
+    phase = 1
+    for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
+        head_block, block, batch = place(tile, num_blocks, H // PACK)
+        begin, count, _, _ = key_range(
+            reach + batch.to(gl.int64) * num_tokens, block, num_tokens, length, PACK, BLOCK_N, 1
+        )
+        column = head_block * PACK // (H // K) * D
+        row = batch * num_tokens + begin
+        for i in range(0, count):
+            mbarrier.wait(k_empty.index(slot), phase)
+            mbarrier.expect(k_full.index(slot), BYTES)
+            load_tiles(k, [row + i * BLOCK_N, column], k_full.index(slot), ks.index(slot))
+            mbarrier.wait(v_empty.index(slot), phase)
+            mbarrier.expect(v_full.index(slot), BYTES)
+            load_tiles(values, [row + i * BLOCK_N, column], v_full.index(slot), vs.index(slot))
+            slot += 1
+            if slot == STAGES:
+                slot = 0
+                phase = phase ^ 1
+
+
+@gluon.jit
+def load_halves(
+    x, tile, num_tiles, which, cos, sin, num_tokens, num_blocks,
+    H: gl.constexpr, D: gl.constexpr, PACK: gl.constexpr,
+):  # fmt: skip
+    """Both halves [64, D / 2] of a group's rows of `x`, and their cosines and sines."""
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [32 // (D // 16), D // 16], [4, 1], [1, 0])
+    head_block, block, batch = place(tile, num_blocks, H // PACK)
+    row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT))
+    token = row_tokens(block, which, PACK, gl.SliceLayout(1, LAYOUT))
+    exists = ((token < num_tokens) & (tile < num_tiles))[:, None]
+    column = gl.arange(0, D // 2, layout=gl.SliceLayout(0, LAYOUT))
+    vector = (batch.to(gl.int64) * num_tokens + token) * H + head_block * PACK + row % PACK
+    at = (vector * D)[:, None] + column[None, :]
+    real = gl.load(x + at, mask=exists, other=0.0)
+    imag = gl.load(x + at + D // 2, mask=exists, other=0.0)
+    angle = token.to(gl.int64)[:, None] * (D // 2) + column[None, :]
+    c = gl.load(cos + angle, mask=exists, other=0.0)
+    s = gl.load(sin + angle, mask=exists, other=0.0)
+    return real, imag, c, s

@@ -1,0 +1,102 @@
+"""The warp-specialized forward kernel of Hopper against the general one: the same bits."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tensor_attention.gpu import launch, tiles
+from tensor_attention.gpu.forward import hop_forward
+from tensor_attention.gpu.launch import Hop
+from tensor_attention.gpu.tiles import forward_ring, forward_tiles
+from tests.tensor_attention.cases import poisoned_memory, rotary_table
+
+pytest.importorskip("triton")
+
+HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
+needs_hopper = pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
+
+
+def window_hop(
+    batch: int, num_tokens: int, heads: int, key_heads: int, window: int, mean: int = 0
+) -> Hop:  # fmt: skip
+    """A random window hop of heads of 128; `mean` tokens a document (0: one document)."""
+    device = "cuda" if HOPPER else "cpu"
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (
+        torch.randn(batch, num_tokens, n, 128, generator=generator).to(device, torch.bfloat16)
+        for n in (heads, key_heads, key_heads)
+    )
+    begins = torch.rand(batch, num_tokens, generator=generator) * mean < 1 if mean else None
+    token = torch.arange(num_tokens).expand(batch, -1)
+    starts = torch.zeros_like(token) if begins is None else token * begins
+    reach = (token - starts.cummax(1).values).to(torch.int32)
+    reach[:, 7::50] = -1  # a few tokens see nothing
+    cos, sin = (x.float().to(device) for x in rotary_table(num_tokens, 128))
+    reach = reach.to(device)
+    return Hop(q, k, v, reach, None, None, None, cos, sin, 1, window, 128**-0.5)
+
+
+def results(hop: Hop) -> tuple[Tensor, Tensor]:
+    batch, num_tokens, heads, _ = hop.q.shape
+    return torch.empty_like(hop.q), hop.q.new_empty(batch, heads, num_tokens, dtype=torch.float32)
+
+
+CASES = {
+    "one document": {"batch": 1, "num_tokens": 3001, "heads": 8, "key_heads": 2, "window": 1024},
+    "two rows": {"batch": 2, "num_tokens": 1024, "heads": 8, "key_heads": 2, "window": 300},
+    "documents": {
+        "batch": 1, "num_tokens": 2500, "heads": 8, "key_heads": 2, "window": 500, "mean": 90,
+    },
+    "eight query heads": {"batch": 1, "num_tokens": 700, "heads": 8, "key_heads": 1, "window": 512},
+    "open window": {"batch": 1, "num_tokens": 4100, "heads": 4, "key_heads": 1, "window": 4100},
+    "few tokens": {"batch": 1, "num_tokens": 257, "heads": 4, "key_heads": 1, "window": 257},
+}  # fmt: skip
+
+
+@pytest.mark.gpu
+@needs_hopper
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_forward_has_the_bits_of_the_general_kernel(case: dict[str, int]) -> None:
+    hop = window_hop(**case)
+    assert forward_ring(hop) is not None
+    with poisoned_memory():
+        general, specialized = results(hop), results(hop)
+        hop_forward(hop, *general, forward_tiles(hop))
+        hop_forward(hop, *specialized)
+        again = results(hop)
+        hop_forward(hop, *again)
+    assert all(torch.equal(x, y) for x, y in zip(general, specialized, strict=True))
+    assert all(torch.equal(x, y) for x, y in zip(again, specialized, strict=True))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"length": 200},  # so few keys that they are rotated on load
+        {"bias": torch.zeros(8)},
+        {"cos": None, "sin": None},
+        {"q": torch.zeros(1, 600, 6, 128, dtype=torch.bfloat16)},  # three query heads a key head
+        {"lse_before": torch.zeros(1, 8, 600)},
+        {"stride": 2},
+    ],
+    ids=lambda change: ",".join(change),
+)
+def test_other_hops_take_the_general_kernel(
+    change: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiles, "is_interpreted", lambda: False)
+    monkeypatch.setattr(launch, "is_interpreted", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    hop = window_hop(1, 600, 8, 2, 512)
+    assert forward_ring(hop) == (64, 5, 4)
+    assert forward_ring(hop._replace(**change)) is None
+    assert forward_ring(hop._replace(q=hop.q.half())) is None
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (10, 0))
+    assert forward_ring(hop) is None  # its instructions are Hopper's alone
+
+
+def test_the_interpreter_runs_the_general_kernel() -> None:
+    if not HOPPER:
+        assert forward_ring(window_hop(1, 600, 8, 2, 512)) is None
