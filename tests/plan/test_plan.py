@@ -97,7 +97,7 @@ def test_peaks_of_the_data_sheets_are_those_that_mfu_is_taken_of(
 
 @pytest.mark.parametrize("text", ["v100", "0", "-3", "inf", "nan", ""])
 def test_unknown_gpus_are_refused(text: str) -> None:
-    with pytest.raises(UserError, match="valid: a100, h100, h200, b200, or GiB"):
+    with pytest.raises(UserError, match="must be a100, h100, h200, b200 or GiB of memory, got "):
         find_gpu(text)
 
 
@@ -340,7 +340,7 @@ def test_perplexity_during_training_is_told_by_length() -> None:
     assert planned.fits  # training does, and goes on
     report = format_plan(planned, [], "it")
     assert f"perplexity at 32,768 tokens: {short.needed / GIB:.1f} GiB, fits\n" in report
-    line = f"perplexity at 2,097,152 tokens: {long.needed / GIB:.1f} GiB, does not fit, and will be"
+    line = f"perplexity at 2,097,152 tokens: {long.needed / GIB:.1f} GiB, does not fit and will be"
     assert line in report
 
 
@@ -354,7 +354,7 @@ def test_prompts_during_training_are_told_by_length(task: str) -> None:
     assert long.needed > planned.gpu.memory
     report = format_plan(planned, [], "it")
     assert f"prompts of 8,192 tokens: {short.needed / GIB:.1f} GiB, fits\n" in report
-    line = f"prompts of 2,097,152 tokens: {long.needed / GIB:.1f} GiB, does not fit, and will be"
+    line = f"prompts of 2,097,152 tokens: {long.needed / GIB:.1f} GiB, does not fit and will be"
     assert line in report
     assert list(plan_json(planned, [])["prompts"]) == [8192, 2097152]
     # A prompt is on one rank, however many share a row in training.

@@ -177,7 +177,7 @@ def backward_queries(
         z: result of the hop, [B, T, H, E]; None: `grads.delta` is read instead.
         dq: output.
         grads: outputs.
-        keys: the keys, rotated already if the tiles ask for it (`Hop.rotated`).
+        keys: from `Hop.rotated`: the keys, already rotated if the tiles need it.
         dz_before: output, the gradient of `hop.z_before`; None if that is `hop.values`.
         tiles: None: from the table.
     """

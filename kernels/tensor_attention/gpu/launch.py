@@ -34,7 +34,7 @@ class Tiles(NamedTuple):
     bulk: bool = False
 
 
-# A tensor, and the tables to rotate it by on load: none if it is rotated, or is not to be.
+# A tensor, and the tables to rotate it on load; None if it is already or never rotated.
 Turned = tuple[Tensor, Tensor | None, Tensor | None]
 
 

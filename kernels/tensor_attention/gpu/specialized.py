@@ -1,29 +1,30 @@
 # ruff: noqa: N803 - compile-time constants of Triton kernels are capitals
 # mypy: allow-untyped-defs, allow-incomplete-defs
-"""What the warp-specialized kernel of the window hop shares: tiles of queries, a ring of keys.
+"""Parts of the warp-specialized kernel of the window hop: tiles of queries, a ring of keys.
 
-One program per multiprocessor walks many tiles of queries. A producer warp loads the keys and
-values of tile after tile by TMA into a ring of shared memory. Two warp groups compute, with 64 rows
-each: what is loaded once serves 128 rows. Each slot of the ring has four barriers: keys and values
-are `full` when they have been loaded, and `empty` when both groups are done with them.
+One program per multiprocessor processes many tiles of queries. A producer warp loads the keys and
+values of each tile with TMA into a ring of slots in shared memory. Two warp groups of 64 rows each
+compute, so that each load serves 128 rows. Each slot has four barriers: `full` when keys or values
+are loaded, and `empty` when both groups are done with them.
 
-A tile is 128 / PACK tokens of PACK query heads that share a key head; rows count heads fastest.
+A tile is 128 / PACK tokens of PACK query heads that share a key head; rows are ordered heads
+fastest.
 """
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
-# Their names in Triton 3.6, and in later ones.
+# These functions have other names after Triton 3.6.
 load_tiles = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 GROUPS = gl.constexpr(2)
-ROWS = gl.constexpr(64)  # of one warp group
+ROWS = gl.constexpr(64)  # rows per warp group
 
 
 @gluon.jit
 def place(tile, num_blocks, HEAD_BLOCKS: gl.constexpr):
-    """Group of heads, block of tokens (the last one first), batch of a tile."""
+    """Group of heads, block of tokens (the last block first) and batch of a tile."""
     rest = tile // HEAD_BLOCKS
     return tile % HEAD_BLOCKS, num_blocks - 1 - rest % num_blocks, rest // num_blocks
 
@@ -37,7 +38,7 @@ def row_tokens(block, which, PACK: gl.constexpr, LAYOUT: gl.constexpr):
 
 @gluon.jit
 def first_visible(reach, token, exists, length):
-    """The first token that each token sees; one that does not exist sees itself alone."""
+    """The first token that each token attends to; itself if it does not exist."""
     back = gl.maximum(gl.load(reach + token, mask=exists, other=0), -1)
     return token - gl.where(exists, gl.minimum(gl.minimum(back, token), length - 1), 0)
 
@@ -47,8 +48,9 @@ def key_range(
     reach, block, num_tokens, length,
     PACK: gl.constexpr, BLOCK_N: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
-    """Where the keys of a tile begin, how many blocks they are, and from where to where all rows
-    see all keys. Every warp computes the same.
+    """First key of a tile, its number of blocks, and the range of keys that all rows attend to.
+
+    All warps compute the same result.
     """
     LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
     tokens: gl.constexpr = GROUPS * (ROWS // PACK)
@@ -64,7 +66,7 @@ def key_range(
 
 @gluon.jit
 def release(empty):
-    """This group is done with a slot: all its warps are, after `barrier`."""
+    """Mark a slot as no longer needed by this group, after a barrier of all its warps."""
     barrier()
     mbarrier.arrive(empty, count=1)
 
@@ -75,7 +77,7 @@ def produce(
     H: gl.constexpr, K: gl.constexpr, D: gl.constexpr, PACK: gl.constexpr,
     BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Load the keys and values of all tiles of this program, as slots become empty."""
+    """Load the keys and values of all tiles of this program as slots become empty."""
     ks, vs, k_full, k_empty, v_full, v_empty = ring
     BYTES: gl.constexpr = BLOCK_N * D * 2
     slot = 0

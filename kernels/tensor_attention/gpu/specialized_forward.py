@@ -1,9 +1,9 @@
 # ruff: noqa: N803 - compile-time constants of Triton kernels are capitals
 # mypy: allow-untyped-defs, allow-incomplete-defs
-"""The window hop forward on Hopper, warp-specialized (Gluon): the bits of `forward`, in less time.
+"""The window hop forward on Hopper, warp-specialized (Gluon); bit-identical to `forward`, faster.
 
 While a group waits for its product with the values of one block, it computes the weights of the
-next, and the other group's products fill the tensor cores.
+next block, and the tensor cores compute the other group's products.
 """
 
 import torch
@@ -37,7 +37,7 @@ from .tiles import RingTiles
 FLOOR = gl.constexpr(-1.0e20)
 MASKED = gl.constexpr(-1.0e30)
 LN2 = gl.constexpr(0.6931471805599453)
-# Registers a thread of the second group and of the producer; the first group takes the rest.
+# Registers per thread of the second group and of the producer; the first group gets the rest.
 REGISTERS = gl.constexpr(240)
 PRODUCER_REGISTERS = gl.constexpr(24)
 
@@ -47,7 +47,7 @@ def fold_scores(
     s, top, total, start, first, token, is_cut, scale,
     BLOCK_N: gl.constexpr, SCORES: gl.constexpr,
 ):  # fmt: skip
-    """Weights of a block of scores, and the running maximum and sum with them (base 2)."""
+    """Weights of a block of scores, and the updated running maximum and sum (base 2)."""
     if is_cut:
         key = start + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, SCORES))
         s = gl.where((key[None, :] >= first[:, None]) & (key[None, :] <= token[:, None]), s, MASKED)
@@ -60,7 +60,7 @@ def fold_scores(
 
 @gluon.jit
 def start_scores(q_real, q_imag, k, zero, HALF: gl.constexpr):
-    """Scores of a block of keys, under way."""
+    """Start the asynchronous products for the scores of a block of keys."""
     s = warpgroup_mma(
         q_real, k.slice(0, HALF, 1).permute([1, 0]), zero, use_acc=False, is_async=True
     )
@@ -73,7 +73,7 @@ def consume(
     H: gl.constexpr, D: gl.constexpr, PACK: gl.constexpr, BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
 ):  # fmt: skip
-    """One warp group: its 64 rows of every tile. The next queries are loaded before it stores."""
+    """Compute one warp group's 64 rows of each tile; loads the next queries before storing."""
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     QUERIES: gl.constexpr = gl.DotOperandLayout(0, SCORES, 2)
@@ -130,8 +130,8 @@ def consume(
                 release(k_empty.index(slot))
                 p_next = b_p
                 keep = total
-                # Always true. Without a block of its own ptxas moves the next wait before the
-                # weights, and nothing is computed beside the product with the values.
+                # Always true. Without this separate basic block, ptxas moves the next wait before
+                # the weights, and they are not computed during the product with the values.
                 if start < num_tokens:
                     weight, top, total, keep = fold_scores(
                         score, top, total, start, first, token,
@@ -176,7 +176,7 @@ def specialized_forward_kernel(
     H: gl.constexpr, K: gl.constexpr, D: gl.constexpr, PACK: gl.constexpr,
     BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """q, z [B,T,H,D]; k (rotated), values: tiles of [B T, K D]; reach [B,T]; lse [B,H,T]."""
+    """q, z [B,T,H,D]; k (rotated) and values: tiles of [B T, K D]; reach [B,T]; lse [B,H,T]."""
     ks = gl.allocate_shared_memory(k.dtype, [STAGES, BLOCK_N, D], k.layout)
     vs = gl.allocate_shared_memory(values.dtype, [STAGES, BLOCK_N, D], values.layout)
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -221,7 +221,7 @@ def specialized_forward(hop: Hop, k: Tensor, z: Tensor, lse: Tensor, tiles: Ring
 
 
 def _tiles_of(x: Tensor, block: int) -> TensorDescriptor:
-    """`x` [B, T, N, D] as a matrix [B T, N D], to be loaded in tiles of one head [block, D]."""
+    """`x` [B, T, N, D] as a matrix [B T, N D], loaded in tiles [block, D] of one head."""
     batch, num_tokens, heads, size = x.shape
     shape, strides = [batch * num_tokens, heads * size], [heads * size, 1]
     return TensorDescriptor(x, shape, strides, [block, size], gl.NVMMASharedLayout(128, 16, 2))

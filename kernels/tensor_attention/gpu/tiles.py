@@ -25,7 +25,7 @@ class LineTiles(NamedTuple):
 
 
 class RingTiles(NamedTuple):
-    """Tiles of a warp-specialized kernel: keys of a slot, slots of the ring, heads of a tile."""
+    """Tiles of a warp-specialized kernel: keys per slot, slots of the ring, heads per tile."""
 
     block_n: int
     stages: int
@@ -34,7 +34,7 @@ class RingTiles(NamedTuple):
 
 @cache
 def _has_gluon() -> bool:
-    """Whether Triton brings what the warp-specialized kernel is written in."""
+    """Whether this version of Triton supports the warp-specialized kernel (Gluon)."""
     try:
         from . import specialized_forward  # noqa: F401
     except (ImportError, AttributeError):
@@ -43,10 +43,10 @@ def _has_gluon() -> bool:
 
 
 def forward_ring(hop: Hop) -> RingTiles | None:
-    """Tiles of the warp-specialized forward kernel; None where it does not serve.
+    """Tiles of the warp-specialized forward kernel; None if it does not support the hop.
 
-    It serves the shape of most large models on Hopper: bf16, rotary heads of 128, and groups of
-    query heads that 4 divides.
+    It supports the shape of most large models on Hopper: bf16, heads of 128 with a rotary table,
+    and groups of query heads whose size is a multiple of 4.
     """
     serves = (
         not is_interpreted()
