@@ -58,7 +58,7 @@ def test_numbers_that_a_format_keeps_in_float32_are_equal(tmp_path: Path) -> Non
     tiny_llama(rms_norm_eps=1.1e-5).save_pretrained(tmp_path / "another")
     model = model_settings(tmp_path / "from-gguf") | {"rms_norm_eps": 1e-5}
     check_config(tmp_path / "from-gguf", ModelConfig(**model))
-    with pytest.raises(UserError, match=r"rms_norm_eps: is 1e-05, .* has 1\.1e-05"):
+    with pytest.raises(UserError, match=r"rms_norm_eps: must be 1\.1e-05, as in .*, got 1e-05"):
         check_config(tmp_path / "another", ModelConfig(**model))
 
 
