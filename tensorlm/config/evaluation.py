@@ -41,7 +41,7 @@ class EvalConfig(Section):
         "", description="glob of held-out text files (default: the data set's valid split)"
     )
     text_field: str = Field(
-        "text", description="field that holds the text, where `text` names JSON or table files"
+        "text", description="field that contains the text, if `text` names JSON or table files"
     )
     max_tokens: int = Field(
         1 << 20, gt=0, description="maximum number of held-out tokens to predict"
@@ -55,8 +55,8 @@ class EvalConfig(Section):
     near: int = Field(
         4096,
         ge=0,
-        description="context in tokens, at least 4, to compare the full context with "
-        "(0: not measured)",
+        description="short context, in tokens, for the gain from long context (at least 4; 0: the "
+        "gain is not measured)",
     )
     recall_windows: int = Field(
         8, ge=1, description="held-out windows of each length in which recall is measured"

@@ -26,7 +26,7 @@ class RopeScaling(Section):
     )
     high_freq_factor: float = Field(
         4.0,
-        description="llama3: context lengths per wavelength above which a frequency stays",
+        description="llama3: context lengths per wavelength above which a frequency is unchanged",
     )
     original_max_position_embeddings: int = Field(
         8192,
@@ -35,23 +35,23 @@ class RopeScaling(Section):
 
 
 class RouteConfig(Section):
-    """What a token of a routed layer reads beyond its window: blocks that it chooses."""
+    """The blocks that a token of a routed layer chooses to read beyond its window."""
 
-    block: int = Field(gt=0, description="tokens of a block, at most the window")
+    block: int = Field(gt=0, description="tokens per block, at most the window")
     top_k: int = Field(
         gt=0,
-        description="blocks that each token chooses, beside the first block of its document",
+        description="blocks that each token chooses, in addition to the document's first block",
     )
     stretch: int = Field(
         gt=0,
         description="divisor of rotary positions beyond the window, which keeps long contexts "
-        "inside the trained range (1: positions as they are)",
+        "inside the trained range (1: unchanged positions)",
     )
     open_tile: int = Field(
         16,
         gt=0,
-        description="tokens of a tile, within which a chosen block stays open for later tokens (1: "
-        "each token reads its own choice alone)",
+        description="tokens per tile: a block that one token chooses is also read by later tokens "
+        "of its tile (1: each token reads only its own choice)",
     )
 
 
@@ -95,7 +95,7 @@ class ModelConfig(Section):
         0,
         ge=0,
         description="tokens that every window and routed layer reads, the token itself included "
-        "(0: fold[0] where fold is given)",
+        "(0: fold[0] if fold is given)",
     )
     fold: tuple[int, ...] = Field(
         (),
@@ -105,8 +105,8 @@ class ModelConfig(Section):
     )
     hop_bias_init: float = Field(
         -4.0,
-        description="initial bias of hops 2, 3, ... of strided layers; a low bias begins as a "
-        "window",
+        description="initial bias of hops 2, 3, ... of strided layers; with a low bias, "
+        "training starts almost as a window",
     )
     full_every: int = Field(
         0,

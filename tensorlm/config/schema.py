@@ -41,7 +41,7 @@ class SourceConfig(Section):
 
 
 class DataConfig(Section):
-    """Which prepared data set, or sources, and how their documents become rows."""
+    """The prepared data set or sources, and how their documents become rows."""
 
     path: str = Field(
         description="folder of the prepared data set; with `sources`, the one whose held-out "
@@ -50,7 +50,7 @@ class DataConfig(Section):
     sources: tuple[SourceConfig, ...] = Field(
         (),
         strict=False,
-        description="data sets to mix, instead of `path` alone (default: `path` alone)",
+        description="data sets to mix (default: only the data set in `path`)",
     )
     seq_len: int = Field(
         gt=1,
@@ -125,7 +125,7 @@ class OptimConfig(Section):
     state_dtype: Literal["fp32", "bf16"] = Field(
         "fp32",
         description="dtype of AdamW's two moments; bf16 halves their memory and is rounded "
-        "stochastically, so that the mean is right",
+        "stochastically, so that rounding is unbiased",
     )
     grad_clip: float = Field(
         1.0,
@@ -173,7 +173,7 @@ class TrainConfig(Section):
         (),
         strict=False,
         description="phases before the last one, with rows of other lengths; the last phase is "
-        "what [data] and [train] say",
+        "set by [data] and [train]",
     )
     dtype: Literal["bf16", "fp32"] = Field(
         "bf16",
@@ -253,12 +253,13 @@ class CheckpointConfig(Section):
     keep_last: int = Field(
         2,
         gt=0,
-        description="newest checkpoints to keep; imported weights (step 0) are kept beside them",
+        description="number of newest checkpoints to keep, in addition to imported weights (step "
+        "0)",
     )
     keep_every: int = Field(
         0,
         ge=0,
-        description="keep checkpoints whose step is a multiple of this for good (0: none)",
+        description="keep all checkpoints whose step is a multiple of this (0: none)",
     )
     background: bool = Field(
         False,
@@ -277,7 +278,7 @@ class GuardsConfig(Section):
     spike_threshold: float = Field(
         10.0,
         gt=0,
-        description="deviations above the median loss from which a loss is a spike",
+        description="a loss is a spike if it exceeds the median by more than this many deviations",
     )
     spike_window: int = Field(
         128,
@@ -294,8 +295,8 @@ class GuardsConfig(Section):
     hang_seconds: float = Field(
         30.0,
         gt=0,
-        description="seconds without progress after which a step counts as hung, if that is more "
-        "than 5 times the median step",
+        description="seconds without progress after which a step counts as hung, or 5 times the "
+        "median step if that is longer",
     )
     slow_phase_seconds: float = Field(
         900.0,

@@ -41,7 +41,7 @@ class Limits:
             yield
         except AloneError:
             raise UserError(
-                self._problem(what, length, f" of rank {dist.get_rank()} alone")
+                self._problem(what, length, f" of rank {dist.get_rank()} only")
             ) from None
         except DoesNotFitError:
             problem = self._problem(what, length)

@@ -50,5 +50,5 @@ def describe_prompts(folder: Path) -> str | None:
         )
     return (
         f"the tokenizer turns a prompt into {reference.encode('a').tokens}, but documents in "
-        f"training began with BOS alone; encode {bos} + prompt with add_special_tokens=False"
+        f"training began with only BOS; encode {bos} + prompt with add_special_tokens=False"
     )

@@ -103,7 +103,7 @@ def test_a_rank_that_alone_runs_out_of_memory_says_so_and_ends(
     assert error.startswith(
         "error: rank 1: eval.lengths: ppl at 128 tokens does not fit into memory"
     )
-    assert error.endswith(" of rank 1 alone (64 fits)")
+    assert error.endswith(" of rank 1 only (64 fits)")
 
 
 def test_ranks_that_run_out_of_memory_together_leave_the_length_out(configure: Configure) -> None:
