@@ -98,12 +98,12 @@ def routed(job: Job) -> OperatorMemory:
 
 
 class _FirstHop(NamedTuple):
-    """Hop 1 of a shared row: q, k, v and z have one more window of tokens in front."""
+    """Memory of hop 1 of a shared row: q, k, v and z include the window of tokens before them."""
 
-    longer: float  # how many times as many tokens
+    longer: float  # ratio of its tokens to those of the rank
     saved: float
     backward: float
-    forward: float  # with keys rotated, and the halo that has arrived
+    forward: float  # includes rotated keys and the received halo
 
 
 def _first_hop(job: Job, length: int) -> _FirstHop:
@@ -141,12 +141,12 @@ def shared_routed(job: Job) -> OperatorMemory:
     hop = _first_hop(job, min(model.window_size, job.stage.seq_len))
     row_k, choice, lists = job.sp * k, kept_choice(job), _lists(job, route)
     row = 2 * row_k + job.sp * token
-    z = q if job.stage.micro_batch > 1 else 0  # a copy, where rows of z are not contiguous
+    z = q if job.stage.micro_batch > 1 else 0  # a copy if rows of z are not contiguous
     saved = hop.saved + row + 2 * (q + lse) + choice + z
     earlier = choice * job.stage.micro_batch * (route.open_tile - 1) // job.tokens
     state = row + hop.longer * (q + lse)
     forward = q + 2 * k + max(
-        # Hop 1, while keys, values and document starts are exchanged: sent and received.
+        # Hop 1 during the exchange of keys, values and document starts: sent and received.
         row + 2 * k + token + hop.forward + 2 * token,
         # Keys rotated, queries summed, means.
         state + choice + row_k + k + row_k // route.block,
@@ -156,8 +156,8 @@ def shared_routed(job: Job) -> OperatorMemory:
     backward = max(
         # dz, dq, dz of the window, queries rotated; dk and dvalues of the row, its keys rotated
         4 * q + 2 * lists.entries + lists.ends + 2 * lse + 3 * row_k,
-        # Hop 1, while the gradients of the row travel, sent and received. What the routed hop saved
-        # is freed.
+        # Hop 1 during the exchange of the row's gradients: sent and received. The tensors saved by
+        # the routed hop are freed.
         4 * row_k + hop.backward - (2 * lse + choice + row + z),
     )
     return OperatorMemory(round(saved), round(backward), round(forward), kept=choice)
