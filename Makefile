@@ -1,5 +1,5 @@
-# make demo   the main job, end to end, on this machine
-# make test   lint, types and the whole suite (CPU)
+# make demo   all steps on a small scale, on this machine
+# make test   lint, types and the whole test suite (CPU)
 .DEFAULT_GOAL := help
 PYTHON ?= python3
 BIN := .venv/bin
@@ -24,7 +24,7 @@ help: ## list the targets
 
 .venv/.installed-dev: .venv/.installed
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
-	@# Only the source distribution has transformers' own tests of models.
+	@# Only the source distribution contains transformers' own tests of models.
 	@mkdir -p .venv/share; cd .venv/share && \
 	  ../bin/pip download --quiet --no-deps --no-binary transformers \
 	    --constraint ../../constraints.txt transformers && \
@@ -37,15 +37,15 @@ demo: .venv/.installed ## prepare, train, resume, evaluate, export, generate on 
 	@PATH="$(CURDIR)/$(BIN):$$PATH" bash launcher/demo.sh
 
 .PHONY: adapt
-adapt: .venv/.installed ## adapt a pretrained Llama with each kind of attention, and compare
+adapt: .venv/.installed ## adapt a pretrained Llama to each kind of attention, and compare them
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[adapt]'
 	@PATH="$(CURDIR)/$(BIN):$$PATH" bash launcher/adapt.sh
 
 .PHONY: install
-install: .venv/.installed-dev ## the project, editable, with all that development needs
+install: .venv/.installed-dev ## install the project, editable, with everything for development
 
 .PHONY: check
-check: .venv/.installed-dev ## lint, format and types
+check: .venv/.installed-dev ## check lint, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy tensorlm kernels parallel launcher tests
@@ -64,16 +64,16 @@ test: check ## the whole suite, on the CPU
 	  --dist loadfile --no-loadscope-reorder
 
 .PHONY: test-faults
-test-faults: .venv/.installed-dev ## the long tier of fault injection (docs/reliability.md; an hour)
+test-faults: .venv/.installed-dev ## run the long tier of fault injection (docs/reliability.md; an hour)
 	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -m faults -n auto \
 	  tests/reliability tests/slurm tests/train tests/data
 
 .PHONY: test-gpu
-test-gpu: .venv/.installed-dev ## the tests that need a GPU
-	@# Most of their time goes into compiling kernels.
+test-gpu: .venv/.installed-dev ## run the tests that need a GPU
+	@# Compiling kernels takes most of their time.
 	$(BIN)/python -m pytest -m gpu -n 8
 	$(BIN)/python -m pytest -m multi_gpu
 
 .PHONY: clean
-clean: ## remove what make demo made
+clean: ## remove the files of make demo
 	rm -rf runs/demo

@@ -41,7 +41,7 @@ run python launcher/convert.py export --config $config --output $out/hf --dtype 
 
 prompt='def read_file(path):
     """'
-printf '\n\033[1mgenerate with transformers alone\033[0m\n'
+printf '\n\033[1mgenerate with plain transformers\033[0m\n'
 (cd $out && python -I - "$prompt" <<'PYTHON'
 import sys
 

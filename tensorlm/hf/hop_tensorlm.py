@@ -18,7 +18,7 @@ except ImportError:
     from .fold import Axis, HopInputs, Rotary  # type: ignore[import-not-found, no-redef]
 
     def hop(q: Tensor, k: Tensor, values: Tensor, **others: Any) -> Any:  # type: ignore[misc]
-        """As `tensor_attention.hop`, where that is not installed."""
+        """Replaces `tensor_attention.hop` if that package is not installed."""
         return hop_blocked(HopInputs(q, k, values, **others))
 
 
