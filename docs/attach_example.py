@@ -1,6 +1,8 @@
-"""Adapt a stock Llama to strided attention with Hugging Face's Trainer, optionally with LoRA.
+"""Give a stock Llama strided or routed attention with Hugging Face's Trainer, optionally LoRA.
 
     python docs/attach_example.py --model LLAMA_FOLDER --text FILE.txt --fold 1024 --output DIR
+    python docs/attach_example.py --model LLAMA_FOLDER --text FILE.txt --window 1024 \\
+      --route 64 16 16 --output DIR
 
 Load the result with AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True).
 """
@@ -23,10 +25,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, help="folder of a Llama model")
     parser.add_argument("--text", required=True, help="text file with one document per line")
-    parser.add_argument(
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument(
         "--fold", type=int, nargs="+", default=[1024],
         help="lengths of the inner axes, innermost first (default: 1024)",
     )  # fmt: skip
+    kind.add_argument(
+        "--route", type=int, nargs=3, metavar=("BLOCK", "TOP_K", "STRETCH"),
+        help="routed layers: tokens of a block, blocks that a token chooses, and divisor of "
+        "rotary positions beyond the window",
+    )  # fmt: skip
+    parser.add_argument(
+        "--window", type=int, default=1024, help="window of routed layers (default: 1024)"
+    )
     parser.add_argument("--output", required=True, help="folder to write")
     parser.add_argument(
         "--length", type=int, default=8192, help="maximum tokens per document (default: 8192)"
@@ -38,7 +49,12 @@ def main() -> None:
     tokenizer = load_tokenizer(args.model)  # gives the ids of tokenizer.json
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     model = AutoModelForCausalLM.from_pretrained(args.model)
-    attach(model, fold=args.fold)  # in place, before PEFT and before the optimizer
+    # In place, before PEFT and before the optimizer.
+    if args.route:
+        route = dict(zip(("block", "top_k", "stretch"), args.route, strict=True))
+        attach(model, window=args.window, route=route)
+    else:
+        attach(model, fold=args.fold)
     if args.lora:
         from peft import LoraConfig, get_peft_model
 

@@ -122,10 +122,13 @@ def check_sizes(
         below = seq_len // unit * unit
         nearest = f"{below} or {below + unit}" if below else f"{unit}"
         legal.append(f"seq_len a multiple of {unit}, such as {nearest}")
-    heads = "" if full_attention_heads is None else f", heads = {full_attention_heads}"
+    numbers = [f"seq_len = {seq_len}"]
+    if fold:
+        numbers.append(f"fold = {list(fold)}")
+    if full_attention_heads is not None:
+        numbers.append(f"heads = {full_attention_heads}")
     raise ValueError(
-        f"sp = {sp} cannot share rows with seq_len = {seq_len}, fold = {list(fold)}{heads}"
-        f" (legal: {'; or '.join(legal)})"
+        f"sp = {sp} cannot share rows with {', '.join(numbers)} (legal: {'; or '.join(legal)})"
     )
 
 

@@ -23,7 +23,8 @@ class GrowingBuffer:
     """The rows of successive tokens [B, T, ...], appended in place; keeps only the last `keep`.
 
     The buffer grows by a quarter when it is full; it has room for `expected` rows from the start.
-    If a gradient flows through the rows, each append copies them instead.
+    If a gradient flows through the rows, each append copies them instead. Of more new rows than
+    `keep`, only the last ones enter the buffer.
     """
 
     def __init__(self, keep: int | None = None, expected: int = 0) -> None:
@@ -32,7 +33,7 @@ class GrowingBuffer:
         self.start = self.stop = 0
 
     def rows(self) -> Tensor | None:
-        """A view of the rows that `append` last returned; None before the first call."""
+        """A view of the rows that the buffer holds; None before the first call."""
         return None if self.buffer is None else self.buffer[:, self.start : self.stop]
 
     def append(self, new: Tensor) -> Tensor:
@@ -44,6 +45,8 @@ class GrowingBuffer:
             parts = [new] if self.buffer is None else [self.buffer[:, self.start : self.stop], new]
             self.buffer, self.start, self.stop = torch.cat(parts, dim=1), 0, size
             return self.buffer
+        if self.keep is not None and new.shape[1] > max(self.keep, _SPARE_MINIMUM):
+            return self._append_many(new, self.keep)
         if self.buffer is None or self.start + size > self.buffer.shape[1] or self._is_frozen():
             room = size + max(_SPARE_MINIMUM, size // _SPARE_FRACTION)
             room = self.expected if self.expected >= size else room
@@ -54,6 +57,16 @@ class GrowingBuffer:
         self.stop = self.start + size
         self.buffer[:, self.stop - new.shape[1] : self.stop] = new
         return self.buffer[:, self.start : self.stop]
+
+    def _append_many(self, new: Tensor, keep: int) -> Tensor:
+        """`append` of more rows than stay, such as those of a prompt: they need not be kept too."""
+        kept = self.rows()
+        rows = new if kept is None or not kept.shape[1] else torch.cat((kept, new), dim=1)
+        room = keep + max(_SPARE_MINIMUM, keep // _SPARE_FRACTION)
+        self.buffer = new.new_empty(new.shape[0], room, *new.shape[2:])
+        self.buffer[:, :keep] = new[:, new.shape[1] - keep :]
+        self.start, self.stop = 0, keep
+        return rows
 
     def _is_frozen(self) -> bool:
         """Whether the buffer is from `torch.inference_mode`, and cannot be changed outside it."""

@@ -134,21 +134,24 @@ class TensorLMModel(LlamaModel):
         if self.config.route:
             route = self.config.route_numbers
             documents = routed_documents(doc_start, x, num_seen, route, rotary)
-        hidden_states = [x]
-        for layer in self.layers[: self.config.num_hidden_layers]:
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        count = self.config.num_hidden_layers
+        wanted = _wanted_states(output_hidden_states, count + 1)
+        hidden_states = []  # of those that are not wanted, none outlives its layer
+        for index, layer in enumerate(self.layers[:count]):
+            hidden_states.append(x if index in wanted else None)
             x = layer(
                 x, attention_mask=documents, position_embeddings=rotary, past_key_values=cache
             )
-            hidden_states.append(x)
         x = self.norm(x)
+        hidden_states.append(x if count in wanted else None)
         if cache is not None:
             cache.last_document = last_document
-        if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
         return BaseModelOutputWithPast(
             last_hidden_state=x,
             past_key_values=cache,
-            hidden_states=_chosen_states([*hidden_states[:-1], x], output_hidden_states),
+            hidden_states=None if output_hidden_states is False else tuple(hidden_states),
         )
 
     def _refuse(
@@ -201,15 +204,12 @@ def _make_table(config: TensorLMConfig, num_positions: int, device: torch.device
     return rotary_table(frequencies, num_positions, device)
 
 
-def _chosen_states(
-    states: list[Tensor], chosen: bool | int | list[int]
-) -> tuple[Tensor | None, ...] | None:
-    """All states, no states, or a tuple with the chosen ones and None for the others."""
+def _wanted_states(chosen: bool | int | list[int], count: int) -> set[int]:
+    """Indices of the hidden states to return, of `count`: all, none, or the chosen ones."""
     if isinstance(chosen, bool):
-        return tuple(states) if chosen else None
+        return set(range(count)) if chosen else set()
     indices = [chosen] if isinstance(chosen, int) else chosen
-    kept = {index % len(states) for index in indices if -len(states) <= index < len(states)}
-    return tuple(state if i in kept else None for i, state in enumerate(states))
+    return {index % count for index in indices if -count <= index < count}
 
 
 class TensorLMForCausalLM(LlamaForCausalLM):

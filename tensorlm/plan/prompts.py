@@ -53,15 +53,16 @@ def prompt_lengths(job: Job) -> list[int]:
 def cache(prompt: PromptPass) -> int:
     """Bytes of the cache of all layers.
 
-    A strided layer keeps keys and z of every hop but the last, for all tokens, and values of the
-    newest pass and of one inner axis before it, with a quarter in reserve. A full layer keeps keys
-    and values. A window layer keeps those of the newest pass and of one window before it. A routed
-    layer keeps keys and values of all tokens, rotated keys like a window layer, and the mean keys
-    of its blocks.
+    A strided layer keeps keys and z of every hop but the last, for all tokens, and values of one
+    inner axis, with a quarter in reserve. A full layer keeps keys and values. A window layer keeps
+    those of one window. A routed layer keeps keys and values of all tokens, rotated keys like a
+    window layer, and the mean keys of its blocks.
     """
     model, everything = prompt.job.config.model, prompt.keys(prompt.length)
-    seen = prompt.tokens + (model.window_size if prompt.length > prompt.tokens else 0)
-    newest = prompt.keys(seen + max(64, seen // 4))
+    stay = model.window_size
+    if prompt.tokens <= max(stay, 64):  # a short pass is appended to what stays
+        stay = prompt.tokens + (stay if prompt.length > prompt.tokens else 0)
+    newest = prompt.keys(stay + max(64, stay // 4))
     means = prompt.keys(prompt.length // model.route.block) if model.route else 0
     sizes = {
         "full": 2 * everything,
@@ -73,12 +74,12 @@ def cache(prompt: PromptPass) -> int:
 
 
 def prompt_pass(prompt: PromptPass) -> int:
-    """Peak of a pass: the largest part of a block, with three hidden states.
+    """Peak of a pass: the largest part of a block, with two hidden states.
 
-    These are the embeddings, the block's input, and the sum after attention.
+    These are the block's input and the sum after attention.
     """
     parts = [_norm(prompt), _mlp(prompt), *(_attention(prompt, kind) for kind in prompt.job.kinds)]
-    return 3 * prompt.hidden + max(parts)
+    return 2 * prompt.hidden + max(parts)
 
 
 def _norm(prompt: PromptPass) -> int:

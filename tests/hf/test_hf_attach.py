@@ -1,5 +1,6 @@
 """Attach: a stock Llama becomes a tensorized one in place, and trains in Hugging Face's Trainer."""
 
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -118,7 +119,7 @@ def test_gradient_checkpointing_changes_no_gradient() -> None:
 
 
 def test_documented_example_trains_with_lora_and_saves_a_loadable_model(
-    tmp_path: Path, data: Path
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("accelerate")
     pytest.importorskip("peft")
@@ -129,9 +130,9 @@ def test_documented_example_trains_with_lora_and_saves_a_loadable_model(
     documents = [" ".join(lines[i : i + 6]) for i in range(0, len(lines), 6)]
     (tmp_path / "text.txt").write_text("\n".join(filter(None, documents)))
     command = [sys.executable, "docs/attach_example.py", "--model", str(tmp_path / "llama")]
-    command += ["--text", str(tmp_path / "text.txt"), "--output", str(tmp_path / "tuned")]
-    command += ["--fold", "8", "--length", "64", "--steps", "3", "--lora"]
-    subprocess.run(command, cwd=ROOT, check=True, timeout=300)
+    command += ["--text", str(tmp_path / "text.txt"), "--length", "64", "--steps", "3"]
+    folded = ["--fold", "8", "--lora", "--output", str(tmp_path / "tuned")]
+    subprocess.run([*command, *folded], cwd=ROOT, check=True, timeout=300)
 
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "tuned", trust_remote_code=True)
     before, after = folder_weights(tmp_path / "llama"), folder_weights(tmp_path / "tuned")
@@ -143,3 +144,11 @@ def test_documented_example_trains_with_lora_and_saves_a_loadable_model(
     assert changed == adapted
     loaded = {name: p.detach() for name, p in model.named_parameters()}
     assert_same_bytes(loaded, after | biases)
+
+    routed = ["--window", "16", "--route", "8", "2", "4", "--output", str(tmp_path / "routed")]
+    monkeypatch.setattr(sys, "argv", [*command[1:], *routed])
+    runpy.run_path(str(ROOT / "docs/attach_example.py"), run_name="__main__")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "routed", trust_remote_code=True)
+    assert model.config.route == {"block": 8, "top_k": 2, "stretch": 4}
+    assert model.config.layer_kind(0) == "routed"
+    assert not torch.equal(model.lm_head.weight, start.lm_head.weight)

@@ -208,7 +208,7 @@ def test_a_new_token_reads_the_sum_of_the_axes(num_tokens: int) -> None:
 def test_rows_hold_what_was_appended_and_copy_little() -> None:
     for keep in (None, 5):
         rows, wanted, num_buffers, last = GrowingBuffer(keep), torch.empty(2, 0, 3), 0, 0
-        for size in (7, 1, 1, 60, *[1] * 400):
+        for size in (7, 1, 1, 60, 100, 66, 1, *[1] * 400):
             new = torch.randn(2, size, 3)
             kept = wanted if keep is None else wanted[:, -keep:]
             wanted = torch.cat((kept, new), dim=1)

@@ -1,6 +1,8 @@
 """What transformers' users set on a model, by argument or configuration, has its effect."""
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -243,23 +245,57 @@ def test_values_without_a_meaning_fail_in_a_compiled_graph_too(tokens: Tensor) -
         compiled(tokens, position_ids=torch.arange(50)[None] // 2)
 
 
+# Routed layers as the kernels take them; 50 tokens have blocks beyond the window.
+ON_GPU: dict[str, dict[str, Any]] = {
+    "strided and full": {"fold": [8], "full_every": 2},
+    "window and routed": {
+        "window": 16, "route": {"block": 16, "top_k": 1, "stretch": 2}, "route_every": 2,
+    },
+}  # fmt: skip
+
+
+@contextmanager
+def no_waiting() -> Iterator[None]:
+    """An operation that waits for the GPU raises."""
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 @pytest.mark.gpu
+@pytest.mark.parametrize("layers", ON_GPU.values(), ids=ON_GPU)
 @torch.no_grad()
-def test_a_forward_pass_never_waits_for_the_gpu(tokens: Tensor) -> None:
-    model, tokens = folded_model([8], 2, head_dim=16).cuda(), tokens.cuda()
+def test_a_forward_pass_never_waits_for_the_gpu(tokens: Tensor, layers: dict[str, Any]) -> None:
+    model, tokens = folded_model(**layers, head_dim=16).cuda(), tokens.cuda()
+    token = tokens[:, :1].clone()
     for inputs in INPUTS.values():
         inputs = {name: x.cuda() for name, x in inputs.items()}
         out = model(tokens, **inputs)  # compiles the kernels, makes the rotary table
-        token = tokens[:, :1].clone()
-        torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        logits = out.logits
+        for _ in range(2):
+            out = model(token, past_key_values=out.past_key_values)
+        with no_waiting():
             again = model(tokens, **inputs)
-            model(token, past_key_values=again.past_key_values)
+            for _ in range(2):
+                out = model(token, past_key_values=again.past_key_values)
             model(tokens, use_cache=False, **inputs)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-        assert torch.equal(again.logits, out.logits)
+        assert torch.equal(again.logits, logits)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("layers", ON_GPU.values(), ids=ON_GPU)
+def test_a_step_of_training_never_waits_for_the_gpu(tokens: Tensor, layers: dict[str, Any]) -> None:
+    model, tokens = folded_model(**layers, head_dim=16).cuda().train(), tokens.cuda()
+    for dtype in (torch.float32, torch.bfloat16):
+        model.to(dtype)
+        for inputs in INPUTS.values():
+            inputs = {name: x.cuda() for name, x in inputs.items()}
+            model(tokens, **inputs).logits.float().sum().backward()  # compiles the kernels
+            with no_waiting():
+                model(tokens, **inputs).logits.float().sum().backward()
 
 
 def test_the_model_file_names_every_file_that_travels() -> None:

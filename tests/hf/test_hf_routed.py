@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tensor_attention import choose_blocks, routed_decode
+from tensorlm.benchmarks.accounting import PeakMemory
 from tensorlm.checkpoint import open_checkpoint
 from tensorlm.config import load_config
 from tensorlm.hf import attach, routed_tensorlm
@@ -213,7 +214,7 @@ def test_a_new_token_reads_its_window_its_blocks_and_the_means(
     cache = FoldCache(model.config)
     model(torch.randint(256, (1, num_tokens)), past_key_values=cache, use_cache=True)
     kept = {rows.buffer.shape[1] for layer in cache.layers[:1] for rows in layer.all_rows()}
-    assert max(kept) <= 2 * num_tokens  # of the prompt; the next copy keeps a window
+    assert max(kept) == window + 64  # and not the whole prompt
     with CountReads(list(buffers(cache))) as count:
         model(torch.randint(256, (1, 1)), past_key_values=cache, use_cache=True)
     kv_size = model.config.num_key_value_heads * model.config.head_dim
@@ -240,6 +241,34 @@ def _record_open_blocks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(routed_decode, "_open_entries", record)
     return found
+
+
+@torch.no_grad()
+def prompt_bytes(num_layers: int, length: int) -> tuple[int, int]:
+    """Bytes of the cache of a prompt read at once, and what the pass needs beside it."""
+    model = folded_model(window=8, route=ROUTE, num_hidden_layers=num_layers)
+    tokens = torch.randint(256, (1, length))
+    with PeakMemory() as memory:
+        model(tokens[:, :1])
+        before = memory.live  # weights count as soon as they are seen
+        memory.restart()
+        cache = FoldCache(model.config, expected=length)
+        model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    kept = sum(buffer.nbytes for buffer in buffers(cache))
+    return kept, memory.peak - before - kept
+
+
+def test_a_prompt_needs_its_keys_and_values_and_one_layer_at_a_time() -> None:
+    few, many, length = 2, 10, 400
+    (kept, beside), (kept_by_many, beside_many) = (prompt_bytes(n, length) for n in (few, many))
+    config = folded_model(window=8, route=ROUTE).config
+    keys = 4 * config.num_key_value_heads * config.head_dim  # bytes a token
+    spare = 8 + 64  # rows of keys rotated for the window
+    means = length // ROUTE["block"]
+    choices = (ROUTE["open_tile"] - 1 + 64) * config.num_key_value_heads * (ROUTE["top_k"] + 1) * 4
+    assert kept == few * ((2 * length + spare + means) * keys + choices)
+    assert kept_by_many == kept * many // few
+    assert beside_many == beside  # no layer's hidden states stay
 
 
 @torch.no_grad()
