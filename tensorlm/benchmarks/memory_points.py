@@ -107,7 +107,7 @@ def read_points(path: Path) -> list[Point]:
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"{path}: not valid TOML ({error})") from None
     except (KeyError, TypeError):
-        raise UserError(f"{path}: has no [[points]]") from None
+        raise UserError(f"{path}: must contain [[points]]") from None
     except ValidationError as error:
         raise UserError(
             *(f"{path}: {'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())

@@ -35,7 +35,7 @@ def check_run(config: Config, num_ranks: int) -> list[str]:
         check_held_out(config)
     run_dir = Path(config.run.dir)
     if run_dir.exists() and not run_dir.is_dir():
-        raise UserError(f"run.dir: {run_dir} is not a directory")
+        raise UserError(f"run.dir: must be a folder, got the file {run_dir}")
     newest = _newest(run_dir)
     if newest:
         check_resumable(newest, config, rows.fingerprint)

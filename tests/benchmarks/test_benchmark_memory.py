@@ -85,7 +85,7 @@ def test_default_points_cover_what_a_gpu_can_run() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("points = 3", "has no \\[\\[points\\]\\]"),
+        ("points = 3", "must contain \\[\\[points\\]\\]"),
         ("[[points]]\nnme = 1", "name: Field required"),
         ("[[points]]\nname = 'a'\nset = ['model.hidden=1']", "model.hidden: unknown key"),
         ("[[", "not valid TOML"),

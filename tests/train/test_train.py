@@ -227,7 +227,7 @@ def test_request_to_stop_saves_and_asks_to_be_requeued(
     [
         ("model.fold=[8]", "model.fold: must be [16], as in the checkpoint, got [8]"),
         ("run.seed=5", "was trained with other data"),
-        ("run.dir={config}", "run.dir: {config} is not a directory"),
+        ("run.dir={config}", "run.dir: must be a folder, got the file {config}"),
     ],
 )
 def test_dry_run_refuses_what_the_run_would(

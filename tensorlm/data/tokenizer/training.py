@@ -44,7 +44,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> None
             for text in texts:
                 for line in text.splitlines():
                     yield from cut_line(line)
-        except UserError as error:  # sentencepiece turns it into an error of its own
+        except UserError as error:  # sentencepiece would raise its own error instead
             unreadable.append(error)
             raise
 
@@ -68,7 +68,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> None
     except RuntimeError as error:
         if unreadable:
             raise unreadable[0] from None
-        raise UserError(f"--vocab-size {vocab_size}: {_training_problem(str(error))}") from None
+        raise UserError(_training_problem(str(error), vocab_size)) from None
     content = model.getvalue()
     _write_new({"tokenizer.model": content, **huggingface_files(content)}, folder)
 
@@ -100,12 +100,13 @@ def cut_line(line: str) -> Iterator[str]:
         start = stop
 
 
-def _training_problem(message: str) -> str:
+def _training_problem(message: str, vocab_size: int) -> str:
     """Explain sentencepiece's message, which quotes its source code."""
     if limit := re.search(r"too high.*<= (\d+)", message):
-        return f"too large for these texts (at most {limit[1]})"
+        return f"--vocab-size: must be at most {limit[1]} for these texts, got {vocab_size}"
     if limit := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
-        return f"too small for the characters of these texts (at least {limit[1]})"
+        rule = f"must be at least {limit[1]} for the characters of these texts"
+        return f"--vocab-size: {rule}, got {vocab_size}"
     if "sentences_.empty" in message:
-        return "the input contains no text to train on"
-    return f"sentencepiece cannot train on these texts ({message.strip().splitlines()[-1]})"
+        return "--input: must contain text to train on, got none"
+    return f"--input: sentencepiece cannot train on it ({message.strip().splitlines()[-1]})"
