@@ -1,4 +1,4 @@
-"""Give a stock Llama strided or routed attention with Hugging Face's Trainer, optionally LoRA.
+"""Train a plain Llama with strided or routed attention in Hugging Face's Trainer (LoRA: --lora).
 
     python docs/attach_example.py --model LLAMA_FOLDER --text FILE.txt --fold 1024 --output DIR
     python docs/attach_example.py --model LLAMA_FOLDER --text FILE.txt --window 1024 \\
@@ -32,7 +32,7 @@ def main() -> None:
     )  # fmt: skip
     kind.add_argument(
         "--route", type=int, nargs=3, metavar=("BLOCK", "TOP_K", "STRETCH"),
-        help="routed layers: tokens of a block, blocks that a token chooses, and divisor of "
+        help="routed layers: tokens per block, blocks that each token chooses, and divisor of "
         "rotary positions beyond the window",
     )  # fmt: skip
     parser.add_argument(

@@ -23,8 +23,8 @@ class GrowingBuffer:
     """The rows of successive tokens [B, T, ...], appended in place; keeps only the last `keep`.
 
     The buffer grows by a quarter when it is full; it has room for `expected` rows from the start.
-    If a gradient flows through the rows, each append copies them instead. Of more new rows than
-    `keep`, only the last ones enter the buffer.
+    If a gradient flows through the rows, each append copies them instead. If there are more new
+    rows than `keep`, only the last ones are stored in the buffer.
     """
 
     def __init__(self, keep: int | None = None, expected: int = 0) -> None:
@@ -33,7 +33,7 @@ class GrowingBuffer:
         self.start = self.stop = 0
 
     def rows(self) -> Tensor | None:
-        """A view of the rows that the buffer holds; None before the first call."""
+        """A view of the rows in the buffer; None before the first call."""
         return None if self.buffer is None else self.buffer[:, self.start : self.stop]
 
     def append(self, new: Tensor) -> Tensor:
@@ -59,7 +59,7 @@ class GrowingBuffer:
         return self.buffer[:, self.start : self.stop]
 
     def _append_many(self, new: Tensor, keep: int) -> Tensor:
-        """`append` of more rows than stay, such as those of a prompt: they need not be kept too."""
+        """`append` for more rows than `keep`, such as those of a prompt: stores only the last."""
         kept = self.rows()
         rows = new if kept is None or not kept.shape[1] else torch.cat((kept, new), dim=1)
         room = keep + max(_SPARE_MINIMUM, keep // _SPARE_FRACTION)

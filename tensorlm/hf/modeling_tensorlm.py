@@ -138,7 +138,7 @@ class TensorLMModel(LlamaModel):
             output_hidden_states = self.config.output_hidden_states
         count = self.config.num_hidden_layers
         wanted = _wanted_states(output_hidden_states, count + 1)
-        hidden_states = []  # of those that are not wanted, none outlives its layer
+        hidden_states = []  # others are freed after their layer
         for index, layer in enumerate(self.layers[:count]):
             hidden_states.append(x if index in wanted else None)
             x = layer(
@@ -205,7 +205,7 @@ def _make_table(config: TensorLMConfig, num_positions: int, device: torch.device
 
 
 def _wanted_states(chosen: bool | int | list[int], count: int) -> set[int]:
-    """Indices of the hidden states to return, of `count`: all, none, or the chosen ones."""
+    """Indices of the hidden states to return out of `count`: all, none, or the chosen ones."""
     if isinstance(chosen, bool):
         return set(range(count)) if chosen else set()
     indices = [chosen] if isinstance(chosen, int) else chosen

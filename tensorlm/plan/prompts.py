@@ -60,7 +60,7 @@ def cache(prompt: PromptPass) -> int:
     """
     model, everything = prompt.job.config.model, prompt.keys(prompt.length)
     stay = model.window_size
-    if prompt.tokens <= max(stay, 64):  # a short pass is appended to what stays
+    if prompt.tokens <= max(stay, 64):  # a short pass is appended to the kept rows
         stay = prompt.tokens + (stay if prompt.length > prompt.tokens else 0)
     newest = prompt.keys(stay + max(64, stay // 4))
     means = prompt.keys(prompt.length // model.route.block) if model.route else 0
