@@ -19,6 +19,8 @@ class Prompt:
     answers: list[str]
 
 
+# The noise sentences of the passkey task and of RULER's tasks.
+NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 NO_END = 1 << 40  # maximum units of a filler that can be repeated without end
 
 # (random generator, units of filler) -> prompt

@@ -6,9 +6,8 @@ number in prose, with the wording of RULER's `niah_single_2`, at chosen depths.
 
 from random import Random
 
-from .prompts import Prompt, Task
+from .prompts import NOISE, Prompt, Task
 from .ruler.niah import NEEDLE, niah_question, random_number, random_word
-from .ruler.noise import NOISE
 from .text import Prose, insert
 
 _PASSKEY = (

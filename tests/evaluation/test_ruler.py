@@ -13,10 +13,9 @@ import pytest
 
 from tensorlm.config.evaluation import RULER_TASKS
 from tensorlm.data.tokenizer.tokenizers import load_tokenizer
-from tensorlm.evaluation.prompts import Prompt, Task, fit_prompt, fit_units
+from tensorlm.evaluation.prompts import NOISE, Prompt, Task, fit_prompt, fit_units
 from tensorlm.evaluation.ruler import ruler_tasks
 from tensorlm.evaluation.ruler.niah import niah_tasks
-from tensorlm.evaluation.ruler.noise import NOISE
 from tensorlm.evaluation.text import Prose
 from tensorlm.runtime.errors import UserError
 from tests.support.launching import ROOT

@@ -8,9 +8,8 @@ from typing import Literal
 
 import wonderwords
 
-from ..prompts import NO_END, Prompt, Task
+from ..prompts import NO_END, NOISE, Prompt, Task
 from ..text import Prose, insert
-from .noise import NOISE
 
 NEEDLE = "One of the special magic {kind} for {key} is: {value}."
 _QUESTION = (

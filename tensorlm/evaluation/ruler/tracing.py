@@ -4,8 +4,7 @@ import string
 from itertools import pairwise
 from random import Random
 
-from ..prompts import Prompt, Task
-from .noise import NOISE
+from ..prompts import NOISE, Prompt, Task
 
 _QUESTION = (
     "Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n"
