@@ -22,6 +22,7 @@ from tensorlm.data.shards import Corpus, verify_shards
 from tensorlm.data.tokenizer.tokenizers import load_tokenizer, tokenizer_sha256
 from tensorlm.data.tokenizer.training import train_tokenizer
 from tensorlm.runtime.errors import UserError
+from tests.support.forked import run_forked
 from tests.support.launching import ROOT, launch_environment
 
 SOURCES = str(Path(email.__file__).parent / "*.py")
@@ -274,10 +275,10 @@ def test_plot_of_lengths_reaches_from_the_shortest_to_the_longest(
 
 
 def test_verify_and_inspect_describe_a_data_set(tmp_path: Path, data: Path) -> None:
-    tool = [sys.executable, "launcher/prepare_data.py"]
     corpus = Corpus(data / "train")
     plot = tmp_path / "lengths.png"
-    shown = run([*tool, "inspect", str(data), "--seq-len", "4096", "--plot", str(plot)]).stdout
+    options = ["--seq-len", "4096", "--plot", str(plot)]
+    shown = run_forked("prepare_data.py", "inspect", str(data), *options).stdout
     assert f"{len(corpus):,} documents, {corpus.num_tokens:,} tokens" in shown
     assert "document 0 (" in shown
     assert plot.read_bytes().startswith(b"\x89PNG")
@@ -287,8 +288,9 @@ def test_verify_and_inspect_describe_a_data_set(tmp_path: Path, data: Path) -> N
     content = bytearray(tokens.read_bytes())
     content[1000] ^= 64
     tokens.write_bytes(content)
-    failed = run([*tool, "verify", str(copy)], code=2).stderr.splitlines()
-    assert failed == [
+    failed = run_forked("prepare_data.py", "verify", str(copy))
+    assert failed.returncode == 2
+    assert failed.stderr.splitlines() == [
         f"error: {tokens}: checksum differs (restore the file, or prepare the data again)"
     ]
     assert verify_shards(copy / "valid") == []

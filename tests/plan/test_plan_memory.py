@@ -271,7 +271,7 @@ def counts(ranks: int) -> dict[int, dict[str, int]]:
     """For each engine, the largest count of all ranks."""
     chosen = ON_ONE_RANK if ranks == 1 else ON_TWO_RANKS
     configs = [small(**ENGINES[index], train__attention="blocked") for index in chosen]
-    by_rank = run_distributed(counted.engines, ranks, configs, LIMITS, time_limit=120)
+    by_rank = run_distributed(counted.engines, ranks, configs, LIMITS, time_limit=300)
     return {
         index: {key: max(count[key] for count in found) for key in found[0]}
         for index, found in zip(chosen, zip(*by_rank, strict=True), strict=True)
@@ -319,7 +319,7 @@ def test_gradients_that_one_bucket_holds_are_reduced_at_the_end() -> None:
         for stage in (2, 3)
     ]  # fmt: skip
     limits = ZeroLimits(reduce_bucket=600_000, persistent=100)
-    (counts,) = run_distributed(counted.engines, 1, configs, limits, time_limit=120)
+    (counts,) = run_distributed(counted.engines, 1, configs, limits, time_limit=300)
     for config, count in zip(configs, counts, strict=True):
         job = plan_jobs(config, 1, CPU, limits)[-1]
         memory = gpu_memory(job, {kind: count_operator(job, kind) for kind in set(job.kinds)})
@@ -336,7 +336,7 @@ def test_gradients_that_one_bucket_holds_are_reduced_at_the_end() -> None:
 )
 def test_the_start_gathers_the_largest_parameter(ranks: int, changes: dict[str, Any]) -> None:
     config = small(zero__stage=3, train__rows_per_step=ranks, **changes)
-    counts = run_distributed(counted.engines, ranks, [config], LIMITS, False, time_limit=120)
+    counts = run_distributed(counted.engines, ranks, [config], LIMITS, False, time_limit=300)
     job = job_of(config, ranks)
     predicted = gpu_memory(job).phases[0].total
     assert predicted == pytest.approx(counts[0][0]["start"], rel=0.02)
@@ -346,7 +346,7 @@ def test_the_start_gathers_the_largest_parameter(ranks: int, changes: dict[str, 
 
 def test_offloaded_state_is_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     configs = [small(zero__stage=stage, zero__offload_optimizer=True) for stage in (2, 3)]
-    (ranks,) = run_distributed(counted.engines, 1, configs, LIMITS, False, time_limit=120)
+    (ranks,) = run_distributed(counted.engines, 1, configs, LIMITS, False, time_limit=300)
     monkeypatch.setattr(host, "pinned", lambda num_bytes: num_bytes)  # only beside a GPU
     for config, count in zip(configs, ranks, strict=True):
         job = job_of(config)
@@ -363,7 +363,7 @@ def test_offloaded_activations_are_on_the_host(monkeypatch: pytest.MonkeyPatch) 
         **AGAIN, zero__stage=2, train__activation_offload=True, train__attention="blocked",
         model__num_layers=8,
     )  # fmt: skip
-    ((count,),) = run_distributed(counted.engines, 1, [config], LIMITS, time_limit=120)
+    ((count,),) = run_distributed(counted.engines, 1, [config], LIMITS, time_limit=300)
     monkeypatch.setattr(host, "pinned", lambda num_bytes: num_bytes)  # only beside a GPU
     job = job_of(config)
     memory = gpu_memory(job, {kind: count_operator(job, kind) for kind in set(job.kinds)})
