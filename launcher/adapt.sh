@@ -18,14 +18,15 @@ export TOKENIZERS_PARALLELISM=true PYTHONUNBUFFERED=1
 # On a CPU: fewer variants, shorter rows, fewer steps. Evaluation uses 4 times the trained length.
 if [ "$gpus" -gt 0 ]; then
   variants=${VARIANTS:-full window window_2048 strided hybrid routed routed_32}
-  size=() window=() code_bytes=0 trained=8192 predicted=1048576
+  size=() window=() route=() code_bytes=0 trained=8192 predicted=1048576
   tasks='["passkey","niah"]'
 else
   export DS_ACCELERATOR=cpu
   variants=${VARIANTS:-full window routed}
-  size=(data.seq_len=2048 train.dtype=fp32 zero.stage=2 train.micro_batch=1 train.rows_per_step=1
-    train.steps=6 optim.warmup_steps=1 checkpoint.every=6)
-  window=(model.window=256) code_bytes=4000000 trained=2048 predicted=16384
+  size=(data.seq_len=1024 train.dtype=fp32 zero.stage=2 train.micro_batch=1 train.rows_per_step=1
+    train.steps=3 optim.warmup_steps=1 checkpoint.every=3)
+  window=(model.window=128) route=(model.route.block=32 model.route.top_k=6)
+  code_bytes=3000000 trained=1024 predicted=4096
   tasks=
 fi
 
@@ -60,12 +61,13 @@ for text in "${texts[@]}"; do
 done
 sources="data.sources=[$(IFS=,; echo "${sources[*]}")]"
 
-configs=()
+runs=()
 for variant in $variants; do
   config=configs/adapt/$variant.toml
-  configs+=("$config")
+  runs+=("$out/$variant")
   settings=("$sources" "${size[@]}")
   grep -q '^window' $config && settings+=("${window[@]}")
+  grep -q '^.model.route' $config && settings+=("${route[@]}")
   [ -e $out/$variant/step-00000000 ] ||
     run python launcher/convert.py import --config $config --hf "$model" "${settings[@]}"
   run python launcher/train.py --config $config "${settings[@]}"
@@ -80,12 +82,12 @@ for variant in $variants; do
       "eval.text=$out/texts/${texts[-1]}/held_out.jsonl"
 done
 
-last=${variants##* }
-[ -e $out/hf ] || run python launcher/convert.py export --config configs/adapt/$last.toml \
-  --output $out/hf --dtype fp32 "$sources" "${size[@]}" \
-  $(grep -q '^window' configs/adapt/$last.toml && echo "${window[@]}")
+# The last variant answers a prompt under plain transformers.
+rm -rf $out/hf
+run python launcher/convert.py export --config "$config" --output $out/hf --dtype fp32 \
+  "${settings[@]}"
 run python launcher/generate.py --model $out/hf --max-new-tokens 24 \
   --prompt 'The pass key is 71432. Remember it. What is the pass key? The pass key is'
 
 printf '\n\033[1mresults\033[0m\n'
-run python launcher/benchmark.py adaptation "${configs[@]}"
+run python launcher/benchmark.py adaptation "${runs[@]}"

@@ -1,8 +1,8 @@
 """A table of the cost and quality of adapted models, by kind of attention.
 
-Each variant is a configuration whose run was evaluated: `RUN/code` and `RUN/books` contain
-perplexities on two kinds of text, `RUN/needles` results of retrieval tasks. This module measures
-nothing itself.
+Each variant is a run that was evaluated: `RUN/config.toml` contains its settings, `RUN/code` and
+`RUN/books` perplexities on two kinds of text, `RUN/needles` results of retrieval tasks. This module
+measures nothing itself.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from tensorlm.config import Config, ModelConfig, load_config
+from tensorlm.config import SETTINGS, Config, ModelConfig, load_config
 from tensorlm.evaluation.results import Cell, Report, read_report
 from tensorlm.model.flops import attention_flops, choice_flops, layer_pairs
 from tensorlm.runtime.errors import UserError
@@ -40,21 +40,20 @@ class Variant(NamedTuple):
     found: dict[tuple[str, int], float]
 
 
-def read_variants(files: Sequence[Path]) -> list[Variant]:
-    """The variants of these configurations that have a report.
+def read_variants(runs: Sequence[Path]) -> list[Variant]:
+    """The variants of these runs that have a report.
 
     Raises:
-        UserError: a configuration or report cannot be read, or there are no reports.
+        UserError: settings or a report cannot be read, or there are no reports.
     """
-    variants = [variant for file in files if (variant := _read_variant(file))]
+    variants = [variant for run in runs if (variant := _read_variant(run))]
     if not variants:
-        raise UserError(f"{files[0]}: a run must be evaluated first (make adapt)")
+        raise UserError(f"{runs[0]}: a run must be evaluated first (make adapt)")
     return variants
 
 
-def _read_variant(file: Path) -> Variant | None:
-    config = load_config(file)
-    run = Path(config.run.dir)
+def _read_variant(run: Path) -> Variant | None:
+    config = load_config(run / SETTINGS)
     losses: dict[tuple[str, int], float] = {}
     found: dict[tuple[str, int], float] = {}
     for text in TEXTS:
@@ -68,7 +67,7 @@ def _read_variant(file: Path) -> Variant | None:
         return None
     lengths = sorted({length for _, length in (*losses, *found)})
     keys = {length: _keys(config.model, length) for length in lengths}
-    return Variant(file.stem, keys, attention_share(config), losses, found)
+    return Variant(run.name, keys, attention_share(config), losses, found)
 
 
 def _report(folder: Path) -> Report | None:

@@ -395,12 +395,12 @@ def decode(args: argparse.Namespace) -> int:
 
 def add_adaptation(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "configs",
+        "runs",
         nargs="+",
         type=Path,
-        metavar="CONFIG",
-        help="TOML files of the runs; each run.dir contains reports of launcher/evaluate.py in "
-        "code/, books/ and needles/",
+        metavar="RUN",
+        help="folders of the runs; each contains reports of launcher/evaluate.py in code/, books/ "
+        "and needles/",
     )
     parser.set_defaults(run=adaptation)
 
@@ -408,7 +408,7 @@ def add_adaptation(parser: argparse.ArgumentParser) -> None:
 def adaptation(args: argparse.Namespace) -> int:
     from tensorlm.benchmarks import adaptation as bench
 
-    print(bench.format_table(bench.read_variants(args.configs)))
+    print(bench.format_table(bench.read_variants(args.runs)))
     return 0
 
 

@@ -2,7 +2,7 @@
 
 from .layer_kinds import LayerKind
 from .layer_words import attention_in_words, layers_in_words, why_slow
-from .load import apply_override, config_toml, load_config, parse_config, read_tree
+from .load import SETTINGS, apply_override, config_toml, load_config, parse_config, read_tree
 from .model import ModelConfig, RopeScaling, RouteConfig
 from .schema import (
     CheckpointConfig,
@@ -17,6 +17,7 @@ from .schema import (
 from .section import Section, raise_all
 
 __all__ = [
+    "SETTINGS",
     "CheckpointConfig",
     "Config",
     "DataConfig",

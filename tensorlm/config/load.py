@@ -12,6 +12,8 @@ from tensorlm.runtime.errors import UserError
 from .schema import Config
 from .settings_errors import check_settings
 
+SETTINGS = "config.toml"  # in the run's folder: the settings of the newest start
+
 
 def load_config(path: str | Path, overrides: Sequence[str] = (), world_size: int = 0) -> Config:
     """Read a TOML file, apply `key.sub=value` overrides, and check the result.

@@ -10,12 +10,11 @@ from typing import Any
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from tensorlm.config import Config, config_toml
+from tensorlm.config import SETTINGS, Config, config_toml
 from tensorlm.runtime import disk
 from tensorlm.runtime.progress import format_duration
 from tensorlm.runtime.strict_json import json_text
 
-SETTINGS = "config.toml"  # in the run's folder: the settings of the newest start
 # A page of charts in this order; TensorBoard sorts its other pages by tag. The tags here are
 # regular expressions.
 _LAYOUT = {

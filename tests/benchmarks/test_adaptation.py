@@ -46,18 +46,18 @@ def report(folder: Path, losses: dict[int, float], passkey: list[Cell]) -> None:
 
 def variant(folder: Path, name: str, model: str) -> Path:
     text = next(file for file in CONFIGS if file.stem == "window").read_text()
-    text = text.replace("runs/adapt/window", str(folder / name)).replace("window = 512\n", model)
-    file = folder / f"{name}.toml"
-    file.write_text(text)
-    return file
+    run = folder / name
+    run.mkdir()
+    (run / "config.toml").write_text(text.replace("window = 512\n", model))
+    return run
 
 
 def test_table(tmp_path: Path) -> None:
     route = "window = 32\n[model.route]\nblock = 8\ntop_k = 1\nstretch = 1\n"
     models = {"full": "", "window": "window = 32\n", "mine": route}
-    files = [variant(tmp_path, name, model) for name, model in models.items()]
+    runs = [variant(tmp_path, name, model) for name, model in models.items()]
     with pytest.raises(UserError, match="a run must be evaluated first"):
-        read_variants(files)
+        read_variants(runs)
     for name, loss in {"full": 1.0, "window": 2.0, "mine": 1.25}.items():
         report(tmp_path / name / "code", {64: loss, 256: loss + 1}, [])
     cells = [
@@ -65,7 +65,7 @@ def test_table(tmp_path: Path) -> None:
         Cell(length=64, depth=1.0, accuracy=0.5, num_samples=4),
     ]
     report(tmp_path / "mine" / "needles", {}, cells)
-    head, _, full, window, mine = format_table(read_variants(files)).splitlines()
+    head, _, full, window, mine = format_table(read_variants(runs)).splitlines()
     assert head.split(" | ")[3] == "loss, code, 32-64 / 128-256"
     assert head.split(" | ")[4] == "gap closed, code"
     assert full.split(" | ")[1:5] == ["32 / 128", "1", "1.0000 / 2.0000", "100%"]
