@@ -4,14 +4,14 @@ import tomllib
 from pathlib import Path
 
 from tensorlm.checkpoint.publish import was_imported
-from tensorlm.config import Config
+from tensorlm.config import SETTINGS, Config
 from tensorlm.runtime.errors import EXIT_DONE, UserError
 from tensorlm.runtime.launch_env import LaunchEnv
 from tensorlm.runtime.ranks import leave_distributed
 from tensorlm.runtime.strict_json import json_text
 
 from .loop import start
-from .metrics import SETTINGS, read_metrics
+from .metrics import read_metrics
 from .step import last_rows, train_step
 
 
