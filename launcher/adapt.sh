@@ -24,7 +24,7 @@ else
   export DS_ACCELERATOR=cpu
   variants=${VARIANTS:-full window routed}
   size=(data.seq_len=1024 train.dtype=fp32 zero.stage=2 train.micro_batch=1 train.rows_per_step=1
-    train.steps=3 optim.lr=3e-5 optim.min_lr=3e-6 optim.warmup_steps=0 checkpoint.every=3)
+    train.steps=3 optim.warmup_steps=1 checkpoint.every=3)
   window=(model.window=128) route=(model.route.block=32 model.route.top_k=6)
   code_bytes=3000000 trained=1024 predicted=4096
   tasks=
