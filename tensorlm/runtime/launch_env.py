@@ -118,7 +118,7 @@ def _place(env: Mapping[str, str]) -> tuple[int, int, int, int] | None:
     elif "MPI_LOCALRANKID" in env:  # MPICH, Intel MPI
         names = ["PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"]
         values = [env[name] for name in names]
-    # SLURM_PROCID is set in the batch script too, but there is no step.
+    # Slurm sets SLURM_PROCID in the batch script as well, which belongs to no step.
     elif "SLURM_PROCID" in env and "SLURM_STEP_ID" in env and "SLURM_STEP_NUM_TASKS" in env:
         size = env["SLURM_STEP_NUM_TASKS"]
         # a list such as 8(x3),4: use that of the first node

@@ -79,6 +79,7 @@ def test_texts_that_are_held_out_are_not_trained_on(
 def test_both_sides_must_have_text(tmp_path: Path, held_out: set[str], missing: str) -> None:
     with pytest.raises(UserError, match=f"no text {missing}"):
         write_long_texts(iter([LongText("a", "text\n")]), held_out, tmp_path)
+    assert not list(tmp_path.iterdir())  # otherwise a later call would use incomplete texts
 
 
 def test_packages_are_those_of_this_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

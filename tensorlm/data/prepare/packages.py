@@ -13,6 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 from random import Random
 
+from tensorlm.runtime import disk
 from tensorlm.runtime.errors import UserError
 
 from .files import find_files
@@ -79,7 +80,7 @@ def write_long_texts(texts: Iterator[LongText], held_out: Collection[str], folde
     """Write `folder/train.jsonl` and `folder/held_out.jsonl`, records {"name", "text"}.
 
     Texts are cut into documents of about `LONGEST_PART` characters at most. In train.jsonl, some
-    passages are repeated.
+    passages are repeated. Both files appear when they are complete, held_out.jsonl last.
 
     Args:
         texts: texts to write, in this order.
@@ -92,27 +93,31 @@ def write_long_texts(texts: Iterator[LongText], held_out: Collection[str], folde
     Raises:
         UserError: one of the files would be empty.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    disk.make_folder(folder)
     counts = {"train": 0, "held_out": 0}
     names = {"train": 0, "held_out": 0}
-    with (
-        (folder / "train.jsonl").open("w", encoding="utf-8") as train,
-        (folder / "held_out.jsonl").open("w", encoding="utf-8") as held,
-    ):
+    files = {side: disk.AtomicFile(folder / f"{side}.jsonl") for side in counts}
+    try:
         for found in texts:
-            side = "held_out" if found.name in held_out else "train"
-            text = found.text if side == "held_out" else repeat_passages(found.text, found.name)
-            names[side] += 1
-            parts = cut(text, LONGEST_PART)
-            if side == "held_out":
+            if found.name in held_out:
+                side, parts = "held_out", cut(found.text, LONGEST_PART)
                 parts = parts[:: -(-len(parts) // _MOST_HELD_OUT)]
+            else:
+                side = "train"
+                parts = cut(repeat_passages(found.text, found.name), LONGEST_PART)
+            names[side] += 1
+            counts[side] += sum(map(len, parts))
             for part in parts:
-                record = {"name": found.name, "text": part}
-                (held if side == "held_out" else train).write(json.dumps(record) + "\n")
-                counts[side] += len(part)
-    for side, name in (("train", "to train on"), ("held_out", "held out")):
-        if not counts[side]:
-            raise UserError(f"{folder}: no text {name} (change --hold-out or --text)")
+                record = json.dumps({"name": found.name, "text": part})
+                files[side].write(f"{record}\n".encode())
+        for side, name in (("train", "to train on"), ("held_out", "held out")):
+            if not counts[side]:
+                raise UserError(f"{folder}: no text {name} (change --hold-out or --text)")
+        for file in files.values():
+            file.publish()
+    finally:
+        for file in files.values():
+            file.discard()
     return (
         f"{folder}: texts to train on: {names['train']} ({counts['train'] / 1e6:,.1f} M characters)"
         f", held out: {names['held_out']} ({counts['held_out'] / 1e6:,.1f} M characters)"
