@@ -15,7 +15,7 @@ from . import routed_blocked, routed_dense
 from .api import Backend, chosen_backend, hop
 from .checks import check_heads, check_rotary, check_scale, check_state, per_token
 from .fold import Rotary, State, document_reach
-from .routing import check_choice_of_blocks, validate_route
+from .routing import POOL, check_choice_of_blocks, validate_route
 
 # Takes a function that chooses; returns its choice, or the choice kept from an earlier call.
 Keep = Callable[[Callable[[], Tensor]], Tensor]
@@ -29,6 +29,7 @@ def routed_attention(
     window: int,
     block: int,
     top_k: int,
+    pool: int = POOL,
     stretch: int = 1,
     open_tile: int = 1,
     doc_start: Tensor | None = None,
@@ -46,6 +47,7 @@ def routed_attention(
         window: number of tokens that are always read, including the token itself.
         block: tokens per block, at most `window`.
         top_k: blocks that each token and key head chooses, in addition to the document's first.
+        pool: tokens whose mean key is one candidate; a block counts as its best candidate.
         stretch: rotary positions beyond the window are floor((t - d(t)) / stretch), where d(t) is
             the first token of t's document.
         open_tile: tokens per tile, counted from the document's start: a token also reads the blocks
@@ -64,7 +66,7 @@ def routed_attention(
     Raises:
         ValueError: the arguments do not match, or the backend does not support them.
     """
-    validate_route(window, block, top_k, stretch, open_tile)
+    validate_route(window, block, top_k, stretch, open_tile, pool)
     doc_start = _checked_starts(q, k, v, doc_start, rotary, scale)
     state = hop(
         q, k, v, stride=1, length=window, reach=document_reach(doc_start, 1), rotary=rotary,
@@ -72,7 +74,7 @@ def routed_attention(
     )  # fmt: skip
 
     def choose() -> Tensor:
-        return _choice(q, k, window, block, top_k, stretch, doc_start, rotary, backend)
+        return _choice(q, k, window, block, top_k, pool, doc_start, backend)
 
     choice = choose() if keep is None else keep(choose)
     return routed_hop(
@@ -89,19 +91,18 @@ def choose_blocks(
     window: int,
     block: int,
     top_k: int,
-    stretch: int = 1,
+    pool: int = POOL,
     doc_start: Tensor | None = None,
-    rotary: Rotary | None = None,
     first: int = 0,
     ordered: bool = True,
     backend: Backend = "auto",
 ) -> Tensor:
     """The blocks that each token and key head reads beyond its window; no gradient.
 
-    The score of a far block is <sum over the group of R q_h(t), mean over the block of R k(u)>,
-    where R is the rotary embedding at floor((t - d(t)) / stretch). Sums and means are rounded to
-    the dtype of q and k; products are in float32 or wider. Arguments as in `routed_attention`,
-    except:
+    The score of a far block is that of its best part of `pool` tokens: <sum over the group of
+    q_h(t), mean over the part of k(u)>. It depends on content, not on positions. Sums and means are
+    rounded to the dtype of q and k; products are in float32 or wider. Arguments as in
+    `routed_attention`, except:
 
     Args:
         q: [B, Q, H, D]: queries may be a slice of the row, the tokens first ... first + Q - 1.
@@ -114,9 +115,9 @@ def choose_blocks(
         are far. If block 0 is far, it is chosen in addition to the `top_k` best of the others. Ties
         go to the earlier block.
     """
-    validate_route(window, block, top_k, stretch, 1)
-    doc_start = _checked_starts(q, k, k, doc_start, rotary, None, first)
-    choice = _choice(q, k, window, block, top_k, stretch, doc_start, rotary, backend, first)
+    validate_route(window, block, top_k, 1, 1, pool)
+    doc_start = _checked_starts(q, k, k, doc_start, None, None, first)
+    choice = _choice(q, k, window, block, top_k, pool, doc_start, backend, first)
     if not ordered:
         return choice
     nothing = torch.iinfo(torch.int32).max
@@ -125,14 +126,20 @@ def choose_blocks(
 
 
 def _routed_backend(
-    backend: Backend, q: Tensor, k: Tensor, values: Tensor, block: int, open_tile: int
+    backend: Backend,
+    q: Tensor,
+    k: Tensor,
+    values: Tensor,
+    block: int,
+    open_tile: int,
+    pool: int = POOL,
 ) -> Backend:
     """Replace "auto" by a backend: "triton" only if its kernels support these numbers."""
     chosen = chosen_backend(backend, q, k, values, False)
     if backend == "auto" and chosen == "triton":
         from .gpu.routed_op import why_not
 
-        return "blocked" if why_not(q, k, values, block, open_tile) else "triton"
+        return "blocked" if why_not(q, k, values, block, open_tile, pool) else "triton"
     return chosen
 
 
@@ -166,22 +173,20 @@ def _choice(
     window: int,
     block: int,
     top_k: int,
-    stretch: int,
+    pool: int,
     doc_start: Tensor,
-    rotary: Rotary | None,
     backend: Backend,
     first: int = 0,
 ) -> Tensor:
     """`choose_blocks` in any order, as the hop takes it: the kernels need not sort."""
-    backend = _routed_backend(backend, q, k, k, block, 1)
+    backend = _routed_backend(backend, q, k, k, block, 1, pool)
     if backend == "triton":
         from .gpu.routed_op import choose_blocks as run
     else:
         run = (routed_dense if backend == "dense" else routed_blocked).choose_blocks
     return run(
-        q, k, window=window, block=block, top_k=top_k, stretch=stretch, doc_start=doc_start,
-        rotary=rotary, first=first,
-    )  # fmt: skip
+        q, k, window=window, block=block, top_k=top_k, pool=pool, doc_start=doc_start, first=first
+    )
 
 
 def routed_hop(

@@ -13,7 +13,14 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .fold import Rotary, State
-from .routing import best_blocks, block_means, block_starts, rotate_stretched, summed_queries
+from .routing import (
+    best_blocks,
+    block_scores,
+    block_starts,
+    pooled_keys,
+    rotate_stretched,
+    summed_queries,
+)
 
 # Finite, so that a token whose keys are all masked has a gradient of zero instead of NaN.
 MASKED = -1e30
@@ -28,22 +35,22 @@ def choose_blocks(
     window: int,
     block: int,
     top_k: int,
-    stretch: int,
+    pool: int,
     doc_start: Tensor,
-    rotary: Rotary | None,
     first: int = 0,
 ) -> Tensor:
     """Same as `routed.choose_blocks`."""
     work = torch.promote_types(q.dtype, torch.float32)
-    q = summed_queries(rotate_stretched(q, rotary, doc_start, stretch, first), k.shape[2]).to(work)
     starts = block_starts(doc_start, block)
-    means = block_means(rotate_stretched(k, rotary, doc_start, stretch), starts, block).to(work)
-    means = means.permute(0, 2, 3, 1)  # [B, K, D, N]
-    parts = [
-        best_blocks(part.transpose(1, 2) @ means, starts, doc_start, at, window, block, top_k)
-        for at, part in _tiles(q, _CHOICE_TILE, first)
+    q = summed_queries(q, k.shape[2]).to(work)
+    keys = pooled_keys(k, starts, block, pool).to(work)
+    tiles = [
+        best_blocks(
+            block_scores(tile.transpose(1, 2), keys), starts, doc_start, at, window, block, top_k
+        )
+        for at, tile in _tiles(q, _CHOICE_TILE, first)
     ]
-    return torch.cat(parts, dim=1)
+    return torch.cat(tiles, dim=1)
 
 
 def hop(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .fold import FLOOR, MASKED, State, full_precision
-from .routing import best_blocks, summed_queries
+from .routing import best_blocks, block_scores, summed_queries
 
 _QUERY_CHUNK = 8  # queries whose entries are gathered at a time
 _CHOICE_CHUNK = 512  # queries whose scores for all slots are held at a time
@@ -21,7 +21,7 @@ _NOTHING = torch.iinfo(torch.int32).max
 
 def choose_cached(
     q: Tensor,
-    means: Tensor,
+    pooled: Tensor,
     starts: Tensor,
     doc_start: Tensor,
     *,
@@ -32,8 +32,9 @@ def choose_cached(
     """The results of `routed.choose_blocks` for the last Q of T tokens.
 
     Args:
-        q: [B, Q, H, D], rotated.
-        means: [B, N, K, D] of the first N slots, which include all that are far from any query.
+        q: [B, Q, H, D], not rotated.
+        pooled: [B, N, P, K, D], from `routing.pooled_keys`, of the first N slots, which include all
+            that are far from any query.
         starts: [B, N], first tokens of their blocks, from `routing.block_starts`.
         doc_start: [B, T].
         window, block, top_k: as in `routed.choose_blocks`.
@@ -43,12 +44,12 @@ def choose_cached(
     """
     work = torch.promote_types(q.dtype, torch.float32)
     first = doc_start.shape[1] - q.shape[1]
-    q = summed_queries(q, means.shape[2]).to(work).transpose(1, 2)  # [B, K, Q, D]
-    columns = means.to(work).permute(0, 2, 3, 1)  # [B, K, D, N]
+    q = summed_queries(q, pooled.shape[3]).to(work).transpose(1, 2)  # [B, K, Q, D]
+    pooled = pooled.to(work)
     parts = []
     for at in range(0, q.shape[2], _CHOICE_CHUNK):
         with full_precision(q.device):
-            scores = q[:, :, at : at + _CHOICE_CHUNK] @ columns
+            scores = block_scores(q[:, :, at : at + _CHOICE_CHUNK], pooled)
         parts.append(best_blocks(scores, starts, doc_start, first + at, window, block, top_k))
     return torch.cat(parts, dim=1)
 

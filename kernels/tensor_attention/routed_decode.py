@@ -80,24 +80,26 @@ def rotate_step(q: Tensor, k: Tensor, step: Step) -> tuple[Tensor, Tensor, Tenso
     return *near.split(sizes, dim=2), *far.split(sizes, dim=2)
 
 
-def choose_step(q: Tensor, means: Tensor, step: Step, top_k: int) -> Tensor:
+def choose_step(q: Tensor, pooled: Tensor, step: Step, top_k: int) -> Tensor:
     """The token's choice [B, 1, K, top_k + 1] int32: block 0 first, -1 for none.
 
     Args:
-        q: [B, 1, H, D], rotated to the stretched position.
-        means: [B, N, K, D], rotated to stretched positions.
+        q: [B, 1, H, D], not rotated.
+        pooled: [B, N, P, K, D], from `routing.pooled_keys`.
         step: the token's step.
         top_k: as in `routed.choose_blocks`.
     """
     work = torch.promote_types(q.dtype, torch.float32)
-    queries = summed_queries(q, means.shape[2]).to(work)  # [B, 1, K, D]
+    num_slots, num_parts, num_heads = pooled.shape[1:4]
+    queries = summed_queries(q, num_heads).to(work)  # [B, 1, K, D]
     with full_precision(q.device):
-        scores = queries.transpose(1, 2) @ means.to(work).permute(0, 2, 3, 1)
-    scores = scores[:, :, 0].masked_fill(step.closed, float("-inf"))  # [B, K, N]
+        scores = queries.transpose(1, 2) @ pooled.to(work).flatten(1, 2).permute(0, 2, 3, 1)
+    scores = scores[:, :, 0].unflatten(2, (num_slots, num_parts)).amax(-1)
+    scores = scores.masked_fill(step.closed, float("-inf"))  # [B, K, N]
     best = scores.sort(dim=-1, descending=True, stable=True)
     blocks = step.blocks.expand_as(scores).gather(-1, best.indices[..., :top_k])
     blocks = blocks.masked_fill(best.values[..., :top_k] == float("-inf"), -1)
-    blocks = torch.cat((step.first_block.expand(-1, means.shape[2], -1), blocks), dim=-1)
+    blocks = torch.cat((step.first_block.expand(-1, num_heads, -1), blocks), dim=-1)
     missing = top_k + 1 - blocks.shape[-1]
     blocks = torch.nn.functional.pad(blocks, (0, missing), value=-1) if missing else blocks
     return blocks.to(torch.int32)[:, None]

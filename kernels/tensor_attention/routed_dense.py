@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .fold import Rotary, State
-from .routing import best_blocks, block_means, block_starts, rotate_stretched, summed_queries
+from .routing import best_blocks, block_starts, pooled_keys, rotate_stretched, summed_queries
 
 
 def choose_blocks(
@@ -18,17 +18,15 @@ def choose_blocks(
     window: int,
     block: int,
     top_k: int,
-    stretch: int,
+    pool: int,
     doc_start: Tensor,
-    rotary: Rotary | None,
     first: int = 0,
 ) -> Tensor:
     """Same as `routed.choose_blocks`."""
-    q = summed_queries(rotate_stretched(q, rotary, doc_start, stretch, first), k.shape[2])
-    starts = block_starts(doc_start, block)
-    means = block_means(rotate_stretched(k, rotary, doc_start, stretch), starts, block)
     work = torch.promote_types(q.dtype, torch.float32)
-    scores = torch.einsum("btkd,bnkd->bktn", q.to(work), means.to(work))
+    starts = block_starts(doc_start, block)
+    q, keys = summed_queries(q, k.shape[2]), pooled_keys(k, starts, block, pool)
+    scores = torch.einsum("btkd,bnpkd->bktnp", q.to(work), keys.to(work)).amax(-1)
     return best_blocks(scores, starts, doc_start, first, window, block, top_k)
 
 

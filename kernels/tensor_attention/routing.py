@@ -18,9 +18,14 @@ from .fold import Rotary, apply_rotary
 # Supported by the GPU kernels: tokens per block, and maximum tokens per tile of queries.
 KERNEL_BLOCKS = (16, 32, 64, 128)
 KERNEL_TILE = 16
+KERNEL_PARTS = 8
+# Tokens whose mean key is one candidate of the choice, unless the caller says otherwise.
+POOL = 16
 
 
-def validate_route(window: int, block: int, top_k: int, stretch: int, open_tile: int) -> None:
+def validate_route(
+    window: int, block: int, top_k: int, stretch: int, open_tile: int, pool: int = 1
+) -> None:
     """Raise ValueError unless the numbers are valid for a routed axis."""
     if not 1 <= block <= window:
         raise ValueError(f"block must be between 1 and the window of {window} tokens, got {block}")
@@ -30,12 +35,19 @@ def validate_route(window: int, block: int, top_k: int, stretch: int, open_tile:
         raise ValueError(f"stretch must be at least 1, got {stretch}")
     if open_tile < 1:
         raise ValueError(f"open_tile must be at least 1, got {open_tile}")
+    if pool < 1:
+        raise ValueError(f"pool must be at least 1, got {pool}")
 
 
-def why_no_kernels(block: int, open_tile: int) -> str | None:
+def why_no_kernels(block: int, open_tile: int, pool: int = POOL) -> str | None:
     """Why the GPU kernels do not support these numbers, or None if they do."""
     if block not in KERNEL_BLOCKS:
         return f"block must be one of {KERNEL_BLOCKS}, got {block}"
+    if pool < block and (block % pool or block // pool > KERNEL_PARTS):
+        return (
+            f"pool must divide block = {block} into at most {KERNEL_PARTS} parts, or be at least "
+            f"block, got {pool}"
+        )
     if open_tile > KERNEL_TILE:
         return f"open_tile must be at most {KERNEL_TILE}, got {open_tile}"
     return None
@@ -97,23 +109,44 @@ def block_starts(doc_start: Tensor, block: int) -> Tensor:
     return document + (last - document) // block * block
 
 
-def block_means(k: Tensor, starts: Tensor, block: int) -> Tensor:
-    """[B, N, K, D]: mean of the rotated keys `k` [B, T, K, D] over each slot's block.
+def pooled_keys(k: Tensor, starts: Tensor, block: int, pool: int, first: int = 0) -> Tensor:
+    """[B, N, P, K, D]: mean keys of the P parts of each slot's block, `pool` tokens each.
 
-    Summed in float32 or wider and rounded once. Beyond the end of the row, the last token is
-    repeated: this has no effect, because blocks that extend there are never far.
+    The last part is shorter if `pool` does not divide `block`. Means are summed in float32 or wider
+    and rounded once. Beyond the end of the row, the last token is repeated: this has no effect,
+    because blocks that extend there are never far.
+
+    Args:
+        k: [B, T - first, K, D], keys of the row's tokens from `first` on.
+        starts: [B, N], first tokens of the blocks in the row, at least `first`.
+        block, pool: tokens of a block and of a part.
+        first: index in the row of the first key.
     """
-    tokens = starts[..., None] + torch.arange(block, device=k.device)
-    tokens = tokens.clamp(max=k.shape[1] - 1)
+    tokens = starts[:, None] - first + torch.arange(block, device=k.device)[:, None]
+    tokens = tokens.clamp(max=k.shape[1] - 1)  # [B, block, N]
     rows = torch.arange(k.shape[0], device=k.device)[:, None, None]
     work = torch.promote_types(k.dtype, torch.float32)
-    return k[rows, tokens].to(work).mean(2).to(k.dtype)
+    parts = [k[rows, part].to(work).mean(1).to(k.dtype) for part in tokens.split(pool, dim=1)]
+    return torch.stack(parts, dim=2)
 
 
 def summed_queries(q: Tensor, num_key_heads: int) -> Tensor:
-    """[B, T, K, D]: the sum of the rotated queries of each key head's group, rounded once."""
+    """[B, T, K, D]: the sum of the queries of each key head's group, rounded once."""
     work = torch.promote_types(q.dtype, torch.float32)
     return q.unflatten(2, (num_key_heads, -1)).to(work).sum(3).to(q.dtype)
+
+
+def block_scores(q: Tensor, pooled: Tensor) -> Tensor:
+    """[B, K, Q, N]: the score of each slot's block, that of its best part.
+
+    Args:
+        q: [B, K, Q, D], summed over groups.
+        pooled: [B, N, P, K, D], of the same dtype.
+    """
+    first, *others = (q @ part.permute(0, 2, 3, 1) for part in pooled.unbind(2))
+    for scores in others:
+        first = torch.maximum(first, scores)
+    return first
 
 
 def best_blocks(

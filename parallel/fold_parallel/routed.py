@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from tensor_attention import Backend, Rotary, choose_blocks, routed_attention, routed_hop
 from tensor_attention.api import check_operator
 from tensor_attention.routed import Keep
-from tensor_attention.routing import validate_route
+from tensor_attention.routing import POOL, validate_route
 
 from .collectives import start_gather, start_halo
 from .grid import Grid
@@ -29,6 +29,7 @@ def sharded_routed_attention(
     window: int,
     block: int,
     top_k: int,
+    pool: int = POOL,
     stretch: int = 1,
     open_tile: int = 1,
     grid: Grid,
@@ -47,7 +48,7 @@ def sharded_routed_attention(
     Args:
         q: [B, T/P, H, D], not rotated if `rotary` is given.
         k, v: [B, T/P, K, D], [B, T/P, K, E] with H a multiple of K.
-        window, block, top_k, stretch, open_tile: as in `routed_attention`.
+        window, block, top_k, pool, stretch, open_tile: as in `routed_attention`.
         grid: the rank grid; P is `grid.sp`.
         doc_start: [B, T/P] (or [1, T/P]), as in `sharded_tensor_attention`.
         rotary: table of at least T positions.
@@ -61,10 +62,11 @@ def sharded_routed_attention(
     """
     if grid.sp == 1 or not q.numel():
         return routed_attention(
-            q, k, v, window=window, block=block, top_k=top_k, stretch=stretch, open_tile=open_tile,
-            doc_start=doc_start, rotary=rotary, scale=scale, backend=backend, keep=keep,
+            q, k, v, window=window, block=block, top_k=top_k, pool=pool, stretch=stretch,
+            open_tile=open_tile, doc_start=doc_start, rotary=rotary, scale=scale, backend=backend,
+            keep=keep,
         )  # fmt: skip
-    validate_route(window, block, top_k, stretch, open_tile)
+    validate_route(window, block, top_k, stretch, open_tile, pool)
     seq_len = q.shape[1] * grid.sp
     doc_start = check_operator(q, k, v, (), doc_start, None, rotary, scale, backend, seq_len)
     assert grid.sp_group is not None
@@ -82,8 +84,8 @@ def sharded_routed_attention(
 
     def choose() -> Tensor:
         choice = choose_blocks(
-            q, k, window=window, block=block, top_k=top_k, stretch=stretch, doc_start=starts,
-            rotary=rotary, first=first, ordered=False, backend=backend,
+            q, k, window=window, block=block, top_k=top_k, pool=pool, doc_start=starts,
+            first=first, ordered=False, backend=backend,
         )  # fmt: skip
         return _with_earlier(choice, open_tile - 1, first, grid)
 

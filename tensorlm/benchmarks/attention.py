@@ -110,7 +110,7 @@ def tensorized_cost(fold: Sequence[int], length: int) -> tuple[float, float]:
 def routed_cost(route: Route, length: int) -> tuple[float, float]:
     """Forward FLOPs (keys of each token's own choice, and its block scores) and minimum bytes."""
     flops = 4 * HEAD_DIM * HEADS * route.keys(length) * length
-    flops += 2 * HEAD_DIM * KEY_HEADS * length * length / route.block / 2
+    flops += 2 * HEAD_DIM * KEY_HEADS * length * length / route.pool / 2
     return flops, 2 * HEAD_DIM * length * (5 * HEADS + 4 * KEY_HEADS)
 
 
@@ -231,7 +231,9 @@ def _flex_tiles(
         return t >= u
 
     def mask(q: Tensor, k: Tensor) -> BlockMask:
-        choice = choose_blocks(q, k, **route._asdict(), rotary=rotary)
+        choice = choose_blocks(
+            q, k, window=route.window, block=route.block, top_k=route.top_k, pool=route.pool
+        )
         tiles, blocks = length // tile, length // route.block
         slots = torch.where(choice < 0, blocks, choice)[0].unflatten(0, (tiles, tile))
         slots = slots.permute(2, 0, 1, 3).flatten(2).long()  # [K, tiles, tile * C]
@@ -289,7 +291,7 @@ def measure(
         for h in (HEADS, KEY_HEADS, KEY_HEADS)
     )
     if routes and length > 2 * routes[0].window:
-        agreeing = agreeing_queries(k.detach(), HEADS, routes[0], rotary_of(length))
+        agreeing = agreeing_queries(k.detach(), HEADS, routes[0])
         q = agreeing.requires_grad_()
     cotangent = torch.randn_like(q)
     rows = []

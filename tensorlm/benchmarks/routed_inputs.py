@@ -11,7 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tensor_attention import Rotary, choose_blocks
+from tensor_attention import choose_blocks
+from tensor_attention.routing import POOL
 
 NEIGHBOURS = 16
 MEASURED_UNION = 2.3
@@ -25,6 +26,7 @@ class Route(NamedTuple):
     block: int
     top_k: int
     stretch: int
+    pool: int = POOL
 
     def keys(self, length: int) -> float:
         """Mean number of keys in a token's window and own choice, in a document of `length`."""
@@ -34,7 +36,7 @@ class Route(NamedTuple):
         return float((near + far.clamp(max=(self.top_k + 1) * self.block)).mean())
 
 
-def agreeing_queries(k: Tensor, heads: int, route: Route, rotary: Rotary) -> Tensor:
+def agreeing_queries(k: Tensor, heads: int, route: Route) -> Tensor:
     """[1, T, H, D]: queries whose neighbors agree as in a trained model, for keys k [1, T, K, D].
 
     Bisection finds the share of the slow signal; `union_of_neighbours` measures the result.
@@ -55,19 +57,18 @@ def agreeing_queries(k: Tensor, heads: int, route: Route, rotary: Rotary) -> Ten
     for _ in range(10):
         share = (low + high) / 2
         q = (share * slow + (1 - share**2) ** 0.5 * noise).to(k.dtype)[None]
-        if union_of_neighbours(q, k, route, rotary) > MEASURED_UNION:
+        if union_of_neighbours(q, k, route) > MEASURED_UNION:
             low = share
         else:
             high = share
     return q
 
 
-def union_of_neighbours(q: Tensor, k: Tensor, route: Route, rotary: Rotary) -> float:
+def union_of_neighbours(q: Tensor, k: Tensor, route: Route) -> float:
     """Number of blocks that 16 neighboring tokens open / number that one of them chooses."""
     choice = choose_blocks(
-        q, k, window=route.window, block=route.block, top_k=route.top_k, stretch=route.stretch,
-        rotary=rotary,
-    )  # fmt: skip
+        q, k, window=route.window, block=route.block, top_k=route.top_k, pool=route.pool
+    )
     first = route.window + (route.top_k + 1) * route.block  # from here on choices are complete
     choice = choice[:, -((choice.shape[1] - first) // NEIGHBOURS * NEIGHBOURS) :]
     opened = choice.unflatten(1, (-1, NEIGHBOURS)).transpose(2, 3).flatten(3).sort(dim=-1).values

@@ -47,4 +47,4 @@ def _route_in_words(window: int, route: Mapping[str, Any]) -> str:
 def why_slow(model: ModelConfig) -> str | None:
     """Why the GPU kernels cannot compute a model's routed layers; None if they can."""
     route = model.route
-    return None if route is None else why_no_kernels(route.block, route.open_tile)
+    return None if route is None else why_no_kernels(route.block, route.open_tile, route.pool)

@@ -42,6 +42,12 @@ class RouteConfig(Section):
         gt=0,
         description="blocks that each token chooses, in addition to the document's first block",
     )
+    pool: int = Field(
+        16,
+        gt=0,
+        description="tokens whose mean key is one candidate of the choice; a block counts as its "
+        "best candidate (block or more: the mean of the block)",
+    )
     stretch: int = Field(
         gt=0,
         description="divisor of rotary positions beyond the window, which keeps long contexts "

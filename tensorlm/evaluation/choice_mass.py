@@ -66,8 +66,8 @@ def choice_masses(
     known, stop = max(0, queries.start - route.open_tile + 1), queries.stop
     k, doc_start = k[:, :stop], doc_start[:, :stop]
     choice = choose_blocks(
-        q[:, known:stop], k, window=window, block=route.block, top_k=route.top_k,
-        stretch=route.stretch, doc_start=doc_start, rotary=rotary, first=known,
+        q[:, known:stop], k, window=window, block=route.block, top_k=route.top_k, pool=route.pool,
+        doc_start=doc_start, first=known,
     )  # fmt: skip
     work = torch.promote_types(q.dtype, torch.float32)
     q, k = q[:, queries.start : stop].to(work) * q.shape[-1] ** -0.5, k.to(work)

@@ -41,7 +41,7 @@ def attach(
         hop_bias_init: initial value of the learned bias of outer hops; -4 begins as a local window.
         window: tokens that window and routed layers always read (0: `fold[0]`).
         route: settings of routed layers, such as `dict(block=64, top_k=16, stretch=16)`, and
-            optionally `open_tile` (default: 16); None: no routed layers.
+            optionally `open_tile` and `pool` (default: 16 each); None: no routed layers.
         route_every: every k-th layer is routed, and the others are window layers (strided if a fold
             is given); 0: all layers are routed.
         layers: instead, the kind of each layer: "window", "strided", "routed" or "full".

@@ -173,8 +173,9 @@ class RoutedLayer(FoldLayer):
     """The cache of a routed layer.
 
     `key_rows` [B, T, K, D] are rotated to position floor((t - d(t)) / stretch), `near_rows` (the
-    last `window` tokens) to position t. `mean_rows` [B, N, K, D] are the mean keys of blocks that
-    are complete wherever their document begins. `choice_rows` are the choices of the last
+    last `window` tokens) to position t. `pooled_rows` [B, N, P, K, D] are the mean keys of the
+    parts of blocks that are complete wherever their document begins; `recent_rows` are the keys of
+    tokens whose blocks may not be complete, not rotated. `choice_rows` are the choices of the last
     open_tile - 1 + `choices` tokens.
     """
 
@@ -186,19 +187,21 @@ class RoutedLayer(FoldLayer):
         """Remove all tokens."""
         super().reset()
         self.near_rows = GrowingBuffer(self.route.window)
-        self.mean_rows = GrowingBuffer(expected=self.expected // self.route.block)
+        self.pooled_rows = GrowingBuffer(expected=self.expected // self.route.block)
+        self.recent_rows = GrowingBuffer(2 * self.route.block)
         self.choice_rows = GrowingBuffer(self.route.open_tile - 1 + self.choices)
 
     def all_rows(self) -> list[GrowingBuffer]:
         """All rows of this layer."""
-        return [*super().all_rows(), self.near_rows, self.mean_rows, self.choice_rows]
+        rows = (self.near_rows, self.pooled_rows, self.recent_rows, self.choice_rows)
+        return [*super().all_rows(), *rows]
 
-    def num_settled(self) -> int:
-        """Number of slots whose block is complete, wherever its document begins.
+    def num_settled(self, num_tokens: int) -> int:
+        """Number of slots whose block `num_tokens` tokens complete, wherever its document begins.
 
         The block of slot j ends at token (j + 2) * block - 2 at the latest.
         """
-        return max(0, (self.num_tokens + 1) // self.route.block - 1)
+        return max(0, (num_tokens + 1) // self.route.block - 1)
 
 
 class FoldCache(Cache):

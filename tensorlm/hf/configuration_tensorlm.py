@@ -10,8 +10,8 @@ from transformers import LlamaConfig
 
 _ROPE_TYPES = ("default", "linear", "llama3")
 _KINDS = ("window", "strided", "routed", "full")
-_ROUTE_FIELDS = ("block", "top_k", "stretch", "open_tile")
-_OPEN_TILE = 16
+_ROUTE_FIELDS = ("block", "top_k", "stretch", "open_tile", "pool")
+_ROUTE_DEFAULTS = {"open_tile": 16, "pool": 16}
 
 # Tells `transformers` where to find the classes of a folder with this code.
 AUTO_MAP = {
@@ -29,13 +29,14 @@ class Route(NamedTuple):
     top_k: int
     stretch: int
     open_tile: int
+    pool: int
 
 
 class TensorLMConfig(LlamaConfig):
     """Llama's configuration, with the fields of `[model]` that define each layer's attention.
 
-    `route` has the keys block, top_k, stretch and open_tile (default: 16). Folders written by
-    versions without window and routed layers have only the first three fields.
+    `route` has the keys block, top_k, stretch, open_tile and pool (default: 16 each). Folders
+    written by versions without window and routed layers have only the first three fields.
     """
 
     model_type = "tensorlm"
@@ -70,7 +71,7 @@ class TensorLMConfig(LlamaConfig):
     @property
     def route_numbers(self) -> Route:
         """The settings of routed layers."""
-        return Route(self.window_size, **({"open_tile": _OPEN_TILE} | (self.route or {})))
+        return Route(self.window_size, **(_ROUTE_DEFAULTS | (self.route or {})))
 
 
 def check_operator(config: LlamaConfig) -> None:
@@ -145,7 +146,7 @@ def _route_problems(config: TensorLMConfig) -> list[str]:
         )
     if not config.route:
         return problems
-    needed = set(_ROUTE_FIELDS) - {"open_tile"}
+    needed = set(_ROUTE_FIELDS) - set(_ROUTE_DEFAULTS)
     if not isinstance(config.route, Mapping) or not needed <= set(config.route) <= {*_ROUTE_FIELDS}:
         keys = ", ".join(_ROUTE_FIELDS)
         return [*problems, f"route must have the keys {keys}, got {config.route!r}"]

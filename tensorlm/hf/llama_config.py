@@ -83,6 +83,7 @@ class _Route(_Known):
     top_k: PositiveInt
     stretch: PositiveInt
     open_tile: PositiveInt = 16
+    pool: PositiveInt = 16
 
 
 class _LlamaConfig(_Known):

@@ -24,7 +24,7 @@ try:
     )
     from tensor_attention.routed_cached import choose_cached, routed_hop_cached
     from tensor_attention.routed_decode import attend_step, choose_step, make_step, rotate_step
-    from tensor_attention.routing import block_means, block_starts
+    from tensor_attention.routing import block_starts, pooled_keys
 except ImportError:
     routed_attention = None  # type: ignore[assignment]
     from .fold import Axis, Rotary, apply_rotary  # type: ignore[import-not-found, no-redef]
@@ -40,7 +40,7 @@ except ImportError:
         make_step,
         rotate_step,
     )
-    from .routing import block_means, block_starts  # type: ignore[import-not-found, no-redef]
+    from .routing import block_starts, pooled_keys  # type: ignore[import-not-found, no-redef]
 
 # Maximum number of new tokens for which gathering is faster than tiles of tokens (an estimate).
 _GATHER_UP_TO = 16
@@ -97,16 +97,15 @@ def attend_routed(
     depth = positions.to(torch.int32) - starts
     far = (depth // route.stretch).long()
     near_q, near_k = apply_rotary(q, rotary, positions), apply_rotary(k, rotary, positions)
+    choice = choices = _choose(q, k, documents, route, memory)
     q, k = apply_rotary(q, rotary, far), apply_rotary(k, rotary, far)
     if memory is not None:
         near_k = memory.near_rows.append(near_k)
         k, v = memory.update(k, v)
+        choices = memory.choice_rows.append(choice)
     state = hop_new(
         near_q, near_k, v[:, -near_k.shape[1] :], Axis(1, route.window), depth, scale=scale
     )
-    choice = choices = _choose(q, k, documents, route, memory)
-    if memory is not None:
-        choices = memory.choice_rows.append(choice)
     if num_new <= _GATHER_UP_TO or _needs_gather(q):
         return routed_hop_cached(
             q, k, v, choices, window=route.window, block=route.block, open_tile=route.open_tile,
@@ -130,12 +129,12 @@ def _attend_one(
 ) -> Tensor:
     """`attend_routed` for a single new token."""
     assert documents.blocks is not None
+    with torch.no_grad():
+        pooled = _pooled(k, documents.blocks, route, memory)
+        choice = choose_step(q, pooled, documents.step, route.top_k)
     near_q, near_k, q, k = rotate_step(q, k, documents.step)
     near_k = memory.near_rows.append(near_k)
     k, v = memory.update(k, v)
-    with torch.no_grad():
-        means = _means(k, documents.blocks, route, memory)
-        choice = choose_step(q, means, documents.step, route.top_k)
     choices = memory.choice_rows.append(choice)
     return attend_step(
         (near_q, q), (near_k, k), v, choices, documents.step, block=route.block, scale=scale
@@ -152,42 +151,49 @@ def _needs_gather(q: Tensor) -> bool:
 def _choose(
     q: Tensor, k: Tensor, documents: Documents, route: Route, memory: RoutedLayer | None
 ) -> Tensor:
-    """The choice [B, Q, K, top_k + 1] of the new tokens, from rotated queries and keys."""
+    """The choice [B, Q, K, top_k + 1] of the new tokens, from queries and keys before rotation.
+
+    The memory does not hold the new tokens yet.
+    """
     assert documents.row is not None
     assert documents.blocks is not None
-    num_new, num_tokens = q.shape[1], k.shape[1]
-    if memory is None or num_new == num_tokens:
-        choice = choose_blocks(
-            q, k, window=route.window, block=route.block, top_k=route.top_k,
-            stretch=route.stretch, doc_start=documents.row, rotary=None,
+    num_seen = 0 if memory is None else memory.get_seq_length()
+    pooled = None if memory is None else _pooled(k, documents.blocks, route, memory)
+    if pooled is None or not num_seen:
+        return choose_blocks(
+            q, k, window=route.window, block=route.block, top_k=route.top_k, pool=route.pool,
+            doc_start=documents.row,
         )  # fmt: skip
-        if memory is not None:
-            _means(k, documents.blocks, route, memory)
-        return choice
     return choose_cached(
-        q, _means(k, documents.blocks, route, memory),
-        documents.blocks[:, : _num_far(num_tokens, route)], documents.row, window=route.window,
+        q, pooled, documents.blocks[:, : pooled.shape[1]], documents.row, window=route.window,
         block=route.block, top_k=route.top_k,
     )  # fmt: skip
 
 
-def _num_far(num_tokens: int, route: Route) -> int:
-    """Number of slots that can be far from the last of `num_tokens` tokens."""
-    return max(0, (num_tokens - 1 - route.window) // route.block + 1)
+def _pooled(k: Tensor, blocks: Tensor, route: Route, memory: RoutedLayer) -> Tensor:
+    """[B, N, P, K, D]: `pooled_keys` of the slots that can be far from the last new token.
 
-
-def _means(k: Tensor, blocks: Tensor, route: Route, memory: RoutedLayer) -> Tensor:
-    """[B, N, K, D]: means of the slots that can be far from the last token.
-
-    Means that later tokens cannot change are cached. The last one or two are computed each time,
+    Those that later tokens cannot change are cached. The last one or two are computed each time,
     but only if a window of less than two blocks allows them to be far.
+
+    Args:
+        k: [B, Q, K, D] of the new tokens, which the memory does not hold yet; not rotated.
+        blocks: [B, all slots], first tokens of their blocks.
+        route: numbers of the layer.
+        memory: of this layer.
     """
-    k = k.detach()
-    known, settled = memory.mean_rows.stop, memory.num_settled()
-    kept = memory.mean_rows.rows()
+    num_tokens = memory.get_seq_length() + k.shape[1]
+    recent = memory.recent_rows.append(k.detach())
+    first = num_tokens - recent.shape[1]
+
+    def pool(start: int, stop: int) -> Tensor:
+        return pooled_keys(recent, blocks[:, start:stop], route.block, route.pool, first)
+
+    known, settled = memory.pooled_rows.stop, memory.num_settled(num_tokens)
+    kept = memory.pooled_rows.rows()
     if settled > known or kept is None:
-        kept = memory.mean_rows.append(block_means(k, blocks[:, known:settled], route.block))
-    num_far = _num_far(k.shape[1], route)
+        kept = memory.pooled_rows.append(pool(known, settled))
+    num_far = max(0, (num_tokens - 1 - route.window) // route.block + 1)
     if num_far <= settled:
         return kept[:, :num_far]
-    return torch.cat([kept, block_means(k, blocks[:, settled:num_far], route.block)], dim=1)
+    return torch.cat([kept, pool(settled, num_far)], dim=1)

@@ -82,7 +82,8 @@ class Attention(nn.Module):
                 assert self.route is not None
                 return sharded_routed_attention(
                     q, k, v, window=self.window, block=self.route.block, top_k=self.route.top_k,
-                    stretch=self.route.stretch, open_tile=self.route.open_tile, grid=self.grid,
+                    pool=self.route.pool, stretch=self.route.stretch,
+                    open_tile=self.route.open_tile, grid=self.grid,
                     doc_start=doc_start, rotary=rotary, backend=self.backend, keep=kept,
                 )  # fmt: skip
             case "strided" | "full":

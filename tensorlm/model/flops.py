@@ -47,14 +47,15 @@ def attention_flops(config: ModelConfig, depth: Tensor) -> int:
 def choice_flops(config: ModelConfig, depth: Tensor) -> int:
     """Forward FLOPs of choosing blocks in all routed layers; the choice has no backward pass.
 
-    A score is the dot product of the sum of a group's queries and the mean key of a block: 2 D per
-    key head.
+    A score is the dot product of the sum of a group's queries and a mean key, of `pool` tokens of a
+    block: 2 D per key head.
     """
     if config.route is None:
         return 0
     window, block = config.window_size, config.route.block
     # Candidates are the blocks that begin before the window, except the document's first.
     scores = int(((depth - window).clamp(min=0) // block).sum())
+    scores *= -(-block // config.route.pool)
     layers = config.layer_kinds.count("routed")
     return 2 * config.num_kv_heads * config.head_size * scores * layers
 

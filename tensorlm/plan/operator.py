@@ -85,7 +85,7 @@ def routed(job: Job) -> OperatorMemory:
     lists = _lists(job, route)
     forward = q + 2 * k + token + q + lse + max(
         token + window_k,
-        choice + 2 * k + k // route.block,  # keys rotated, queries summed, means
+        choice + k + k // min(route.pool, route.block),  # queries summed, mean keys
         choice + q + lse + token + lists.entries + k,  # keys rotated; starts once more
     )  # fmt: skip
     backward = max(
@@ -148,8 +148,8 @@ def shared_routed(job: Job) -> OperatorMemory:
     forward = q + 2 * k + max(
         # Hop 1 during the exchange of keys, values and document starts: sent and received.
         row + 2 * k + token + hop.forward + 2 * token,
-        # Keys rotated, queries summed, means.
-        state + choice + row_k + k + row_k // route.block,
+        # Queries summed, mean keys.
+        state + choice + k + row_k // min(route.pool, route.block),
         # Keys rotated; document starts and log-sum-exps once more.
         state + z + choice + earlier + q + 2 * lse + token + lists.entries + row_k + job.sp * token,
     )  # fmt: skip

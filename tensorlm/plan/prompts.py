@@ -8,7 +8,7 @@ is the number of tokens of a prompt with its answer, and n that of one pass.
 
 from dataclasses import dataclass
 
-from tensorlm.config import LayerKind
+from tensorlm.config import LayerKind, RouteConfig
 from tensorlm.config.evaluation import GENERATION_TASKS
 
 from .job import FP32, Job
@@ -56,21 +56,28 @@ def cache(prompt: PromptPass) -> int:
     A strided layer keeps keys and z of every hop but the last, for all tokens, and values of one
     inner axis, with a quarter in reserve. A full layer keeps keys and values. A window layer keeps
     those of one window. A routed layer keeps keys and values of all tokens, rotated keys like a
-    window layer, and the mean keys of its blocks.
+    window layer, the mean keys of its blocks' parts, and the last keys before rotation.
     """
     model, everything = prompt.job.config.model, prompt.keys(prompt.length)
     stay = model.window_size
     if prompt.tokens <= max(stay, 64):  # a short pass is appended to the kept rows
         stay = prompt.tokens + (stay if prompt.length > prompt.tokens else 0)
     newest = prompt.keys(stay + max(64, stay // 4))
-    means = prompt.keys(prompt.length // model.route.block) if model.route else 0
+    pooled = _pooled(prompt, model.route) if model.route else 0
     sizes = {
         "full": 2 * everything,
         "window": 2 * newest,
         "strided": everything + newest + len(model.fold) * prompt.queries(prompt.length),
-        "routed": 2 * everything + newest + means,
+        "routed": 2 * everything + newest + pooled,
     }
     return sum(sizes[kind] for kind in prompt.job.kinds)
+
+
+def _pooled(prompt: PromptPass, route: RouteConfig) -> int:
+    """Mean keys, and the keys of the last blocks with a quarter in reserve."""
+    recent = 2 * route.block
+    parts = -(-route.block // route.pool)
+    return prompt.keys(prompt.length // route.block * parts + recent + max(64, recent // 4))
 
 
 def prompt_pass(prompt: PromptPass) -> int:

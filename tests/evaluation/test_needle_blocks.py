@@ -16,7 +16,6 @@ from tensorlm.evaluation.recall import watching_projections
 from tensorlm.evaluation.report import format_report
 from tensorlm.evaluation.run import evaluate
 from tensorlm.evaluation.text import held_out_documents
-from tensorlm.model.layers import rotary_table
 from tests.support.launching import TINY
 from tests.tensor_attention.cases import read_beyond_window
 
@@ -56,9 +55,8 @@ def shares_of_a_whole_row(
     def seen(_: int, q: Tensor, k: Tensor) -> None:
         q, k = (x.unflatten(-1, (-1, shape.head_size)) for x in (q, k))
         choice = choose_blocks(
-            q, k, window=window, block=route.block, top_k=route.top_k, stretch=route.stretch,
-            rotary=rotary_table(shape, tokens.shape[1], tokens.device),
-        )  # fmt: skip
+            q, k, window=window, block=route.block, top_k=route.top_k, pool=route.pool
+        )
         read = read_beyond_window(choice, starts, window, route.block, route.open_tile)[0]
         for t in queries:
             read[:, t, max(0, t - window + 1) : t + 1] = True

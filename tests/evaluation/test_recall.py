@@ -72,8 +72,8 @@ def one_by_one(
     rotary = rotary_table(q.shape[1], q.shape[3])
     weights = weights_of_everything(q, k, doc_start, rotary, route).unflatten(1, (k.shape[2], -1))
     choice = choose_blocks(
-        q, k, window=5, block=route.block, top_k=route.top_k, stretch=route.stretch,
-        doc_start=doc_start, rotary=rotary, backend="dense",
+        q, k, window=5, block=route.block, top_k=route.top_k, pool=route.pool,
+        doc_start=doc_start, backend="dense",
     )  # fmt: skip
     read = read_beyond_window(choice, doc_start, 5, route.block, route.open_tile)
     table, number = np.zeros((len(edges), 4)), 0

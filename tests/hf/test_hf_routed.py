@@ -264,9 +264,10 @@ def test_a_prompt_needs_its_keys_and_values_and_one_layer_at_a_time() -> None:
     config = folded_model(window=8, route=ROUTE).config
     keys = 4 * config.num_key_value_heads * config.head_dim  # bytes a token
     spare = 8 + 64  # rows of keys rotated for the window
-    means = length // ROUTE["block"]
+    means = length // ROUTE["block"]  # a block is one part
+    recent = 2 * ROUTE["block"] + 64  # rows of keys that are not rotated
     choices = (ROUTE["open_tile"] - 1 + 64) * config.num_key_value_heads * (ROUTE["top_k"] + 1) * 4
-    assert kept == few * ((2 * length + spare + means) * keys + choices)
+    assert kept == few * ((2 * length + spare + means + recent) * keys + choices)
     assert kept_by_many == kept * many // few
     assert beside_many == beside  # no layer's hidden states stay
 
@@ -309,10 +310,7 @@ def test_the_cache_chooses_what_training_chose(
         assert layer.choice_rows.buffer is not None
         found.append(layer.choice_rows.buffer[:, layer.choice_rows.stop - 1].clone())
     q, k = (torch.cat(parts, dim=1) for parts in zip(*queries, strict=True))
-    rotary = model.model._rotary(200, tokens.device)
-    wanted = choose_blocks(
-        q, k, window=8, block=4, top_k=2, stretch=4, doc_start=starts, rotary=rotary
-    )
+    wanted = choose_blocks(q, k, window=8, block=4, top_k=2, doc_start=starts)
     chosen = torch.stack(found, dim=1)  # in any order, -1 for none
     assert torch.equal(chosen.sort(dim=-1).values, wanted.sort(dim=-1).values)
     assert (wanted[:, -1] > 0).any()

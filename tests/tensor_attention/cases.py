@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tensor_attention import Rotary, tensor_attention
+from tensor_attention import Rotary, choose_blocks, tensor_attention
 from tensor_attention.api import Backend
 
 Results = dict[str, Tensor]
@@ -57,23 +57,34 @@ def document_mask(doc_start: Tensor) -> Tensor:
 
 
 def naive_choice(
-    q: Tensor, k: Tensor, doc_start: Tensor, window: int, block: int, top_k: int
+    q: Tensor, k: Tensor, doc_start: Tensor, window: int, block: int, top_k: int, pool: int
 ) -> list[list[list[set[int]]]]:
-    """[B][T][K] sets of blocks that the rule chooses from rotated q and k, one by one."""
+    """[B][T][K] sets of blocks that the rule chooses, one by one."""
     group = q.shape[2] // k.shape[2]
     summed = q.unflatten(2, (-1, group)).sum(3)
-    score = torch.einsum("btkd,bukd->btku", summed, k)  # of each key: a block's is their mean
+    score = torch.einsum("btkd,bukd->btku", summed, k)  # of each key: a part's is their mean
 
     def choice(batch: int, token: int, head: int) -> set[int]:
         start = int(doc_start[batch, token])
         count = (token - window - start) // block + 1  # of blocks that begin before the window
         keys = score[batch, token, head, start:].tolist()
-        means = [sum(keys[b * block : (b + 1) * block]) / block for b in range(max(count, 0))]
-        best = sorted(range(1, len(means)), key=lambda b: (-means[b], b))[:top_k]
-        return set(best) | ({0} if means else set())
+        scores = []
+        for first in range(0, max(count, 0) * block, block):
+            parts = [
+                keys[at : min(at + pool, first + block)] for at in range(first, first + block, pool)
+            ]
+            scores.append(max(sum(part) / len(part) for part in parts))
+        best = sorted(range(1, len(scores)), key=lambda b: (-scores[b], b))[:top_k]
+        return set(best) | ({0} if scores else set())
 
     batches, tokens, heads = (range(n) for n in (q.shape[0], q.shape[1], k.shape[2]))
     return [[[choice(b, t, h) for h in heads] for t in tokens] for b in batches]
+
+
+def choice_of(q: Tensor, k: Tensor, **options: Any) -> Tensor:
+    """`choose_blocks` with those of the options of `routed_attention` that it has."""
+    others = ("open_tile", "rotary", "stretch")
+    return choose_blocks(q, k, **{n: x for n, x in options.items() if n not in others})
 
 
 def sets_of(choice: Tensor) -> list[list[list[set[int]]]]:

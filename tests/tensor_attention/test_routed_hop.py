@@ -8,7 +8,6 @@ from torch import Tensor
 
 from tensor_attention import (
     apply_rotary,
-    choose_blocks,
     document_reach,
     hop,
     routed_attention,
@@ -18,6 +17,7 @@ from tensor_attention.api import Backend
 from tests.tensor_attention.cases import (
     BACKENDS,
     LargestTensor,
+    choice_of,
     cotangent_like,
     doc_start_of,
     inputs,
@@ -45,7 +45,7 @@ def test_gradients_of_the_hop_pass_gradcheck_in_float64(backend: Backend, open_t
         "window": 3, "block": 2, "stretch": 2, "rotary": rotary_table(12, 2),
         "doc_start": doc_start_of([3, 9]), "backend": backend,
     }  # fmt: skip
-    choice = choose_blocks(q, k, top_k=1, **route)
+    choice = choice_of(q, k, top_k=1, **route)
 
     def operator(q: Tensor, k: Tensor, v: Tensor, z: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
         return routed_hop(q, k, v, choice, state=(z, lse), open_tile=open_tile, **route)
@@ -80,7 +80,7 @@ def test_written_formulas_and_derivatives_equal_the_hop_and_autograd(
         "window": 4, "block": 3, "stretch": stretch, "doc_start": doc_start, "rotary": rotary,
         "backend": backend,
     }  # fmt: skip
-    choice = choose_blocks(q, k, top_k=2, **options)
+    choice = choice_of(q, k, top_k=2, **options)
     leaves = [x.requires_grad_() for x in (q, k, v, *state)]
     z, lse = routed_hop(q, k, v, choice, state=state, open_tile=open_tile, scale=scale, **options)
     dz, dl = cotangent_like(z), cotangent_like(lse)
@@ -142,7 +142,7 @@ def test_blocked_equals_dense_in_choice_output_and_every_gradient(
         doc_start = torch.cat((doc_start, doc_start_of([num_tokens])))
     rotary = rotary_table(num_tokens, 4) if heads != 2 else None
     shared: dict[str, Any] = {"doc_start": doc_start, "rotary": rotary, **route}
-    choices = [choose_blocks(q, k, backend=backend, **shared) for backend in BACKENDS]
+    choices = [choice_of(q, k, backend=backend, **shared) for backend in BACKENDS]
     assert torch.equal(*choices)
     del shared["top_k"]
     results = []
@@ -166,7 +166,7 @@ def test_blocked_equals_dense_in_choice_output_and_every_gradient(
 def test_the_order_of_a_choice_does_not_matter(backend: Backend) -> None:
     q, k, v = inputs(60, 2, 2)
     options: dict[str, Any] = {"window": 6, "block": 4, "backend": backend}
-    choice = choose_blocks(q, k, top_k=3, **options)
+    choice = choice_of(q, k, top_k=3, **options)
     state = state_like(q, v)
     expected = routed_hop(q, k, v, choice, state=state, **options)
     out = routed_hop(q, k, v, choice.flip(-1), state=state, **options)
@@ -182,7 +182,7 @@ def test_it_is_the_window_and_a_hop_that_starts_from_its_state(backend: Backend)
     route: dict[str, Any] = {"window": 8, "block": 4, "stretch": 2, "doc_start": doc_start}
     reach = document_reach(doc_start, 1)
     state = hop(q, k, v, stride=1, length=8, reach=reach, **shared)
-    choice = choose_blocks(q, k, top_k=2, rotary=shared["rotary"], backend=backend, **route)
+    choice = choice_of(q, k, top_k=2, rotary=shared["rotary"], backend=backend, **route)
     z, _ = routed_hop(q, k, v, choice, state=state, open_tile=3, **route, **shared)
     out = routed_attention(q, k, v, top_k=2, open_tile=3, **route, **shared)
     assert torch.equal(z, out)
@@ -201,7 +201,7 @@ def test_it_joins_a_strided_hop_too(backend: Backend) -> None:
         backend=backend,
     )  # fmt: skip
     route: dict[str, Any] = {"window": 12, "block": 4, "doc_start": doc_start, "backend": backend}
-    choice = choose_blocks(q, k, top_k=2, **route)
+    choice = choice_of(q, k, top_k=2, **route)
     z, lse = routed_hop(q, k, v, choice, state=strided, **route)
     torch.testing.assert_close(z, torch.ones_like(z), rtol=0, atol=1e-13)
     far = read_beyond_window(choice, doc_start, 12, 4).any(-1).transpose(1, 2)
@@ -233,7 +233,7 @@ def test_low_precision_keeps_its_dtype_and_is_rounded_once(
     q, k, v = (x.to(dtype) for x in inputs(80, 4, 2, dim=16))
     z, lse = state_like(q, v)
     route: dict[str, Any] = {"window": 9, "block": 4, "backend": backend}
-    choice = choose_blocks(q, k, top_k=3, **route)
+    choice = choice_of(q, k, top_k=3, **route)
     ours = routed_hop(q, k, v, choice, state=(z.to(dtype), lse.float()), **route)
     assert (ours[0].dtype, ours[1].dtype) == (dtype, torch.float32)
     exact = routed_hop(

@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from tensor_attention import choose_blocks, routed_hop
+from tensor_attention import routed_hop
 from tensor_attention.api import Backend
 from tests.tensor_attention.cases import (
     BACKENDS,
+    choice_of,
     cotangent_like,
     doc_start_of,
     inputs,
@@ -47,7 +48,7 @@ def run(row: dict[str, Any], first: int, end: int, known: int, keys: int) -> dic
     leaves = {n: row[n][:, first:end].clone().requires_grad_() for n in ("q", "z", "lse")}
     leaves |= {n: row[n][:, :keys].clone().requires_grad_() for n in ("k", "v")}
     q, k = row["q"][:, first - known : end], leaves["k"]
-    choice = choose_blocks(q, k, top_k=TOP_K, first=first - known, **options)
+    choice = choice_of(q, k, top_k=TOP_K, first=first - known, **options)
     state = (leaves["z"], leaves["lse"])
     z, lse = routed_hop(
         leaves["q"], k, leaves["v"], choice, first=first, state=state, open_tile=row["open_tile"],
@@ -131,7 +132,7 @@ def test_blocks_that_were_opened_before_the_slice_stay_open_in_its_first_tile(
     row = whole_row(16, backend)
     q, k, options = row["q"], row["k"], row["options"]
     state = (row["z"][:, 60:], row["lse"][:, 60:])
-    choice = choose_blocks(q, k, top_k=TOP_K, **options)
+    choice = choice_of(q, k, top_k=TOP_K, **options)
     outputs = []
     for forget in (False, True):
         known = choice[:, 45:].clone()
@@ -154,7 +155,7 @@ def test_aligned_slices_of_a_long_row_have_its_bits() -> None:
         "rotary": type(rotary)(rotary.cos.float(), rotary.sin.float()),
         "doc_start": doc_start_of([300, 517, 207]),
     }  # fmt: skip
-    choice = choose_blocks(q, k, top_k=3, **options)
+    choice = choice_of(q, k, top_k=3, **options)
     state = (torch.zeros_like(q), torch.zeros(q.shape[:3]))
     whole = routed_hop(q, k, v, choice, state=state, open_tile=16, **options)
     for first in (512, 576, 960):
@@ -187,4 +188,4 @@ def test_a_slice_that_does_not_fit_is_refused(first: int, known: int, message: s
         )
     if "first" in message:
         with pytest.raises(ValueError, match=message):
-            choose_blocks(q[:, :10], k, window=5, block=3, top_k=1, first=first)
+            choice_of(q[:, :10], k, window=5, block=3, top_k=1, first=first)

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from tensor_attention import (
     Rotary,
-    choose_blocks,
     document_reach,
     hop,
     routed_attention,
@@ -21,10 +20,11 @@ from tensor_attention import (
 )
 from tensor_attention.api import Backend
 from tensor_attention.gpu.routed_launch import SHARED_MEMORY, operand_bytes
-from tensor_attention.routing import best_blocks, block_means, block_starts
+from tensor_attention.routing import POOL, best_blocks, block_scores, block_starts, pooled_keys
 from tests.tensor_attention.cases import (
     Results,
     assert_as_good_as_plain,
+    choice_of,
     cotangent_like_on,
     doc_start_of,
     poisoned_memory,
@@ -112,9 +112,7 @@ def check(
     q, k = q.to(dtype), k.to(dtype)
     with poisoned_memory():
         backends: list[Backend] = ["dense", "triton", *REPEATS]
-        choices = [
-            choose_blocks(q, k, doc_start=doc_start, backend=name, **route) for name in backends
-        ]
+        choices = [choice_of(q, k, doc_start=doc_start, backend=name, **route) for name in backends]
     for choice in choices[1:]:
         assert torch.equal(choice, choices[0])
 
@@ -160,8 +158,8 @@ def test_a_long_row_chooses_the_best_of_many_blocks() -> None:
     # More slots than one product of the kernel takes, and fewer chosen than bound the choice.
     q, k = quarters((1, 420, 1, 16), 5), quarters((1, 420, 1, 16), 6)
     options: dict[str, Any] = {"window": 16, "block": 16, "top_k": 3}
-    choice = choose_blocks(q[:, :], k, backend="triton", **options)
-    assert torch.equal(choice, choose_blocks(q, k, backend="dense", **options))
+    choice = choice_of(q[:, :], k, backend="triton", **options)
+    assert torch.equal(choice, choice_of(q, k, backend="dense", **options))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -170,7 +168,7 @@ def test_the_choice_is_that_of_dense_where_scores_are_not_nearly_equal(dtype: to
     rotary, doc_start = table(90, 20), documents(90, [61, 29])
     options: dict[str, Any] = {"window": 16, "block": 16, "top_k": 1, "stretch": 3}
     choices = [
-        choose_blocks(
+        choice_of(
             q, k, doc_start=doc_start, backend=backend, rotary=in_dtype(rotary, dtype), **options
         )
         for backend in ("triton", "dense")
@@ -180,7 +178,7 @@ def test_the_choice_is_that_of_dense_where_scores_are_not_nearly_equal(dtype: to
 
 def test_equal_scores_choose_the_earlier_blocks() -> None:
     q, k = torch.ones(1, 130, 1, 16, device=DEVICE), torch.ones(1, 130, 1, 16, device=DEVICE)
-    choice = choose_blocks(q, k, window=16, block=16, top_k=2, backend="triton")
+    choice = choice_of(q, k, window=16, block=16, top_k=2, backend="triton")
     for token, blocks in enumerate(choice[0, :, 0].tolist()):
         far = range((token - 16) // 16 + 1)
         assert blocks == [*far[:3], *[-1] * (3 - len(far))]
@@ -209,7 +207,7 @@ def test_the_operator_is_the_window_and_the_hop_on_inputs_that_are_not_contiguou
     out = routed_attention(q, k, v, top_k=1, open_tile=3, **route, **shared)
     q, k, v = (x.contiguous() for x in (q, k, v))
     state = hop(q, k, v, stride=1, length=16, reach=document_reach(doc_start, 1), **shared)
-    choice = choose_blocks(q, k, top_k=1, **route, **shared)
+    choice = choice_of(q, k, top_k=1, **route, **shared)
     expected, _ = routed_hop(q, k, v, choice, state=state, open_tile=3, **route, **shared)
     assert torch.equal(out, expected)
 
@@ -224,8 +222,8 @@ def check_slice(
     q, k = q.to(dtype), k.to(dtype)
     options = {n: x for n, x in route.items() if n != "top_k"}
     options |= {"doc_start": documents(tokens, lengths, batch), "backend": "triton"}
-    choice = choose_blocks(q, k, top_k=route["top_k"], **options)
-    chosen = choose_blocks(q[:, here], k, top_k=route["top_k"], first=here.start, **options)
+    choice = choice_of(q, k, top_k=route["top_k"], **options)
+    chosen = choice_of(q[:, here], k, top_k=route["top_k"], first=here.start, **options)
     assert torch.equal(chosen, choice[:, here])
 
     rotary = in_dtype(table(tokens, dim), dtype)
@@ -263,7 +261,7 @@ def test_large_scores_overflow_neither_forward_nor_backward() -> None:
     tensors = case((1, 60, 2, 1, 16), torch.float32)
     tensors |= {"q": tensors["q"] * 1000, "k": tensors["k"] * 1000}
     options: dict[str, Any] = {"window": 16, "block": 16}
-    choice = choose_blocks(tensors["q"], tensors["k"], top_k=1, backend="triton", **options)
+    choice = choice_of(tensors["q"], tensors["k"], top_k=1, backend="triton", **options)
     results = run_hop(tensors, choice, "triton", None, **options)
     assert all(x.isfinite().all() for x in results.values())
 
@@ -305,9 +303,9 @@ def test_registered_operators_meet_the_contract_of_custom_operators(name: str) -
     lse = lse.detach().transpose(1, 2).contiguous().requires_grad_()
     doc_start = documents(36, [36])
     cos, sin = (x.float() for x in table(36, 16))
-    choice = choose_blocks(q, k, window=16, block=16, top_k=1, backend="triton")
+    choice = choice_of(q, k, window=16, block=16, top_k=1, backend="triton")
     arguments: dict[str, tuple[Any, ...]] = {
-        "choose_blocks": (q.detach(), k.detach(), doc_start, cos, sin, 16, 16, 1, 2),
+        "choose_blocks": (q.detach(), k.detach(), doc_start, 16, 16, 1, 8),
         "routed_hop": (q, k, v, choice, doc_start, z, lse, cos, sin, 16, 16, 2, 3, 0.25),
     }
     registered = getattr(torch.ops.tensor_attention, name).default
@@ -395,7 +393,7 @@ def test_a_real_choice_differs_from_dense_only_between_nearly_equal_scores(rotat
     k = normal((1, 4099, 2, 128), 2).bfloat16()
     rotary = in_dtype(table(4099, 128), torch.bfloat16) if rotated else None
     options: dict[str, Any] = {"window": 128, "block": 32, "top_k": 16, "rotary": rotary}
-    ours, plain = (choose_blocks(q, k, backend=name, **options) for name in ("triton", "dense"))
+    ours, plain = (choice_of(q, k, backend=name, **options) for name in ("triton", "dense"))
     missing = (plain[..., None] != ours[..., None, :]).all(-1)
     assert missing.float().mean() < 1e-3  # a mean or a sum that is rounded the other way
     assert torch.equal(ours[..., 0], plain[..., 0])
@@ -470,11 +468,11 @@ def check_last_tokens(
     tensors = {n: quarters((1, num_tokens, 1, dim), i).to(dtype) for i, n in enumerate("qkv")}
     tensors["v"] = normal((1, num_tokens, 1, dim), 3).to(dtype)
     route: dict[str, Any] = {"window": window, "block": block, "top_k": top_k}
-    choice = choose_blocks(tensors["q"], tensors["k"], backend="triton", **route)
+    choice = choice_of(tensors["q"], tensors["k"], backend="triton", **route)
     doc_start = torch.zeros(1, num_tokens, dtype=torch.int32, device=DEVICE)
     starts = block_starts(doc_start, block)
-    means = block_means(tensors["k"], starts, block).float()
-    scores = torch.einsum("btkd,bnkd->bktn", tensors["q"][:, -count:].float(), means)
+    keys = pooled_keys(tensors["k"], starts, block, POOL).float()
+    scores = block_scores(tensors["q"][:, -count:].float().transpose(1, 2), keys)
     first = num_tokens - count
     expected = best_blocks(scores, starts, doc_start, first, window, block, top_k)
     assert torch.equal(choice[:, -count:], expected)

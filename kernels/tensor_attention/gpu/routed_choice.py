@@ -75,59 +75,61 @@ def slot_start(doc_start, slot, num_tokens, exists, BLOCK: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=_SIZES)
-def block_mean_kernel(
+def pooled_key_kernel(
     k, doc_start, means, num_tokens, num_slots,
-    K: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+    K: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """means [B, K, N, D]: mean of the rotated keys k [B, T, K, D] over each slot's block."""
+    """means [B, K, P, N, D]: means of keys k [B, T, K, D] over the P parts of each slot's block."""
+    POOL: tl.constexpr = BLOCK // PARTS
     slot = tl.program_id(0)
     head = tl.program_id(1)
     batch = tl.program_id(2).to(tl.int64)
     start, _ = slot_start(doc_start + batch * num_tokens, slot, num_tokens, True, BLOCK)
-    token = tl.minimum(start + tl.arange(0, BLOCK), num_tokens - 1)
-    row = (batch * num_tokens + token) * K + head
-    tile = load_tile(k, row * D, token >= 0, D, BLOCK_D).to(tl.float32)
-    mean = tl.sum(tile, 0) / BLOCK
-    target = ((batch * K + head) * num_slots + slot) * D + tl.zeros([1], tl.int64)
-    store_tile(mean[None, :], means, target, target >= 0, D, BLOCK_D)
+    for part in tl.static_range(PARTS):
+        token = tl.minimum(start + part * POOL + tl.arange(0, POOL), num_tokens - 1)
+        row = (batch * num_tokens + token) * K + head
+        tile = load_tile(k, row * D, token >= 0, D, BLOCK_D).to(tl.float32)
+        mean = tl.sum(tile, 0) / POOL
+        place = ((batch * K + head) * PARTS + part) * num_slots + slot
+        target = place * D + tl.zeros([1], tl.int64)
+        store_tile(mean[None, :], means, target, target >= 0, D, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=_SIZES)
 def query_sum_kernel(
-    q, out, cos, sin, doc_start, num_rows, stretch,
-    GROUP: tl.constexpr, K: tl.constexpr, SIZE: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-    BLOCK: tl.constexpr, num_tokens=0, first=0,
+    q, out, num_rows,
+    GROUP: tl.constexpr, SIZE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """out [B, Q, K, D]: sum of the rotated queries q [B, Q, K GROUP, D]; a row is one key head."""
+    """out [B, Q, K, D]: sum of the queries q [B, Q, K GROUP, D]; a row is one key head."""
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS).to(tl.int64)
     exists = row < num_rows
-    token = row // K
-    start = tl.load(doc_start + token, mask=exists, other=0)
-    position = (first + token % num_tokens - start) // stretch
     total = tl.zeros([BLOCK_ROWS, BLOCK], tl.float32)
     for head in range(GROUP):
-        tile = load_rotated(q, (row * GROUP + head) * SIZE, exists, position, cos, sin, SIZE, BLOCK)
-        total += tile.to(tl.float32)
+        total += load_tile(q, (row * GROUP + head) * SIZE, exists, SIZE, BLOCK).to(tl.float32)
     store_tile(total, out, row * SIZE, exists, SIZE, BLOCK)
 
 
 @triton.jit
 def slot_scores(
     b_q, means, row_zero, first, lowest, highest, num_slots,
-    D: tl.constexpr, BULK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr, MASK: tl.constexpr,
+    D: tl.constexpr, PARTS: tl.constexpr, BULK: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
-    """Scores [BLOCK_M, BLOCK_N] of slots first, first + 1, ....
+    """Scores [BLOCK_M, BLOCK_N] of slots first, first + 1, ...: those of their best parts.
 
     With MASK, they are -inf outside (lowest, highest].
     """
     slot = first + tl.arange(0, BLOCK_N)
-    if BULK:
-        b_mean = means.load([row_zero + first, 0])
-    else:
-        listed = slot < num_slots
-        b_mean = load_tile(means, (row_zero + slot).to(tl.int64) * D, listed, D, BLOCK_D)
-    score = product(b_q, tl.trans(b_mean), PRECISION)
+    score = tl.full([b_q.shape[0], BLOCK_N], float("-inf"), tl.float32)
+    for part in tl.static_range(PARTS):
+        row = row_zero + part * num_slots
+        if BULK:
+            b_mean = means.load([row + first, 0])
+        else:
+            listed = slot < num_slots
+            b_mean = load_tile(means, (row + slot).to(tl.int64) * D, listed, D, BLOCK_D)
+        score = tl.maximum(score, product(b_q, tl.trans(b_mean), PRECISION))
     if MASK:
         allowed = (slot[None, :] > lowest[:, None]) & (slot[None, :] <= highest[:, None])
         score = tl.where(allowed, score, float("-inf"))
@@ -160,13 +162,13 @@ def exchange(kept, ids, score, slot):
 @triton.jit(do_not_specialize=_SIZES)
 def choose_kernel(
     q, means, doc_start, choice, num_tokens, num_slots, num_blocks, window, first_token,
-    K: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, TOP: tl.constexpr,
+    K: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, TOP: tl.constexpr,
     KEEP: tl.constexpr, BULK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """choice [B, Q, K, TOP + 1] int32, in any order. Program: (batch, block of tokens, key head).
 
-    q [B, Q, K, D] is summed over groups; doc_start [B, Q]; means [B, K, N, D].
+    q [B, Q, K, D] is summed over groups; doc_start [B, Q]; means [B, K, P, N, D].
     """
     program = tl.program_id(0)
     block = num_blocks - 1 - program % num_blocks
@@ -184,7 +186,7 @@ def choose_kernel(
     highest = tl.where(has_far, lowest + (before - document) // BLOCK, -1)
     begin = tl.min(tl.where(has_far, lowest + 1, num_slots))
     end = tl.max(highest) + 1
-    row_zero = program // num_blocks * num_slots
+    row_zero = program // num_blocks * (PARTS * num_slots)
     # Every token may choose slots [begin, inner_end): no mask.
     shared_end = tl.min(highest) + 1
     shared = (shared_end > begin) & (tl.max(lowest) < begin)
@@ -201,8 +203,8 @@ def choose_kernel(
                 part_begin, part_end = inner_end, end
             for first in range(part_begin, part_end, BLOCK_N):
                 score = slot_scores(
-                    b_q, means, row_zero, first, lowest, highest, num_slots, D, BULK, BLOCK_N,
-                    BLOCK_D, PRECISION, part != 0,
+                    b_q, means, row_zero, first, lowest, highest, num_slots, D, PARTS, BULK,
+                    BLOCK_N, BLOCK_D, PRECISION, part != 0,
                 )  # fmt: skip
                 largest = tl.maximum(largest, score)
         for _ in range(TOP - 1):
@@ -219,8 +221,8 @@ def choose_kernel(
     ids = tl.zeros([BLOCK_M, KEEP], tl.int32) - 1 - place[None, :]
     for first in range(begin, end, BLOCK_N):
         score = slot_scores(
-            b_q, means, row_zero, first, lowest, highest, num_slots, D, BULK, BLOCK_N,
-            BLOCK_D, PRECISION, True,
+            b_q, means, row_zero, first, lowest, highest, num_slots, D, PARTS, BULK,
+            BLOCK_N, BLOCK_D, PRECISION, True,
         )  # fmt: skip
         score = tl.where(score >= bound[:, None], score, float("-inf"))
         kept, ids = exchange(kept, ids, score, first + tl.arange(0, BLOCK_N))
@@ -235,26 +237,22 @@ def choose_kernel(
     tl.store(choice + target, tl.where(has_far, 0, -1), mask=exists)
 
 
-def summed_queries(
-    q: Tensor, num_key_heads: int, cos: Tensor | None, sin: Tensor | None, doc_start: Tensor,
-    stretch: int, first: int,
-) -> Tensor:  # fmt: skip
-    """[B, Q, K, D]: the sum of the rotated queries of each key head's group, rounded once."""
+def summed_queries(q: Tensor, num_key_heads: int) -> Tensor:
+    """[B, Q, K, D]: the sum of the queries of each key head's group, rounded once."""
     batch, num_tokens, heads, size = q.shape
     out = q.new_empty(batch, num_tokens, num_key_heads, size)
     num_rows, block_rows = batch * num_tokens * num_key_heads, 32
     with torch.cuda.device_of(q):
         query_sum_kernel[(triton.cdiv(num_rows, block_rows),)](
-            q, out, cos, sin, doc_start, num_rows, stretch, GROUP=heads // num_key_heads,
-            K=num_key_heads, SIZE=size, BLOCK_ROWS=block_rows, BLOCK=padded(size),
-            num_tokens=num_tokens, first=first,
+            q, out, num_rows, GROUP=heads // num_key_heads, SIZE=size, BLOCK_ROWS=block_rows,
+            BLOCK=padded(size),
         )  # fmt: skip
     return out
 
 
 def choose(
-    q: Tensor, k: Tensor, doc_start: Tensor, cos: Tensor | None, sin: Tensor | None,
-    window: int, block: int, top_k: int, stretch: int, first: int,
+    q: Tensor, k: Tensor, doc_start: Tensor, window: int, block: int, top_k: int, pool: int,
+    first: int,
 ) -> Tensor:  # fmt: skip
     """The choice [B, Q, K, top_k + 1] int32 of the tokens from `first` on, in any order.
 
@@ -263,9 +261,9 @@ def choose(
     batch, num_keys, key_heads, size = k.shape
     num_tokens, num_slots = q.shape[1], triton.cdiv(num_keys, block)
     query_starts = starts_of(doc_start, first, num_tokens)
-    k = rotate_stretched(k, cos, sin, doc_start, stretch)
-    q = summed_queries(q, key_heads, cos, sin, query_starts, stretch, first)
-    means = k.new_empty(batch, key_heads, num_slots, size)
+    q = summed_queries(q, key_heads)
+    parts = max(1, block // pool)
+    means = k.new_empty(batch, key_heads, parts, num_slots, size)
     choice = torch.empty(
         batch, num_tokens, key_heads, top_k + 1, dtype=torch.int32, device=q.device
     )
@@ -274,13 +272,13 @@ def choose(
     programs = batch * num_blocks * key_heads
     rows = bulk_rows(means.view(1, -1, 1, size), launch.slots) if launch.bulk else means
     with torch.cuda.device_of(q):
-        block_mean_kernel[(num_slots, key_heads, batch)](
+        pooled_key_kernel[(num_slots, key_heads, batch)](
             k, doc_start, means, num_keys, num_slots,
-            K=key_heads, D=size, BLOCK=block, BLOCK_D=padded(size), num_warps=4,
+            K=key_heads, D=size, BLOCK=block, PARTS=parts, BLOCK_D=padded(size), num_warps=4,
         )  # fmt: skip
         choose_kernel[(programs,)](
             q, rows, query_starts, choice, num_tokens, num_slots, num_blocks,
-            window, first, K=key_heads, D=size, BLOCK=block, TOP=top_k,
+            window, first, K=key_heads, D=size, BLOCK=block, PARTS=parts, TOP=top_k,
             KEEP=max(2, triton.next_power_of_2(top_k)), BULK=launch.bulk,
             BLOCK_M=launch.tokens, BLOCK_N=launch.slots, BLOCK_D=padded(size),
             PRECISION=precision_of(q.dtype), num_warps=launch.warps, num_stages=launch.stages,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..fold import Rotary, State
-from ..routing import why_no_kernels
+from ..routing import POOL, why_no_kernels
 from .op import require, rotary_tables
 from .routed_backward import routed_backward
 from .routed_choice import choose
@@ -16,8 +16,8 @@ from .routed_lists import readers_of_blocks, tile_lists
 
 
 def choose_blocks(
-    q: Tensor, k: Tensor, *, window: int, block: int, top_k: int, stretch: int,
-    doc_start: Tensor, rotary: Rotary | None, first: int = 0,
+    q: Tensor, k: Tensor, *, window: int, block: int, top_k: int, pool: int, doc_start: Tensor,
+    first: int = 0,
 ) -> Tensor:  # fmt: skip
     """The choice [B, Q, K, top_k + 1] int32 of `routed.choose_blocks`, in any order.
 
@@ -25,10 +25,10 @@ def choose_blocks(
         ValueError: the kernels do not support the inputs.
     """
     require(q, k, k, False)
-    _require(why_no_kernels(block, 1))
+    _require(why_no_kernels(block, 1, pool))
     return _choose(
         q.contiguous(), k.contiguous(), doc_start.to(torch.int32).contiguous(),
-        *rotary_tables(rotary), window, block, top_k, stretch, first,
+        window, block, top_k, pool, first,
     )  # fmt: skip
 
 
@@ -59,9 +59,11 @@ def hop(
     return z, lse.transpose(1, 2)
 
 
-def why_not(q: Tensor, k: Tensor, values: Tensor, block: int, open_tile: int) -> str | None:
+def why_not(
+    q: Tensor, k: Tensor, values: Tensor, block: int, open_tile: int, pool: int = POOL
+) -> str | None:
     """Why the routed kernels do not support these numbers and inputs, or None if they do."""
-    return why_no_kernels(block, open_tile) or _too_large(q, k, values, block)
+    return why_no_kernels(block, open_tile, pool) or _too_large(q, k, values, block)
 
 
 def _too_large(q: Tensor, k: Tensor, values: Tensor, block: int) -> str | None:
@@ -82,16 +84,16 @@ def _require(reason: str | None) -> None:
 
 @torch.library.custom_op("tensor_attention::choose_blocks", mutates_args=())
 def _choose(
-    q: Tensor, k: Tensor, doc_start: Tensor, cos: Tensor | None, sin: Tensor | None,
-    window: int, block: int, top_k: int, stretch: int, first: int = 0,
+    q: Tensor, k: Tensor, doc_start: Tensor, window: int, block: int, top_k: int, pool: int,
+    first: int = 0,
 ) -> Tensor:  # fmt: skip
-    return choose(q, k, doc_start, cos, sin, window, block, top_k, stretch, first)
+    return choose(q, k, doc_start, window, block, top_k, pool, first)
 
 
 @_choose.register_fake
 def _(
-    q: Tensor, k: Tensor, doc_start: Tensor, cos: Tensor | None, sin: Tensor | None,
-    window: int, block: int, top_k: int, stretch: int, first: int = 0,
+    q: Tensor, k: Tensor, doc_start: Tensor, window: int, block: int, top_k: int, pool: int,
+    first: int = 0,
 ) -> Tensor:  # fmt: skip
     return q.new_empty(*q.shape[:2], k.shape[2], top_k + 1, dtype=torch.int32)
 
