@@ -189,11 +189,17 @@ def test_every_setting_of_routes_is_told_when_it_differs() -> None:
     assert not differing(before, GIVEN)
     assert not differing(before, "model.fold=[]", "model.window=256", GIVEN)
     assert differing(before, "model.fold=[128]", GIVEN) == ["window"]
-    for name, value in (("block", 32), ("top_k", 8), ("stretch", 16), ("open_tile", 1)):
+    for name, value in (
+        ("block", 32),
+        ("top_k", 8),
+        ("stretch", 16),
+        ("open_tile", 1),
+        ("pool", 8),
+    ):
         assert differing(before, GIVEN, f"model.route.{name}={value}") == [f"route.{name}"]
     assert differing(before, GIVEN, "model.route_every=2") == ["route_every"]
     assert differing(before, GIVEN, "model.layers=['routed','full','full','full']") == ["layers"]
-    routes = ["route.block", "route.top_k", "route.stretch", "route.open_tile"]
+    routes = [f"route.{name}" for name in ("block", "top_k", "stretch", "open_tile", "pool")]
     assert sorted(differing(before)) == sorted(routes)
     (line,) = model_differences(before, load_config(DEMO, [GIVEN, "model.route.block=32"]))
     assert line == "model.route.block: must be 64, as in the checkpoint, got 32 (restore it)"

@@ -80,7 +80,7 @@ def silent_kernels() -> Iterator[None]:
         (triton_backward_query, "hop_backward_query_kernel"),
         (triton_backward_line, "hop_backward_line_kernel"),
         *((routed_choice, f"{name}_kernel") for name in (
-            "rotate_stretched", "block_mean", "query_sum", "choose",
+            "rotate_stretched", "pooled_key", "query_sum", "choose",
         )),
         *((routed_lists, f"{name}_kernel") for name in ("tile_list", "rank", "reader")),
         (routed_forward, "routed_forward_kernel"),
