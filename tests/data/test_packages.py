@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -15,9 +16,9 @@ from tensorlm.data.prepare.packages import (
     books,
     cut,
     installed_packages,
-    repeat_passages,
     write_long_texts,
 )
+from tensorlm.data.prepare.recurrence import ask_for_facts, repeat_passages
 from tensorlm.runtime.errors import UserError
 from tests.support.hf_models import launcher_here
 
@@ -59,6 +60,26 @@ def test_passages_come_again_within_reach() -> None:
     assert all((i - lines.index(lines[i])) * width < 22_000 for i in again)
 
 
+def test_facts_are_asked_for_after_they_stand_there() -> None:
+    text = "".join(f"{number:07d} of a text without repetition\n" for number in range(12_000))
+    asked = ask_for_facts(text, "name")
+    assert asked == ask_for_facts(text, "name")
+    assert asked != ask_for_facts(text, "another")
+    own = set(text.splitlines())
+    inserted = [(i, line) for i, line in enumerate(asked.splitlines()) if line not in own]
+    assert [line for line in asked.splitlines() if line in own] == text.splitlines()
+    found: dict[str, list[int]] = {}
+    for i, line in inserted:
+        found.setdefault(max(re.findall(r"\d{3,8}", line), key=len), []).append(i)
+    pairs = [places for places in found.values() if len(places) == 2]
+    assert len(pairs) > 0.9 * len(text) / 4_000  # the last ones are not asked for
+    assert all(len(places) <= 2 for places in found.values())
+    width = len(text.splitlines()[0]) + 1
+    distances = [(second - first) * width for first, second in pairs]
+    assert 0 < min(distances) < 2_000
+    assert 18_000 < max(distances) < 21_500
+
+
 def test_texts_that_are_held_out_are_not_trained_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -71,7 +92,12 @@ def test_texts_that_are_held_out_are_not_trained_on(
     train, held_out = records(tmp_path / "train.jsonl"), records(tmp_path / "held_out.jsonl")
     assert {record["name"] for record in train} == {"one", "three"}
     assert {record["name"] for record in held_out} == {"two"}
-    assert "".join(r["text"] for r in train if r["name"] == "one") == texts[0].text
+    trained = "".join(r["text"] for r in train if r["name"] == "one").splitlines(keepends=True)
+    assert "".join(line for line in trained if line == "one has lines\n") == texts[0].text
+    assert len(trained) > 2000  # facts and their questions
+    assert not any(
+        line != "two has lines\n" for r in held_out for line in r["text"].splitlines(True)
+    )
     assert 8 < len(held_out) <= 16  # evenly spaced: evaluation reads all of them
 
 

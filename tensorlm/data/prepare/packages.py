@@ -18,15 +18,11 @@ from tensorlm.runtime.errors import UserError
 
 from .files import find_files
 from .inputs import read_documents
+from .recurrence import ask_for_facts, repeat_passages
 
 LONGEST_PART = 200_000  # characters per document, at least 32,768 tokens
 _MOST_HELD_OUT = 16  # documents per text, evenly spaced: evaluation encodes all of them
 _SHORTEST_FILE, _LONGEST_FILE = 300, 300_000  # characters; longer ones are mostly tables
-# In every third row of 8,192 tokens, a passage of about 48 to 400 tokens is repeated within 7,000
-# tokens: only a model that attends to distant tokens can predict the repetition.
-_PASSAGE = (150, 1300)  # characters
-_PERIOD = 75_000
-_REACH = 20_000
 
 
 @dataclass(frozen=True)
@@ -80,7 +76,8 @@ def write_long_texts(texts: Iterator[LongText], held_out: Collection[str], folde
     """Write `folder/train.jsonl` and `folder/held_out.jsonl`, records {"name", "text"}.
 
     Texts are cut into documents of about `LONGEST_PART` characters at most. In train.jsonl, some
-    passages are repeated. Both files appear when they are complete, held_out.jsonl last.
+    passages are repeated, and some facts are inserted and asked for later. Both files appear when
+    they are complete, held_out.jsonl last.
 
     Args:
         texts: texts to write, in this order.
@@ -104,7 +101,8 @@ def write_long_texts(texts: Iterator[LongText], held_out: Collection[str], folde
                 parts = parts[:: -(-len(parts) // _MOST_HELD_OUT)]
             else:
                 side = "train"
-                parts = cut(repeat_passages(found.text, found.name), LONGEST_PART)
+                text = ask_for_facts(repeat_passages(found.text, found.name), found.name)
+                parts = cut(text, LONGEST_PART)
             names[side] += 1
             counts[side] += sum(map(len, parts))
             for part in parts:
@@ -135,18 +133,3 @@ def cut(text: str, longest: int) -> list[str]:
         place = len(text) * number // count
         ends.append(max(text.rfind("\n", ends[-1], place) + 1, 0) or place)
     return [text[start:stop] for start, stop in pairwise([*ends, len(text)]) if start < stop]
-
-
-def repeat_passages(text: str, seed: str) -> str:
-    """`text` with one passage repeated per `_PERIOD` characters, at most `_REACH` after itself."""
-    rng, parts, done = Random(seed), [], 0
-    for period in range(0, len(text) - _PERIOD, _PERIOD):
-        length = rng.randint(*_PASSAGE)
-        distance = rng.randint(length, _REACH)
-        start = period + rng.randrange(_PERIOD - _REACH - length)
-        place = text.find("\n", start + distance) + 1
-        if not done < place:
-            continue
-        parts += [text[done:place], text[start : start + length], "\n"]
-        done = place
-    return "".join([*parts, text[done:]])
