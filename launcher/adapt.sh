@@ -3,6 +3,7 @@
 # configs/adapt on the same rows, evaluate and compare them, export one, generate. `make adapt`.
 #
 #   VARIANTS="full window routed"   names in configs/adapt (default: these three; on a GPU: all)
+#   SEEDS="0 1 2"                   seeds (default: 0); the table gives means and deviations
 #   BOOKS="texts/*.txt"             books, in addition to the source of installed Python packages
 #   HELD_OUT="sympy networkx"       packages and names of books to evaluate on
 #   MODEL=DIR                       a Hugging Face folder of SmolLM2-135M (default: download it)
@@ -17,9 +18,9 @@ export TOKENIZERS_PARALLELISM=true PYTHONUNBUFFERED=1
 
 # On a CPU: fewer variants, shorter rows, fewer steps. Evaluation uses 4 times the trained length.
 if [ "$gpus" -gt 0 ]; then
-  variants=${VARIANTS:-full window window_2048 strided hybrid routed routed_32}
+  variants=${VARIANTS:-full window window_2048 strided hybrid routed routed_24}
   size=() window=() route=() code_bytes=0 trained=8192 predicted=1048576
-  tasks='["passkey","niah"]'
+  tasks='["passkey","niah","ruler"]'
 else
   export DS_ACCELERATOR=cpu
   variants=${VARIANTS:-full window routed}
@@ -62,24 +63,28 @@ done
 sources="data.sources=[$(IFS=,; echo "${sources[*]}")]"
 
 runs=()
-for variant in $variants; do
-  config=configs/adapt/$variant.toml
-  runs+=("$out/$variant")
-  settings=("$sources" "${size[@]}")
-  grep -q '^window' $config && settings+=("${window[@]}")
-  grep -q '^.model.route' $config && settings+=("${route[@]}")
-  [ -e $out/$variant/step-00000000 ] ||
-    run python launcher/convert.py import --config $config --hf "$model" "${settings[@]}"
-  run python launcher/train.py --config $config "${settings[@]}"
-  for text in "${texts[@]}"; do
-    run python launcher/evaluate.py --config $config --output $out/$variant/$text \
-      --lengths $trained,$((4 * trained)) --tasks ppl "${settings[@]}" \
-      eval.text=$out/texts/$text/held_out.jsonl eval.max_tokens=$predicted
+for seed in ${SEEDS:-0}; do
+  for variant in $variants; do
+    config=configs/adapt/$variant.toml
+    dir=$out/$variant
+    [ "$seed" = 0 ] || dir+=-$seed
+    runs+=("$dir")
+    settings=("run.seed=$seed" "run.dir=$dir" "$sources" "${size[@]}")
+    grep -q '^window' $config && settings+=("${window[@]}")
+    grep -q '^.model.route' $config && settings+=("${route[@]}")
+    [ -e $dir/step-00000000 ] ||
+      run python launcher/convert.py import --config $config --hf "$model" "${settings[@]}"
+    run python launcher/train.py --config $config "${settings[@]}"
+    for text in "${texts[@]}"; do
+      run python launcher/evaluate.py --config $config --output $dir/$text \
+        --lengths $trained,$((4 * trained)) --tasks ppl "${settings[@]}" \
+        eval.text=$out/texts/$text/held_out.jsonl eval.max_tokens=$predicted
+    done
+    [ -z "$tasks" ] ||
+      run python launcher/evaluate.py --config $config --output $dir/needles \
+        --lengths $trained,$((4 * trained)) "${settings[@]}" "eval.tasks=$tasks" \
+        "eval.text=$out/texts/${texts[-1]}/held_out.jsonl"
   done
-  [ -z "$tasks" ] ||
-    run python launcher/evaluate.py --config $config --output $out/$variant/needles \
-      --lengths $trained,$((4 * trained)) "${settings[@]}" "eval.tasks=$tasks" \
-      "eval.text=$out/texts/${texts[-1]}/held_out.jsonl"
 done
 
 # The last variant answers a prompt under plain transformers.

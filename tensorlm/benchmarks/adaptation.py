@@ -1,12 +1,14 @@
 """A table of the cost and quality of adapted models, by kind of attention.
 
-Each variant is a run that was evaluated: `RUN/config.toml` contains its settings, `RUN/code` and
-`RUN/books` perplexities on two kinds of text, `RUN/needles` results of retrieval tasks. This module
-measures nothing itself.
+Each variant is a run that was evaluated, or several that differ in their seed (`NAME`, `NAME-1`,
+...): `RUN/config.toml` contains its settings, `RUN/code` and `RUN/books` perplexities on two kinds
+of text, `RUN/needles` results of retrieval tasks. This module measures nothing itself.
 """
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import NamedTuple
 
 import torch
@@ -24,20 +26,29 @@ LLAMA_8B = {
 _LLAMA_8B_LENGTH = 131_072
 
 
+class Seed(NamedTuple):
+    """What one run gave.
+
+    losses: mean loss over the second half of each length, by (text, length). found: fraction of
+    prompts answered correctly, by (task, length).
+    """
+
+    losses: dict[tuple[str, int], float]
+    found: dict[tuple[str, int], float]
+
+
 class Variant(NamedTuple):
-    """One adapted model.
+    """One kind of attention, with one or more adapted models.
 
     keys: number of tokens that a query reads in a layer, mean over queries and layers, by length.
     flops: FLOPs of attention and choice for Llama-8B's shape at 131,072 tokens, relative to full
-    attention. losses: mean loss over the second half of each length, by (text, length). found:
-    fraction of prompts answered correctly, by (task, length).
+    attention. seeds: results, by the run's seed.
     """
 
     name: str
     keys: dict[int, float]
     flops: float
-    losses: dict[tuple[str, int], float]
-    found: dict[tuple[str, int], float]
+    seeds: dict[int, Seed]
 
 
 def read_variants(runs: Sequence[Path]) -> list[Variant]:
@@ -46,14 +57,23 @@ def read_variants(runs: Sequence[Path]) -> list[Variant]:
     Raises:
         UserError: settings or a report cannot be read, or there are no reports.
     """
-    variants = [variant for run in runs if (variant := _read_variant(run))]
+    variants: dict[str, Variant] = {}
+    for run in runs:
+        config = load_config(run / SETTINGS)
+        seed = _read_seed(run)
+        if not seed.losses and not seed.found:
+            continue
+        name = re.sub(r"-\d+$", "", run.name)
+        lengths = sorted({length for _, length in (*seed.losses, *seed.found)})
+        keys = {length: _keys(config.model, length) for length in lengths}
+        variant = Variant(name, keys, attention_share(config), {})
+        variants.setdefault(name, variant).seeds[config.run.seed] = seed
     if not variants:
         raise UserError(f"{runs[0]}: a run must be evaluated first (make adapt)")
-    return variants
+    return list(variants.values())
 
 
-def _read_variant(run: Path) -> Variant | None:
-    config = load_config(run / SETTINGS)
+def _read_seed(run: Path) -> Seed:
     losses: dict[tuple[str, int], float] = {}
     found: dict[tuple[str, int], float] = {}
     for text in TEXTS:
@@ -63,11 +83,7 @@ def _read_variant(run: Path) -> Variant | None:
     if report := _report(run / "needles"):
         found |= _accuracies("passkey", report.passkey) | _accuracies("needle", report.niah)
         found |= {(score.task, score.length): score.score for score in report.ruler}
-    if not losses and not found:
-        return None
-    lengths = sorted({length for _, length in (*losses, *found)})
-    keys = {length: _keys(config.model, length) for length in lengths}
-    return Variant(run.name, keys, attention_share(config), losses, found)
+    return Seed(losses, found)
 
 
 def _report(folder: Path) -> Report | None:
@@ -108,11 +124,13 @@ def format_table(variants: Sequence[Variant], worst: str = "window", best: str =
     """A Markdown table with one row per variant.
 
     The gap closed is (loss of `worst` - loss of the variant) / (loss of `worst` - loss of `best`),
-    at the shortest length.
+    at the shortest length and for equal seeds. A cell of several seeds is their mean ± standard
+    deviation.
     """
-    lengths = sorted({length for v in variants for _, length in (*v.losses, *v.found)})
-    texts = [text for text in TEXTS if any(text == t for v in variants for t, _ in v.losses)]
-    tasks = sorted({task for v in variants for task, _ in v.found})
+    seeds = [seed for variant in variants for seed in variant.seeds.values()]
+    lengths = sorted({length for seed in seeds for _, length in (*seed.losses, *seed.found)})
+    texts = [text for text in TEXTS if any(text == t for seed in seeds for t, _ in seed.losses)]
+    tasks = sorted({task for seed in seeds for task, _ in seed.found})
     by_name = {variant.name: variant for variant in variants}
     ends = (by_name[worst], by_name[best]) if {worst, best} <= set(by_name) else None
     head = ["attention", "keys at " + " / ".join(f"{n:,}" for n in lengths), "FLOPs at 128k"]
@@ -125,22 +143,41 @@ def format_table(variants: Sequence[Variant], worst: str = "window", best: str =
     for variant in variants:
         row = [variant.name, " / ".join(f"{variant.keys.get(n, 0):,.0f}" for n in lengths)]
         row.append(f"1 / {1 / variant.flops:.0f}" if variant.flops < 1 else "1")
+        own = variant.seeds.values()
         for text in texts:
-            row.append(_cells([variant.losses.get((text, n)) for n in lengths], "{:.4f}"))
+            row.append(_cells([[s.losses.get((text, n)) for s in own] for n in lengths], 4))
         if ends:
-            row.append(_cells([_gap(variant, *ends, text, lengths[0]) for text in texts], "{:.0%}"))
-        row += [_cells([variant.found.get((t, n)) for n in lengths], "{:.2f}") for t in tasks]
+            gaps = [_gaps(variant, *ends, text, lengths[0]) for text in texts]
+            row.append(_cells(gaps, 0, 100, " %"))
+        row += [_cells([[s.found.get((t, n)) for s in own] for n in lengths], 2) for t in tasks]
         rows.append(row)
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
-def _cells(values: Sequence[float | None], form: str) -> str:
-    return " / ".join("-" if value is None else form.format(value) for value in values)
+def _cells(
+    columns: Sequence[Iterable[float | None]], digits: int, factor: int = 1, unit: str = ""
+) -> str:
+    return " / ".join(_mean(column, digits, factor, unit) for column in columns)
 
 
-def _gap(variant: Variant, worst: Variant, best: Variant, text: str, length: int) -> float | None:
-    losses = [v.losses.get((text, length)) for v in (worst, variant, best)]
-    low, own, high = losses
-    if low is None or own is None or high is None or low == high:
-        return None
-    return (low - own) / (low - high)
+def _mean(values: Iterable[float | None], digits: int, factor: int, unit: str) -> str:
+    known = [factor * value for value in values if value is not None]
+    if not known:
+        return "-"
+    deviation = f" ± {stdev(known):.{digits}f}" if len(known) > 1 else ""
+    return f"{fmean(known):.{digits}f}{deviation}{unit}"
+
+
+def _gaps(
+    variant: Variant, worst: Variant, best: Variant, text: str, length: int
+) -> list[float | None]:
+    """The gap closed, for each seed of `variant` that the ends have as well."""
+    gaps: list[float | None] = []
+    for seed in sorted(variant.seeds.keys() & worst.seeds.keys() & best.seeds.keys()):
+        ends = (v.seeds[seed].losses.get((text, length)) for v in (worst, variant, best))
+        low, own, high = ends
+        if low is None or own is None or high is None or low == high:
+            gaps.append(None)
+        else:
+            gaps.append((low - own) / (low - high))
+    return gaps

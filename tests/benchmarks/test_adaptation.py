@@ -68,9 +68,30 @@ def test_table(tmp_path: Path) -> None:
     head, _, full, window, mine = format_table(read_variants(runs)).splitlines()
     assert head.split(" | ")[3] == "loss, code, 32-64 / 128-256"
     assert head.split(" | ")[4] == "gap closed, code"
-    assert full.split(" | ")[1:5] == ["32 / 128", "1", "1.0000 / 2.0000", "100%"]
-    assert window.split(" | ")[3:] == ["2.0000 / 3.0000", "0%", "- / - |"]
-    assert mine.split(" | ")[3:] == ["1.2500 / 2.2500", "75%", "0.60 / - |"]
+    assert full.split(" | ")[1:5] == ["32 / 128", "1", "1.0000 / 2.0000", "100 %"]
+    assert window.split(" | ")[3:] == ["2.0000 / 3.0000", "0 %", "- / - |"]
+    assert mine.split(" | ")[3:] == ["1.2500 / 2.2500", "75 %", "0.60 / - |"]
+
+
+def test_seeds_of_a_variant_share_a_row(tmp_path: Path) -> None:
+    losses = {
+        "full": 1.0, "window": 2.0, "full-1": 1.1, "window-1": 1.9,
+        "window_512": 1.5, "window_512-1": 1.2, "window_512-2": 1.0,
+    }  # fmt: skip
+    runs = []
+    for name, loss in losses.items():
+        runs.append(variant(tmp_path, name, "window = 32\n"))
+        if name[-2] == "-":
+            settings = runs[-1] / "config.toml"
+            settings.write_text(settings.read_text().replace("seed = 0", f"seed = {name[-1]}"))
+        report(runs[-1] / "code", {64: loss}, [])
+    _, _, full, window, mine = format_table(read_variants(runs)).splitlines()
+    assert full.split(" | ")[3:] == ["1.0500 ± 0.0707", "100 ± 0 % |"]
+    assert window.split(" | ")[3:] == ["1.9500 ± 0.0707", "0 ± 0 % |"]
+    # Seed 0: (2 - 1.5) / (2 - 1) = 50 %; seed 1: (1.9 - 1.2) / (1.9 - 1.1) = 87.5 %; seed 2 has no
+    # full attention to compare with, but counts in the mean loss.
+    assert mine.split(" | ")[0] == "| window_512"
+    assert mine.split(" | ")[3:] == ["1.2333 ± 0.2517", "69 ± 27 % |"]
 
 
 def test_share_of_full_attention() -> None:
@@ -78,7 +99,7 @@ def test_share_of_full_attention() -> None:
     config = load_config(next(file for file in CONFIGS if file.stem == "routed"))
     depth = torch.arange(131_072, dtype=torch.float64)
     pairs = (depth + 1).clamp(max=512 + 17 * 64).sum()
-    scores = ((depth - 512).clamp(min=0) / 64).floor().sum()
+    scores = 4 * ((depth - 512).clamp(min=0) / 64).floor().sum()  # 4 parts of 16 a block
     own = 4 * 32 * 128 * pairs + 2 * 8 * 128 * scores
     assert attention_share(config) == pytest.approx(float(own / (4 * 32 * 128 * (depth + 1).sum())))
     plain: Config = load_config(next(file for file in CONFIGS if file.stem == "full"))
