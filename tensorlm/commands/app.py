@@ -13,12 +13,33 @@ from tensorlm.runtime.errors import EXIT_DONE, EXIT_USER_ERROR
 
 
 class Command(NamedTuple):
-    """A module of this package, and the arguments to insert before the user's."""
+    """A module of this package, and the arguments to insert before the user's.
+
+    `usage`: the help text, if that of the module is about more than this command.
+    """
 
     module: str
     help: str
     arguments: tuple[str, ...] = ()
+    usage: str = ""
 
+
+_REPLAY = """usage: tensorlm replay STEP --config FILE [key.sub=value ...]
+
+Recompute one step from the newest checkpoint before it, and compare its loss with the one recorded
+in metrics.jsonl. Nothing is written. With the same number of ranks and the same kind of machine, a
+different loss means that the hardware, not the data, was at fault.
+
+  STEP           number of the step, from 1
+  --config FILE  TOML file of the run
+  key.sub=value  settings that replace those of the file, such as run.dir=runs/first"""
+_COMPARE = """usage: tensorlm compare DIR [DIR ...] --output DIR
+
+Join the reports below these folders: lengths of one model become one report, and several models
+appear side by side.
+
+  DIR           folder with a report.json, in itself or below it
+  --output DIR  folder for the joint report"""
 
 COMMANDS = {
     "prepare": Command("prepare", "encode documents into token shards; verify and inspect shards"),
@@ -26,16 +47,12 @@ COMMANDS = {
     "plan": Command("plan", "predict the memory and time of a run, without a GPU"),
     "train": Command("train", "start or continue a training run on the ranks of this job"),
     "replay": Command(
-        "train",
-        "recompute one step and compare it with the log: replay STEP --config C",
-        ("--replay",),
+        "train", "recompute one step and compare it with the log", ("--replay",), _REPLAY
     ),
     "evaluate": Command(
         "evaluate", "measure perplexity, passkey, needles and RULER of a checkpoint"
     ),
-    "compare": Command(
-        "evaluate", "join evaluation reports into one: compare DIR ... --output DIR", ("--compare",)
-    ),
+    "compare": Command("evaluate", "join evaluation reports into one", ("--compare",), _COMPARE),
     "convert": Command("convert", "export a checkpoint to a Hugging Face folder, or import one"),
     "benchmark": Command("benchmark", "measure speed and memory on this machine"),
     "generate": Command("generate", "generate text with an exported folder"),
@@ -58,7 +75,12 @@ def main() -> None:
         sys.exit(EXIT_USER_ERROR)
     command = COMMANDS[name]
     is_help = rest[:1] in (["-h"], ["--help"])
-    sys.argv = [f"tensorlm {name}", *(() if is_help else command.arguments), *rest]
+    if is_help and command.usage:
+        print(command.usage)
+        sys.exit(EXIT_DONE)
+    # A sub-command of the module adds its own name to the program's.
+    sys.argv = ["tensorlm" if command.arguments == (name,) else f"tensorlm {name}"]
+    sys.argv += [*command.arguments, *rest]
     import_module(f"tensorlm.commands.{command.module}").run()
 
 

@@ -13,9 +13,49 @@ import shlex
 from pathlib import Path
 
 from tensorlm.config import Config, load_config, parse_config
-from tensorlm.runtime.arguments import add_settings, parse_arguments
+from tensorlm.runtime.arguments import Option, Options, add_options, add_settings, parse_arguments
 from tensorlm.runtime.errors import UserError
 from tensorlm.runtime.exit import run_launcher
+
+_CONFIG = "TOML file of the run (required, except with import --write-config)"
+COMMANDS: dict[str, tuple[str, Options]] = {
+    "export": (
+        "write a checkpoint as a Hugging Face folder",
+        {
+            "--output DIR": Option("new folder to write", type=Path, required=True),
+            "--checkpoint STEP": Option(
+                "step of the checkpoint to export (default: the newest)", type=int
+            ),
+            "--dtype": Option("dtype of the exported weights", "bf16", choices=("bf16", "fp32")),
+            "--rounding": Option(
+                "how weights are rounded to bf16 (default: stochastic if rounding to nearest would "
+                "undo much of the training from imported weights, otherwise nearest)",
+                choices=("nearest", "stochastic"),
+            ),
+            "--tokenizer DIR": Option(
+                "folder of the tokenizer to include (default: that of the data set or of the "
+                "imported folder)",
+                type=Path,
+            ),
+            "--push-to-hub OWNER/NAME": Option(
+                "also upload the folder to this repository of the Hugging Face Hub; a new "
+                "repository is private"
+            ),
+            "--public": Option("with --push-to-hub: make a new repository public", default=False),
+        },
+    ),
+    "import": (
+        "write a Hugging Face Llama folder as checkpoint 0 of a run",
+        {
+            "--hf DIR": Option("Hugging Face folder with Llama weights", type=Path, required=True),
+            "--write-config FILE": Option(
+                "write a configuration to this file instead of importing weights; [model] is taken "
+                "from the folder, other sections from --config (default: values to start from)",
+                type=Path,
+            ),
+        },
+    ),
+}
 
 
 def main() -> int:
@@ -23,35 +63,10 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    common = argparse.ArgumentParser(add_help=False)
-    add_settings(
-        common,
-        "TOML file of the run (required, except with import --write-config)",
-        required=False,
-    )
-    add_export(
-        commands.add_parser(
-            "export", parents=[common], help="write a checkpoint as a Hugging Face folder"
-        )
-    )
-    imported = commands.add_parser(
-        "import",
-        parents=[common],
-        help="write a Hugging Face Llama folder as checkpoint 0 of a run",
-    )
-    imported.add_argument(
-        "--hf",
-        type=Path,
-        required=True,
-        metavar="DIR",
-        help="Hugging Face folder with Llama weights",
-    )
-    imported.add_argument(
-        "--write-config", type=Path, metavar="FILE",
-        help="write a configuration to this file instead of importing weights; [model] is taken "
-        "from the folder, other sections from --config (default: values to start from)",
-    )  # fmt: skip
-    imported.set_defaults(run=import_)
+    for name, (text, options) in COMMANDS.items():
+        command = commands.add_parser(name, help=text)
+        add_settings(command, _CONFIG, required=False)
+        add_options(command, options)
     args = parse_arguments(parser)
     if args.command == "import":
         _check_folder(args.hf)
@@ -59,45 +74,8 @@ def main() -> int:
             return _write_config(args)
     if not args.config:
         raise UserError("--config: missing (the TOML file of the run)")
-    return int(args.run(args, load_config(args.config, args.overrides)))
-
-
-def add_export(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--output", type=Path, required=True, metavar="DIR", help="new folder to write"
-    )
-    parser.add_argument(
-        "--checkpoint",
-        type=int,
-        metavar="STEP",
-        help="step of the checkpoint to export (default: the newest)",
-    )
-    parser.add_argument(
-        "--dtype", choices=("bf16", "fp32"), default="bf16",
-        help="dtype of the exported weights (default: bf16)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--rounding", choices=("nearest", "stochastic"),
-        help="how weights are rounded to bf16 (default: stochastic if rounding to nearest would "
-        "undo much of the training from imported weights, otherwise nearest)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--tokenizer",
-        type=Path,
-        metavar="DIR",
-        help="folder of the tokenizer to include (default: that of the data set or of the imported "
-        "folder)",
-    )
-    parser.add_argument(
-        "--push-to-hub",
-        metavar="OWNER/NAME",
-        help="also upload the folder to this repository of the Hugging Face Hub; a new repository "
-        "is private",
-    )
-    parser.add_argument(
-        "--public", action="store_true", help="with --push-to-hub: make a new repository public"
-    )
-    parser.set_defaults(run=export)
+    convert = import_ if args.command == "import" else export
+    return convert(args, load_config(args.config, args.overrides))
 
 
 def export(args: argparse.Namespace, config: Config) -> int:

@@ -13,9 +13,38 @@ import argparse
 from pathlib import Path
 
 from tensorlm.config import load_config
-from tensorlm.runtime.arguments import add_settings, parse_lengths
+from tensorlm.runtime.arguments import LOCAL_RANK, Option, add_options, add_settings, parse_lengths
 from tensorlm.runtime.errors import UserError
 from tensorlm.runtime.exit import run_launcher
+
+MODELS = {
+    "--checkpoint STEP": Option(
+        "step of the checkpoint to evaluate (default: the newest)", type=int
+    ),
+    "--hf DIR": Option("evaluate this Hugging Face folder instead of a checkpoint", type=Path),
+    "--random-weights": Option(
+        "evaluate without a checkpoint, to measure only time and memory", default=False
+    ),
+    "--compare DIR": Option(
+        "join the reports below these folders instead of evaluating: lengths of one model become "
+        "one report, several models appear side by side",
+        type=Path,
+        nargs="+",
+    ),
+}
+OPTIONS = {
+    "--lengths LIST": Option(
+        "context lengths in tokens, separated by commas (default: eval.lengths, or else "
+        "data.seq_len)"
+    ),
+    "--tasks LIST": Option(
+        "what to measure, separated by commas: ppl (perplexity), recall (of the choice of routed "
+        "layers), passkey, niah (needles), ruler (default: eval.tasks)"
+    ),
+    "--output DIR": Option(
+        "folder for the report (default: below RUN/eval; required with --compare)", type=Path
+    ),
+}
 
 
 def main() -> int:
@@ -23,46 +52,8 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_settings(parser, "TOML file of the run (required, except with --compare)", required=False)
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument(
-        "--checkpoint",
-        type=int,
-        metavar="STEP",
-        help="step of the checkpoint to evaluate (default: the newest)",
-    )
-    which.add_argument(
-        "--hf",
-        type=Path,
-        metavar="DIR",
-        help="evaluate this Hugging Face folder instead of a checkpoint",
-    )
-    which.add_argument(
-        "--random-weights",
-        action="store_true",
-        help="evaluate without a checkpoint, to measure only time and memory",
-    )
-    which.add_argument(
-        "--compare", type=Path, nargs="+", metavar="DIR",
-        help="join the reports below these folders instead of evaluating: lengths of one model "
-        "become one report, several models appear side by side",
-    )  # fmt: skip
-    parser.add_argument(
-        "--lengths",
-        help="context lengths in tokens, separated by commas (default: eval.lengths, or else "
-        "data.seq_len)",
-    )
-    parser.add_argument(
-        "--tasks",
-        help="what to measure, separated by commas: ppl (perplexity), recall (of the choice of "
-        "routed layers), passkey, niah (needles), ruler (default: eval.tasks)",
-    )
-    parser.add_argument(
-        "--output",
-        type=Path,
-        metavar="DIR",
-        help="folder for the report (default: below RUN/eval; required with --compare)",
-    )
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed adds it
+    add_options(parser.add_mutually_exclusive_group(), MODELS)
+    add_options(parser, {**OPTIONS, **LOCAL_RANK})
     args = parser.parse_intermixed_args()  # settings may appear anywhere
     if args.compare:
         return _compare(args.compare, args.output)

@@ -10,53 +10,33 @@ import os
 import sys
 from pathlib import Path
 
+from tensorlm.runtime.arguments import Option, add_options
 from tensorlm.runtime.errors import UserError
 from tensorlm.runtime.exit import run_launcher
+
+OPTIONS = {
+    "--model DIR": Option("exported folder to load", type=Path, required=True),
+    "--prompt TEXT": Option("text to continue (-: read it from standard input)", required=True),
+    "--max-new-tokens N": Option("maximum number of tokens to generate", 128),
+    "--temperature T": Option(
+        "sampling temperature (default: 0, which always takes the most likely token)", 0.0
+    ),
+    "--top-p P": Option(
+        "sample from the most likely tokens whose probabilities add up to this share; used only if "
+        "the temperature is above 0",
+        0.95,
+    ),
+    "--seed N": Option("seed of the sampling; used only if the temperature is above 0", 0),
+    "--prefill-chunk TOKENS": Option(
+        "read the prompt in pieces of this many tokens, to save memory (default: in one piece)",
+        type=int,
+    ),
+}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--model", type=Path, required=True, metavar="DIR", help="exported folder to load"
-    )
-    parser.add_argument(
-        "--prompt", required=True, help="text to continue (-: read it from standard input)"
-    )
-    parser.add_argument(
-        "--max-new-tokens",
-        type=int,
-        default=128,
-        metavar="N",
-        help="maximum number of tokens to generate (default: 128)",
-    )
-    parser.add_argument(
-        "--temperature",
-        type=float,
-        default=0.0,
-        metavar="T",
-        help="sampling temperature (default: 0, which always takes the most likely token)",
-    )
-    parser.add_argument(
-        "--top-p",
-        type=float,
-        default=0.95,
-        metavar="P",
-        help="sample from the most likely tokens whose probabilities add up to this share; used "
-        "only if the temperature is above 0 (default: 0.95)",
-    )
-    parser.add_argument(
-        "--seed",
-        type=int,
-        default=0,
-        help="seed of the sampling; used only if the temperature is above 0 (default: 0)",
-    )
-    parser.add_argument(
-        "--prefill-chunk",
-        type=int,
-        metavar="TOKENS",
-        help="read the prompt in pieces of this many tokens, to save memory (default: in one "
-        "piece)",
-    )
+    add_options(parser, OPTIONS)
     args = parser.parse_args()
     check_arguments(args)
     prompt = read_prompt(args.prompt)

@@ -11,7 +11,7 @@ from tensorlm.plan.gpus import find_gpu
 from tensorlm.plan.planning import make_plan
 from tensorlm.plan.proposals import propose
 from tensorlm.plan.report import format_plan, plan_json
-from tensorlm.runtime.arguments import add_json, add_settings, write_json
+from tensorlm.runtime.arguments import JSON, Option, add_options, add_settings, write_json
 from tensorlm.runtime.errors import UserError
 from tensorlm.runtime.exit import run_launcher
 
@@ -19,13 +19,11 @@ from tensorlm.runtime.exit import run_launcher
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     add_settings(parser)
-    parser.add_argument("--gpus", type=int, required=True, help="number of GPUs, one rank each")
-    parser.add_argument(
-        "--gpu",
-        default="h100",
-        help="kind of GPU: a100, h100, h200, b200, or its memory in GiB (default: h100)",
-    )
-    add_json(parser)
+    options = {
+        "--gpus N": Option("number of GPUs, one rank each", type=int, required=True),
+        "--gpu GPU": Option("kind of GPU: a100, h100, h200, b200, or its memory in GiB", "h100"),
+    }
+    add_options(parser, {**options, **JSON})
     args = parser.parse_intermixed_args()  # settings may appear anywhere
     config, gpu = load_config(args.config, args.overrides), find_gpu(args.gpu)
     if args.gpus < 1:

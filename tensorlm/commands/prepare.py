@@ -24,10 +24,111 @@ from tensorlm.data.prepare.readers import LONGEST_DOCUMENT
 from tensorlm.data.shards import open_shards, verify_shards
 from tensorlm.data.tokenizer.tokenizers import check_tokenizer, load_tokenizer
 from tensorlm.data.tokenizer.training import check_new_tokenizer, train_tokenizer
-from tensorlm.runtime.arguments import check_plot
+from tensorlm.runtime.arguments import Option, Options, add_options, check_plot
 from tensorlm.runtime.errors import UserError
 from tensorlm.runtime.exit import run_launcher
 from tensorlm.runtime.launch_env import launched_world_size
+
+SOURCE = {
+    "--input GLOB": Option(
+        "files to read: text (one document each), .json, .jsonl, .ndjson (all of these also as .gz "
+        "or .zst), .parquet, .arrow or .feather; or hf:NAME[:SUBSET[:SPLIT]] for a data set of the "
+        "Hugging Face Hub or a local folder of `datasets`",
+        nargs="+",
+        required=True,
+    ),
+    "--exclude GLOB": Option("files of --input to skip (default: none)", [], nargs="*"),
+    "--text-field NAME": Option(
+        "field that holds the text (default: text); meta.text is the field text inside meta",
+        "text",
+    ),
+    "--max-bytes BYTES": Option(
+        "stop after this many bytes of input (default: 0, which reads all)", 0
+    ),
+    "--max-document-bytes BYTES": Option(
+        "maximum size of a document, or of a record of a JSON file, after decompression; a larger "
+        "one ends the command with an error",
+        LONGEST_DOCUMENT,
+    ),
+}
+DATA = {"data DATA": Option("folder of the data set", type=Path)}
+COMMANDS: dict[str, tuple[str, Options]] = {
+    "tokenizer": (
+        "train a sentencepiece BPE tokenizer",
+        {
+            **SOURCE,
+            "--vocab-size N": Option("number of pieces in the vocabulary", type=int, required=True),
+            "--output DIR": Option(
+                "folder to write; must not contain a tokenizer", type=Path, required=True
+            ),
+        },
+    ),
+    "encode": (
+        "encode documents into token shards",
+        {
+            **SOURCE,
+            "--tokenizer PATH": Option(
+                "tokenizer: a Hugging Face folder or a sentencepiece BPE .model file",
+                type=Path,
+                required=True,
+            ),
+            "--output DIR": Option(
+                "folder of the data set to write; an interrupted call continues there",
+                type=Path,
+                required=True,
+            ),
+            "--holdout SHARE": Option(
+                "share of the documents to hold out in the split valid/ (0: none; default: 0.01)",
+                0.01,
+            ),
+            "--workers N": Option(
+                "number of processes (default: 0, which means one per core, or one per MPI rank)",
+                0,
+            ),
+            "--shard-bytes BYTES": Option(
+                f"approximate bytes of input per shard (default: {SHARD_BYTES:,}; more for many "
+                "terabytes)",
+                SHARD_BYTES,
+            ),
+        },
+    ),
+    "packages": (
+        "write the source of installed Python packages as long documents",
+        {
+            "--text GLOB": Option(
+                "write these text files (also .gz, .zst) as books instead of the packages",
+                [],
+                nargs="*",
+            ),
+            "--hold-out NAME": Option(
+                "packages or books (file name without extensions) to write to held_out.jsonl",
+                nargs="+",
+                required=True,
+            ),
+            "--output DIR": Option(
+                "folder for train.jsonl (with some passages repeated) and held_out.jsonl",
+                type=Path,
+                required=True,
+            ),
+        },
+    ),
+    "verify": ("check every byte of a data set and its tokenizer", DATA),
+    "inspect": (
+        "show counts, document lengths and samples of a data set",
+        {
+            **DATA,
+            "--samples N": Option("number of documents to show (default: 3; 0: none)", 3),
+            "--seq-len TOKENS": Option(
+                "row lengths for which to show how full packed rows are (default: 8192 32768 "
+                "131072)",
+                [8192, 32768, 131072],
+                type=int,
+                nargs="+",
+            ),
+            "--plot FILE.png": Option("plot document lengths into this file", type=Path),
+        },
+    ),
+}
 
 
 def main() -> int:
@@ -35,142 +136,8 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
-
-    source = argparse.ArgumentParser(add_help=False)
-    source.add_argument(
-        "--input",
-        nargs="+",
-        required=True,
-        metavar="GLOB",
-        help="files to read: text (one document each), .json, .jsonl, .ndjson (all of these also "
-        "as .gz or .zst), .parquet, .arrow or .feather; or hf:NAME[:SUBSET[:SPLIT]] for a data set "
-        "of the Hugging Face Hub or a local folder of `datasets`",
-    )
-    source.add_argument(
-        "--exclude", nargs="*", default=[], metavar="GLOB",
-        help="files of --input to skip (default: none)",
-    )  # fmt: skip
-    source.add_argument(
-        "--text-field",
-        default="text",
-        metavar="NAME",
-        help="field that holds the text (default: text); meta.text is the field text inside meta",
-    )
-    source.add_argument(
-        "--max-bytes", type=int, default=0, metavar="BYTES",
-        help="stop after this many bytes of input (default: 0, which reads all)",
-    )  # fmt: skip
-    source.add_argument(
-        "--max-document-bytes",
-        type=int,
-        default=LONGEST_DOCUMENT,
-        metavar="BYTES",
-        help="maximum size of a document, or of a record of a JSON file, after decompression; a "
-        f"larger one ends the command with an error (default: {LONGEST_DOCUMENT:,})",
-    )
-
-    tokenizer = commands.add_parser(
-        "tokenizer", parents=[source], help="train a sentencepiece BPE tokenizer"
-    )
-    tokenizer.add_argument(
-        "--vocab-size",
-        type=int,
-        required=True,
-        metavar="N",
-        help="number of pieces in the vocabulary",
-    )
-    tokenizer.add_argument(
-        "--output",
-        type=Path,
-        required=True,
-        metavar="DIR",
-        help="folder to write; must not contain a tokenizer",
-    )
-
-    shards = commands.add_parser(
-        "encode", parents=[source], help="encode documents into token shards"
-    )
-    shards.add_argument(
-        "--tokenizer",
-        type=Path,
-        required=True,
-        metavar="PATH",
-        help="tokenizer: a Hugging Face folder or a sentencepiece BPE .model file",
-    )
-    shards.add_argument(
-        "--output",
-        type=Path,
-        required=True,
-        metavar="DIR",
-        help="folder of the data set to write; an interrupted call continues there",
-    )
-    shards.add_argument(
-        "--holdout",
-        type=float,
-        default=0.01,
-        metavar="SHARE",
-        help="share of the documents to hold out in the split valid/ (0: none; default: 0.01)",
-    )
-    shards.add_argument(
-        "--workers",
-        type=int,
-        default=0,
-        metavar="N",
-        help="number of processes (default: 0, which means one per core, or one per MPI rank)",
-    )
-    shards.add_argument(
-        "--shard-bytes",
-        type=int,
-        default=SHARD_BYTES,
-        metavar="BYTES",
-        help=f"approximate bytes of input per shard (default: {SHARD_BYTES:,}; more for many "
-        "terabytes)",
-    )
-
-    packages = commands.add_parser(
-        "packages", help="write the source of installed Python packages as long documents"
-    )
-    packages.add_argument(
-        "--text",
-        nargs="*",
-        default=[],
-        metavar="GLOB",
-        help="write these text files (also .gz, .zst) as books instead of the packages",
-    )
-    packages.add_argument(
-        "--hold-out", nargs="+", required=True, metavar="NAME",
-        help="packages or books (file name without extensions) to write to held_out.jsonl",
-    )  # fmt: skip
-    packages.add_argument(
-        "--output", type=Path, required=True, metavar="DIR",
-        help="folder for train.jsonl (with some passages repeated) and held_out.jsonl",
-    )  # fmt: skip
-
-    verify = commands.add_parser("verify", help="check every byte of a data set and its tokenizer")
-    verify.add_argument("data", type=Path, metavar="DATA", help="folder of the data set")
-
-    inspect = commands.add_parser(
-        "inspect", help="show counts, document lengths and samples of a data set"
-    )
-    inspect.add_argument("data", type=Path, metavar="DATA", help="folder of the data set")
-    inspect.add_argument(
-        "--samples",
-        type=int,
-        default=3,
-        metavar="N",
-        help="number of documents to show (default: 3; 0: none)",
-    )
-    inspect.add_argument(
-        "--seq-len",
-        type=int,
-        nargs="+",
-        default=[8192, 32768, 131072],
-        metavar="TOKENS",
-        help="row lengths for which to show how full packed rows are (default: 8192 32768 131072)",
-    )
-    inspect.add_argument(
-        "--plot", type=Path, metavar="FILE.png", help="plot document lengths into this file"
-    )
+    for name, (text, options) in COMMANDS.items():
+        add_options(commands.add_parser(name, help=text), options)
     args = parser.parse_args()
 
     _check(args)

@@ -6,7 +6,7 @@ under deepspeed, torchrun, srun, mpirun and plain python.
 
 import argparse
 
-from tensorlm.runtime.arguments import add_settings
+from tensorlm.runtime.arguments import LOCAL_RANK, Option, add_options, add_settings
 from tensorlm.runtime.errors import EXIT_DONE, EXIT_PREEMPTED
 from tensorlm.runtime.exit import run_launcher
 from tensorlm.runtime.preemption import StopRequest
@@ -15,21 +15,19 @@ from tensorlm.runtime.preemption import StopRequest
 def main(stop: StopRequest) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     add_settings(parser)
-    parser.add_argument(
-        "--replay",
-        type=int,
-        metavar="STEP",
-        help="recompute this step from the checkpoint before it, compare it with the recorded "
-        "loss, and write nothing",
-    )
-    parser.add_argument(
-        "--dry-run",
-        type=int,
-        metavar="RANKS",
-        help="check all settings, data and checkpoints for this number of ranks, and exit "
-        "without training",
-    )
-    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it
+    options = {
+        "--replay STEP": Option(
+            "recompute this step from the checkpoint before it, compare it with the recorded loss, "
+            "and write nothing",
+            type=int,
+        ),
+        "--dry-run RANKS": Option(
+            "check all settings, data and checkpoints for this number of ranks, and exit without "
+            "training",
+            type=int,
+        ),
+    }
+    add_options(parser, {**options, **LOCAL_RANK})
     args = parser.parse_intermixed_args()  # settings may appear anywhere
     # Importing torch takes seconds, and signals must be handled before that.
     from tensorlm.config import load_config

@@ -1,31 +1,62 @@
 """Command-line parsing and checks that several commands share."""
 
 import argparse
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from .errors import UserError
 from .strict_json import json_text
+
+
+class Option(NamedTuple):
+    """An argument of a command: its help, and what argparse needs to know.
+
+    The type is that of the default unless given; False makes a switch. A default that the help does
+    not mention is added to it.
+    """
+
+    help: str
+    default: Any = None
+    type: Callable[[str], Any] | None = None
+    required: bool = False
+    nargs: str | None = None
+    choices: Sequence[str] | None = None
+
+
+Options = Mapping[str, Option]
+_FORMS = {int: ",", float: "g"}
+
+JSON: Options = {"--json FILE": Option("also write every number to this file", type=Path)}
+# The deepspeed launcher adds this option to the command line of each rank.
+LOCAL_RANK: Options = {"--local_rank": Option(argparse.SUPPRESS)}
+
+
+def add_options(parser: argparse._ActionsContainer, options: Options) -> None:
+    """Add options by "--name METAVAR", or positional arguments by "name METAVAR"."""
+    for names, option in options.items():
+        name, _, metavar = names.partition(" ")
+        text, default = option.help, option.default
+        if default is False:
+            parser.add_argument(name, action="store_true", help=text)
+            continue
+        if default not in (None, []) and "default: " not in text:
+            shown = f"{default:{_FORMS.get(type(default), '')}}"
+            text += f" (default: {shown})"
+        given: dict[str, Any] = {"metavar": metavar or None, "required": option.required or None}
+        kind = option.type or (None if isinstance(default, list | None) else type(default))
+        given |= {"type": kind, "nargs": option.nargs, "choices": option.choices}
+        given = {key: value for key, value in given.items() if value is not None}
+        parser.add_argument(name, help=text, default=default, **given)
 
 
 def add_settings(
     parser: argparse.ArgumentParser, text: str = "TOML file of the run", *, required: bool = True
 ) -> None:
     """Add `--config`, described by `text`, and settings that replace those of its file."""
-    parser.add_argument("--config", required=required, help=text)
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="key.sub=value",
-        help="settings that replace those of the file, such as train.steps=100",
-    )
-
-
-def add_json(parser: argparse.ArgumentParser) -> None:
-    """Add `--json`, for `write_json`."""
-    parser.add_argument(
-        "--json", type=Path, metavar="FILE", help="also write every number to this file"
-    )
+    replacing = "settings that replace those of the file, such as train.steps=100"
+    add_options(parser, {"--config FILE": Option(text, required=required)})
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help=replacing)
 
 
 def write_json(path: Path | None, content: Any) -> None:
