@@ -69,5 +69,35 @@ row 'evaluation' "$evaluation/report.html"
 row plot "$evaluation/ratio.png"
 row 'Hugging Face' $out/hf
 row 'more text' ".venv/bin/python launcher/generate.py --model $out/hf --prompt 'class Stack:'"
+row sample $out/sample.txt
 printf '\n\033[1mresults\033[0m\n'
-sed -n 's/^\*\*\(.*\)\*\*$/\1/p' "$evaluation/report.md" | fold -sw 100
+python - "$out/train" "$evaluation" <<'PYTHON'
+import json
+import math
+import sys
+import tomllib
+from pathlib import Path
+
+run, evaluation = map(Path, sys.argv[1:])
+model = tomllib.loads((run / "config.toml").read_text())["model"]
+steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+report = json.loads((evaluation / "report.json").read_text())
+trained, longest = report["perplexity"][0], report["perplexity"][-1]
+ratio = report["ratios"][-1]["ratio"]
+change = {name: f"{100 * (value - 1):+.2f} %" for name, value in ratio.items()}
+note = "; no measurable change" if ratio["low"] < 1 < ratio["high"] else ""
+window, length = model["fold"][0], longest["length"]
+print(f'''
+Training: the perplexity of {math.exp(steps[0]["train/loss"]):,.0f} at the first step fell to \
+{trained["perplexity"]:.1f} on held-out text after {len(steps)}
+steps: the model now chooses the next token as if among {trained["perplexity"]:.0f} tokens instead of all \
+{model["vocab_size"]:,}.
+
+Longer text: on the same tokens, with {length:,} tokens of context instead of the trained \
+{trained["length"]:,},
+perplexity is {longest["perplexity"]:.1f} ({change["mean"]}; 95 % interval: {change["low"]} to {change["high"]}{note}).
+
+Cost: each layer reads at most {window} + {length // window} positions per token; full attention reads up to \
+{length:,}.
+'''.strip())
+PYTHON
