@@ -247,7 +247,7 @@ def _words(seq_len: int) -> NDArray[np.uint64]:
     return np.stack([np.random.Philox(key).random_raw(seq_len) | 1 for key in (1, 2)])
 
 
-def open_rows(config: Config, split: str, *, verify: bool) -> PackedRows:
+def open_rows(config: Config, split: str) -> PackedRows:
     """Open a split of every configured source.
 
     Raises:
@@ -256,7 +256,7 @@ def open_rows(config: Config, split: str, *, verify: bool) -> PackedRows:
             small, or the run needs more epochs than a source allows.
     """
     sources, vocab_size = config.data.all_sources, config.model.vocab_size
-    corpora = [Corpus(Path(source.path) / split, verify=verify) for source in sources]
+    corpora = [Corpus(Path(source.path) / split) for source in sources]
     tokenizers: list[str] = []
     for source, corpus in zip(sources, corpora, strict=True):
         if corpus.vocab_size > vocab_size:

@@ -176,11 +176,11 @@ def _read_index(folder: Path) -> tuple[list[Path], str]:
     return list(digests), fingerprint
 
 
-def open_shards(folder: str | Path, *, verify: bool = False) -> tuple[list[Shard], str]:
+def open_shards(folder: str | Path) -> tuple[list[Shard], str]:
     """Map every shard of a split, in order; returns them and the split's fingerprint.
 
     Checksums of index, headers and document ends are verified. Of token files, only the size is
-    checked; with `verify`, their checksums too.
+    checked; `verify_shards` reads them.
 
     Raises:
         UserError: there is no shard, or one has changed; the message names the file.
@@ -195,10 +195,6 @@ def open_shards(folder: str | Path, *, verify: bool = False) -> tuple[list[Shard
                     f"{path}: {key} must be the same as in {paths[0].name} (prepare different data "
                     "sets separately, and mix them with data.sources)"
                 )
-    if verify:
-        bad = verify_shards(folder)
-        if bad:
-            raise UserError(*bad)
     return shards, fingerprint
 
 
@@ -263,9 +259,9 @@ class Corpus:
     `lengths` [D]: number of tokens of each document. `begins` [D]: its offset in its shard.
     """
 
-    def __init__(self, folder: str | Path, *, verify: bool = False) -> None:
+    def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        self.shards, self.fingerprint = open_shards(folder, verify=verify)
+        self.shards, self.fingerprint = open_shards(folder)
         if not any(shard.header.num_documents for shard in self.shards):
             raise UserError(
                 f"{self.folder}: must contain documents, got none (prepare it with more text, or "

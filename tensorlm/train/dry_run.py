@@ -28,7 +28,7 @@ def check_run(config: Config, num_ranks: int) -> list[str]:
             belongs to another run.
     """
     config.check_world(num_ranks)
-    rows = open_rows(config, "train", verify=False)
+    rows = open_rows(config, "train")
     if config.eval.every:
         from tensorlm.evaluation.launch import check_held_out  # imports transformers
 

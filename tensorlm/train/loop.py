@@ -189,7 +189,7 @@ def start(config: Config, launch: LaunchEnv, before: int | None = None) -> Run:
         hang_seconds=config.guards.hang_seconds,
         slow_phase_seconds=config.guards.slow_phase_seconds,
     )
-    rows = open_rows(config, "train", verify=False)
+    rows = open_rows(config, "train")
     device = init_distributed(launch)
     if config.train.attention == "triton" and device.type == "cpu":
         raise UserError("train.attention: triton needs a GPU (auto, blocked and dense do not)")

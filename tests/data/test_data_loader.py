@@ -68,7 +68,7 @@ def test_documents_of_rows_are_named(tmp_path: Path, split: Path) -> None:
     n = alone.sources[0].last_plan.num_rows
     assert alone.documents(range(n)) == [str(d) for d in range(len(LENGTHS))]
     config = run_config(tmp_path / "named", seq_len=32)
-    names = open_rows(config, "train", verify=False).documents(range(8))
+    names = open_rows(config, "train").documents(range(8))
     assert {name.split(":")[0] for name in names} == {"one", "two", "three"}
 
 
@@ -126,7 +126,7 @@ def test_random_resizes_lose_and_repeat_nothing(tmp_path: Path, num_resizes: int
     ]
     total = 110 + 2 * num_resizes
     config = run_config(tmp_path, steps=total, earlier_stages=stages)
-    reference = open_rows(config, "train", verify=True)
+    reference = open_rows(config, "train")
     assert reference.epochs(110 * 8)[2] > 1  # also the earlier stages pass the end of an epoch
     random_sizes = random.Random(0)
     step = row = num_done = 0
@@ -146,7 +146,7 @@ def test_random_resizes_lose_and_repeat_nothing(tmp_path: Path, num_resizes: int
         resized = parse_config(tree, "test")
         resized.check_world(dp * sp)
         # Opening the data again at every resize is another test's business; here it is the same.
-        rows = open_rows(resized, "train", verify=False) if num_done % 50 == 0 else reference
+        rows = open_rows(resized, "train") if num_done % 50 == 0 else reference
         assert rows.fingerprint == reference.fingerprint
         grids = [Grid(dp * sp, rank, sp) for rank in range(dp * sp)]
         feeds = [Feed(rows, resized, grid, pin=False) for grid in grids]
@@ -181,7 +181,7 @@ def test_random_resizes_lose_and_repeat_nothing(tmp_path: Path, num_resizes: int
 
 def test_a_wrong_guess_of_the_feed_costs_nothing_but_time(tmp_path: Path) -> None:
     config = run_config(tmp_path)
-    rows = open_rows(config, "train", verify=False)
+    rows = open_rows(config, "train")
     feed = Feed(rows, config, Grid(), pin=False)
     feed.batches(0, 0)
     jumped = feed.batches(5, 400)
@@ -205,7 +205,7 @@ class Watched:
 @pytest.mark.parametrize("pin", [False, True])
 def test_the_next_step_is_read_while_this_one_computes(tmp_path: Path, pin: bool) -> None:
     config = run_config(tmp_path, steps=3)
-    watched = Watched(open_rows(config, "train", verify=False))
+    watched = Watched(open_rows(config, "train"))
     feed = Feed(cast(PackedRows, watched), config, Grid(), pin=pin)
     for step in range(3):
         watched.may_read.release()  # for this step; that of the next one has to wait
@@ -221,7 +221,7 @@ def test_the_next_step_is_read_while_this_one_computes(tmp_path: Path, pin: bool
 
 
 def test_pinned_batches_are_allocated_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = open_rows(run_config(tmp_path), "train", verify=False)
+    rows = open_rows(run_config(tmp_path), "train")
     allocate, pinned = torch.empty, []
 
     def empty(*shape: Any, pin_memory: bool, **options: Any) -> torch.Tensor:  # pins on GPUs only
@@ -240,7 +240,7 @@ def test_pinned_batches_are_allocated_so(tmp_path: Path, monkeypatch: pytest.Mon
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_pinned_batches_are_pinned(tmp_path: Path) -> None:
-    rows = open_rows(run_config(tmp_path), "train", verify=False)
+    rows = open_rows(run_config(tmp_path), "train")
     batch = rows.batch(range(2), pin=True)
     assert all(t.is_pinned() for t in (batch.tokens, batch.labels, batch.doc_start))
 
@@ -264,7 +264,7 @@ def test_digest_tells_any_other_token_row_or_order(split: Path) -> None:
 
 def problem(config: Config) -> str:
     with pytest.raises(UserError) as caught:
-        open_rows(config, "train", verify=True)
+        open_rows(config, "train")
     (line,) = caught.value.problems
     return line
 
@@ -278,9 +278,9 @@ def changed(config: Config, **data: Any) -> Config:
 def test_more_epochs_than_a_source_allows_are_refused_before_the_run(tmp_path: Path) -> None:
     config = run_config(tmp_path, steps=100)
     sources = config.model_dump(mode="json")["data"]["sources"]
-    taken = open_rows(config, "train", verify=True).epochs(100 * 8)
+    taken = open_rows(config, "train").epochs(100 * 8)
     sources[2]["max_epochs"] = taken[2] + 0.01
-    open_rows(changed(config, sources=sources), "train", verify=True)
+    open_rows(changed(config, sources=sources), "train")
     sources[2]["max_epochs"] = 1.5
     line = problem(changed(config, sources=sources))
     assert f"{sources[2]['path']} must last for the run with at most max_epochs = 1.5" in line
@@ -309,18 +309,18 @@ def test_another_tokenizer_beside_the_shards_is_refused(tmp_path: Path, data: Pa
         },
         "test",
     )
-    open_rows(config, "train", verify=False)
+    open_rows(config, "train")
     train_tokenizer(["other words"] * 9, 270, tmp_path / "set/tokenizer")
     with pytest.raises(UserError, match=r"set/tokenizer: must be the tokenizer"):
-        open_rows(config, "train", verify=False)
+        open_rows(config, "train")
 
 
 def test_other_data_changes_the_fingerprint(tmp_path: Path) -> None:
     config = run_config(tmp_path)
-    fingerprint = open_rows(config, "train", verify=False).fingerprint
+    fingerprint = open_rows(config, "train").fingerprint
 
     def other(**data: Any) -> PackedRows:
-        return open_rows(changed(config, **data), "train", verify=False)
+        return open_rows(changed(config, **data), "train")
 
     sources = config.model_dump(mode="json")["data"]["sources"]
     heavier = [{**sources[0], "weight": 3.0}, *sources[1:]]

@@ -234,4 +234,4 @@ def test_sources_of_earlier_and_of_this_version_go_together(tmp_path: Path) -> N
         "optim": {"lr": 1e-3},
         "train": {"steps": 2, "rows_per_step": 2},
     }  # fmt: skip
-    open_rows(parse_config(config, "test"), "train", verify=True)
+    open_rows(parse_config(config, "test"), "train")
