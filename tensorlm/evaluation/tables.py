@@ -6,7 +6,7 @@ from tensorlm.config.evaluation import RULER_TASKS
 
 from .names import label
 from .recall_summary import recall_by_distance, recall_lengths
-from .results import Mean, RecallAt, Report, same_tokens
+from .results import Mean, Report, same_tokens
 
 _NONE = "-"  # cell that was not measured or is unknown
 
@@ -23,7 +23,10 @@ class Table:
 
 
 def make_tables(reports: list[Report]) -> list[Table]:
-    """The tables of one or several reports; with several, the first column names the model."""
+    """The tables of one or several reports; with several, the first column names the model.
+
+    Each maker begins a row with the model's name, which has no header yet.
+    """
     makers = (
         _ratio_table,
         _perplexity_table,
@@ -36,36 +39,30 @@ def make_tables(reports: list[Report]) -> list[Table]:
         _cost_table,
     )
     tables = [make(reports) for make in makers]
-    return [_without_empty_columns(table) for table in tables if table.rows]
+    return [_with_needed_columns(table, len(reports) > 1) for table in tables if table.rows]
 
 
-def _without_empty_columns(table: Table) -> Table:
-    """Remove columns without any measurement."""
-    columns = [i for i, cells in enumerate(zip(*table.rows, strict=True)) if set(cells) != {_NONE}]
+def _with_needed_columns(table: Table, is_named: bool) -> Table:
+    """Put the header `model` over the first column, or remove that column; remove empty columns."""
+    header = ["model", *table.header]
+    filled = [i for i, cells in enumerate(zip(*table.rows, strict=True)) if set(cells) != {_NONE}]
+    columns = filled if is_named else filled[1:]
 
     def kept(row: list[str]) -> list[str]:
         return [row[i] for i in columns]
 
-    return replace(table, header=kept(table.header), rows=[kept(row) for row in table.rows])
-
-
-def _named(reports: list[Report], header: list[str]) -> list[str]:
-    return ["model", *header] if len(reports) > 1 else header
-
-
-def _row(reports: list[Report], report: Report, *cells: str) -> list[str]:
-    return [label(report), *cells] if len(reports) > 1 else list(cells)
+    return replace(table, header=kept(header), rows=[kept(row) for row in table.rows])
 
 
 def _perplexity_table(reports: list[Report]) -> Table:
     letters = _text_letters(reports)
     rows = [
-        _row(
-            reports, report, f"{r.length:,}", f"{r.length / report.trained_length:.2f}",
+        [
+            label(report), f"{r.length:,}", f"{r.length / report.trained_length:.2f}",
             f"{r.loss:.4f}", f"{r.perplexity:.3f}", _interval(r.low, r.high, ".3f"),
             _NONE if r.sliding_perplexity is None else f"{r.sliding_perplexity:.3f}",
             f"{r.num_tokens:,}", f"{r.num_documents:,}", letters.get(r.predicted, _NONE),
-        )
+        ]
         for report in reports
         for r in report.perplexity
     ]  # fmt: skip
@@ -80,7 +77,7 @@ def _perplexity_table(reports: list[Report]) -> Table:
     text += " The interval is a bootstrap over documents."
     if any(r.sliding_perplexity is not None for report in reports for r in report.perplexity):
         text += " Sliding windows overlap, so that each token has more context."
-    return Table("Perplexity by length", text, _named(reports, header), rows,
+    return Table("Perplexity by length", text, header, rows,
                  ("perplexity", "positions"))  # fmt: skip
 
 
@@ -95,7 +92,7 @@ def _text_letters(reports: list[Report]) -> dict[str, str]:
 
 def _ratio_table(reports: list[Report]) -> Table:
     rows = [
-        _row(reports, report, f"{r.length:,}", f"{r.multiple:g}", _with_interval(r.ratio, ".4f"))
+        [label(report), f"{r.length:,}", f"{r.multiple:g}", _with_interval(r.ratio, ".4f")]
         for report in reports
         for r in report.ratios
     ]
@@ -104,7 +101,7 @@ def _ratio_table(reports: list[Report]) -> Table:
         "context helps. The interval is a bootstrap over documents."
     )
     header = ["length", "x trained", "ratio (95 %)"]
-    return Table("Beyond the trained length", text, _named(reports, header), rows, ("ratio",))
+    return Table("Beyond the trained length", text, header, rows, ("ratio",))
 
 
 def _context_gain_table(reports: list[Report]) -> Table:
@@ -115,27 +112,31 @@ def _context_gain_table(reports: list[Report]) -> Table:
             for gain in (*found.buckets, *totals):
                 where = f"{gain.start:,} - {gain.stop:,}"
                 rows.append(
-                    _row(
-                        reports, report, f"{found.length:,}", where, f"{found.near:,}",
+                    [
+                        label(report), f"{found.length:,}", where, f"{found.near:,}",
                         f"{gain.near_loss:.4f}", f"{gain.full_loss:.4f}",
                         _with_interval(gain.gain, "+.4f"),
-                    )
+                    ]
                 )  # fmt: skip
     text = (
         "The same tokens, predicted from only the last tokens and from the whole window. A model "
         "that ignores earlier tokens has no gain."
     )
     header = ["length", "positions", "last", "loss, last only", "loss, whole", "gain (95 %)"]
-    return Table("Gain from long context", text, _named(reports, header), rows, ("attribution",))
+    return Table("Gain from long context", text, header, rows, ("attribution",))
 
 
 def _recall_table(reports: list[Report]) -> Table:
     rows = [
-        _row(reports, report, f"{length:,}", _distance(found), *_recall_cells(found))
+        [
+            label(report), f"{length:,}",
+            f"{found.start:,} - {found.stop:,}" if found.stop else "all",
+            *(f"{share:.1%}" for share in (found.mass, found.chosen, found.best, found.random)),
+        ]
         for report in reports
         for length in recall_lengths(report)
         for found in recall_by_distance(report, length)
-    ]
+    ]  # fmt: skip
     text = (
         "The attention that routed layers would give to tokens beyond the window if all blocks "
         "were open, and the share of it in open blocks (chosen). Best: the best choice of the "
@@ -143,23 +144,15 @@ def _recall_table(reports: list[Report]) -> Table:
         "document is always open; rows of single distances do not include it."
     )
     header = ["length", "distance", "of all attention", "chosen", "best", "random"]
-    return Table("Recall of the choice", text, _named(reports, header), rows, ("recall",))
-
-
-def _distance(found: RecallAt) -> str:
-    return f"{found.start:,} - {found.stop:,}" if found.stop else "all"
-
-
-def _recall_cells(found: RecallAt) -> list[str]:
-    return [f"{share:.1%}" for share in (found.mass, found.chosen, found.best, found.random)]
+    return Table("Recall of the choice", text, header, rows, ("recall",))
 
 
 def _recall_by_layer_table(reports: list[Report]) -> Table:
     rows = [
-        _row(
-            reports, report, f"{r.layer}", f"{r.length:,}", f"{r.beyond:.1%}", f"{r.chosen:.1%}",
+        [
+            label(report), f"{r.layer}", f"{r.length:,}", f"{r.beyond:.1%}", f"{r.chosen:.1%}",
             f"{r.best:.1%}", f"{r.random:.1%}", f"{r.first:.1%}", f"{r.opened:.1f}",
-        )
+        ]
         for report in reports
         for r in report.recall
         if r.length == recall_lengths(report)[-1]
@@ -169,7 +162,7 @@ def _recall_by_layer_table(reports: list[Report]) -> Table:
         "first block alone. Open: the mean number of blocks read per query and key head."
     )
     header = ["layer", "length", "of all attention", "chosen", "best", "random", "first", "open"]
-    return Table("Recall of the choice by layer", text, _named(reports, header), rows)
+    return Table("Recall of the choice by layer", text, header, rows)
 
 
 def _retrieval_table(reports: list[Report]) -> Table:
@@ -180,24 +173,24 @@ def _retrieval_table(reports: list[Report]) -> Table:
                 cells = [cell for cell in getattr(report, name) if cell.length == length]
                 worst = min(cells, key=lambda cell: cell.accuracy)
                 rows.append(
-                    _row(
-                        reports, report, title, f"{length:,}", f"{accuracy:.1%}",
+                    [
+                        label(report), title, f"{length:,}", f"{accuracy:.1%}",
                         f"{worst.accuracy:.0%} at depth {worst.depth:.0%}",
                         f"{sum(cell.num_samples for cell in cells):,}",
-                    )
+                    ]
                 )  # fmt: skip
     text = "Greedy answers; an answer is right if it contains the hidden number."
     header = ["task", "length", "accuracy", "worst", "prompts"]
-    return Table("Passkey and needle in a haystack", text, _named(reports, header), rows,
+    return Table("Passkey and needle in a haystack", text, header, rows,
                  ("passkey", "niah"))  # fmt: skip
 
 
 def _needle_blocks_table(reports: list[Report]) -> Table:
     rows = [
-        _row(
-            reports, report, {"niah": "needle"}.get(r.task, r.task), f"{r.length:,}", f"{r.layer}",
+        [
+            label(report), {"niah": "needle"}.get(r.task, r.task), f"{r.length:,}", f"{r.layer}",
             *(_NONE if share is None else f"{share:.0%}" for share in (r.answered, r.failed)),
-        )
+        ]
         for report in reports
         for r in report.needle_blocks
         if r.length == max(other.length for other in report.needle_blocks)
@@ -208,7 +201,7 @@ def _needle_blocks_table(reports: list[Report]) -> Table:
         "prompts."
     )
     header = ["task", "length", "layer", "prompts answered", "prompts failed"]
-    return Table("Were the needle's blocks open?", text, _named(reports, header), rows)
+    return Table("Were the needle's blocks open?", text, header, rows)
 
 
 def _ruler_table(reports: list[Report]) -> Table:
@@ -220,28 +213,28 @@ def _ruler_table(reports: list[Report]) -> Table:
         for task in tasks:
             cells = [scores.get((task, length)) for length in lengths]
             texts = [_NONE if score is None else f"{100 * score:.1f}" for score in cells]
-            rows.append(_row(reports, report, task, *texts))
+            rows.append([label(report), task, *texts])
         if tasks:
             means = []
             for length in lengths:
                 these = [score for (_, n), score in scores.items() if n == length]
                 means.append(f"{100 * sum(these) / len(these):.1f}" if these else _NONE)
-            rows.append(_row(reports, report, "mean", *means))
+            rows.append([label(report), "mean", *means])
     header = ["task", *(f"{length:,}" for length in lengths)]
     versions = {score.version or "an older, unknown version" for r in reports for score in r.ruler}
     text = f"Prompts and scoring of {' and of '.join(sorted(versions))}. "
     if len(versions) > 1:
         text += "Scores of different prompts are not comparable. "
     text += "Scores are from 0 to 100; the mean is over the measured tasks."
-    return Table("RULER", text, _named(reports, header), rows, ("ruler",))
+    return Table("RULER", text, header, rows, ("ruler",))
 
 
 def _cost_table(reports: list[Report]) -> Table:
     rows = [
-        _row(
-            reports, report, cost.what, f"{cost.length:,}", f"{cost.seconds:.1f}",
+        [
+            label(report), cost.what, f"{cost.length:,}", f"{cost.seconds:.1f}",
             _NONE if cost.memory_gib is None else f"{cost.memory_gib:.1f}",
-        )
+        ]
         for report in reports
         for cost in report.costs
     ]  # fmt: skip
@@ -250,7 +243,7 @@ def _cost_table(reports: list[Report]) -> Table:
         text += "; peak GPU memory, including weights"
     text += "."
     header = ["task", "length", "seconds", "GiB"]
-    return Table("Time and memory", text, _named(reports, header), rows)
+    return Table("Time and memory", text, header, rows)
 
 
 def mean_by_length(report: Report, name: str) -> dict[int, float]:
