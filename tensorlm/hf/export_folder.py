@@ -24,7 +24,7 @@ from tensorlm.runtime.progress import byte_bar
 
 from .export_tokenizer import describe_prompts, write_tokenizer
 from .imported_tokenizer import is_same_tokenizer
-from .llama_config import max_positions, needs_code
+from .llama_config import FIELDS, max_positions, needs_code
 from .model_card import model_card
 from .rounding import Rounding, round_part
 
@@ -114,18 +114,11 @@ def hf_config(model: ModelConfig, seq_len: int, dtype: str) -> dict[str, Any]:
     config: dict[str, Any] = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        "vocab_size": model.vocab_size,
-        "hidden_size": model.hidden_size,
-        "intermediate_size": model.intermediate_size,
-        "num_hidden_layers": model.num_layers,
-        "num_attention_heads": model.num_heads,
-        "num_key_value_heads": model.num_kv_heads,
+        **{name: getattr(model, ours) for name, ours in FIELDS.items()},
         "head_dim": model.head_size,
         "hidden_act": "silu",
-        "rms_norm_eps": model.rms_norm_eps,
         "rope_theta": model.rope_theta,
         "max_position_embeddings": seq_len,
-        "tie_word_embeddings": model.tie_embeddings,
         "initializer_range": model.init_std,
         "attention_bias": False,
         "mlp_bias": False,

@@ -21,7 +21,8 @@ from tensorlm.runtime.errors import UserError
 
 _ARCHITECTURES = ("LlamaForCausalLM", "TensorLMForCausalLM")
 _MODEL_TYPES = ("llama", "tensorlm")
-_FIELDS = {
+# Hugging Face's names of fields, and ours of `[model]`.
+FIELDS = {
     "vocab_size": "vocab_size",
     "hidden_size": "hidden_size",
     "intermediate_size": "intermediate_size",
@@ -136,7 +137,7 @@ def model_settings(folder: Path) -> dict[str, Any]:
     if problems:
         raise UserError(*(f"{folder}: {problem}" for problem in problems))
     heads, rope = found.num_attention_heads, found.rope
-    settings = {ours: getattr(found, name) for name, ours in _FIELDS.items()}
+    settings = {ours: getattr(found, name) for name, ours in FIELDS.items()}
     if found.model_type == "tensorlm":
         settings |= {name: getattr(found, name) for name in _LAYER_FIELDS}
         if found.route:
