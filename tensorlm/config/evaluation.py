@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from tensorlm.runtime.errors import UserError
 
@@ -26,58 +26,46 @@ def windows_at_once(span: int, length: int) -> int:
 class EvalConfig(Section):
     """What an evaluation measures, in training (`every`) and by launcher/evaluate.py."""
 
-    every: int = Field(0, ge=0, description="training steps between evaluations (0: none)")
+    every: NonNegativeInt = 0
+    """training steps between evaluations (0: none)"""
     tasks: tuple[Literal["ppl", "recall", "passkey", "niah", "ruler"], ...] = Field(
-        ("ppl",),
-        strict=False,
-        description="what to measure: perplexity, recall of the choice of routed layers, passkey, "
-        "needles, RULER",
+        ("ppl",), strict=False
     )
-    lengths: tuple[int, ...] = Field(
-        (), strict=False, description="context lengths in tokens (default: data.seq_len)"
-    )
-    seed: int = Field(0, ge=0, description="seed of the prompts and of the bootstrap")
-    text: str = Field(
-        "", description="glob of held-out text files (default: the data set's valid split)"
-    )
-    text_field: str = Field(
-        "text", description="field that contains the text, if `text` names JSON or table files"
-    )
-    max_tokens: int = Field(
-        1 << 20, gt=0, description="maximum number of held-out tokens to predict"
-    )
-    segment: int = Field(
-        0, ge=0, description="tokens in the spans that all lengths predict (0: the longest length)"
-    )
-    slide: int = Field(
-        2, ge=1, description="sliding windows move by length / slide tokens (1: no sliding windows)"
-    )
-    near: int = Field(
-        4096,
-        ge=0,
-        description="short context, in tokens, for the gain from long context (at least 4; 0: the "
-        "gain is not measured)",
-    )
-    recall_windows: int = Field(
-        8, ge=1, description="held-out windows of each length in which recall is measured"
-    )
-    recall_queries: int = Field(
-        512, ge=1, description="last tokens of each window whose choice is measured"
-    )
-    depths: int = Field(
-        11, ge=1, description="number of needle depths in the heat maps, from 0 to 100 %"
-    )
-    repeats: int = Field(5, ge=1, description="prompts per cell of the heat maps")
-    samples: int = Field(100, ge=1, description="prompts per RULER task and length")
-    ruler: tuple[str, ...] = Field(
-        (), strict=False, description="RULER tasks to run (default: all whose files are available)"
-    )
-    qa: tuple[str, ...] = Field(
-        (),
-        strict=False,
-        description="SQuAD or HotpotQA JSON files, which RULER's qa_1 and qa_2 need",
-    )
-    prefill_chunk: int = Field(65536, gt=0, description="prompt tokens per forward pass")
+    """what to measure: perplexity, recall of the choice of routed layers, passkey, needles,
+    RULER"""
+    lengths: tuple[int, ...] = Field((), strict=False)
+    """context lengths in tokens (default: data.seq_len)"""
+    seed: NonNegativeInt = 0
+    """seed of the prompts and of the bootstrap"""
+    text: str = ""
+    """glob of held-out text files (default: the data set's valid split)"""
+    text_field: str = "text"
+    """field that contains the text, if `text` names JSON or table files"""
+    max_tokens: PositiveInt = 1 << 20
+    """maximum number of held-out tokens to predict"""
+    segment: NonNegativeInt = 0
+    """tokens in the spans that all lengths predict (0: the longest length)"""
+    slide: int = Field(2, ge=1)
+    """sliding windows move by length / slide tokens (1: no sliding windows)"""
+    near: NonNegativeInt = 4096
+    """short context, in tokens, for the gain from long context (at least 4; 0: the gain is not
+    measured)"""
+    recall_windows: int = Field(8, ge=1)
+    """held-out windows of each length in which recall is measured"""
+    recall_queries: int = Field(512, ge=1)
+    """last tokens of each window whose choice is measured"""
+    depths: int = Field(11, ge=1)
+    """number of needle depths in the heat maps, from 0 to 100 %"""
+    repeats: int = Field(5, ge=1)
+    """prompts per cell of the heat maps"""
+    samples: int = Field(100, ge=1)
+    """prompts per RULER task and length"""
+    ruler: tuple[str, ...] = Field((), strict=False)
+    """RULER tasks to run (default: all whose files are available)"""
+    qa: tuple[str, ...] = Field((), strict=False)
+    """SQuAD or HotpotQA JSON files, which RULER's qa_1 and qa_2 need"""
+    prefill_chunk: PositiveInt = 65536
+    """prompt tokens per forward pass"""
 
     def span_length(self, lengths: Sequence[int]) -> int:
         """Length in tokens of the spans that windows of all these lengths predict.

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from fold_parallel.grid import check_sizes
 from tensor_attention import validate_fold
@@ -14,125 +14,82 @@ from .section import Section, raise_all
 class RopeScaling(Section):
     """Rotary frequencies of a model whose context was extended ("llama3" as in Llama 3.1)."""
 
-    rope_type: Literal["linear", "llama3"] = Field(
-        description="how frequencies are scaled: linear (all divided by factor), or llama3 (Llama "
-        "3.1: only low ones)",
-    )
-    factor: float = Field(ge=1, description="how many times longer the context became")
-    low_freq_factor: float = Field(
-        1.0,
-        description="llama3: context lengths per wavelength below which a frequency is divided by "
-        "factor",
-    )
-    high_freq_factor: float = Field(
-        4.0,
-        description="llama3: context lengths per wavelength above which a frequency is unchanged",
-    )
-    original_max_position_embeddings: int = Field(
-        8192,
-        description="llama3: context length, in tokens, before the extension",
-    )
+    rope_type: Literal["linear", "llama3"]
+    """how frequencies are scaled: linear (all divided by factor), or llama3 (Llama 3.1: only low
+    ones)"""
+    factor: float = Field(ge=1)
+    """how many times longer the context became"""
+    low_freq_factor: float = 1.0
+    """llama3: context lengths per wavelength below which a frequency is divided by factor"""
+    high_freq_factor: float = 4.0
+    """llama3: context lengths per wavelength above which a frequency is unchanged"""
+    original_max_position_embeddings: int = 8192
+    """llama3: context length, in tokens, before the extension"""
 
 
 class RouteConfig(Section):
     """The blocks that a token of a routed layer chooses to read beyond its window."""
 
-    block: int = Field(gt=0, description="tokens per block, at most the window")
-    top_k: int = Field(
-        gt=0,
-        description="blocks that each token chooses, in addition to the document's first block",
-    )
-    pool: int = Field(
-        16,
-        gt=0,
-        description="tokens whose mean key is one candidate of the choice; a block counts as its "
-        "best candidate (block or more: the mean of the block)",
-    )
-    stretch: int = Field(
-        gt=0,
-        description="divisor of rotary positions beyond the window, which keeps long contexts "
-        "inside the trained range (1: unchanged positions)",
-    )
-    open_tile: int = Field(
-        16,
-        gt=0,
-        description="tokens per tile: a block that one token chooses is also read by later tokens "
-        "of its tile (1: each token reads only its own choice)",
-    )
+    block: PositiveInt
+    """tokens per block, at most the window"""
+    top_k: PositiveInt
+    """blocks that each token chooses, in addition to the document's first block"""
+    pool: PositiveInt = 16
+    """tokens whose mean key is one candidate of the choice; a block counts as its best candidate
+    (block or more: the mean of the block)"""
+    stretch: PositiveInt
+    """divisor of rotary positions beyond the window, which keeps long contexts inside the trained
+    range (1: unchanged positions)"""
+    open_tile: PositiveInt = 16
+    """tokens per tile: a block that one token chooses is also read by later tokens of its tile (1:
+    each token reads only its own choice)"""
 
 
 class ModelConfig(Section):
     """Shape of the Llama decoder and of the attention of its layers."""
 
-    vocab_size: int = Field(
-        gt=0,
-        description="number of token ids: at least the largest id of the tokenizer plus 1",
-    )
-    hidden_size: int = Field(gt=0, description="width of the hidden states")
-    intermediate_size: int = Field(gt=0, description="width of the SwiGLU layers")
-    num_layers: int = Field(gt=0, description="number of decoder layers")
-    num_heads: int = Field(gt=0, description="number of query heads")
-    num_kv_heads: int = Field(
-        gt=0,
-        description="number of key and value heads; must divide num_heads",
-    )
-    head_dim: int = Field(
-        0,
-        ge=0,
-        description="size of one attention head (0: hidden_size / num_heads)",
-    )
-    rope_theta: float = Field(500000.0, gt=0, description="base of the rotary frequencies")
-    rope_scaling: RopeScaling | None = Field(
-        None,
-        description="scaling of the rotary frequencies, for a model whose context was extended "
-        "(default: none)",
-    )
-    rms_norm_eps: float = Field(
-        1e-5,
-        gt=0,
-        description="epsilon of RMSNorm, added to the mean square",
-    )
-    tie_embeddings: bool = Field(
-        False,
-        description="use the token embedding as the output head too",
-    )
-    init_std: float = Field(0.02, gt=0, description="standard deviation of random initial weights")
-    window: int = Field(
-        0,
-        ge=0,
-        description="tokens that every window and routed layer reads, the token itself included "
-        "(0: fold[0] if fold is given)",
-    )
-    fold: tuple[int, ...] = Field(
-        (),
-        strict=False,
-        description="lengths of the inner axes of strided layers, innermost first (default (): no "
-        "strided layers)",
-    )
-    hop_bias_init: float = Field(
-        -4.0,
-        description="initial bias of hops 2, 3, ... of strided layers; with a low bias, "
-        "training starts almost as a window",
-    )
-    full_every: int = Field(
-        0,
-        ge=0,
-        description="distance between layers with full attention: layers k, 2 k, ... (0: no layer)",
-    )
-    route: RouteConfig | None = Field(
-        None, description="routed layers and what they read (default: no routed layers)"
-    )
-    route_every: int = Field(
-        0,
-        ge=0,
-        description="distance between routed layers: layers k, 2 k, ... (0: every layer)",
-    )
-    layers: tuple[LayerKind, ...] = Field(
-        (),
-        strict=False,
-        description="kind of each layer by name, instead of full_every and route_every (default "
-        "(): the kinds follow from the other settings)",
-    )
+    vocab_size: PositiveInt
+    """number of token ids: at least the largest id of the tokenizer plus 1"""
+    hidden_size: PositiveInt
+    """width of the hidden states"""
+    intermediate_size: PositiveInt
+    """width of the SwiGLU layers"""
+    num_layers: PositiveInt
+    """number of decoder layers"""
+    num_heads: PositiveInt
+    """number of query heads"""
+    num_kv_heads: PositiveInt
+    """number of key and value heads; must divide num_heads"""
+    head_dim: NonNegativeInt = 0
+    """size of one attention head (0: hidden_size / num_heads)"""
+    rope_theta: PositiveFloat = 500000.0
+    """base of the rotary frequencies"""
+    rope_scaling: RopeScaling | None = None
+    """scaling of the rotary frequencies, for a model whose context was extended (default: none)"""
+    rms_norm_eps: PositiveFloat = 1e-5
+    """epsilon of RMSNorm, added to the mean square"""
+    tie_embeddings: bool = False
+    """use the token embedding as the output head too"""
+    init_std: PositiveFloat = 0.02
+    """standard deviation of random initial weights"""
+    window: NonNegativeInt = 0
+    """tokens that every window and routed layer reads, the token itself included (0: fold[0] if
+    fold is given)"""
+    fold: tuple[int, ...] = Field((), strict=False)
+    """lengths of the inner axes of strided layers, innermost first (default (): no strided
+    layers)"""
+    hop_bias_init: float = -4.0
+    """initial bias of hops 2, 3, ... of strided layers; with a low bias, training starts almost as
+    a window"""
+    full_every: NonNegativeInt = 0
+    """distance between layers with full attention: layers k, 2 k, ... (0: no layer)"""
+    route: RouteConfig | None = None
+    """routed layers and what they read (default: no routed layers)"""
+    route_every: NonNegativeInt = 0
+    """distance between routed layers: layers k, 2 k, ... (0: every layer)"""
+    layers: tuple[LayerKind, ...] = Field((), strict=False)
+    """kind of each layer by name, instead of full_every and route_every (default (): the kinds
+    follow from the other settings)"""
 
     @model_validator(mode="after")
     def _shapes_agree(self) -> "ModelConfig":

@@ -8,7 +8,14 @@ import itertools
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
 from fold_parallel.grid import check_world
 from tensor_attention import Backend
@@ -25,46 +32,28 @@ FusedLayers = Literal["auto", "liger", "torch"]
 class SourceConfig(Section):
     """One of several prepared data sets."""
 
-    path: str = Field(description="folder of a prepared data set")
-    weight: float = Field(
-        1.0,
-        gt=0,
-        description="share of the rows that come from this source, relative to the other sources' "
-        "weights",
-    )
-    max_epochs: float = Field(
-        0.0,
-        ge=0,
-        description="maximum passes over this source; the run is rejected if it needs more (0: "
-        "unlimited)",
-    )
+    path: str
+    """folder of a prepared data set"""
+    weight: PositiveFloat = 1.0
+    """share of the rows that come from this source, relative to the other sources' weights"""
+    max_epochs: NonNegativeFloat = 0.0
+    """maximum passes over this source; the run is rejected if it needs more (0: unlimited)"""
 
 
 class DataConfig(Section):
     """The prepared data set or sources, and how their documents become rows."""
 
-    path: str = Field(
-        description="folder of the prepared data set; with `sources`, the one whose held-out "
-        "split is evaluated (default: the first source)",
-    )
-    sources: tuple[SourceConfig, ...] = Field(
-        (),
-        strict=False,
-        description="data sets to mix (default: only the data set in `path`)",
-    )
-    seq_len: int = Field(
-        gt=1,
-        description="tokens in a packed row, of the last phase if train.earlier_stages are given",
-    )
-    packing: Literal["best_fit", "concat"] = Field(
-        "best_fit",
-        description="how documents become rows: best_fit cuts as few as possible, concat joins "
-        "them end to end",
-    )
-    verify: bool = Field(
-        True,
-        description="read all data at the start of the run and compare it with its checksums",
-    )
+    path: str
+    """folder of the prepared data set; with `sources`, the one whose held-out split is evaluated
+    (default: the first source)"""
+    sources: tuple[SourceConfig, ...] = Field((), strict=False)
+    """data sets to mix (default: only the data set in `path`)"""
+    seq_len: int = Field(gt=1)
+    """tokens in a packed row, of the last phase if train.earlier_stages are given"""
+    packing: Literal["best_fit", "concat"] = "best_fit"
+    """how documents become rows: best_fit cuts as few as possible, concat joins them end to end"""
+    verify: bool = True
+    """read all data at the start of the run and compare it with its checksums"""
 
     @model_validator(mode="before")
     @classmethod
@@ -86,65 +75,41 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 class OptimConfig(Section):
     """AdamW and its learning-rate schedule."""
 
-    lr: float = Field(gt=0, description="learning rate after the warm-up")
-    min_lr: float = Field(
-        0.0,
-        ge=0,
-        description="learning rate of the last step (schedules cosine and wsd)",
-    )
-    schedule: Literal["cosine", "wsd", "constant"] = Field(
-        "cosine",
-        description="learning rate after the warm-up: cosine decay; wsd (constant, then linear "
-        "decay over the last decay_steps); or constant",
-    )
-    warmup_steps: int = Field(
-        0,
-        ge=0,
-        description="steps over which the learning rate grows from 0 to lr (0: no warm-up)",
-    )
-    decay_steps: int = Field(
-        0,
-        ge=0,
-        description="last steps, over which schedule wsd decays to min_lr; must be set for wsd",
-    )
-    betas: tuple[Beta, Beta] = Field(
-        (0.9, 0.95),
-        strict=False,
-        description="AdamW's decay rates of the first and second moment",
-    )
-    eps: float = Field(
-        1e-8,
-        gt=0,
-        description="AdamW's epsilon, added to the root of the second moment",
-    )
-    weight_decay: float = Field(
-        0.1,
-        ge=0,
-        description="AdamW's weight decay, on matrices only: norms and biases have none",
-    )
-    state_dtype: Literal["fp32", "bf16"] = Field(
-        "fp32",
-        description="dtype of AdamW's two moments; bf16 halves their memory and is rounded "
-        "stochastically, so that rounding is unbiased",
-    )
-    grad_clip: float = Field(
-        1.0,
-        ge=0,
-        description="maximum norm of the gradient; longer gradients are scaled down to it (0: no "
-        "clipping)",
-    )
+    lr: PositiveFloat
+    """learning rate after the warm-up"""
+    min_lr: NonNegativeFloat = 0.0
+    """learning rate of the last step (schedules cosine and wsd)"""
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    """learning rate after the warm-up: cosine decay; wsd (constant, then linear decay over the last
+    decay_steps); or constant"""
+    warmup_steps: NonNegativeInt = 0
+    """steps over which the learning rate grows from 0 to lr (0: no warm-up)"""
+    decay_steps: NonNegativeInt = 0
+    """last steps, over which schedule wsd decays to min_lr; must be set for wsd"""
+    betas: tuple[Beta, Beta] = Field((0.9, 0.95), strict=False)
+    """AdamW's decay rates of the first and second moment"""
+    eps: PositiveFloat = 1e-8
+    """AdamW's epsilon, added to the root of the second moment"""
+    weight_decay: NonNegativeFloat = 0.1
+    """AdamW's weight decay, on matrices only: norms and biases have none"""
+    state_dtype: Literal["fp32", "bf16"] = "fp32"
+    """dtype of AdamW's two moments; bf16 halves their memory and is rounded stochastically, so that
+    rounding is unbiased"""
+    grad_clip: NonNegativeFloat = 1.0
+    """maximum norm of the gradient; longer gradients are scaled down to it (0: no clipping)"""
 
 
 class StageConfig(Section):
     """Consecutive steps on rows of one length."""
 
-    steps: int = Field(gt=0, description="optimizer steps of this phase")
-    seq_len: int = Field(gt=1, description="tokens in a packed row")
-    rows_per_step: int = Field(
-        gt=0,
-        description="packed rows in one optimizer step, over all ranks",
-    )
-    micro_batch: int = Field(1, gt=0, description="packed rows in one forward pass of one rank")
+    steps: PositiveInt
+    """optimizer steps of this phase"""
+    seq_len: int = Field(gt=1)
+    """tokens in a packed row"""
+    rows_per_step: PositiveInt
+    """packed rows in one optimizer step, over all ranks"""
+    micro_batch: PositiveInt = 1
+    """packed rows in one forward pass of one rank"""
 
     @property
     def num_rows(self) -> int:
@@ -155,167 +120,100 @@ class StageConfig(Section):
 class TrainConfig(Section):
     """Length and batch of the run, precision, memory."""
 
-    steps: int = Field(
-        gt=0,
-        description="optimizer steps of the whole run, at which the learning-rate schedule ends",
-    )
-    stop_at: int = Field(
-        0,
-        ge=0,
-        description="save and exit after this step (0: train up to `steps`)",
-    )
-    rows_per_step: int = Field(
-        gt=0,
-        description="packed rows in one optimizer step, over all ranks",
-    )
-    micro_batch: int = Field(1, gt=0, description="packed rows in one forward pass of one rank")
-    earlier_stages: tuple[StageConfig, ...] = Field(
-        (),
-        strict=False,
-        description="phases before the last one, with rows of other lengths; the last phase is "
-        "set by [data] and [train]",
-    )
-    dtype: Literal["bf16", "fp32"] = Field(
-        "bf16",
-        description="dtype of the working weights and activations; AdamW always updates float32 "
-        "weights",
-    )
-    attention: Backend = Field(
-        "auto",
-        description="implementation of the attention operators: auto (triton on GPUs, else "
-        "blocked), dense, blocked or triton",
-    )
-    fused_layers: FusedLayers = Field(
-        "auto",
-        description="implementation of RMSNorm and SwiGLU: auto (Liger's kernels on GPUs if "
-        "installed), liger or torch",
-    )
-    activation_checkpointing: bool = Field(
-        False,
-        description="keep only each layer's input, and recompute the layer in the backward pass",
-    )
-    activation_offload: bool = Field(
-        False,
-        description="keep the layers' inputs in host memory; needs activation_checkpointing",
-    )
-    mlp_chunk: int = Field(
-        0,
-        ge=0,
-        description="tokens that pass through SwiGLU at a time, to bound its memory (0: all)",
-    )
-    loss_chunk: int = Field(2048, gt=0, description="tokens whose logits are in memory at a time")
-    max_skips: int = Field(
-        10,
-        gt=0,
-        description="consecutive skipped steps after which the run stops",
-    )
-    profile: tuple[int, int] | None = Field(
-        None,
-        strict=False,
-        description="steps [start, stop) of rank 0 to trace into RUN/profile/, e.g. [10, 13] "
-        "(default: no trace)",
-    )
+    steps: PositiveInt
+    """optimizer steps of the whole run, at which the learning-rate schedule ends"""
+    stop_at: NonNegativeInt = 0
+    """save and exit after this step (0: train up to `steps`)"""
+    rows_per_step: PositiveInt
+    """packed rows in one optimizer step, over all ranks"""
+    micro_batch: PositiveInt = 1
+    """packed rows in one forward pass of one rank"""
+    earlier_stages: tuple[StageConfig, ...] = Field((), strict=False)
+    """phases before the last one, with rows of other lengths; the last phase is set by [data] and
+    [train]"""
+    dtype: Literal["bf16", "fp32"] = "bf16"
+    """dtype of the working weights and activations; AdamW always updates float32 weights"""
+    attention: Backend = "auto"
+    """implementation of the attention operators: auto (triton on GPUs, else blocked), dense,
+    blocked or triton"""
+    fused_layers: FusedLayers = "auto"
+    """implementation of RMSNorm and SwiGLU: auto (Liger's kernels on GPUs if installed), liger or
+    torch"""
+    activation_checkpointing: bool = False
+    """keep only each layer's input, and recompute the layer in the backward pass"""
+    activation_offload: bool = False
+    """keep the layers' inputs in host memory; needs activation_checkpointing"""
+    mlp_chunk: NonNegativeInt = 0
+    """tokens that pass through SwiGLU at a time, to bound its memory (0: all)"""
+    loss_chunk: PositiveInt = 2048
+    """tokens whose logits are in memory at a time"""
+    max_skips: PositiveInt = 10
+    """consecutive skipped steps after which the run stops"""
+    profile: tuple[int, int] | None = Field(None, strict=False)
+    """steps [start, stop) of rank 0 to trace into RUN/profile/, e.g. [10, 13] (default: no
+    trace)"""
 
 
 class ParallelConfig(Section):
     """How the ranks divide the work; dp = world size / sp."""
 
-    sp: int = Field(
-        1,
-        gt=0,
-        description="sequence-parallel degree: ranks that share each row (context parallelism, "
-        "CP, elsewhere); 1: none",
-    )
+    sp: PositiveInt = 1
+    """sequence-parallel degree: ranks that share each row (context parallelism, CP, elsewhere); 1:
+    none"""
 
 
 class ZeroConfig(Section):
     """DeepSpeed ZeRO over all ranks."""
 
-    stage: Literal[0, 1, 2, 3] = Field(
-        2,
-        description="DeepSpeed ZeRO stage; ranks divide AdamW's state from 1, gradients from 2, "
-        "weights at 3; 0: nothing is divided",
-    )
-    offload_optimizer: bool = Field(
-        False,
-        description="keep AdamW's state in host memory, and update there",
-    )
+    stage: Literal[0, 1, 2, 3] = 2
+    """DeepSpeed ZeRO stage; ranks divide AdamW's state from 1, gradients from 2, weights at 3; 0:
+    nothing is divided"""
+    offload_optimizer: bool = False
+    """keep AdamW's state in host memory, and update there"""
 
 
 class CheckpointConfig(Section):
     """When to save and how many to keep."""
 
-    every: int = Field(
-        100,
-        ge=0,
-        description="steps between checkpoints (0: none at all, not even at the end)",
-    )
-    keep_last: int = Field(
-        2,
-        gt=0,
-        description="number of newest checkpoints to keep, in addition to imported weights (step "
-        "0)",
-    )
-    keep_every: int = Field(
-        0,
-        ge=0,
-        description="keep all checkpoints whose step is a multiple of this (0: none)",
-    )
-    background: bool = Field(
-        False,
-        description="copy the state to host memory and write it while training continues",
-    )
+    every: NonNegativeInt = 100
+    """steps between checkpoints (0: none at all, not even at the end)"""
+    keep_last: PositiveInt = 2
+    """number of newest checkpoints to keep, in addition to imported weights (step 0)"""
+    keep_every: NonNegativeInt = 0
+    """keep all checkpoints whose step is a multiple of this (0: none)"""
+    background: bool = False
+    """copy the state to host memory and write it while training continues"""
 
 
 class GuardsConfig(Section):
     """Checks of each step, and limits after which a run counts as hung (docs/reliability.md)."""
 
-    spike: Literal["off", "skip", "stop"] = Field(
-        "off",
-        description="what to do with a step whose loss is far above the recent ones: apply it "
-        "(off), skip its update, or stop the run",
-    )
-    spike_threshold: float = Field(
-        10.0,
-        gt=0,
-        description="a loss is a spike if it exceeds the median by more than this many deviations",
-    )
-    spike_window: int = Field(
-        128,
-        ge=8,
-        description="recent steps over which the median and the deviation are taken",
-    )
-    replica_every: int = Field(
-        100,
-        ge=0,
-        description="steps between checks that weights are equal on all ranks and that memory has "
-        "not changed since the last step; weights are also compared before each save (0: neither "
-        "check, not even before saves)",
-    )
-    hang_seconds: float = Field(
-        30.0,
-        gt=0,
-        description="seconds without progress after which a step counts as hung, or 5 times the "
-        "median step if that is longer",
-    )
-    slow_phase_seconds: float = Field(
-        900.0,
-        gt=0,
-        description="seconds without progress after which the start, a resume, a save or an "
-        "evaluation counts as hung",
-    )
+    spike: Literal["off", "skip", "stop"] = "off"
+    """what to do with a step whose loss is far above the recent ones: apply it (off), skip its
+    update, or stop the run"""
+    spike_threshold: PositiveFloat = 10.0
+    """a loss is a spike if it exceeds the median by more than this many deviations"""
+    spike_window: int = Field(128, ge=8)
+    """recent steps over which the median and the deviation are taken"""
+    replica_every: NonNegativeInt = 100
+    """steps between checks that weights are equal on all ranks and that memory has not changed
+    since the last step; weights are also compared before each save (0: neither check, not even
+    before saves)"""
+    hang_seconds: PositiveFloat = 30.0
+    """seconds without progress after which a step counts as hung, or 5 times the median step if
+    that is longer"""
+    slow_phase_seconds: PositiveFloat = 900.0
+    """seconds without progress after which the start, a resume, a save or an evaluation counts as
+    hung"""
 
 
 class RunConfig(Section):
     """The run's folder and its seed."""
 
-    dir: str = Field(description="folder for checkpoints, metrics and reports of this run")
-    seed: int = Field(
-        0,
-        ge=0,
-        lt=2**63,
-        description="seed of the initial weights and of the order of rows",
-    )
+    dir: str
+    """folder for checkpoints, metrics and reports of this run"""
+    seed: int = Field(0, ge=0, lt=2**63)
+    """seed of the initial weights and of the order of rows"""
 
 
 class Config(Section):

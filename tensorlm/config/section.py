@@ -8,9 +8,15 @@ ModelT = TypeVar("ModelT", bound=BaseModel)
 
 
 class Section(BaseModel):
-    """Base of all sections: strict types, finite numbers, no unknown keys, frozen."""
+    """Base of all sections: strict types, finite numbers, no unknown keys, frozen.
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+    The string below a setting is its description in docs/configuration.md.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False,
+        use_attribute_docstrings=True,
+    )  # fmt: skip
 
 
 def raise_all(model: ModelT, problems: list[str]) -> ModelT:

@@ -50,7 +50,7 @@ def _kind(info: FieldInfo) -> str:
 
 
 def _text(info: FieldInfo) -> str:
-    return (info.description or "").replace("()", "`[]`")
+    return " ".join((info.description or "").split()).replace("()", "`[]`")
 
 
 def _toml(value: Any) -> str:
