@@ -65,6 +65,16 @@ def key_range(
 
 
 @gluon.jit
+def advance(slot, phase, STAGES: gl.constexpr):
+    """The next slot of the ring and its phase, which changes in each round."""
+    slot += 1
+    if slot == STAGES:
+        slot = 0
+        phase = phase ^ 1
+    return slot, phase
+
+
+@gluon.jit
 def release(empty):
     """Mark a slot as no longer needed by this group, after a barrier of all its warps."""
     barrier()
@@ -96,10 +106,7 @@ def produce(
             mbarrier.wait(v_empty.index(slot), phase)
             mbarrier.expect(v_full.index(slot), BYTES)
             load_tiles(values, [row + i * BLOCK_N, column], v_full.index(slot), vs.index(slot))
-            slot += 1
-            if slot == STAGES:
-                slot = 0
-                phase = phase ^ 1
+            slot, phase = advance(slot, phase, STAGES)
 
 
 @gluon.jit

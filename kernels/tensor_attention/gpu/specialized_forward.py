@@ -23,6 +23,7 @@ from .launch import LOG2E, Hop
 from .specialized import (
     GROUPS,
     ROWS,
+    advance,
     barrier,
     first_visible,
     key_range,
@@ -116,10 +117,7 @@ def consume(
             b_p = gl.convert_layout(weight.to(dtype), WEIGHTS)
             held = slot
             held_phase = phase
-            slot += 1
-            if slot == STAGES:
-                slot = 0
-                phase = phase ^ 1
+            slot, phase = advance(slot, phase, STAGES)
             for i in range(1, count):
                 start = begin + i * BLOCK_N
                 mbarrier.wait(k_full.index(slot), phase)
@@ -144,10 +142,7 @@ def consume(
                 b_p = p_next
                 held = slot
                 held_phase = phase
-                slot += 1
-                if slot == STAGES:
-                    slot = 0
-                    phase = phase ^ 1
+                slot, phase = advance(slot, phase, STAGES)
             mbarrier.wait(v_full.index(held), held_phase)
             acc = warpgroup_mma(b_p, vs.index(held), acc, is_async=True)
             acc, b_p = warpgroup_mma_wait(0, deps=[acc, b_p])
