@@ -39,13 +39,12 @@ class LaunchEnv:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # one machine: stay unreachable
 
 
-def read_launch_env(environ: Mapping[str, str] | None = None) -> LaunchEnv:
+def read_launch_env(env: Mapping[str, str] = os.environ) -> LaunchEnv:
     """Read rank, world size and rendezvous address from whichever launcher started this process.
 
     Raises:
         UserError: values that contradict each other, or several ranks without a rendezvous address.
     """
-    env = os.environ if environ is None else environ
     place = _place(env)
     if place is None:
         return LaunchEnv(0, 1, 0, 1, "127.0.0.1", free_port())
@@ -71,36 +70,33 @@ def grow_memory_segments() -> None:
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 
-def launched_rank(environ: Mapping[str, str] | None = None) -> int:
+def launched_rank(env: Mapping[str, str] = os.environ) -> int:
     """This process's rank; 0 if no launcher started it."""
-    place = _place(os.environ if environ is None else environ)
+    place = _place(env)
     return place[0] if place else 0
 
 
-def launched_world_size(environ: Mapping[str, str] | None = None) -> int:
+def launched_world_size(env: Mapping[str, str] = os.environ) -> int:
     """Number of ranks that the launcher started; 1 without a launcher."""
-    place = _place(os.environ if environ is None else environ)
+    place = _place(env)
     return place[1] if place else 1
 
 
-def launch_attempt(environ: Mapping[str, str] | None = None) -> str:
+def launch_attempt(env: Mapping[str, str] = os.environ) -> str:
     """Name of this start of the ranks; torchrun, alone among launchers, starts them again.
 
     It keeps the rendezvous store, with everything that ranks of earlier starts have written there.
     """
-    env = os.environ if environ is None else environ
     return f"attempt {env.get('TORCHELASTIC_RESTART_COUNT', '0')} of {env.get('WORLD_SIZE', '1')}"
 
 
-def restarts_failed_ranks(environ: Mapping[str, str] | None = None) -> bool:
+def restarts_failed_ranks(env: Mapping[str, str] = os.environ) -> bool:
     """Whether the launcher restarts all ranks when one exits with a code other than 0."""
-    env = os.environ if environ is None else environ
     return env.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
 
 
-def slurm_job(environ: Mapping[str, str] | None = None) -> tuple[str, int]:
+def slurm_job(env: Mapping[str, str] = os.environ) -> tuple[str, int]:
     """This process's Slurm job and how often it was requeued; ("", 0) outside Slurm."""
-    env = os.environ if environ is None else environ
     restarts = env.get("SLURM_RESTART_COUNT", "")
     return env.get("SLURM_JOB_ID", ""), int(restarts) if restarts.isdigit() else 0
 
