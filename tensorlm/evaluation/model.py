@@ -35,9 +35,11 @@ from .results import RANDOM_WEIGHTS
 class EvaluatedModel:
     """A network with its tokenizer and its origin.
 
+    config: the settings of the evaluation, not those with which the model was trained.
     network: a `Llama` on a grid of ranks, or a Hugging Face model (then `grid.sp` is 1).
     """
 
+    config: Config
     network: Any
     name: str  # path of the run or folder
     step: int | None
@@ -45,8 +47,6 @@ class EvaluatedModel:
     tokenizer: Any
     device: torch.device
     grid: Grid
-    loss_chunk: int
-    prefill_chunk: int
     on_progress: Callable[[], None] = lambda: None  # called after each pass, for a watchdog
     leave: LeaveRequest | None = None  # checked after each pass
     gathers_weights: bool = False  # whether each pass gathers weights from all ranks (ZeRO 3)
@@ -118,11 +118,9 @@ class EvaluatedModel:
 
     def _hugging_face_losses(self, inputs: Tensor, labels: Tensor) -> Tensor:
         hidden = self.network.model(input_ids=inputs, use_cache=False).last_hidden_state
-        parts = []
-        for h, y in zip(
-            hidden.flatten(0, 1).split(self.loss_chunk), labels.flatten().split(self.loss_chunk),
-            strict=True,
-        ):  # fmt: skip
+        size, parts = self.config.train.loss_chunk, []
+        chunks = hidden.flatten(0, 1).split(size), labels.flatten().split(size)
+        for h, y in zip(*chunks, strict=True):
             parts.append(F.cross_entropy(self.network.lm_head(h).float(), y, reduction="none"))
         return torch.cat(parts).view_as(labels)
 
@@ -148,9 +146,8 @@ class EvaluatedModel:
 
         tokens, eos_id = torch.tensor([prompt], device=self.device), self.tokenizer.eos_token_id
         cache = make_cache(self.generator, len(prompt), num_tokens)
-        found = continue_greedily(
-            self.generator, tokens, num_tokens, eos_id, self.prefill_chunk, cache
-        )
+        size = self.config.eval.prefill_chunk
+        found = continue_greedily(self.generator, tokens, num_tokens, eos_id, size, cache)
         if look is not None:
             look(cache)
         self._pass_done(1, None)
@@ -187,12 +184,11 @@ def open_checkpoint_model(
     tokenizer = _load_tokenizer(_tokenizer_folder(config), trained.model.vocab_size)
     model = create_llama(trained.model, config.train, grid, device).eval()
     load_weights(checkpoint, model)
-    name = str(checkpoint.folder.parent.resolve())
-    seq_len = trained.data.seq_len
-    found = _evaluated(config, model, tokenizer, name, checkpoint.step, seq_len, device, grid)
-    tokens = checkpoint.manifest.get("state", {}).get("tokens")
-    found.facts = describe_model(model, trained.model, tokens)
-    return found
+    name, seq_len = str(checkpoint.folder.parent.resolve()), trained.data.seq_len
+    facts = describe_model(model, trained.model, checkpoint.manifest.get("state", {}).get("tokens"))
+    return EvaluatedModel(
+        config, model, name, checkpoint.step, seq_len, tokenizer, device, grid, facts=facts
+    )
 
 
 def open_random_model(config: Config, device: torch.device, grid: Grid) -> EvaluatedModel:
@@ -213,9 +209,8 @@ def open_random_model(config: Config, device: torch.device, grid: Grid) -> Evalu
             else:
                 parameter.normal_(std=config.model.init_std)
     name, seq_len = str(Path(config.run.dir).resolve() / RANDOM_WEIGHTS), config.data.seq_len
-    found = _evaluated(config, model, tokenizer, name, None, seq_len, device, grid)
-    found.facts = describe_model(model, config.model, None)
-    return found
+    facts = describe_model(model, config.model, None)
+    return EvaluatedModel(config, model, name, None, seq_len, tokenizer, device, grid, facts=facts)
 
 
 def open_hugging_face_model(
@@ -231,18 +226,9 @@ def open_hugging_face_model(
     network = load_folder(folder, DTYPES[config.train.dtype])
     tokenizer = load_tokenizer(folder)
     _check_ids(folder, tokenizer, network.config.vocab_size)
-    return EvaluatedModel(
-        network=network.to(device).eval(),
-        name=str(folder.resolve()),
-        step=None,
-        trained_length=network.config.max_position_embeddings,
-        tokenizer=tokenizer,
-        device=device,
-        grid=grid,
-        loss_chunk=config.train.loss_chunk,
-        prefill_chunk=config.eval.prefill_chunk,
-        facts=describe_model(network, network.config, None),
-    )
+    name, length = str(folder.resolve()), network.config.max_position_embeddings
+    facts, network = describe_model(network, network.config, None), network.to(device).eval()
+    return EvaluatedModel(config, network, name, None, length, tokenizer, device, grid, facts=facts)
 
 
 def wrap_training_model(
@@ -262,11 +248,10 @@ def wrap_training_model(
     """
     tokenizer, seq_len = load_tokenizer(_tokenizer_folder(config)), config.data.seq_len
     name = str(Path(config.run.dir).resolve())
-    model = _evaluated(config, module, tokenizer, name, step, seq_len, device, grid)
-    model.on_progress, model.gathers_weights = on_progress, config.zero.stage == 3
-    model.facts = describe_model(module, config.model, tokens)
-    model.leave = leave
-    return model
+    return EvaluatedModel(
+        config, module, name, step, seq_len, tokenizer, device, grid, on_progress, leave,
+        config.zero.stage == 3, describe_model(module, config.model, tokens),
+    )  # fmt: skip
 
 
 def _tokenizer_folder(config: Config) -> Path:
@@ -291,26 +276,3 @@ def _check_ids(folder: Path, tokenizer: Any, vocab_size: int) -> None:
             f"{folder}: must have at most vocab_size = {vocab_size} ids, got {num_ids} (use the "
             "model's tokenizer)"
         )
-
-
-def _evaluated(
-    config: Config,
-    network: nn.Module,
-    tokenizer: Any,
-    name: str,
-    step: int | None,
-    trained_length: int,
-    device: torch.device,
-    grid: Grid,
-) -> EvaluatedModel:
-    return EvaluatedModel(
-        network=network,
-        name=name,
-        step=step,
-        trained_length=trained_length,
-        tokenizer=tokenizer,
-        device=device,
-        grid=grid,
-        loss_chunk=config.train.loss_chunk,
-        prefill_chunk=config.eval.prefill_chunk,
-    )

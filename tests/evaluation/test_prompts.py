@@ -52,8 +52,9 @@ class Answers(EvaluatedModel):
 
 
 def make_model() -> Answers:
-    where: Any = (torch.device("cpu"), Grid(), 1, 1)
-    return Answers(torch.nn.Linear(1, 1), "/x/run", 1, 4096, Characters(), *where)
+    config: Any = None  # neither losses nor tokens are computed
+    device = torch.device("cpu")
+    return Answers(config, torch.nn.Linear(1, 1), "/x/run", 1, 4096, Characters(), device, Grid())
 
 
 @pytest.mark.parametrize("tokens_per_word", [0.9, 0.3, 0.01, 0.0])

@@ -214,8 +214,8 @@ def prompt(config: Config, length: int) -> tuple[int, int]:
     """Bytes of a prompt's cache, at most, and the peak of reading it, without the weights."""
     with torch.no_grad(), PeakMemory() as memory:
         network = create_llama(config.model, config.train, create_grid(1), torch.device("cpu"))
-        where: Any = (torch.device("cpu"), Grid(), 1, 1)
-        evaluated = EvaluatedModel(network, "", None, config.data.seq_len, None, *where)
+        where = (torch.device("cpu"), Grid())
+        evaluated = EvaluatedModel(config, network, "", None, config.data.seq_len, None, *where)
         model = evaluated.generator
         gc.collect()
         before = memory.live
