@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tensorlm.data.loader import PackedRows, RowStage
+from tensorlm.data.loader import PackedRows, RowPhase
 from tensorlm.data.packing import plan_rows
 from tensorlm.data.prepare.encode import ShardJob, batches, encode, encode_shard
 from tensorlm.data.prepare.files import find_files
@@ -99,7 +99,7 @@ def _seconds(work: Callable[[], None]) -> float:
 
 
 def _measure_serving(corpus: Corpus, seq_len: int) -> str:
-    rows = PackedRows([corpus], [1.0], [RowStage(seq_len, None)], "best_fit", 0, 1)
+    rows = PackedRows([corpus], [1.0], [RowPhase(seq_len, None)], "best_fit", 0, 1)
     num_rows = rows.sources[0].last_plan.num_rows
     for index in range(num_rows):  # into the page cache
         rows.batch(range(index, index + 1))

@@ -98,7 +98,7 @@ def measure(config: Config, launch: LaunchEnv, steps: int) -> Measurement:
     return Measurement(
         device=torch.cuda.get_device_name(device) if is_gpu else "CPU",
         predicted=predicted.allocated,
-        predicted_phases={phase.name: phase.total for phase in predicted.phases},
+        predicted_phases={snapshot.name: snapshot.total for snapshot in predicted.snapshots},
         allocated=max(start, *passes, *updates),
         reserved=torch.cuda.max_memory_reserved() if is_gpu else 0,
         start=start,
@@ -122,7 +122,7 @@ def _step(
 ) -> tuple[float, int, int]:
     """Do one optimizer step; returns its seconds, and the peaks of its passes and its update."""
     meter.restart()
-    rows, length = job.stage.micro_batch, job.stage.seq_len // job.sp
+    rows, length = job.phase.micro_batch, job.phase.seq_len // job.sp
     vocab_size = job.config.model.vocab_size
     started = time.perf_counter()
     for _ in range(job.micro_batches):
@@ -143,10 +143,10 @@ def _step(
 
 def count_operator(job: Job, kind: LayerKind) -> OperatorMemory:
     """Count `plan.operator.operator_memory` for the operator that runs on this machine."""
-    model, stage = job.config.model, job.stage
+    model, phase = job.config.model, job.phase
     dtype = torch.bfloat16 if job.itemsize == 2 else torch.float32
-    shape = (stage.micro_batch, stage.seq_len)
-    rotary = rotary_table(model, stage.seq_len, torch.device("cpu"))
+    shape = (phase.micro_batch, phase.seq_len)
+    rotary = rotary_table(model, phase.seq_len, torch.device("cpu"))
     layer = Attention(model, job.kinds.index(kind), Grid(), job.config.train.attention).to(dtype)
     with PeakMemory() as memory:
         q, k, v = (

@@ -27,7 +27,7 @@ def check_resumable(checkpoint: Checkpoint, config: Config, data_fingerprint: st
             "(restore them, or choose a new run.dir)"
         )
     # The last phase has no fixed end: it may continue with other rows per step.
-    earlier = config.rows_after(sum(stage.steps for stage in config.train.earlier_stages))
+    earlier = config.rows_after(sum(phase.steps for phase in config.train.earlier_stages))
     expected = config.rows_after(step)
     fits = rows >= earlier if expected >= earlier else rows == expected
     if not fits:

@@ -11,7 +11,7 @@ from .schema import (
     FusedLayers,
     GuardsConfig,
     OptimConfig,
-    StageConfig,
+    PhaseConfig,
     TrainConfig,
 )
 from .section import Section, raise_all
@@ -26,10 +26,10 @@ __all__ = [
     "LayerKind",
     "ModelConfig",
     "OptimConfig",
+    "PhaseConfig",
     "RopeScaling",
     "RouteConfig",
     "Section",
-    "StageConfig",
     "TrainConfig",
     "apply_override",
     "attention_in_words",

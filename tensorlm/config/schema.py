@@ -99,7 +99,7 @@ class OptimConfig(Section):
     """maximum norm of the gradient; longer gradients are scaled down to it (0: no clipping)"""
 
 
-class StageConfig(Section):
+class PhaseConfig(Section):
     """Consecutive steps on rows of one length."""
 
     steps: PositiveInt
@@ -128,7 +128,7 @@ class TrainConfig(Section):
     """packed rows in one optimizer step, over all ranks"""
     micro_batch: PositiveInt = 1
     """packed rows in one forward pass of one rank"""
-    earlier_stages: tuple[StageConfig, ...] = Field((), strict=False)
+    earlier_stages: tuple[PhaseConfig, ...] = Field((), strict=False)
     """phases before the last one, with rows of other lengths; the last phase is set by [data] and
     [train]"""
     dtype: Literal["bf16", "fp32"] = "bf16"
@@ -282,45 +282,45 @@ class Config(Section):
                     self.model.check_sharing(length, self.parallel.sp)
                 except ValueError as error:
                     problems.append(f"eval.lengths: {error}")
-        earlier_steps = sum(stage.steps for stage in self.train.earlier_stages)
+        earlier_steps = sum(phase.steps for phase in self.train.earlier_stages)
         if earlier_steps >= self.train.steps:
             problems.append(
                 f"train.earlier_stages: must have fewer steps than train.steps = "
                 f"{self.train.steps}, got {earlier_steps} (leave some for the rows of [data])"
             )
             return raise_all(self, problems)
-        for number, stage in enumerate(self.stages):
+        for number, phase in enumerate(self.phases):
             is_last = number == len(self.train.earlier_stages)
             where = "parallel.sp" if is_last else f"train.earlier_stages.{number}"
             try:
-                self.model.check_sharing(stage.seq_len, self.parallel.sp)
+                self.model.check_sharing(phase.seq_len, self.parallel.sp)
             except ValueError as error:
                 problems.append(f"{where}: {error}")
         return raise_all(self, problems)
 
     @property
-    def stages(self) -> tuple[StageConfig, ...]:
+    def phases(self) -> tuple[PhaseConfig, ...]:
         """All phases in order: the earlier ones, then the last one, given by [data] and [train]."""
         train = self.train
-        last = StageConfig(
-            steps=train.steps - sum(stage.steps for stage in train.earlier_stages),
+        last = PhaseConfig(
+            steps=train.steps - sum(phase.steps for phase in train.earlier_stages),
             seq_len=self.data.seq_len,
             rows_per_step=train.rows_per_step,
             micro_batch=train.micro_batch,
         )
         return (*train.earlier_stages, last)
 
-    def stage_at(self, step: int) -> StageConfig:
+    def phase_at(self, step: int) -> PhaseConfig:
         """The phase of optimizer step `step` (from 0)."""
-        ends = itertools.accumulate(stage.steps for stage in self.stages)
-        return next(s for s, end in zip(self.stages, ends, strict=True) if step < end)
+        ends = itertools.accumulate(phase.steps for phase in self.phases)
+        return next(s for s, end in zip(self.phases, ends, strict=True) if step < end)
 
     def rows_after(self, step: int) -> int:
         """Number of packed rows in the first `step` steps."""
         rows = 0
-        for stage in self.stages:
-            steps = min(step, stage.steps)
-            rows, step = rows + steps * stage.rows_per_step, step - steps
+        for phase in self.phases:
+            steps = min(step, phase.steps)
+            rows, step = rows + steps * phase.rows_per_step, step - steps
         return rows
 
     def check_ranks(self, world_size: int, lengths: Sequence[int] = ()) -> None:
@@ -344,8 +344,8 @@ class Config(Section):
         self.check_ranks(world_size)
         dp = world_size // self.parallel.sp
         problems = []
-        for number, stage in enumerate(self.stages):
-            rows, micro = stage.rows_per_step, stage.micro_batch
+        for number, phase in enumerate(self.phases):
+            rows, micro = phase.rows_per_step, phase.micro_batch
             is_last = number == len(self.train.earlier_stages)
             where = "train" if is_last else f"train.earlier_stages.{number}"
             if rows % (dp * micro):

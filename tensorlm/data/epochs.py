@@ -3,7 +3,7 @@
 A phase takes as many shuffled documents of the current epoch as fill its rows, and packs them. The
 next phase gets the other documents, and the parts that did not fit into the last rows. The last
 phase has no fixed end: it takes the rest of the epoch, then whole epochs. In this code, a phase is
-called a stage.
+called a phase.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ _ROWS, _DOCUMENTS = 0, 1  # what is permuted: part of the key of a permutation
 class Stretch:
     """What one phase takes from one epoch: the first `num_rows` rows of its shuffled plan."""
 
-    stage: int
+    phase: int
     epoch: int
     plan: RowPlan
     num_rows: int
@@ -32,13 +32,13 @@ class SourceRows:
 
     Args:
         lengths: number of tokens of each document, at least 1.
-        stages: (seq_len, rows of this source) of each phase; None for the last phase, without end.
+        phases: (seq_len, rows of this source) of each phase; None for the last phase, without end.
         packing: "best_fit" or "concat".
         seed: seed of the run.
     """
 
     def __init__(
-        self, lengths: Int, stages: Sequence[tuple[int, int | None]], packing: str, seed: int
+        self, lengths: Int, phases: Sequence[tuple[int, int | None]], packing: str, seed: int
     ) -> None:
         self._lengths, self._packing, self._seed = lengths, packing, seed
         self._num_tokens = int(lengths.sum())
@@ -47,13 +47,13 @@ class SourceRows:
         self._stretches: list[list[Stretch]] = []
         epoch = 0
         rest: Pieces | None = None  # the rest of the epoch; None: all of it
-        for stage, (seq_len, num_rows) in enumerate(stages):
+        for phase, (seq_len, num_rows) in enumerate(phases):
             self._stretches.append([])
             left = num_rows
             while left is None or left > 0:
                 if rest is not None and not len(rest):
                     epoch, rest = epoch + 1, None
-                stretch, rest = self._take(stage, epoch, rest, seq_len, left)
+                stretch, rest = self._take(phase, epoch, rest, seq_len, left)
                 self._stretches[-1].append(stretch)
                 if left is None:
                     break
@@ -64,43 +64,43 @@ class SourceRows:
         """The first plan of the last phase."""
         return self._stretches[-1][0].plan
 
-    def locate(self, stage: int, row: int) -> tuple[RowPlan, int]:
+    def locate(self, phase: int, row: int) -> tuple[RowPlan, int]:
         """The plan that holds row `row` of a phase (counted in this source), and its row there."""
-        stretch, row = self._stretch(stage, row)
-        order = self._order(stretch.stage, stretch.epoch, stretch.plan.num_rows)
+        stretch, row = self._stretch(phase, row)
+        order = self._order(stretch.phase, stretch.epoch, stretch.plan.num_rows)
         return stretch.plan, int(order[row])
 
-    def epochs(self, stage: int, row: int) -> float:
+    def epochs(self, phase: int, row: int) -> float:
         """Epochs in the rows before row `row` of a phase, counted in tokens."""
-        return self.num_tokens(stage, row) / self._num_tokens
+        return self.num_tokens(phase, row) / self._num_tokens
 
-    def num_tokens(self, stage: int, row: int) -> int:
+    def num_tokens(self, phase: int, row: int) -> int:
         """Number of tokens in all rows before row `row` of a phase, without padding."""
-        if stage < 0:
+        if phase < 0:
             return 0
         if row == 0:
-            return self.num_tokens(stage - 1, sum(s.num_rows for s in self._stretches[stage - 1]))
-        last, at = self._stretch(stage, row - 1)
-        order = self._order(last.stage, last.epoch, last.plan.num_rows)
+            return self.num_tokens(phase - 1, sum(s.num_rows for s in self._stretches[phase - 1]))
+        last, at = self._stretch(phase, row - 1)
+        order = self._order(last.phase, last.epoch, last.plan.num_rows)
         num_tokens = int(last.plan.row_tokens[order[: at + 1]].sum())
         for stretch in (s for stretches in self._stretches for s in stretches):
-            if stretch.epoch == last.epoch and stretch.stage < last.stage:
-                order = self._order(stretch.stage, stretch.epoch, stretch.plan.num_rows)
+            if stretch.epoch == last.epoch and stretch.phase < last.phase:
+                order = self._order(stretch.phase, stretch.epoch, stretch.plan.num_rows)
                 num_tokens += int(stretch.plan.row_tokens[order[: stretch.num_rows]].sum())
         return last.epoch * self._num_tokens + num_tokens
 
-    def _stretch(self, stage: int, row: int) -> tuple[Stretch, int]:
-        for stretch in self._stretches[stage]:
+    def _stretch(self, phase: int, row: int) -> tuple[Stretch, int]:
+        for stretch in self._stretches[phase]:
             if row < stretch.num_rows:
                 return stretch, row
             row -= stretch.num_rows
-        assert stage == len(self._stretches) - 1, "row must be inside the phase"
+        assert phase == len(self._stretches) - 1, "row must be inside the phase"
         plan = self._whole_plan(stretch.plan.seq_len)
         epochs, row = divmod(row, plan.num_rows)
-        return Stretch(stage, stretch.epoch + 1 + epochs, plan, plan.num_rows), row
+        return Stretch(phase, stretch.epoch + 1 + epochs, plan, plan.num_rows), row
 
     def _take(
-        self, stage: int, epoch: int, rest: Pieces | None, seq_len: int, num_rows: int | None
+        self, phase: int, epoch: int, rest: Pieces | None, seq_len: int, num_rows: int | None
     ) -> tuple[Stretch, Pieces]:
         """Plan at most `num_rows` rows from the front of `rest`; returns them and the new rest."""
         num_tokens = self._num_tokens if rest is None else rest.num_tokens
@@ -117,10 +117,10 @@ class SourceRows:
             plan = self._whole_plan(seq_len)
         else:
             plan = pack(taken, seq_len, self._packing, self._seed)
-        stretch = Stretch(stage, epoch, plan, min(num_rows or plan.num_rows, plan.num_rows))
+        stretch = Stretch(phase, epoch, plan, min(num_rows or plan.num_rows, plan.num_rows))
         if stretch.num_rows < plan.num_rows:
             is_left = np.ones(plan.num_rows, dtype=bool)
-            is_left[self._order(stage, epoch, plan.num_rows)[: stretch.num_rows]] = False
+            is_left[self._order(phase, epoch, plan.num_rows)[: stretch.num_rows]] = False
             pieces = plan.pieces[np.repeat(is_left, np.diff(plan.row_first))]
             left = Pieces(
                 np.concatenate([pieces.document, left.document]),
@@ -136,5 +136,5 @@ class SourceRows:
             self._whole_plans = {seq_len: plan}  # earlier lengths are not needed again
         return self._whole_plans[seq_len]
 
-    def _shuffled_rows(self, stage: int, epoch: int, num_rows: int) -> Int:
-        return shuffled(num_rows, self._seed, _ROWS, stage, epoch)
+    def _shuffled_rows(self, phase: int, epoch: int, num_rows: int) -> Int:
+        return shuffled(num_rows, self._seed, _ROWS, phase, epoch)

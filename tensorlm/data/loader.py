@@ -33,7 +33,7 @@ _WORD = (1 << 64) - 1
 
 
 @dataclass(frozen=True)
-class RowStage:
+class RowPhase:
     """A phase: `num_rows` rows of one length; None for the last phase, which has no fixed end."""
 
     seq_len: int
@@ -46,7 +46,7 @@ class PackedRows:
     Args:
         corpora: the sources.
         weights: their shares of the rows, in any unit.
-        stages: the phases; the last one has no fixed end.
+        phases: the phases; the last one has no fixed end.
         packing: "best_fit" or "concat".
         seed: seed of the run.
         num_rows: number of rows that the run will use.
@@ -56,25 +56,25 @@ class PackedRows:
         self,
         corpora: Sequence[Corpus],
         weights: Sequence[float],
-        stages: Sequence[RowStage],
+        phases: Sequence[RowPhase],
         packing: str,
         seed: int,
         num_rows: int,
     ) -> None:
-        self.corpora, self.stages, self.num_rows = corpora, stages, num_rows
+        self.corpora, self.phases, self.num_rows = corpora, phases, num_rows
         self.mix = Mix(weights, num_rows)
-        sizes = [stage.num_rows or 0 for stage in stages]
-        self._stage_first = list(itertools.accumulate(sizes[:-1], initial=0))
+        sizes = [phase.num_rows or 0 for phase in phases]
+        self._phase_first = list(itertools.accumulate(sizes[:-1], initial=0))
         self.sources = []
         for source, corpus in enumerate(corpora):
-            counts = [self.mix.count(source, first) for first in self._stage_first]
+            counts = [self.mix.count(source, first) for first in self._phase_first]
             own = [b - a for a, b in itertools.pairwise(counts)]
-            wanted = [(s.seq_len, n) for s, n in zip(stages, [*own, None], strict=True)]
+            wanted = [(s.seq_len, n) for s, n in zip(phases, [*own, None], strict=True)]
             self.sources.append(SourceRows(corpus.lengths, wanted, packing, seed))
         identity = [
             [corpus.fingerprint for corpus in corpora],
             self.mix.shares,
-            [(stage.seq_len, stage.num_rows) for stage in stages],
+            [(phase.seq_len, phase.num_rows) for phase in phases],
             packing,
             seed,
         ]
@@ -85,7 +85,7 @@ class PackedRows:
 
     def seq_len(self, index: int) -> int:
         """Tokens in global row `index`."""
-        return self.stages[self._stage(index)].seq_len
+        return self.phases[self._phase(index)].seq_len
 
     @property
     def tokenizer_sha256(self) -> str:
@@ -105,17 +105,17 @@ class PackedRows:
 
     def epochs(self, num_rows: int) -> list[float]:
         """Number of epochs of each source in the first `num_rows` rows."""
-        stage = self._stage(num_rows)
+        phase = self._phase(num_rows)
         return [
-            rows.epochs(stage, self._row_of_source(source, num_rows, stage))
+            rows.epochs(phase, self._row_of_source(source, num_rows, phase))
             for source, rows in enumerate(self.sources)
         ]
 
     def num_tokens(self, num_rows: int) -> int:
         """Number of tokens in the first `num_rows` rows, without padding."""
-        stage = self._stage(num_rows)
+        phase = self._phase(num_rows)
         return sum(
-            rows.num_tokens(stage, self._row_of_source(source, num_rows, stage))
+            rows.num_tokens(phase, self._row_of_source(source, num_rows, phase))
             for source, rows in enumerate(self.sources)
         )
 
@@ -158,18 +158,18 @@ class PackedRows:
         names = [f"{corpus.name}:" if len(self.corpora) > 1 else "" for corpus in self.corpora]
         return [f"{names[source]}{document}" for source, document in sorted(found)]
 
-    def _stage(self, index: int) -> int:
-        return bisect.bisect_right(self._stage_first, index) - 1
+    def _phase(self, index: int) -> int:
+        return bisect.bisect_right(self._phase_first, index) - 1
 
-    def _row_of_source(self, source: int, index: int, stage: int) -> int:
+    def _row_of_source(self, source: int, index: int, phase: int) -> int:
         """Number of rows of a source in this phase before global row `index`."""
         count = self.mix.count
-        return count(source, index) - count(source, self._stage_first[stage])
+        return count(source, index) - count(source, self._phase_first[phase])
 
     def _locate(self, index: int) -> tuple[int, RowPlan, int]:
-        stage, source = self._stage(index), self.mix.source(index)
-        row = self._row_of_source(source, index, stage)
-        return source, *self.sources[source].locate(stage, row)
+        phase, source = self._phase(index), self.mix.source(index)
+        row = self._row_of_source(source, index, phase)
+        return source, *self.sources[source].locate(phase, row)
 
     def _fill(
         self,
@@ -274,13 +274,13 @@ def open_rows(config: Config, split: str) -> PackedRows:
                 f"data.sources: must be encoded with the same tokenizer, but {source.path} and "
                 f"{sources[0].path} were not (prepare both with one tokenizer)"
             )
-    *earlier, last = config.stages
-    stages = [RowStage(stage.seq_len, stage.num_rows) for stage in earlier]
-    num_rows = sum(stage.num_rows for stage in config.stages)
+    *earlier, last = config.phases
+    phases = [RowPhase(phase.seq_len, phase.num_rows) for phase in earlier]
+    num_rows = sum(phase.num_rows for phase in config.phases)
     rows = PackedRows(
         corpora,
         [source.weight for source in sources],
-        [*stages, RowStage(last.seq_len, None)],
+        [*phases, RowPhase(last.seq_len, None)],
         config.data.packing,
         config.run.seed,
         num_rows,

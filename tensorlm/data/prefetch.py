@@ -12,12 +12,12 @@ from tensorlm.config import Config
 from .loader import PackedRows
 
 
-class Feed:
+class Prefetch:
     """Serves this rank's share of `rows` on `grid`; in pinned memory if `pin`."""
 
     def __init__(self, rows: PackedRows, config: Config, grid: Grid, *, pin: bool) -> None:
         self._rows, self._config, self._grid, self._pin = rows, config, grid, pin
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="feed")
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
         self._ahead: dict[tuple[int, int], Future[list[Batch]]] = {}
 
     def batches(self, step: int, first_row: int) -> list[Batch]:
@@ -26,17 +26,17 @@ class Feed:
         batches = ahead.result() if ahead else self._read(step, first_row)
         self._ahead.clear()
         if step + 1 < self._config.train.steps:
-            place = (step + 1, first_row + self._config.stage_at(step).rows_per_step)
+            place = (step + 1, first_row + self._config.phase_at(step).rows_per_step)
             self._ahead[place] = self._thread.submit(self._read, *place)
         return batches
 
     def _read(self, step: int, first_row: int) -> list[Batch]:
-        stage = self._config.stage_at(step)
-        share = stage.rows_per_step // self._grid.dp
+        phase = self._config.phase_at(step)
+        share = phase.rows_per_step // self._grid.dp
         return self._rows.micro_batches(
             first_row + self._grid.dp_rank * share,
             share,
-            stage.micro_batch,
-            self._grid.tokens(stage.seq_len),
+            phase.micro_batch,
+            self._grid.tokens(phase.seq_len),
             pin=self._pin,
         )

@@ -100,9 +100,9 @@ def export_checkpoint(
 
 def _context_length(step: int, config: Config, imported: Path | None) -> int:
     """Context length in tokens: that of the imported model, or of the longest trained rows."""
-    starts = itertools.accumulate((stage.steps for stage in config.stages), initial=0)
+    starts = itertools.accumulate((phase.steps for phase in config.phases), initial=0)
     begun = [
-        stage.seq_len for stage, start in zip(config.stages, starts, strict=False) if start < step
+        phase.seq_len for phase, start in zip(config.phases, starts, strict=False) if start < step
     ]
     if imported is not None and (imported / "config.json").exists():
         begun.append(max_positions(imported))

@@ -196,7 +196,7 @@ def shared_gradient(job: Job) -> int:
 
 def rotary_table(job: Job, positions: int | None = None) -> int:
     """4 D per position of the whole row: a cosine and a sine for each pair of elements."""
-    return FP32 * job.config.model.head_size * (positions or job.stage.seq_len)
+    return FP32 * job.config.model.head_size * (positions or job.phase.seq_len)
 
 
 def batch(job: Job) -> int:

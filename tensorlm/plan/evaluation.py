@@ -20,13 +20,13 @@ def window_jobs(job: Job) -> list[Job]:
         return []
     lengths = sorted(settings.lengths or (job.config.data.seq_len,))
     span = settings.span_length(lengths)
-    stages = [
-        job.stage.model_copy(
+    phases = [
+        job.phase.model_copy(
             update={"seq_len": length, "micro_batch": windows_at_once(span, length)}
         )
         for length in lengths
     ]
-    return [dataclasses.replace(job, stage=stage) for stage in stages]
+    return [dataclasses.replace(job, phase=phase) for phase in phases]
 
 
 def pass_peak(job: Job, operators: dict[LayerKind, OperatorMemory]) -> int:

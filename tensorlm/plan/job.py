@@ -8,7 +8,7 @@ bytes of a working weight or activation.
 from dataclasses import dataclass
 from functools import cached_property
 
-from tensorlm.config import Config, LayerKind, StageConfig
+from tensorlm.config import Config, LayerKind, PhaseConfig
 from tensorlm.model.fused import runs_liger
 
 FP32 = 4  # bytes of a float32
@@ -57,7 +57,7 @@ class Job:
 
     config: Config
     gpus: int
-    stage: StageConfig
+    phase: PhaseConfig
     platform: Platform = CUDA
     limits: ZeroLimits = ZeroLimits()
 
@@ -82,12 +82,12 @@ class Job:
     @property
     def tokens(self) -> int:
         """t: tokens in one forward pass of one rank."""
-        return self.stage.micro_batch * self.stage.seq_len // self.sp
+        return self.phase.micro_batch * self.phase.seq_len // self.sp
 
     @property
     def micro_batches(self) -> int:
         """Number of forward passes of one rank in one optimizer step."""
-        return max(1, self.stage.rows_per_step // (self.dp * self.stage.micro_batch))
+        return max(1, self.phase.rows_per_step // (self.dp * self.phase.micro_batch))
 
     @property
     def recomputes(self) -> bool:
@@ -180,4 +180,4 @@ def plan_jobs(
         UserError: `gpus` ranks cannot share its work.
     """
     config.check_world(gpus)
-    return [Job(config, gpus, stage, platform, limits) for stage in config.stages]
+    return [Job(config, gpus, phase, platform, limits) for phase in config.phases]

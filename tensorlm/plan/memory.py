@@ -19,7 +19,7 @@ NCCL_BUFFERS = 1 << 30
 
 
 @dataclass(frozen=True)
-class Phase:
+class Snapshot:
     """A moment of a step, and the bytes of each part at that moment, by name of its function."""
 
     name: str
@@ -34,12 +34,12 @@ class Phase:
 class GpuMemory:
     """Memory at all moments of a job, in bytes per rank."""
 
-    phases: tuple[Phase, ...]
+    snapshots: tuple[Snapshot, ...]
     gpus: int
 
     @property
-    def peak(self) -> Phase:
-        return max(self.phases, key=lambda phase: phase.total)
+    def peak(self) -> Snapshot:
+        return max(self.snapshots, key=lambda snapshot: snapshot.total)
 
     @property
     def allocated(self) -> int:
@@ -68,8 +68,8 @@ def gpu_memory(job: Job, operators: dict[LayerKind, OperatorMemory] | None = Non
     """
     operators = operators or act.operators_of(job)
     layers = job.layers
-    phases = [
-        Phase("start", {"initialisation": state.initialisation(job)}),
+    snapshots = [
+        Snapshot("start", {"initialisation": state.initialisation(job)}),
         _loss(job, operators),
         _head_gradient(job, operators),
         _block(job, operators, layers),
@@ -81,22 +81,22 @@ def gpu_memory(job: Job, operators: dict[LayerKind, OperatorMemory] | None = Non
     # From one reduction to the next, gradients grow and saved activations shrink, both linearly:
     # the largest sum is at the first or the last.
     for blocks in sorted({*done[:1], *done[-1:]}):
-        phases.append(_block(job, operators, layers - blocks, job.limits.reduce_bucket))
-    return GpuMemory(tuple(phases), job.gpus)
+        snapshots.append(_block(job, operators, layers - blocks, job.limits.reduce_bucket))
+    return GpuMemory(tuple(snapshots), job.gpus)
 
 
 def evaluation_memory(job: Job) -> dict[int, GpuMemory]:
     """Memory of perplexity between two steps, by window length; empty if it is not measured."""
     memories = {}
     for windows in evaluation.window_jobs(job):
-        length = windows.stage.seq_len
+        length = windows.phase.seq_len
         parts = _between_steps(windows) | _inputs(windows)
         parts |= {
             "gathered_weights": state.gathered_weights(windows, windows.block),
             "pass_peak": evaluation.pass_peak(windows, act.operators_of(windows)),
         }
-        phase = Phase(f"perplexity at {length:,} tokens", parts)
-        memories[length] = GpuMemory((phase,), job.gpus)
+        snapshot = Snapshot(f"perplexity at {length:,} tokens", parts)
+        memories[length] = GpuMemory((snapshot,), job.gpus)
     return memories
 
 
@@ -110,8 +110,8 @@ def prompt_memory(job: Job) -> dict[int, GpuMemory]:
             "cache": prompts.cache(prompt),
             "prompt_pass": prompts.prompt_pass(prompt),
         }
-        phase = Phase(f"prompts of {length:,} tokens", parts)
-        memories[length] = GpuMemory((phase,), job.gpus)
+        snapshot = Snapshot(f"prompts of {length:,} tokens", parts)
+        memories[length] = GpuMemory((snapshot,), job.gpus)
     return memories
 
 
@@ -145,11 +145,11 @@ def _inputs(job: Job) -> dict[str, int]:
     return {"rotary_table": act.rotary_table(job), "batch": act.batch(job)}
 
 
-def _loss(job: Job, operators: dict[LayerKind, OperatorMemory]) -> Phase:
+def _loss(job: Job, operators: dict[LayerKind, OperatorMemory]) -> Snapshot:
     parts = _with_gradients(job, 0) | _inputs(job)
     if job.zero != 3:
         parts["reduce_bucket"] = 0  # allocated with the first gradient
-    return Phase(
+    return Snapshot(
         "loss",
         parts
         | {
@@ -160,11 +160,11 @@ def _loss(job: Job, operators: dict[LayerKind, OperatorMemory]) -> Phase:
     )
 
 
-def _head_gradient(job: Job, operators: dict[LayerKind, OperatorMemory]) -> Phase:
+def _head_gradient(job: Job, operators: dict[LayerKind, OperatorMemory]) -> Snapshot:
     """The first gradient is cast, or reduced at once if the bucket is too small for it."""
     large = job.zero < 2 or job.table > job.limits.reduce_bucket
     reduction = state.reduction(job, job.table) if large else 0
-    return Phase(
+    return Snapshot(
         "backward of the head",
         _with_gradients(job, job.table)
         | _inputs(job)
@@ -178,7 +178,7 @@ def _head_gradient(job: Job, operators: dict[LayerKind, OperatorMemory]) -> Phas
 
 def _block(
     job: Job, operators: dict[LayerKind, OperatorMemory], left: int, reduced: int = 0
-) -> Phase:
+) -> Snapshot:
     """Backward of block `left` (from 1); `left - 1` blocks still follow."""
     layers = job.layers
     computed = job.table + (layers - left) * job.block
@@ -187,7 +187,7 @@ def _block(
     is_reducing = " while gradients are reduced" if reduced else ""
     # Without recomputation, what this block has kept is part of its own peak.
     before = left if job.recomputes else left - 1
-    return Phase(
+    return Snapshot(
         f"backward of block {left} of {layers}{is_reducing}",
         _with_gradients(job, computed)
         | _inputs(job)
@@ -203,12 +203,12 @@ def _block(
     )
 
 
-def _embedding(job: Job) -> Phase:
+def _embedding(job: Job) -> Snapshot:
     """The last gradient, and the reduction of the bucket or of the table alone."""
     elements = min(job.parameters, job.limits.reduce_bucket)
     if job.zero < 2 or job.table > job.limits.reduce_bucket:
         elements = job.table
-    return Phase(
+    return Snapshot(
         "end of the backward",
         _with_gradients(job, job.parameters)
         | _inputs(job)
@@ -220,11 +220,11 @@ def _embedding(job: Job) -> Phase:
     )
 
 
-def _update(job: Job) -> Phase:
+def _update(job: Job) -> Snapshot:
     parts = _with_gradients(job, job.parameters)
     if job.zero != 3:
         parts["reduce_bucket"] = 0
-    return Phase("update", parts | {"update_workspace": state.update_workspace(job)})
+    return Snapshot("update", parts | {"update_workspace": state.update_workspace(job)})
 
 
 def _blocks_before_reductions(job: Job) -> list[int]:

@@ -44,7 +44,7 @@ def operator_memory(job: Job, kind: LayerKind) -> OperatorMemory:
         axis = Axis(1, job.config.model.window_size)
         return chain(job, [axis]) if job.sp == 1 else shared_window(job)
     if job.sp == 1:
-        return chain(job, fold_axes(fold, job.stage.seq_len))
+        return chain(job, fold_axes(fold, job.phase.seq_len))
     return shared(job, fold) if fold else shared_heads(job)
 
 
@@ -109,12 +109,12 @@ class _FirstHop(NamedTuple):
 def _first_hop(job: Job, length: int) -> _FirstHop:
     """Bytes of hop 1, whose axis has `length` steps, on this rank (`fold_parallel/window.py`)."""
     q, k, lse, token = sizes(job)
-    longer = 1 + job.stage.micro_batch * length / job.tokens
+    longer = 1 + job.phase.micro_batch * length / job.tokens
     # Rank 0 has a separate rotary table, since there are no positions before the row.
-    table = 4 * job.config.model.head_size * (job.stage.seq_len // job.sp + length)
+    table = 4 * job.config.model.head_size * (job.phase.seq_len // job.sp + length)
     saved = longer * (2 * q + 2 * k + lse + token) + table
     rotated_q, rotated_k = _rotated(job, 1, length)
-    halo = 2 * k * job.stage.micro_batch * (length - 1) / job.tokens
+    halo = 2 * k * job.phase.micro_batch * (length - 1) / job.tokens
     return _FirstHop(
         longer, saved, longer * (2 * q + 2 * k + lse + rotated_q + rotated_k),
         saved + longer * rotated_k + halo,
@@ -124,7 +124,7 @@ def _first_hop(job: Job, length: int) -> _FirstHop:
 def shared_window(job: Job) -> OperatorMemory:
     """Memory of a window layer on a shared row."""
     q, k, _, token = sizes(job)
-    hop = _first_hop(job, min(job.config.model.window_size, job.stage.seq_len))
+    hop = _first_hop(job, min(job.config.model.window_size, job.phase.seq_len))
     forward = q + 2 * k + hop.forward + token  # the depth of each token in its document
     return OperatorMemory(round(hop.saved), round(hop.backward), round(forward))
 
@@ -138,12 +138,12 @@ def shared_routed(job: Job) -> OperatorMemory:
     q, k, lse, token = sizes(job)
     model, route = job.config.model, job.config.model.route
     assert route is not None
-    hop = _first_hop(job, min(model.window_size, job.stage.seq_len))
+    hop = _first_hop(job, min(model.window_size, job.phase.seq_len))
     row_k, choice, lists = job.sp * k, kept_choice(job), _lists(job, route)
     row = 2 * row_k + job.sp * token
-    z = q if job.stage.micro_batch > 1 else 0  # a copy if rows of z are not contiguous
+    z = q if job.phase.micro_batch > 1 else 0  # a copy if rows of z are not contiguous
     saved = hop.saved + row + 2 * (q + lse) + choice + z
-    earlier = choice * job.stage.micro_batch * (route.open_tile - 1) // job.tokens
+    earlier = choice * job.phase.micro_batch * (route.open_tile - 1) // job.tokens
     state = row + hop.longer * (q + lse)
     forward = q + 2 * k + max(
         # Hop 1 during the exchange of keys, values and document starts: sent and received.
@@ -183,7 +183,7 @@ class _Lists(NamedTuple):
 
 def _lists(job: Job, route: RouteConfig) -> _Lists:
     """Of this rank's tiles, and of all blocks of the row."""
-    rows, length = job.stage.micro_batch, job.stage.seq_len
+    rows, length = job.phase.micro_batch, job.phase.seq_len
     tiles = -(-(length // job.sp) // KERNEL_TILE)
     per_tile = KERNEL_TILE * (1 if route.open_tile == 1 else 2) * (route.top_k + 1)
     heads = rows * job.config.model.num_kv_heads
@@ -199,7 +199,7 @@ def shared(job: Job, fold: Sequence[int]) -> OperatorMemory:
     Hop 1 keeps one more inner row (the halo); q, k, z are kept in rows and in columns.
     """
     q, k, lse, token = sizes(job)
-    axes = fold_axes(fold, job.stage.seq_len)
+    axes = fold_axes(fold, job.phase.seq_len)
     outer = len(axes) - 1
     hop = _first_hop(job, fold[0])
     longer, in_rows = hop.longer, hop.saved
@@ -239,7 +239,7 @@ def shared_heads(job: Job) -> OperatorMemory:
     k *= repeats
     saved = 3 * q + 2 * k + lse + job.sp * token  # the output by heads and by tokens
     backward = q + 2 * k + lse  # dz and dq, without the output by tokens
-    by_heads, rotates = q + 2 * k + job.sp * token, job.stage.seq_len > job.platform.rotates_above
+    by_heads, rotates = q + 2 * k + job.sp * token, job.phase.seq_len > job.platform.rotates_above
     if rotates:
         backward += q + k
     forward = given + max(
@@ -261,5 +261,5 @@ def sizes(job: Job) -> tuple[int, int, int, int]:
 def _rotated(job: Job, stride: int, length: int) -> tuple[int, int]:
     """Rotated copies of q and k if queries see many keys, else 0; forward copies only k."""
     q, k, _, _ = sizes(job)
-    steps = -(-(job.tokens // job.stage.micro_batch) // stride)
+    steps = -(-(job.tokens // job.phase.micro_batch) // stride)
     return (q, k) if min(length, steps) > job.platform.rotates_above else (0, 0)

@@ -17,11 +17,11 @@ def format_plan(plan: Plan, proposals: list[Proposal], name: str) -> str:
 
 def _head(plan: Plan, name: str) -> str:
     job = plan.jobs[plan.largest]
-    stage = f", phase {plan.largest + 1} of {len(plan.jobs)}" if len(plan.jobs) > 1 else ""
+    phase = f", phase {plan.largest + 1} of {len(plan.jobs)}" if len(plan.jobs) > 1 else ""
     return (
-        f"{name} on {plan.gpus} x {plan.gpu.name}{stage}: {job.parameters / 1e9:.3g} B parameters, "
+        f"{name} on {plan.gpus} x {plan.gpu.name}{phase}: {job.parameters / 1e9:.3g} B parameters, "
         f"dp {job.dp} x sp {job.sp}, ZeRO stage {job.zero}, {job.tokens:,} tokens per rank "
-        f"({job.stage.micro_batch} x {job.stage.seq_len:,} / {job.sp}), norms and MLPs by "
+        f"({job.phase.micro_batch} x {job.phase.seq_len:,} / {job.sp}), norms and MLPs by "
         f"{'Liger' if job.runs_liger else 'torch'}\n"
         "predicted from formulas (docs/planning.md), not measured"
     )
@@ -73,10 +73,10 @@ def _host(plan: Plan) -> str:
 
 
 def _time(plan: Plan) -> str:
-    time, stage = plan.time, plan.jobs[-1].stage
+    time, phase = plan.time, plan.jobs[-1].phase
     rate = time.tokens_per_second
     lines = [
-        f"step of {stage.rows_per_step} rows of {stage.seq_len:,} tokens: {time.seconds:.2f} s, "
+        f"step of {phase.rows_per_step} rows of {phase.seq_len:,} tokens: {time.seconds:.2f} s, "
         f"{rate:,.0f} tokens/s ({rate / plan.gpus:,.0f} per GPU), MFU {time.mfu:.0%}",
         f"{'part':<24}{'s':>8}{'share':>8}",
     ]
@@ -119,7 +119,7 @@ def plan_json(plan: Plan, proposals: list[Proposal]) -> dict[str, Any]:
         "needed_bytes": plan.memory.needed,
         "allocated_bytes": plan.memory.allocated,
         "peak": plan.memory.peak.name,
-        "phases": {phase.name: phase.parts for phase in plan.memory.phases},
+        "phases": {snapshot.name: snapshot.parts for snapshot in plan.memory.snapshots},
         "longest_row": longest_row(plan),
         "evaluations": {
             length: {"needed_bytes": memory.needed, "parts": memory.peak.parts}

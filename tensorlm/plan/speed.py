@@ -90,7 +90,7 @@ def step_time(job: Job, gpu: Gpu) -> StepTime:
     }
     return StepTime(
         parts,
-        tokens=job.stage.rows_per_step * job.stage.seq_len,
+        tokens=job.phase.rows_per_step * job.phase.seq_len,
         model_flops=(3.0 * (linear + attention) + choice) * job.gpus,
         peak_flops=gpu.flops * job.gpus,
     )
@@ -98,19 +98,19 @@ def step_time(job: Job, gpu: Gpu) -> StepTime:
 
 def _attention_flops(job: Job, kind: LayerKind) -> float:
     """Forward FLOPs of one layer of this kind, in one step of one rank."""
-    return _pair_flops(job, _row_pairs(job.config.model, kind, job.stage.seq_len))
+    return _pair_flops(job, _row_pairs(job.config.model, kind, job.phase.seq_len))
 
 
 def _pair_flops(job: Job, row_pairs: int) -> float:
     """Forward FLOPs of `row_pairs` (query, key) pairs per row, in one step of one rank."""
-    model, rows = job.config.model, job.stage.micro_batch * job.micro_batches
+    model, rows = job.config.model, job.phase.micro_batch * job.micro_batches
     return 4.0 * model.num_heads * model.head_size * row_pairs * rows / job.sp
 
 
 def _choice_flops(job: Job) -> float:
     """FLOPs of the choice in all routed layers, in one step of one rank."""
-    rows = job.stage.micro_batch * job.micro_batches
-    return _row_choice(job.config.model, job.stage.seq_len) * rows / job.sp
+    rows = job.phase.micro_batch * job.micro_batches
+    return _row_choice(job.config.model, job.phase.seq_len) * rows / job.sp
 
 
 @cache
@@ -206,11 +206,11 @@ def _row_exchange(job: Job, gpu: Gpu) -> float:
         gpu.per_node, gpu.nvlink * SWAP_SHARE, gpu.network * LINK_SHARE,
         flops=gpu.flops * FOLDED_SHARE[0],
     )  # fmt: skip
-    data = job.config.data.model_copy(update={"seq_len": job.stage.seq_len})
+    data = job.config.data.model_copy(update={"seq_len": job.phase.seq_len})
     config = job.config.model_copy(update={"data": data})
     layer = project(config, job.sp, machine).exposed_seconds
     passes = 1.5 if job.recomputes else 1.0  # recomputation repeats the forward half
-    return layer * job.layers * job.stage.micro_batch * job.micro_batches * passes
+    return layer * job.layers * job.phase.micro_batch * job.micro_batches * passes
 
 
 def _update(job: Job, gpu: Gpu) -> float:

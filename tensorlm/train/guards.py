@@ -103,7 +103,7 @@ class Guards:
         """Begin the step after `done` completed steps, with its data."""
         self._step = done + 1
         self.enter("data")
-        if done and self._config.stage_at(done - 1) != self._config.stage_at(done):
+        if done and self._config.phase_at(done - 1) != self._config.phase_at(done):
             self.watchdog.expect_other_steps()
 
     def enter(self, phase: str) -> None:

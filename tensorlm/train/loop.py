@@ -21,7 +21,7 @@ from tensorlm.checkpoint import (
 from tensorlm.checkpoint.publish import sweep, was_imported
 from tensorlm.config import Config, attention_in_words, why_slow
 from tensorlm.data.loader import open_rows
-from tensorlm.data.prefetch import Feed
+from tensorlm.data.prefetch import Prefetch
 from tensorlm.data.verify import check_data
 from tensorlm.model.flops import num_parameters, peak_flops
 from tensorlm.model.fused import runs_liger
@@ -204,9 +204,9 @@ def start(config: Config, launch: LaunchEnv, before: int | None = None) -> Run:
     )
     seed = config.run.seed if found is None else None
     engine = Engine(create_model(config, grid, device, seed), config)
-    feed = Feed(rows, config, grid, pin=device.type == "cuda")
+    prefetch = Prefetch(rows, config, grid, pin=device.type == "cuda")
     guards = Guards(config, watchdog)
-    run = Run(config, device, grid, rows, feed, engine, guards, TrainState())
+    run = Run(config, device, grid, rows, prefetch, engine, guards, TrainState())
     if before is None and config.checkpoint.every:
         check_room(run)
     if found is not None:
@@ -274,8 +274,8 @@ def describe_run(run: Run) -> list[str]:
         *run.rows.describe(),
         "steps: "
         + ", then ".join(
-            f"{stage.steps:,} of {stage.rows_per_step:,} rows of {stage.seq_len:,} tokens"
-            for stage in config.stages
+            f"{phase.steps:,} of {phase.rows_per_step:,} rows of {phase.seq_len:,} tokens"
+            for phase in config.phases
         ),
         f"ranks: {grid.world_size} x {name} (dp {grid.dp} x sp {grid.sp}), "
         f"ZeRO stage {config.zero.stage}",

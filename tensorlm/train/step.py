@@ -13,7 +13,7 @@ from fold_parallel import Grid
 from tensorlm.batch import Batch
 from tensorlm.config import Config
 from tensorlm.data.loader import PackedRows
-from tensorlm.data.prefetch import Feed
+from tensorlm.data.prefetch import Prefetch
 from tensorlm.model.flops import recomputed_flops, train_flops
 from tensorlm.runtime.ranks import sum_over_ranks
 
@@ -60,7 +60,7 @@ class Run:
     device: torch.device
     grid: Grid
     rows: PackedRows
-    feed: Feed
+    prefetch: Prefetch
     engine: Engine
     guards: Guards
     state: TrainState
@@ -80,14 +80,14 @@ def train_step(run: Run, must_stop: bool) -> tuple[dict[str, Any], bool]:
         UserError: a guard ends the run.
     """
     config, state, guards = run.config, run.state, run.guards
-    stage = config.stage_at(state.step)
+    phase = config.phase_at(state.step)
     guards.begin_step(state.step)
-    batches = run.feed.batches(state.step, state.rows)
+    batches = run.prefetch.batches(state.step, state.rows)
     totals = count_over_ranks(run, batches, must_stop)
     mean_loss = accumulate_gradients(run, batches, totals.num_labels)
     lr = learning_rate(state.step, config.train.steps, config.optim)
     grad_norm = guards.apply_step(run.engine, lr)
-    state.advance(stage.rows_per_step, totals)
+    state.advance(phase.rows_per_step, totals)
     loss = mean_loss.item()
     is_skipped = guards.judge(loss, grad_norm, lambda: run.rows.documents(last_rows(run)))
     record = {
@@ -97,7 +97,7 @@ def train_step(run: Run, must_stop: bool) -> tuple[dict[str, Any], bool]:
         "train/tokens": state.tokens,
         "train/skipped": float(is_skipped),
         "data/labels": float(totals.num_labels),
-        "data/seq_len": stage.seq_len,
+        "data/seq_len": phase.seq_len,
         "data/hash": state.data_hash,
         "step_tokens": totals.num_tokens,
         "step_flops": totals.model_flops,
@@ -159,5 +159,5 @@ def count_over_ranks(run: Run, batches: list[Batch], must_stop: bool) -> Totals:
 
 def last_rows(run: Run) -> range:
     """Global indices of the rows of the last completed step."""
-    num_rows = run.config.stage_at(run.state.step - 1).rows_per_step
+    num_rows = run.config.phase_at(run.state.step - 1).rows_per_step
     return range(run.state.rows - num_rows, run.state.rows)

@@ -76,8 +76,8 @@ def test_default_points_cover_what_a_gpu_can_run() -> None:
     assert {job.recomputes for job in jobs} == {True, False}
     assert any(job.offloads_optimizer for job in jobs)
     assert any(job.offloads_activations for job in jobs)
-    assert min(job.stage.seq_len for job in jobs) == 8192
-    assert max(job.stage.seq_len for job in jobs) == 131072
+    assert min(job.phase.seq_len for job in jobs) == 8192
+    assert max(job.phase.seq_len for job in jobs) == 131072
     assert min(job.parameters for job in jobs) < 0.2e9 < 8e9 < max(job.parameters for job in jobs)
     assert all(gpu_memory(job).needed < GPUS["h200"].memory for job in jobs)
 

@@ -94,44 +94,44 @@ def test_contradictions_are_reported_together() -> None:
     assert len(lines) == 2
 
 
-def stage(**changes: int) -> str:
+def phase(**changes: int) -> str:
     values = {"steps": 10, "seq_len": 1024, "rows_per_step": 8, **changes}
     return "{" + ", ".join(f"{key} = {value}" for key, value in values.items()) + "}"
 
 
-def test_stages_follow_one_another_and_the_last_takes_the_rest() -> None:
-    overrides = [f"train.earlier_stages=[{stage()}, {stage(steps=5, seq_len=2048)}]"]
+def test_phases_follow_one_another_and_the_last_takes_the_rest() -> None:
+    overrides = [f"train.earlier_stages=[{phase()}, {phase(steps=5, seq_len=2048)}]"]
     config = load_config(ROOT / "configs/demo.toml", overrides)
     steps = config.train.steps
-    assert [s.steps for s in config.stages] == [10, 5, steps - 15]
-    lengths = [config.stage_at(step).seq_len for step in range(steps)]
+    assert [s.steps for s in config.phases] == [10, 5, steps - 15]
+    lengths = [config.phase_at(step).seq_len for step in range(steps)]
     assert lengths == [1024] * 10 + [2048] * 5 + [4096] * (steps - 15)
-    assert config.stages[-1].num_rows == (steps - 15) * config.train.rows_per_step
+    assert config.phases[-1].num_rows == (steps - 15) * config.train.rows_per_step
 
 
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        (f"train.earlier_stages=[{stage(step=1)}]", "earlier_stages.0.step: unknown key"),
-        (f"train.earlier_stages=[{stage(step=1)}]", "did you mean steps?"),
+        (f"train.earlier_stages=[{phase(step=1)}]", "earlier_stages.0.step: unknown key"),
+        (f"train.earlier_stages=[{phase(step=1)}]", "did you mean steps?"),
         (
-            f"train.earlier_stages=[{stage(steps=9999)}]",
+            f"train.earlier_stages=[{phase(steps=9999)}]",
             "train.earlier_stages: must have fewer steps",
         ),
-        (f"train.earlier_stages=[{stage(seq_len=1)}]", "earlier_stages.0.seq_len"),
+        (f"train.earlier_stages=[{phase(seq_len=1)}]", "earlier_stages.0.seq_len"),
         ("data.sources=[{path='a', wieght=2}]", "did you mean weight?"),
         ("data.sources=[{path='a', weight=0}]", "data.sources.0.weight"),
         ("data.sources=[{weight=1}]", "data.sources.0.path: missing"),
     ],
 )
-def test_wrong_stage_or_source_is_named_in_one_line(override: str, words: str) -> None:
+def test_wrong_phase_or_source_is_named_in_one_line(override: str, words: str) -> None:
     assert any(words in line for line in problems(override))
 
 
-def test_every_stage_is_checked_for_sharing() -> None:
-    lines = problems(f"train.earlier_stages=[{stage(seq_len=768)}]", "parallel.sp=2")
+def test_every_phase_is_checked_for_sharing() -> None:
+    lines = problems(f"train.earlier_stages=[{phase(seq_len=768)}]", "parallel.sp=2")
     assert any("train.earlier_stages.0: sp = 2 cannot share rows" in line for line in lines)
-    override = f"train.earlier_stages=[{stage(rows_per_step=3)}]"
+    override = f"train.earlier_stages=[{phase(rows_per_step=3)}]"
     config = load_config(ROOT / "configs/demo.toml", [override])
     with pytest.raises(UserError, match=r"train\.earlier_stages\.0\.rows_per_step: must be"):
         config.check_world(2)
@@ -224,7 +224,7 @@ HIDDEN: dict[str, tuple[list[str], list[str]]] = {
         ["nonsense", "model=3", "run.sed=3", "optim.min_lr=1.0"],
         ["nonsense: must have the form", "model: ", "run.sed: unknown", "optim.min_lr: must"],
     ),
-    "stage, source, contradiction": (
+    "phase, source, contradiction": (
         ["train.earlier_stages=[{step=1}]", "data.sources=[{path='a'}, {path='a', wieght=2}]",
          "zero.stage=0", "train.dtype=bf16"],
         ["earlier_stages.0.steps: missing", "0.seq_len: missing", "0.rows_per_step: missing",

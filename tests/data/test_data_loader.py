@@ -17,8 +17,8 @@ from fold_parallel import Grid
 from tensorlm.batch import IGNORED, Batch
 from tensorlm.config import Config, parse_config
 from tensorlm.data import epochs as epoch_plans
-from tensorlm.data.loader import PackedRows, RowStage, open_rows
-from tensorlm.data.prefetch import Feed
+from tensorlm.data.loader import PackedRows, RowPhase, open_rows
+from tensorlm.data.prefetch import Prefetch
 from tensorlm.data.shards import Corpus
 from tensorlm.data.tokenizer.training import train_tokenizer
 from tensorlm.runtime.errors import UserError
@@ -120,20 +120,20 @@ def assemble(parts: list[list[Batch]], dp: int, sp: int) -> list[tuple[torch.Ten
 
 @pytest.mark.parametrize("num_resizes", [200, pytest.param(1000, marks=pytest.mark.faults)])
 def test_random_resizes_lose_and_repeat_nothing(tmp_path: Path, num_resizes: int) -> None:
-    stages = [
+    phases = [
         {"steps": 60, "seq_len": SEQ_LENS[0], "rows_per_step": 8},
         {"steps": 50, "seq_len": SEQ_LENS[1], "rows_per_step": 8},
     ]
     total = 110 + 2 * num_resizes
-    config = run_config(tmp_path, steps=total, earlier_stages=stages)
+    config = run_config(tmp_path, steps=total, earlier_stages=phases)
     reference = open_rows(config, "train")
-    assert reference.epochs(110 * 8)[2] > 1  # also the earlier stages pass the end of an epoch
+    assert reference.epochs(110 * 8)[2] > 1  # also the earlier phases pass the end of an epoch
     random_sizes = random.Random(0)
     step = row = num_done = 0
     counts = [np.zeros(c.num_tokens, dtype=int) for c in reference.corpora]
     firsts = [0, *itertools.accumulate(c.num_tokens for c in reference.corpora)]
     while num_done < num_resizes:
-        # A new job with other ranks, micro-batches and, in the last stage, rows per step.
+        # A new job with other ranks, micro-batches and, in the last phase, rows per step.
         sp = random_sizes.choice([1, 2, 4])
         dp = random_sizes.choice([1, 2, 4])
         micro = random_sizes.choice([1, 2])
@@ -141,19 +141,19 @@ def test_random_resizes_lose_and_repeat_nothing(tmp_path: Path, num_resizes: int
         tree = config.model_dump(mode="json", exclude_none=True)
         tree["train"] |= {"micro_batch": micro, "rows_per_step": last_rows}
         tree["parallel"]["sp"] = sp
-        for stage in tree["train"]["earlier_stages"]:
-            stage["micro_batch"] = micro
+        for phase in tree["train"]["earlier_stages"]:
+            phase["micro_batch"] = micro
         resized = parse_config(tree, "test")
         resized.check_world(dp * sp)
         # Opening the data again at every resize is another test's business; here it is the same.
         rows = open_rows(resized, "train") if num_done % 50 == 0 else reference
         assert rows.fingerprint == reference.fingerprint
         grids = [Grid(dp * sp, rank, sp) for rank in range(dp * sp)]
-        feeds = [Feed(rows, resized, grid, pin=False) for grid in grids]
+        prefetches = [Prefetch(rows, resized, grid, pin=False) for grid in grids]
         for _ in range(random_sizes.choice([1, 2])):
-            stage_rows = resized.stage_at(step).rows_per_step
-            parts = [feed.batches(step, row) for feed in feeds]
-            whole = reference.batch(range(row, row + stage_rows))
+            phase_rows = resized.phase_at(step).rows_per_step
+            parts = [prefetch.batches(step, row) for prefetch in prefetches]
+            whole = reference.batch(range(row, row + phase_rows))
             digest = sum(batch.digest for part in parts for batch in part)
             assert digest % 2**64 == whole.digest
             num_tokens = sum(batch.num_tokens for part in parts for batch in part)
@@ -166,7 +166,7 @@ def test_random_resizes_lose_and_repeat_nothing(tmp_path: Path, num_resizes: int
                 assert len(served) == whole.row_tokens[number]
                 source = int(np.searchsorted(firsts, served[0])) - 1
                 np.add.at(counts[source], served - 1 - firsts[source], 1)
-            step, row = step + 1, row + stage_rows
+            step, row = step + 1, row + phase_rows
         num_done += 1
     # Every token of a source has been served as often as any other of it, give or take the epoch
     # under way, and there were at least 10 resumes in an epoch.
@@ -182,9 +182,9 @@ def test_random_resizes_lose_and_repeat_nothing(tmp_path: Path, num_resizes: int
 def test_a_wrong_guess_of_the_feed_costs_nothing_but_time(tmp_path: Path) -> None:
     config = run_config(tmp_path)
     rows = open_rows(config, "train")
-    feed = Feed(rows, config, Grid(), pin=False)
-    feed.batches(0, 0)
-    jumped = feed.batches(5, 400)
+    prefetch = Prefetch(rows, config, Grid(), pin=False)
+    prefetch.batches(0, 0)
+    jumped = prefetch.batches(5, 400)
     assert torch.equal(jumped[3].tokens, rows.batch(range(403, 404)).tokens)
 
 
@@ -206,15 +206,15 @@ class Watched:
 def test_the_next_step_is_read_while_this_one_computes(tmp_path: Path, pin: bool) -> None:
     config = run_config(tmp_path, steps=3)
     watched = Watched(open_rows(config, "train"))
-    feed = Feed(cast(PackedRows, watched), config, Grid(), pin=pin)
+    prefetch = Prefetch(cast(PackedRows, watched), config, Grid(), pin=pin)
     for step in range(3):
         watched.may_read.release()  # for this step; that of the next one has to wait
-        batches = feed.batches(step, 8 * step)
+        batches = prefetch.batches(step, 8 * step)
         row = 8 * step + 3
         assert torch.equal(batches[3].tokens, watched.rows.batch(range(row, row + 1)).tokens)
         if step == 0:
             assert watched.asked.get(timeout=10) == 0
-        if step < 2:  # and nobody has asked the feed for it
+        if step < 2:  # and nobody has asked the prefetch for it
             assert watched.asked.get(timeout=10) == 8 * step + 8
     assert watched.asked.empty()  # no step was read twice, and none after the last
     assert watched.pins == {pin}
@@ -337,9 +337,9 @@ def test_rows_of_all_epochs_are_planned_before_the_first_step(
 ) -> None:
     documents = [np.arange(3, 3 + n) for n in (40, 70, 33, 90, 12, 64)]
     corpus = Corpus(write_split(tmp_path, [documents], vocab_size=512))
-    stages = [RowStage(seq_len, num_rows) for num_rows, seq_len in earlier]
-    num_rows = sum(num_rows for num_rows, _ in earlier) + 30  # several epochs of the last stage
-    rows = PackedRows([corpus], [1.0], [*stages, RowStage(64, None)], packing, 0, num_rows)
+    phases = [RowPhase(seq_len, num_rows) for num_rows, seq_len in earlier]
+    num_rows = sum(num_rows for num_rows, _ in earlier) + 30  # several epochs of the last phase
+    rows = PackedRows([corpus], [1.0], [*phases, RowPhase(64, None)], packing, 0, num_rows)
 
     def plan(*_: object) -> None:
         raise AssertionError("planned in a step")

@@ -1,4 +1,4 @@
-"""Packing, mixing and stages: nothing lost or repeated, rows full, shares exact at every prefix."""
+"""Packing, mixing and phases: nothing lost or repeated, rows full, shares exact at every prefix."""
 
 import sysconfig
 from fractions import Fraction
@@ -102,34 +102,34 @@ def test_weights_are_the_decimals_that_they_print_as() -> None:
 @settings(max_examples=60, deadline=None)
 @given(
     lengths=st.lists(st.integers(1, 90), min_size=1, max_size=40),
-    stages=st.lists(st.tuples(st.integers(2, 40), st.integers(0, 60)), max_size=3),
+    phases=st.lists(st.tuples(st.integers(2, 40), st.integers(0, 60)), max_size=3),
     last=st.integers(2, 64),
     packing=packings,
     seed=st.integers(0, 3),
 )
-def test_each_epoch_holds_every_token_once_whatever_the_stages(
-    lengths: list[int], stages: list[tuple[int, int]], last: int, packing: str, seed: int
+def test_each_epoch_holds_every_token_once_whatever_the_phases(
+    lengths: list[int], phases: list[tuple[int, int]], last: int, packing: str, seed: int
 ) -> None:
-    source = SourceRows(np.array(lengths), [*stages, (last, None)], packing, seed)
+    source = SourceRows(np.array(lengths), [*phases, (last, None)], packing, seed)
     total, served = sum(lengths), 0
     seen = [np.zeros(n, dtype=int) for n in lengths]
 
-    def serve(stage: int, row: int) -> None:
+    def serve(phase: int, row: int) -> None:
         nonlocal served
-        plan, number = source.locate(stage, row)
+        plan, number = source.locate(phase, row)
         served += row_of(plan, number).num_tokens
         count_tokens(seen, row_of(plan, number))
         # No token comes again before all others have come as often.
         assert max(c.max() for c in seen) <= -(-served // total)
-        assert source.num_tokens(stage, row + 1) == served
+        assert source.num_tokens(phase, row + 1) == served
 
-    for stage, (seq_len, num_rows) in enumerate(stages):
+    for phase, (seq_len, num_rows) in enumerate(phases):
         for row in range(num_rows):
-            serve(stage, row)
-            assert source.locate(stage, row)[0].seq_len == seq_len
+            serve(phase, row)
+            assert source.locate(phase, row)[0].seq_len == seq_len
     row = 0
     while served % total or served < 2 * total:
-        serve(len(stages), row)
+        serve(len(phases), row)
         row += 1
     assert len({count for counts in seen for count in counts.tolist()}) == 1
 
@@ -138,7 +138,7 @@ def row_of(plan: RowPlan, number: int) -> Pieces:
     return plan.pieces[slice(plan.row_first[number], plan.row_first[number + 1])]
 
 
-def test_a_stage_takes_whole_documents_and_leaves_the_others_whole() -> None:
+def test_a_phase_takes_whole_documents_and_leaves_the_others_whole() -> None:
     lengths = np.full(100, 60)
     source = SourceRows(lengths, [(64, 40), (128, None)], "best_fit", seed=1)
     first = {int(d) for row in range(40) for d in row_of(*source.locate(0, row)).document}

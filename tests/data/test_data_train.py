@@ -1,4 +1,4 @@
-"""Three sources, prepared, mixed and trained on in stages of 64, 128 and 256 tokens a row."""
+"""Three sources, prepared, mixed and trained on in phases of 64, 128 and 256 tokens a row."""
 
 import email
 import gzip
@@ -86,7 +86,7 @@ def mixed(tmp_path: Path, config: Path) -> Path:
     return config
 
 
-def test_three_sources_are_mixed_and_trained_on_in_stages(
+def test_three_sources_are_mixed_and_trained_on_in_phases(
     tmp_path: Path, mixed: Path, train_ranks: TrainRanks
 ) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
@@ -95,7 +95,7 @@ def test_three_sources_are_mixed_and_trained_on_in_stages(
     assert "50.0% of the rows" in shown
     assert "3 of 8 rows of 64 tokens, then 2 of 4 rows of 128 tokens, then 3 of 4" in shown
 
-    # Stopped inside the first stage, it goes on across both borders on two ranks that share rows.
+    # Stopped inside the first phase, it goes on across both borders on two ranks that share rows.
     train_ranks(f"run.dir={broken}", "train.stop_at=2", ranks=1)
     train_ranks(f"run.dir={broken}", "parallel.sp=2", ranks=2)
     assert losses(broken) == pytest.approx(losses(whole), rel=1e-5)
@@ -113,7 +113,7 @@ def test_three_sources_are_mixed_and_trained_on_in_stages(
     rows = open_rows(config, "train")
     running, first = "", 0
     for step, expected in enumerate(hashes):
-        indices = range(first, first + config.stage_at(step).rows_per_step)
+        indices = range(first, first + config.phase_at(step).rows_per_step)
         text = f"{running} {rows.batch(indices).digest}"
         running, first = hashlib.sha256(text.encode()).hexdigest()[:16], indices.stop
         assert running == expected

@@ -147,9 +147,9 @@ def after_steps(checkpoint: Checkpoint, step: int) -> Checkpoint:
 def test_context_length_is_the_imported_one_unless_training_extended_it(
     tmp_path: Path, config: Path, step: int, seq_len: int, wanted: int
 ) -> None:
-    stages = "train.earlier_stages=[{steps=2,seq_len=64,rows_per_step=4}]"
+    phases = "train.earlier_stages=[{steps=2,seq_len=64,rows_per_step=4}]"
     checkpoint, settings, carried = imported_checkpoint(
-        tmp_path, config, stages, f"data.seq_len={seq_len}"
+        tmp_path, config, phases, f"data.seq_len={seq_len}"
     )
     checkpoint = after_steps(checkpoint, step)
     export_checkpoint(checkpoint, settings, tmp_path / "hf", "fp32", None, imported=carried)

@@ -91,7 +91,7 @@ def test_host_buffers_are_used_again() -> None:
     model(*batch())  # its backward never comes
     model(*batch()).backward()
     assert {buffer.data_ptr() for buffer in free} == first
-    model(*batch(32)).backward()  # rows of another stage
+    model(*batch(32)).backward()  # rows of another phase
     assert [buffer.shape for buffer in free] == [(2, 32, 48)] * LAYERS
 
 

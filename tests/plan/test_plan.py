@@ -60,8 +60,8 @@ def test_llama_8b_by_hand() -> None:
     memory = gpu_memory(
         job("optim.state_dtype=bf16", "train.rows_per_step=1", "train.fused_layers=torch", gpus=1)
     )
-    phases, parameters = {phase.name: phase.parts for phase in memory.phases}, 8_030_262_272
-    parts = phases["backward of block 30 of 32 while gradients are reduced"]
+    at, parameters = {s.name: s.parts for s in memory.snapshots}, 8_030_262_272
+    parts = at["backward of block 30 of 32 while gradients are reduced"]
     assert parts["weights"] == 2 * parameters
     assert parts["master_weights"] == parts["gradients"] == parts["moments"] == 4 * parameters
     assert parts["reduce_bucket"] == 4 * 500_000_000
@@ -75,12 +75,12 @@ def test_llama_8b_by_hand() -> None:
     # Logits of 2,048 tokens and their softmax, both in float32.
     table, logits = 128256 * 4096, 128256 * 2048
     norm = 8 * 4096 * 32768 + 4 * 32768
-    assert phases["loss"]["head_peak"] == norm + 2 * 4096 * 32768 + 4 * table + 8 * logits
+    assert at["loss"]["head_peak"] == norm + 2 * 4096 * 32768 + 4 * table + 8 * logits
     assert memory.needed == memory.allocated + memory.overhead
 
 
 def test_many_ranks_start_with_their_shards_and_one_whole_parameter() -> None:
-    start = gpu_memory(job("train.rows_per_step=512", gpus=512)).phases[0].total
+    start = gpu_memory(job("train.rows_per_step=512", gpus=512)).snapshots[0].total
     shards, small = (2 + 4 + 4) * 8_030_262_272 / 512, 2 * 65 * 4096
     bucket, table = 4 * 500_000_000, 2 * 128256 * 4096
     assert start == pytest.approx(shards + small + bucket + table, rel=0.001)
@@ -362,10 +362,10 @@ def test_prompts_during_training_are_told_by_length(task: str) -> None:
     assert shared.prompts[8192].peak.parts["cache"] == short.peak.parts["cache"]
 
 
-def test_the_largest_stage_decides() -> None:
+def test_the_largest_phase_decides() -> None:
     config = load_config(ROOT / "configs/llama8b_128k.toml", ["parallel.sp=1"])
     planned = make_plan(config, 8, GPUS["h200"])
-    assert [job.stage.seq_len for job in planned.jobs] == [8192, 32768, 131072]
+    assert [job.phase.seq_len for job in planned.jobs] == [8192, 32768, 131072]
     assert planned.largest == 2
     assert planned.memory.needed == max(memory.needed for memory in planned.memories)
 

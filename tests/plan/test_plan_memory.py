@@ -108,7 +108,7 @@ def test_operator_is_what_was_measured_on_a_gpu() -> None:
     # kernels/README.md: 131,072 tokens, H 32, K 8, D 128, fold [1024]: 5.81 GiB are allocated, 3.31
     # of them beyond the output and the gradients of q, k, v.
     config = load_config(ROOT / "configs/llama8b_32k.toml", ["data.seq_len=131072"])
-    memory = operator_memory(Job(config, 1, config.stages[0]), "strided")
+    memory = operator_memory(Job(config, 1, config.phases[0]), "strided")
     gib, given = 2**30, (1 + 1 / 4 + 1 / 4) + 1  # q, k, v; the gradient that arrives
     allocated = (memory.saved + memory.backward) / gib - given
     reaches = 2 * 4 * 131072 / gib
@@ -181,7 +181,7 @@ def test_pass_of_perplexity_is_what_was_measured_on_a_gpu() -> None:
         ROOT / "configs/llama8b_32k.toml",
         ["train.fused_layers=liger", "eval.every=1", f"eval.lengths={list(lengths)}"],
     )
-    job = Job(config, 1, config.stages[0])
+    job = Job(config, 1, config.phases[0])
     for windows, gib in zip(evaluation.window_jobs(job), lengths.values(), strict=True):
         made = evaluation.pass_peak(windows, activations.operators_of(windows))
         made += activations.rotary_table(windows) + activations.batch(windows)
@@ -214,7 +214,7 @@ def test_prompts_are_what_was_measured_on_a_gpu() -> None:
     config = load_config(
         ROOT / "configs/llama8b_32k.toml", [*overrides, f"eval.lengths={list(lengths)}"]
     )
-    job = Job(config, 1, config.stages[0])
+    job = Job(config, 1, config.phases[0])
     assert prompts.prompt_lengths(job) == list(lengths)
     for length, gib in lengths.items():
         prompt = prompts.PromptPass(job, length)
@@ -302,7 +302,7 @@ def test_weights_gradients_and_adam_state(index: int, ranks: int) -> None:
 @every_engine
 def test_peaks_of_a_step(index: int, ranks: int) -> None:
     _, memory = predict(index, ranks)
-    totals = {phase.name: phase.total for phase in memory.phases}
+    totals = {snapshot.name: snapshot.total for snapshot in memory.snapshots}
     update = totals.pop("update")
     del totals["start"]
     count = counts(ranks)[index]
@@ -323,7 +323,7 @@ def test_gradients_that_one_bucket_holds_are_reduced_at_the_end() -> None:
     for config, count in zip(configs, counts, strict=True):
         job = plan_jobs(config, 1, CPU, limits)[-1]
         memory = gpu_memory(job, {kind: count_operator(job, kind) for kind in set(job.kinds)})
-        totals = {phase.name: phase.total for phase in memory.phases}
+        totals = {snapshot.name: snapshot.total for snapshot in memory.snapshots}
         del totals["start"], totals["update"]
         assert max(totals, key=lambda name: totals[name]) == "end of the backward"
         assert totals["end of the backward"] == pytest.approx(count["backward"], rel=0.06)
@@ -338,7 +338,7 @@ def test_the_start_gathers_the_largest_parameter(ranks: int, changes: dict[str, 
     config = small(zero__stage=3, train__rows_per_step=ranks, **changes)
     counts = run_distributed(counted.engines, ranks, [config], LIMITS, False, time_limit=300)
     job = job_of(config, ranks)
-    predicted = gpu_memory(job).phases[0].total
+    predicted = gpu_memory(job).snapshots[0].total
     assert predicted == pytest.approx(counts[0][0]["start"], rel=0.02)
     if ranks == 4:  # less than the model as a whole
         assert predicted < 0.9 * job.itemsize * job.parameters
@@ -367,7 +367,7 @@ def test_offloaded_activations_are_on_the_host(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(host, "pinned", lambda num_bytes: num_bytes)  # only beside a GPU
     job = job_of(config)
     memory = gpu_memory(job, {kind: count_operator(job, kind) for kind in set(job.kinds)})
-    on_gpu = max(p.total for p in memory.phases if p.name not in ("start", "update"))
+    on_gpu = max(p.total for p in memory.snapshots if p.name not in ("start", "update"))
     on_host = host.offloaded_activations(job)
     assert on_host == 8 * activations.hidden_state(job)
     assert on_gpu + on_host == pytest.approx(count["backward"], rel=0.06)

@@ -505,22 +505,22 @@ def test_a_damaged_checkpoint_does_not_count_as_kept(tiny: TinyRuns) -> None:
 
 
 @pytest.mark.parametrize(
-    ("stage", "rows"),
+    ("phase", "rows"),
     [
         ("{steps=6,seq_len=16,rows_per_step=4}", 8),
         ("{steps=2,seq_len=16,rows_per_step=12}", 24),
     ],
 )
-def test_an_earlier_stage_keeps_its_rows_per_step(tiny: TinyRuns, stage: str, rows: int) -> None:
-    stages = "train.earlier_stages=[{steps=3,seq_len=16,rows_per_step=8}]"
-    tiny.finish(tiny("run", stages, "train.stop_at=2"))
-    job = Job(tiny("run", f"train.earlier_stages=[{stage}]"))
+def test_an_earlier_phase_keeps_its_rows_per_step(tiny: TinyRuns, phase: str, rows: int) -> None:
+    phases = "train.earlier_stages=[{steps=3,seq_len=16,rows_per_step=8}]"
+    tiny.finish(tiny("run", phases, "train.stop_at=2"))
+    job = Job(tiny("run", f"train.earlier_stages=[{phase}]"))
     assert job.wait() == [EXIT_USER_ERROR], job.output()
     (line,) = job.errors()
     assert line.startswith("error: train.earlier_stages: 2 steps must have the 16 rows of ")
     assert line.endswith(f", got {rows} (restore the phases, or choose a new run.dir)")
-    # The last stage has no end, and may change.
-    tiny.finish(tiny("run", stages, "train.rows_per_step=2", "train.steps=5"))
+    # The last phase has no end, and may change.
+    tiny.finish(tiny("run", phases, "train.rows_per_step=2", "train.steps=5"))
 
 
 def test_step_whose_rows_have_nothing_to_predict_has_no_loss(tiny: TinyRuns) -> None:

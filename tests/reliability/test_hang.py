@@ -236,7 +236,7 @@ def test_line_names_the_odd_rank(
     assert describe_hang(reports, world, 31.2) == line
 
 
-def test_longer_rows_of_a_new_stage_are_no_hang(tiny: TinyRuns) -> None:
+def test_longer_rows_of_a_new_phase_are_no_hang(tiny: TinyRuns) -> None:
     forward = Engine.forward
 
     def slow_if_long(engine: Engine, tokens: Any, *rest: Any) -> Any:

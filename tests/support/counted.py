@@ -316,7 +316,7 @@ def _engine(job: Job, device: torch.device, trains: bool) -> dict[str, int]:
         for _ in range((2 if job.zero == 3 else 1) * trains):
             memory.restart()
             for _ in range(job.micro_batches):
-                shape = (job.stage.micro_batch, job.stage.seq_len // job.sp)
+                shape = (job.phase.micro_batch, job.phase.seq_len // job.sp)
                 tokens = torch.randint(job.config.model.vocab_size, shape)
                 loss = engine.forward(tokens, torch.zeros_like(tokens, dtype=torch.int32), tokens)
                 engine.backward(loss / tokens.numel())

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from tensorlm.data.loader import PackedRows, RowStage
+from tensorlm.data.loader import PackedRows, RowPhase
 from tensorlm.data.prepare.shard_writer import ShardWriter, write_index
 from tensorlm.data.shards import Corpus
 
@@ -29,5 +29,5 @@ def write_split(
 
 
 def rows_of(folder: Path, seq_len: int, packing: str, seed: int) -> PackedRows:
-    """The rows of one split as the only source of a run of one stage."""
-    return PackedRows([Corpus(folder)], [1.0], [RowStage(seq_len, None)], packing, seed, 1)
+    """The rows of one split as the only source of a run of one phase."""
+    return PackedRows([Corpus(folder)], [1.0], [RowPhase(seq_len, None)], packing, seed, 1)

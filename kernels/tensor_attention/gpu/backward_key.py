@@ -10,16 +10,16 @@ from torch import Tensor
 from .common import (
     LOG2E,
     add_product,
+    dot,
     first_visible,
     load_rotated,
     load_tile,
     locate,
-    product,
     score_gradient,
     store_gradient,
     store_tile,
 )
-from .launch import SIZES, Hop, Tiles, Turned, bulk_heads, bulk_rows
+from .launch import SIZES, Hop, Tiles, Turned, tma_heads, tma_rows
 from .tiles import backward_key_tiles
 
 # Rows whose reach a program reads at a time to find the queries that attend to its keys.
@@ -32,7 +32,7 @@ def gather_dk(
     q, dz, reach, bias, lse, delta, dlse, cos, sin, head_first, per_query, row_zero,
     num_tokens, num_rows, steps, stride, length, scale,
     H: tl.constexpr, D: tl.constexpr, E: tl.constexpr, NEAREST: tl.constexpr,
-    MASK: tl.constexpr, BULK: tl.constexpr, STRIDED: tl.constexpr, PACK: tl.constexpr,
+    MASK: tl.constexpr, TMA: tl.constexpr, STRIDED: tl.constexpr, PACK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add the contributions of the queries of rows [begin, end) to dk, dvalues (transposed)."""
@@ -43,7 +43,7 @@ def gather_dk(
         token, step, exists = locate(row, num_tokens, num_rows, steps, stride, STRIDED)
         vector = per_query + token.to(tl.int64) * H + head
         scalar = per_query + head * num_tokens + token
-        if BULK:
+        if TMA:
             b_q = q.load([row_zero + start, head_first, 0]).reshape(BLOCK_M, D)
             b_dz = dz.load([row_zero + start, head_first, 0]).reshape(BLOCK_M, E)
         else:
@@ -55,8 +55,8 @@ def gather_dk(
         b_delta = tl.load(delta + scalar, mask=exists, other=0.0)
         if dlse is not None:
             b_delta -= tl.load(dlse + scalar, mask=exists, other=0.0)
-        score = product(b_k, tl.trans(b_q), PRECISION)
-        inner = product(b_v, tl.trans(b_dz), PRECISION)
+        score = dot(b_k, tl.trans(b_q), PRECISION)
+        inner = dot(b_v, tl.trans(b_dz), PRECISION)
         seen = key[:, None] <= row[None, :] - NEAREST
         if MASK:
             first = first_visible(reach, row, token, step, exists, length)
@@ -99,7 +99,7 @@ def hop_backward_key_kernel(
     dz, dlse, delta, dk, dvalues, delta_before,
     num_tokens, num_rows, steps, stride, length, num_blocks, scale, softmax_scale,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
-    ACCUMULATE: tl.constexpr, BULK: tl.constexpr, STRIDED: tl.constexpr, PACK: tl.constexpr,
+    ACCUMULATE: tl.constexpr, TMA: tl.constexpr, STRIDED: tl.constexpr, PACK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, SCAN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -131,14 +131,14 @@ def hop_backward_key_kernel(
     inner_end = tl.maximum(tl.minimum(inner_end, end), diagonal_end)
 
     vector_k = (batch * num_tokens + token) * K + key_head
-    if BULK:
+    if TMA:
         b_k = k.load([row_zero + begin, key_head * D])
     else:
         b_k = load_rotated(k, vector_k * D, exists, step, k_cos, k_sin, D, BLOCK_D)
     acc_k = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     if V != H:
         vector_v = per_value + token * V + key_head
-        if BULK:
+        if TMA:
             b_v = values.load([row_zero + begin, key_head * E])
         else:
             b_v = load_tile(values, vector_v * E, exists, E, BLOCK_E)
@@ -147,7 +147,7 @@ def hop_backward_key_kernel(
         head = key_head * G + group
         if V == H:
             vector_v = per_value + token * V + head
-            if BULK:
+            if TMA:
                 b_v = values.load([row_zero + begin, head * E])
             else:
                 b_v = load_tile(values, vector_v * E, exists, E, BLOCK_E)
@@ -163,7 +163,7 @@ def hop_backward_key_kernel(
                 acc_k, acc_v, b_k, b_v, key, part_begin, part_end,
                 q, dz, reach, bias, lse, delta, dlse, q_cos, q_sin, head, per_query, row_zero,
                 num_tokens, num_rows, steps, stride, length, scale, H, D, E, NEAREST,
-                part != 1, BULK, STRIDED, PACK, BLOCK_M, BLOCK_D, BLOCK_E, PRECISION,
+                part != 1, TMA, STRIDED, PACK, BLOCK_M, BLOCK_D, BLOCK_E, PRECISION,
             )  # fmt: skip
         if V == H:
             if delta_before is not None:
@@ -222,16 +222,16 @@ def backward_keys(
     q, q_cos, q_sin = hop.rotated(hop.q, tiles.rotate_first)
     k, k_cos, k_sin = keys
     values, dz_tiles = hop.values, dz
-    if tiles.bulk:
+    if tiles.tma:
         tokens = tiles.block_m // tiles.pack
-        q, dz_tiles = bulk_heads(q, tokens, tiles.pack), bulk_heads(dz, tokens, tiles.pack)
-        k, values = bulk_rows(k, tiles.block_n), bulk_rows(values, tiles.block_n)
+        q, dz_tiles = tma_heads(q, tokens, tiles.pack), tma_heads(dz, tokens, tiles.pack)
+        k, values = tma_rows(k, tiles.block_n), tma_rows(values, tiles.block_n)
     num_blocks = triton.cdiv(hop.rows, tiles.block_n)
     with torch.cuda.device_of(hop.q):
         hop_backward_key_kernel[(hop.q.shape[0] * num_blocks * hop.k.shape[2],)](
             q, k, values, hop.reach, hop.bias, lse, hop.lse_before, q_cos, q_sin,
             k_cos, k_sin, hop.cos, hop.sin, dz_tiles, dlse, delta, dk, dvalues, delta_before,
-            *hop.walk(num_blocks), hop.scale, ACCUMULATE=accumulate, BULK=tiles.bulk,
+            *hop.walk(num_blocks), hop.scale, ACCUMULATE=accumulate, TMA=tiles.tma,
             PACK=tiles.pack, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, SCAN=_SCAN,
             num_warps=tiles.warps, num_stages=tiles.stages, **hop.constants(),
         )  # fmt: skip

@@ -16,11 +16,11 @@ from .backward_query import QueryGradients
 from .common import (
     LOG2E,
     add_product,
+    dot,
     first_visible,
     load_rotated,
     load_tile,
     locate,
-    product,
     score_gradient,
     store_gradient,
     store_tile,
@@ -81,15 +81,15 @@ def hop_backward_line_kernel(
         if dlse is not None:
             b_delta -= tl.load(dlse + scalar, mask=exists, other=0.0)
 
-        score = product(b_q, tl.trans(b_k), PRECISION)
-        inner = product(b_dz, tl.trans(b_v), PRECISION)
+        score = dot(b_q, tl.trans(b_k), PRECISION)
+        inner = dot(b_dz, tl.trans(b_v), PRECISION)
         weight, dscore = score_gradient(
             score, inner, offset[:, None], b_delta[:, None], seen, scale, True
         )
         if dbias is not None:
             tl.store(dbias + scalar, tl.sum(dscore, 1), mask=exists)
         weight, dscore = weight.to(b_dz.dtype), dscore.to(b_q.dtype)
-        dvalue = product(tl.trans(weight), b_dz, PRECISION)
+        dvalue = dot(tl.trans(weight), b_dz, PRECISION)
         if lse_before is not None:
             b_before = tl.load(lse_before + scalar, mask=exists, other=float("-inf"))
             keep = tl.where(b_before > float("-inf"), tl.exp(b_before - b_lse), 0.0)
@@ -100,7 +100,7 @@ def hop_backward_line_kernel(
             b_v = load_tile(values, vector * E, exists, E, BLOCK_E)
             tl.store(delta_before + scalar, tl.sum(dvalue * b_v.to(tl.float32), 1), mask=exists)
         store_tile(dvalue, dvalues, vector * E, exists, E, BLOCK_E)
-        dq_tile = product(dscore, b_k, PRECISION) * softmax_scale
+        dq_tile = dot(dscore, b_k, PRECISION) * softmax_scale
         store_gradient(dq_tile, dq, vector * D, exists, step, cos, sin, D, BLOCK_D, ACCUMULATE)
         acc_k = add_product(acc_k, tl.trans(dscore), b_q, PRECISION)
     store_gradient(

@@ -12,16 +12,16 @@ from torch import Tensor
 from .common import (
     LOG2E,
     add_product,
+    dot,
     first_visible,
     load_rotated,
     load_tile,
     locate,
-    product,
     score_gradient,
     store_gradient,
     store_tile,
 )
-from .launch import SIZES, Hop, Tiles, Turned, bulk_rows
+from .launch import SIZES, Hop, Tiles, Turned, tma_rows
 from .tiles import backward_query_tiles
 
 
@@ -30,7 +30,7 @@ def gather_dq(
     acc, bias_sum, b_q, b_dz, first, last, offset, delta, begin, end,
     row_zero, k, values, key_head, value_head, cos, sin, num_tokens, num_rows, steps, stride, scale,
     K: tl.constexpr, V: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
-    MASK: tl.constexpr, SUM: tl.constexpr, BULK: tl.constexpr, STRIDED: tl.constexpr,
+    MASK: tl.constexpr, SUM: tl.constexpr, TMA: tl.constexpr, STRIDED: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -39,14 +39,14 @@ def gather_dq(
         key = start + tl.arange(0, BLOCK_N)
         token, step, exists = locate(key, num_tokens, num_rows, steps, stride, STRIDED)
         token = token.to(tl.int64)
-        if BULK:
+        if TMA:
             b_k = k.load([row_zero + start, key_head * D])
             b_v = values.load([row_zero + start, value_head * E])
         else:
             b_k = load_rotated(k, (token * K + key_head) * D, exists, step, cos, sin, D, BLOCK_D)
             b_v = load_tile(values, (token * V + value_head) * E, exists, E, BLOCK_E)
-        score = product(b_q, tl.trans(b_k), PRECISION)
-        inner = product(b_dz, tl.trans(b_v), PRECISION)
+        score = dot(b_q, tl.trans(b_k), PRECISION)
+        inner = dot(b_dz, tl.trans(b_v), PRECISION)
         seen = (key[None, :] >= first[:, None]) & (key[None, :] <= last[:, None])
         _, dscore = score_gradient(score, inner, offset[:, None], delta[:, None], seen, scale, MASK)
         if SUM:
@@ -61,7 +61,7 @@ def hop_backward_query_kernel(
     dz, dlse, dq, delta, dbias, dz_before, dlse_before,
     num_tokens, num_rows, steps, stride, length, num_blocks, scale, softmax_scale,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
-    ACCUMULATE: tl.constexpr, BULK: tl.constexpr, STRIDED: tl.constexpr, PACK: tl.constexpr,
+    ACCUMULATE: tl.constexpr, TMA: tl.constexpr, STRIDED: tl.constexpr, PACK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -78,7 +78,7 @@ def hop_backward_query_kernel(
     value_head = head_block * PACK // (H // V)
     per_query = batch * num_tokens * H
     row_zero = program // (H // PACK) // num_blocks * num_tokens
-    if not BULK:
+    if not TMA:
         k += batch * num_tokens * K * D
         values += batch * num_tokens * V * E
     reach += batch * num_tokens
@@ -135,7 +135,7 @@ def hop_backward_query_kernel(
             acc, bias_sum, b_q, b_dz, first, row - NEAREST, offset, b_delta,
             part_begin, part_end, row_zero, k, values, key_head, value_head, k_cos, k_sin,
             num_tokens, num_rows, steps, stride, scale, K, V, D, E, part != 1,
-            dbias is not None, BULK, STRIDED, BLOCK_N, BLOCK_D, BLOCK_E, PRECISION,
+            dbias is not None, TMA, STRIDED, BLOCK_N, BLOCK_D, BLOCK_E, PRECISION,
         )  # fmt: skip
     if dbias is not None:
         tl.store(dbias + scalar, bias_sum, mask=exists)
@@ -184,8 +184,8 @@ def backward_queries(
     tiles = tiles or backward_query_tiles(hop)
     k, k_cos, k_sin = keys
     values = hop.values
-    if tiles.bulk:
-        k, values = bulk_rows(k, tiles.block_n), bulk_rows(values, tiles.block_n)
+    if tiles.tma:
+        k, values = tma_rows(k, tiles.block_n), tma_rows(values, tiles.block_n)
     num_blocks = triton.cdiv(hop.rows, tiles.block_m // tiles.pack)
     batch, heads = hop.q.shape[0], hop.q.shape[2]
     with torch.cuda.device_of(hop.q):
@@ -193,7 +193,7 @@ def backward_queries(
             hop.q, k, values, hop.reach, hop.bias, z, lse, hop.z_before, hop.lse_before,
             hop.cos, hop.sin, k_cos, k_sin, dz, dlse, dq, grads.delta, grads.dbias, dz_before,
             grads.dlse_before, *hop.walk(num_blocks), hop.scale,
-            ACCUMULATE=accumulate, BULK=tiles.bulk, PACK=tiles.pack,
+            ACCUMULATE=accumulate, TMA=tiles.tma, PACK=tiles.pack,
             BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n,
             num_warps=tiles.warps, num_stages=tiles.stages, **hop.constants(),
         )  # fmt: skip

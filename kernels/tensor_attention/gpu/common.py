@@ -22,7 +22,7 @@ FLOOR: tl.constexpr = tl.constexpr(-1.0e20)
 
 
 @triton.jit
-def product(x, y, PRECISION: tl.constexpr):
+def dot(x, y, PRECISION: tl.constexpr):
     """`tl.dot` with float32 accumulation; "upcast" is for the interpreter, without bf16 dot."""
     if PRECISION == "upcast":
         result = tl.dot(x.to(tl.float32), y.to(tl.float32), input_precision="ieee")

@@ -19,15 +19,15 @@ from .common import (
     LOG2E,
     MASKED,
     add_product,
+    dot,
     first_visible,
     load_rotated,
     load_tile,
     locate,
-    product,
     store_tile,
 )
 from .forward_line import forward_lines
-from .launch import SIZES, Hop, Tiles, bulk_rows
+from .launch import SIZES, Hop, Tiles, tma_rows
 from .tiles import forward_line_tiles, forward_ring, forward_tiles
 
 
@@ -36,7 +36,7 @@ def attend(
     acc, top, total, q, first, last, offset, begin, end, row_zero,
     k, values, key_head, value_head, cos, sin, num_tokens, num_rows, steps, stride, scale,
     K: tl.constexpr, V: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
-    MASK: tl.constexpr, BULK: tl.constexpr, STRIDED: tl.constexpr, BLOCK_N: tl.constexpr,
+    MASK: tl.constexpr, TMA: tl.constexpr, STRIDED: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add the keys of rows [begin, end) to the running (values, maximum, sum), base 2."""
@@ -44,11 +44,11 @@ def attend(
         key = start + tl.arange(0, BLOCK_N)
         token, step, exists = locate(key, num_tokens, num_rows, steps, stride, STRIDED)
         token = token.to(tl.int64)
-        if BULK:
+        if TMA:
             b_k = k.load([row_zero + start, key_head * D])
         else:
             b_k = load_rotated(k, (token * K + key_head) * D, exists, step, cos, sin, D, BLOCK_D)
-        score = product(q, tl.trans(b_k), PRECISION)
+        score = dot(q, tl.trans(b_k), PRECISION)
         if MASK:
             seen = (key[None, :] >= first[:, None]) & (key[None, :] <= last[:, None])
             score = tl.where(seen, score, MASKED)
@@ -57,7 +57,7 @@ def attend(
         keep = tl.exp2(top - top_next)
         total = total * keep + tl.sum(weight, 1)
         acc = acc * keep[:, None]
-        if BULK:
+        if TMA:
             b_v = values.load([row_zero + start, value_head * E])
         else:
             b_v = load_tile(values, (token * V + value_head) * E, exists, E, BLOCK_E)
@@ -71,7 +71,7 @@ def hop_forward_kernel(
     q, k, values, reach, bias, z_before, lse_before, q_cos, q_sin, k_cos, k_sin, z, lse,
     num_tokens, num_rows, steps, stride, length, num_blocks, scale,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
-    BULK: tl.constexpr, STRIDED: tl.constexpr, PACK: tl.constexpr,
+    TMA: tl.constexpr, STRIDED: tl.constexpr, PACK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -88,7 +88,7 @@ def hop_forward_kernel(
     value_head = head_block * PACK // (H // V)
     q += batch * num_tokens * H * D
     row_zero = program // (H // PACK) // num_blocks * num_tokens
-    if not BULK:
+    if not TMA:
         k += batch * num_tokens * K * D
         values += batch * num_tokens * V * E
     reach += batch * num_tokens
@@ -139,7 +139,7 @@ def hop_forward_kernel(
         acc, top, total = attend(
             acc, top, total, b_q, first, row - NEAREST, offset, part_begin, part_end,
             row_zero, k, values, key_head, value_head, k_cos, k_sin,
-            num_tokens, num_rows, steps, stride, scale, K, V, D, E, part != 1, BULK, STRIDED,
+            num_tokens, num_rows, steps, stride, scale, K, V, D, E, part != 1, TMA, STRIDED,
             BLOCK_N, BLOCK_D, BLOCK_E, PRECISION,
         )  # fmt: skip
 
@@ -167,14 +167,14 @@ def hop_forward(hop: Hop, z: Tensor, lse: Tensor, tiles: Tiles | None = None) ->
     tiles = tiles or forward_tiles(hop)
     k, k_cos, k_sin = hop.rotated(hop.k, tiles.rotate_first)
     values = hop.values
-    if tiles.bulk:
-        k, values = bulk_rows(k, tiles.block_n), bulk_rows(values, tiles.block_n)
+    if tiles.tma:
+        k, values = tma_rows(k, tiles.block_n), tma_rows(values, tiles.block_n)
     num_blocks = triton.cdiv(hop.rows, tiles.block_m // tiles.pack)
     batch, heads = hop.q.shape[0], hop.q.shape[2]
     with torch.cuda.device_of(hop.q):
         hop_forward_kernel[(batch * num_blocks * (heads // tiles.pack),)](
             hop.q, k, values, hop.reach, hop.bias, hop.z_before, hop.lse_before,
             hop.cos, hop.sin, k_cos, k_sin, z, lse, *hop.walk(num_blocks),
-            BULK=tiles.bulk, PACK=tiles.pack, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n,
+            TMA=tiles.tma, PACK=tiles.pack, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n,
             num_warps=tiles.warps, num_stages=tiles.stages, **hop.constants(),
         )  # fmt: skip

@@ -16,11 +16,11 @@ from .common import (
     LN2,
     LOG2E,
     MASKED,
+    dot,
     first_visible,
     load_rotated,
     load_tile,
     locate,
-    product,
     store_tile,
 )
 from .launch import SIZES, Hop
@@ -60,7 +60,7 @@ def hop_forward_line_kernel(
         vector = (batch * num_tokens + token) * H + head
         scalar = (batch * H + head) * num_tokens + token
         b_q = load_rotated(q, vector * D, exists, step, cos, sin, D, BLOCK_D)
-        score = product(b_q, tl.trans(b_k), PRECISION) * scale
+        score = dot(b_q, tl.trans(b_k), PRECISION) * scale
         if bias is not None:
             score += tl.load(bias + head).to(tl.float32) * LOG2E
         score = tl.where(seen, score, MASKED)
@@ -71,7 +71,7 @@ def hop_forward_line_kernel(
         weight = tl.exp2(score - top[:, None])
         total = tl.sum(weight, 1)
         b_v = load_tile(values, vector * E, exists, E, BLOCK_E)
-        acc = product(weight.to(b_v.dtype), b_v, PRECISION)
+        acc = dot(weight.to(b_v.dtype), b_v, PRECISION)
         if lse_before is not None:
             kept = tl.exp2(lse_zero - top)
             total += kept

@@ -20,7 +20,7 @@ class Tiles(NamedTuple):
 
     `pack` query heads of one key head share a query tile, so block_m rows are block_m / pack
     tokens. `rotate_first` rotates the inner loop's inputs into a copy before the kernel, instead of
-    on every load: faster if each tile is loaded many times. `bulk` loads tiles with the copy engine
+    on every load: faster if each tile is loaded many times. `tma` loads tiles with the copy engine
     of Hopper and later GPUs (see `Hop.allows_bulk`): threads then hold no addresses, which frees a
     third of their registers.
     """
@@ -31,7 +31,7 @@ class Tiles(NamedTuple):
     stages: int
     pack: int = 1
     rotate_first: bool = False
-    bulk: bool = False
+    tma: bool = False
 
 
 # A tensor, and the tables to rotate it on load; None if it is already or never rotated.
@@ -119,14 +119,14 @@ class Hop(NamedTuple):
         return rotate(x, self.cos, self.sin, self.stride), None, None
 
 
-def bulk_rows(x: Tensor, block: int) -> TensorDescriptor:
+def tma_rows(x: Tensor, block: int) -> TensorDescriptor:
     """`x` [B, T, N, D] as a matrix [B T, N D], loaded in tiles [block, D] of one head."""
     batch, num_tokens, heads, size = x.shape
     shape, strides = [batch * num_tokens, heads * size], [heads * size, 1]
     return TensorDescriptor(x, shape, strides, [block, size])
 
 
-def bulk_heads(x: Tensor, block: int, heads: int) -> TensorDescriptor:
+def tma_heads(x: Tensor, block: int, heads: int) -> TensorDescriptor:
     """`x` [B, T, N, D] as [B T, N, D], loaded in tiles [block, heads, D]."""
     batch, num_tokens, num_heads, size = x.shape
     shape, strides = [batch * num_tokens, num_heads, size], [num_heads * size, size, 1]
@@ -151,7 +151,7 @@ def padded(size: int) -> int:
 
 
 def precision_of(dtype: torch.dtype) -> str:
-    """PRECISION of `product`: float32 inputs get float32 products."""
+    """PRECISION of `dot`: float32 inputs get float32 products."""
     if dtype == torch.bfloat16 and is_interpreted():
         return "upcast"
     return "ieee" if dtype == torch.float32 else "tf32"

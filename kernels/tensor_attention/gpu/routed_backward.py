@@ -17,14 +17,14 @@ from torch import Tensor
 from .common import (
     LOG2E,
     add_product,
+    dot,
     load_rotated,
     load_tile,
-    product,
     score_gradient,
     store_gradient,
     store_tile,
 )
-from .launch import bulk_heads, bulk_rows
+from .launch import tma_heads, tma_rows
 from .routed_choice import rotate_stretched, slot_start
 from .routed_forward import load_keys, query_rows
 from .routed_launch import TILE, Routed
@@ -54,7 +54,7 @@ def routed_backward_query_kernel(
     num_tokens, num_keys, first_token, num_tiles, window, stretch, scale, softmax_scale,
     H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_N: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr,
-    CAPACITY: tl.constexpr, BULK: tl.constexpr,
+    CAPACITY: tl.constexpr, TMA: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq [B,Q,H,D]; dz_before [B,Q,H,E]; delta (minus dlse), dlse_before [B,H,Q].
@@ -98,10 +98,10 @@ def routed_backward_query_kernel(
         last = tl.where(((entry.to(tl.int32) & 0xFFFF) >> lane) & 1 != 0, limit, -1)
         for part in tl.static_range(BLOCK // BLOCK_N):
             start = first + part * BLOCK_N
-            b_k = load_keys(k, key_head, key_zero, start, K, D, BULK, BLOCK_N, BLOCK_D)
-            b_v = load_keys(values, key_head, key_zero, start, K, E, BULK, BLOCK_N, BLOCK_E)
-            score = product(b_q, tl.trans(b_k), PRECISION)
-            inner = product(b_dz, tl.trans(b_v), PRECISION)
+            b_k = load_keys(k, key_head, key_zero, start, K, D, TMA, BLOCK_N, BLOCK_D)
+            b_v = load_keys(values, key_head, key_zero, start, K, E, TMA, BLOCK_N, BLOCK_E)
+            score = dot(b_q, tl.trans(b_k), PRECISION)
+            inner = dot(b_dz, tl.trans(b_v), PRECISION)
             key = start + tl.arange(0, BLOCK_N)
             seen = key[None, :] <= last[:, None]
             _, dscore = score_gradient(
@@ -120,7 +120,7 @@ def routed_backward_key_kernel(
     scale, softmax_scale,
     H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_N: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr,
-    GROUPS: tl.constexpr, BULK: tl.constexpr,
+    GROUPS: tl.constexpr, TMA: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dk [B,T,K,D], dvalues [B,T,K,E] of the tokens of one slot's block (others remain zero).
@@ -151,8 +151,8 @@ def routed_backward_key_kernel(
         block, document = slot_start(doc_start, slot, num_keys, True, BLOCK)
         start = block + part * BLOCK_N
         key = start + tl.arange(0, BLOCK_N)
-        b_k = load_keys(k, key_head, key_zero, start, K, D, BULK, BLOCK_N, BLOCK_D)
-        b_v = load_keys(values, key_head, key_zero, start, K, E, BULK, BLOCK_N, BLOCK_E)
+        b_k = load_keys(k, key_head, key_zero, start, K, D, TMA, BLOCK_N, BLOCK_D)
+        b_v = load_keys(values, key_head, key_zero, start, K, E, TMA, BLOCK_N, BLOCK_E)
         acc_k = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
         acc_v = tl.zeros([BLOCK_N, BLOCK_E], tl.float32)
         row = tl.arange(0, TILE * GROUP)
@@ -165,7 +165,7 @@ def routed_backward_key_kernel(
             token = tile * TILE + lane
             exists = (token < num_tokens) & (row % GROUP < H // K)
             reads = exists & ((((reader & 0xFFFF).to(tl.int32) >> lane) & 1) != 0)
-            if BULK:
+            if TMA:
                 zero = (row_zero + tile * TILE).to(tl.int32)
                 b_q = q.load([zero, key_head * (H // K), 0]).reshape(TILE * GROUP, D)
                 b_dz = dz.load([zero, key_head * (H // K), 0]).reshape(TILE * GROUP, E)
@@ -176,8 +176,8 @@ def routed_backward_key_kernel(
             scalar = (batch * H + head) * num_tokens + token
             offset = tl.load(lse + scalar, mask=exists, other=float("inf")) * -LOG2E
             b_delta = tl.load(delta + scalar, mask=exists, other=0.0)
-            score = product(b_k, tl.trans(b_q), PRECISION)
-            inner = product(b_v, tl.trans(b_dz), PRECISION)
+            score = dot(b_k, tl.trans(b_q), PRECISION)
+            inner = dot(b_v, tl.trans(b_dz), PRECISION)
             seen = key[:, None] <= tl.where(reads, first_token + token - window, -1)[None, :]
             weight, dscore = score_gradient(
                 score, inner, offset[None, :], b_delta[None, :], seen, scale, True
@@ -221,16 +221,16 @@ def routed_backward(
     key_heads = k.shape[2]
     launch = backward_query_launch(routed)
     k_tiles, v_tiles = k_turned, values
-    if launch.bulk:
-        k_tiles = bulk_rows(k_turned, routed.rows_of_block)
-        v_tiles = bulk_rows(values, routed.rows_of_block)
+    if launch.tma:
+        k_tiles = tma_rows(k_turned, routed.rows_of_block)
+        v_tiles = tma_rows(values, routed.rows_of_block)
     with torch.cuda.device_of(q):
         routed_backward_query_kernel[(batch * key_heads * routed.tiles,)](
             q, k_tiles, v_tiles, query_starts, lists.entries, lists.counts, z, lse,
             z_before, lse_before, routed.cos, routed.sin, dz, dlse,
             grads.dq, delta, grads.dz_before, grads.dlse_before,
             num_tokens, k.shape[1], routed.first, routed.tiles, routed.window, routed.stretch,
-            routed.score_scale, routed.scale, CAPACITY=routed.capacity, BULK=launch.bulk,
+            routed.score_scale, routed.scale, CAPACITY=routed.capacity, TMA=launch.tma,
             num_warps=launch.warps, num_stages=launch.stages, **routed.constants(),
         )  # fmt: skip
 
@@ -239,11 +239,11 @@ def routed_backward(
         q, routed.cos, routed.sin, query_starts, routed.stretch, routed.first
     )
     q_tiles, dz_tiles, k_tiles, v_tiles = q_turned, dz, k_turned, values
-    if launch.bulk:
-        k_tiles = bulk_rows(k_turned, routed.rows_of_block)
-        v_tiles = bulk_rows(values, routed.rows_of_block)
-        q_tiles = bulk_heads(q_turned, TILE, routed.padded_group)
-        dz_tiles = bulk_heads(dz, TILE, routed.padded_group)
+    if launch.tma:
+        k_tiles = tma_rows(k_turned, routed.rows_of_block)
+        v_tiles = tma_rows(values, routed.rows_of_block)
+        q_tiles = tma_heads(q_turned, TILE, routed.padded_group)
+        dz_tiles = tma_heads(dz, TILE, routed.padded_group)
     parts = routed.block // routed.rows_of_block
     with torch.cuda.device_of(q):
         routed_backward_key_kernel[(batch * key_heads * routed.slots * parts,)](
@@ -251,7 +251,7 @@ def routed_backward(
             lse, dz_tiles, delta, routed.cos, routed.sin, grads.dk, grads.dvalues,
             num_tokens, k.shape[1], routed.first, routed.tiles, routed.slots, routed.window,
             routed.stretch, readers.readers.shape[1], routed.score_scale, routed.scale,
-            GROUPS=routed.tile_groups, BULK=launch.bulk, num_warps=launch.warps,
+            GROUPS=routed.tile_groups, TMA=launch.tma, num_warps=launch.warps,
             num_stages=launch.stages, **routed.constants(),
         )  # fmt: skip
     return grads

@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import MASKED, load_rotated, load_tile, product, store_tile
-from .launch import bulk_rows, padded, precision_of
+from .common import MASKED, dot, load_rotated, load_tile, store_tile
+from .launch import padded, precision_of, tma_rows
 from .routed_launch import starts_of
 from .routed_tiles import choice_launch
 
@@ -113,7 +113,7 @@ def query_sum_kernel(
 @triton.jit
 def slot_scores(
     b_q, means, row_zero, first, lowest, highest, num_slots,
-    D: tl.constexpr, PARTS: tl.constexpr, BULK: tl.constexpr, BLOCK_N: tl.constexpr,
+    D: tl.constexpr, PARTS: tl.constexpr, TMA: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
     """Scores [BLOCK_M, BLOCK_N] of slots first, first + 1, ...: those of their best parts.
@@ -124,12 +124,12 @@ def slot_scores(
     score = tl.full([b_q.shape[0], BLOCK_N], float("-inf"), tl.float32)
     for part in tl.static_range(PARTS):
         row = row_zero + part * num_slots
-        if BULK:
+        if TMA:
             b_mean = means.load([row + first, 0])
         else:
             listed = slot < num_slots
             b_mean = load_tile(means, (row + slot).to(tl.int64) * D, listed, D, BLOCK_D)
-        score = tl.maximum(score, product(b_q, tl.trans(b_mean), PRECISION))
+        score = tl.maximum(score, dot(b_q, tl.trans(b_mean), PRECISION))
     if MASK:
         allowed = (slot[None, :] > lowest[:, None]) & (slot[None, :] <= highest[:, None])
         score = tl.where(allowed, score, float("-inf"))
@@ -163,7 +163,7 @@ def exchange(kept, ids, score, slot):
 def choose_kernel(
     q, means, doc_start, choice, num_tokens, num_slots, num_blocks, window, first_token,
     K: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, TOP: tl.constexpr,
-    KEEP: tl.constexpr, BULK: tl.constexpr,
+    KEEP: tl.constexpr, TMA: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """choice [B, Q, K, TOP + 1] int32, in any order. Program: (batch, block of tokens, key head).
@@ -203,7 +203,7 @@ def choose_kernel(
                 part_begin, part_end = inner_end, end
             for first in range(part_begin, part_end, BLOCK_N):
                 score = slot_scores(
-                    b_q, means, row_zero, first, lowest, highest, num_slots, D, PARTS, BULK,
+                    b_q, means, row_zero, first, lowest, highest, num_slots, D, PARTS, TMA,
                     BLOCK_N, BLOCK_D, PRECISION, part != 0,
                 )  # fmt: skip
                 largest = tl.maximum(largest, score)
@@ -221,7 +221,7 @@ def choose_kernel(
     ids = tl.zeros([BLOCK_M, KEEP], tl.int32) - 1 - place[None, :]
     for first in range(begin, end, BLOCK_N):
         score = slot_scores(
-            b_q, means, row_zero, first, lowest, highest, num_slots, D, PARTS, BULK,
+            b_q, means, row_zero, first, lowest, highest, num_slots, D, PARTS, TMA,
             BLOCK_N, BLOCK_D, PRECISION, True,
         )  # fmt: skip
         score = tl.where(score >= bound[:, None], score, float("-inf"))
@@ -270,7 +270,7 @@ def choose(
     launch = choice_launch(q, top_k)
     num_blocks = triton.cdiv(num_tokens, launch.tokens)
     programs = batch * num_blocks * key_heads
-    rows = bulk_rows(means.view(1, -1, 1, size), launch.slots) if launch.bulk else means
+    rows = tma_rows(means.view(1, -1, 1, size), launch.slots) if launch.tma else means
     with torch.cuda.device_of(q):
         pooled_key_kernel[(num_slots, key_heads, batch)](
             k, doc_start, means, num_keys, num_slots,
@@ -279,7 +279,7 @@ def choose(
         choose_kernel[(programs,)](
             q, rows, query_starts, choice, num_tokens, num_slots, num_blocks,
             window, first, K=key_heads, D=size, BLOCK=block, PARTS=parts, TOP=top_k,
-            KEEP=max(2, triton.next_power_of_2(top_k)), BULK=launch.bulk,
+            KEEP=max(2, triton.next_power_of_2(top_k)), TMA=launch.tma,
             BLOCK_M=launch.tokens, BLOCK_N=launch.slots, BLOCK_D=padded(size),
             PRECISION=precision_of(q.dtype), num_warps=launch.warps, num_stages=launch.stages,
         )  # fmt: skip

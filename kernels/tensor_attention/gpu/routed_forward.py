@@ -17,12 +17,12 @@ from .common import (
     LOG2E,
     MASKED,
     add_product,
+    dot,
     load_rotated,
     load_tile,
-    product,
     store_tile,
 )
-from .launch import bulk_rows
+from .launch import tma_rows
 from .routed_choice import rotate_stretched
 from .routed_launch import Routed
 from .routed_lists import TileLists
@@ -51,10 +51,10 @@ def query_rows(
 @triton.jit
 def load_keys(
     k, head, num_rows_before, start, N: tl.constexpr, SIZE: tl.constexpr,
-    BULK: tl.constexpr, BLOCK_N: tl.constexpr, COLUMNS: tl.constexpr,
+    TMA: tl.constexpr, BLOCK_N: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """[BLOCK_N, COLUMNS] tile of one head of `k` [B T, N, SIZE], from token `start` of a row."""
-    if BULK:
+    if TMA:
         tile = k.load([(num_rows_before + start).to(tl.int32), head * SIZE])
     else:
         row = num_rows_before + start + tl.arange(0, BLOCK_N)
@@ -68,7 +68,7 @@ def routed_forward_kernel(
     num_tokens, num_keys, first_token, num_tiles, window, stretch, scale,
     H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_N: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr,
-    CAPACITY: tl.constexpr, BULK: tl.constexpr,
+    CAPACITY: tl.constexpr, TMA: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """q, z_before, z [B,Q,H,.]; k, values [B,T,K,.]; lse_before, lse [B,H,Q]. Program: a tile.
@@ -100,8 +100,8 @@ def routed_forward_kernel(
         last = tl.where(((entry.to(tl.int32) & 0xFFFF) >> lane) & 1 != 0, limit, -1)
         for part in tl.static_range(BLOCK // BLOCK_N):
             start = first + part * BLOCK_N
-            b_k = load_keys(k, key_head, key_zero, start, K, D, BULK, BLOCK_N, BLOCK_D)
-            score = product(b_q, tl.trans(b_k), PRECISION)
+            b_k = load_keys(k, key_head, key_zero, start, K, D, TMA, BLOCK_N, BLOCK_D)
+            score = dot(b_q, tl.trans(b_k), PRECISION)
             key = start + tl.arange(0, BLOCK_N)
             score = tl.where(key[None, :] <= last[:, None], score, MASKED)
             top_next = tl.maximum(top, tl.max(score, 1) * scale)
@@ -109,7 +109,7 @@ def routed_forward_kernel(
             keep = tl.exp2(top - top_next)
             total = total * keep + tl.sum(weight, 1)
             acc = acc * keep[:, None]
-            b_v = load_keys(values, key_head, key_zero, start, K, E, BULK, BLOCK_N, BLOCK_E)
+            b_v = load_keys(values, key_head, key_zero, start, K, E, TMA, BLOCK_N, BLOCK_E)
             acc = add_product(acc, weight.to(b_v.dtype), b_v, PRECISION)
             top = top_next
 
@@ -125,8 +125,8 @@ def routed_forward(
     launch = forward_launch(routed)
     k = rotate_stretched(routed.k, routed.cos, routed.sin, routed.doc_start, routed.stretch)
     values = routed.values
-    if launch.bulk:
-        k, values = bulk_rows(k, routed.rows_of_block), bulk_rows(values, routed.rows_of_block)
+    if launch.tma:
+        k, values = tma_rows(k, routed.rows_of_block), tma_rows(values, routed.rows_of_block)
     batch, num_tokens = routed.q.shape[:2]
     with torch.cuda.device_of(routed.q):
         routed_forward_kernel[(batch * routed.k.shape[2] * routed.tiles,)](
@@ -134,6 +134,6 @@ def routed_forward(
             z_before, lse_before, routed.cos, routed.sin, z, lse,
             num_tokens, routed.k.shape[1], routed.first, routed.tiles, routed.window,
             routed.stretch, routed.score_scale,
-            CAPACITY=routed.capacity, BULK=launch.bulk, num_warps=launch.warps,
+            CAPACITY=routed.capacity, TMA=launch.tma, num_warps=launch.warps,
             num_stages=launch.stages, **routed.constants(),
         )  # fmt: skip

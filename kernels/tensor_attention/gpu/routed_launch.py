@@ -79,7 +79,7 @@ class Routed(NamedTuple):
     @property
     def allows_bulk(self) -> bool:
         """Whether TMA can load whole tiles of these inputs."""
-        return can_bulk(self.q) and can_bulk(self.values)
+        return can_tma(self.q) and can_tma(self.values)
 
     def constants(self) -> dict[str, int | str | bool]:
         """The compile-time constants of the kernels that attend."""
@@ -115,7 +115,7 @@ def operand_bytes(q: Tensor, k: Tensor, values: Tensor, block: int) -> int:
     return (queries + rows_of_block(q, values, block)) * columns * q.dtype.itemsize
 
 
-def can_bulk(x: Tensor) -> bool:
+def can_tma(x: Tensor) -> bool:
     """Whether TMA (Hopper and later) can load tiles of the heads of `x`: without padding."""
     return padded(x.shape[3]) == x.shape[3] and (
         is_interpreted() or torch.cuda.get_device_capability(x.device) >= (9, 0)

@@ -6,15 +6,15 @@ import torch
 from torch import Tensor
 
 from .launch import is_interpreted, padded
-from .routed_launch import TILE, Routed, can_bulk
+from .routed_launch import TILE, Routed, can_tma
 
 
 class Launch(NamedTuple):
-    """Warps and pipeline stages of a kernel; `bulk`: TMA loads its tiles."""
+    """Warps and pipeline stages of a kernel; `tma`: TMA loads its tiles."""
 
     warps: int
     stages: int
-    bulk: bool
+    tma: bool
 
 
 def forward_launch(routed: Routed) -> Launch:
@@ -51,14 +51,14 @@ class ChoiceLaunch(NamedTuple):
     slots: int
     warps: int
     stages: int
-    bulk: bool
+    tma: bool
 
 
 def choice_launch(q: Tensor, top_k: int) -> ChoiceLaunch:
     """Launch parameters; the bound of the choice needs more slots per tile than top_k."""
-    bulk = can_bulk(q)
+    tma = can_tma(q)
     if is_interpreted():
-        return ChoiceLaunch(16, 16, 4, 1, bulk)
+        return ChoiceLaunch(16, 16, 4, 1, tma)
     if q.dtype == torch.float32 or padded(q.shape[3]) > 128:
         return ChoiceLaunch(32, 32, 4, 1, False)
-    return ChoiceLaunch(64, 64, 4, 2, bulk) if top_k <= 32 else ChoiceLaunch(64, 128, 8, 2, bulk)
+    return ChoiceLaunch(64, 64, 4, 2, tma) if top_k <= 32 else ChoiceLaunch(64, 128, 8, 2, tma)

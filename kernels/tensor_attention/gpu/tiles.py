@@ -76,7 +76,7 @@ def forward_tiles(hop: Hop) -> Tiles:
     if wide > 128:
         return Tiles(64, 32, 4, 2, pack, reuse)
     if reuse and hop.allows_bulk:
-        return Tiles(64, 64, 4, 3, min(pack, 4), reuse, bulk=True)
+        return Tiles(64, 64, 4, 3, min(pack, 4), reuse, tma=True)
     if reuse:  # measured: a tile of 4 heads is faster up to 64k rows, one of 2 heads above
         return Tiles(64, 64, 4, 3, min(pack, 4 if hop.rows <= 1 << 16 else 2), reuse)
     return Tiles(64, 64, 4, 1, min(pack, 2), reuse)
@@ -94,7 +94,7 @@ def backward_query_tiles(hop: Hop) -> Tiles:
     if wide > 128:
         return Tiles(64, 32, 4, 1, pack, reuse)
     if reuse and hop.allows_bulk:
-        return Tiles(64, 64, 4, 2, min(pack, 4), reuse, bulk=True)
+        return Tiles(64, 64, 4, 2, min(pack, 4), reuse, tma=True)
     if reuse:
         return Tiles(64, 64, 4, 2, 1, reuse)
     return Tiles(64, 32, 4, 1, 1, reuse)
