@@ -136,7 +136,9 @@ def _attend(
 ) -> State:
     """One softmax over the state and those of the entries [B, Q, K, U] that `seen` marks."""
     work = torch.promote_types(q.dtype, torch.float32)
-    keys, read = gather_entries(k, entries).to(work), gather_entries(values, entries).to(work)
+    sequence = torch.arange(k.shape[0], device=k.device)[:, None, None, None]
+    places = (sequence, entries, torch.arange(k.shape[2], device=k.device)[:, None])
+    keys, read = gather_entries(k, *places).to(work), gather_entries(values, *places).to(work)
     q_groups = q.to(work).unflatten(2, (k.shape[2], -1))
     with full_precision(q.device):
         scores = torch.einsum("bqkgd,bqkud->bqkgu", q_groups, keys) * scale
@@ -153,13 +155,12 @@ def _attend(
     return z.to(values.dtype), lse.masked_fill(sees_nothing, float("-inf"))
 
 
-def gather_entries(x: Tensor, entries: Tensor) -> Tensor:
+def gather_entries(x: Tensor, sequence: Tensor, entries: Tensor, head: Tensor) -> Tensor:
     """[B, Q, K, U, D]: the entries [B, Q, K, U] of x [B, T, K, D].
 
-    Gradients of an entry that is read more than once are added in float32.
+    `sequence` [B, 1, 1, 1] and `head` [K, 1] are the indices of these. Gradients of an entry that
+    is read more than once are added in float32.
     """
-    row = torch.arange(x.shape[0], device=x.device)[:, None, None, None]
-    head = torch.arange(x.shape[2], device=x.device)[:, None]
     if not x.requires_grad:
-        return x[row, entries, head]
-    return x.to(torch.promote_types(x.dtype, torch.float32))[row, entries, head].to(x.dtype)
+        return x[sequence, entries, head]
+    return x.to(torch.promote_types(x.dtype, torch.float32))[sequence, entries, head].to(x.dtype)

@@ -132,12 +132,12 @@ def _attend_one(
     with torch.no_grad():
         pooled = _pooled(k, documents.blocks, route, memory)
         choice = choose_step(q, pooled, documents.step, route.top_k)
-    near_q, near_k, q, k = rotate_step(q, k, documents.step)
+    queries, (near_k, k) = rotate_step(q, k, documents.step)
     near_k = memory.near_rows.append(near_k)
     k, v = memory.update(k, v)
     choices = memory.choice_rows.append(choice)
     return attend_step(
-        (near_q, q), (near_k, k), v, choices, documents.step, block=route.block, scale=scale
+        queries, (near_k, k), v, choices, documents.step, block=route.block, scale=scale
     )
 
 

@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from tensor_attention import choose_blocks, routed_decode
 from tensorlm.benchmarks.accounting import PeakMemory
@@ -241,6 +243,44 @@ def _record_open_blocks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(routed_decode, "_open_entries", record)
     return found
+
+
+class CountOperations(TorchDispatchMode):
+    """Counts the operations that compute something; a GPU gets a launch for each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        inputs = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if _holds(x)}
+        in_place = func._schema.is_mutable
+        if _holds(result) and (in_place or result.untyped_storage().data_ptr() not in inputs):
+            self.count += 1
+        return result
+
+
+def _holds(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.numel() > 0
+
+
+@torch.no_grad()
+def test_a_new_token_needs_few_operations() -> None:
+    """Decoding one sequence on a GPU waits for the host, which launches operations."""
+
+    def operations(num_layers: int) -> int:
+        route = {"block": 16, "top_k": 2, "stretch": 4, "open_tile": 16, "pool": 4}
+        model = folded_model(window=64, route=route, num_hidden_layers=num_layers)
+        cache = FoldCache(model.config)
+        for tokens in (200, 1):
+            model(torch.randint(256, (1, tokens)), past_key_values=cache)
+        with CountOperations() as operations:
+            model(torch.randint(256, (1, 1)), past_key_values=cache)
+        return operations.count
+
+    # 42 of routed attention, and 23 of any Llama layer: norms, products, MLP, residuals.
+    assert operations(2) - operations(1) <= 42 + 23
 
 
 @torch.no_grad()
