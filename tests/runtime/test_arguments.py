@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tensorlm.runtime.arguments import parse_arguments
+from tensorlm.runtime.arguments import Option, add_options, parse_arguments
 from tensorlm.runtime.errors import EXIT_BROKEN_PIPE, EXIT_USER_ERROR
 from tests.support.forked import run_forked
 from tests.support.launching import ROOT
@@ -27,6 +27,23 @@ def parse(monkeypatch: pytest.MonkeyPatch, *words: str) -> argparse.Namespace:
 def test_settings_may_stand_anywhere_behind_their_command(monkeypatch: pytest.MonkeyPatch) -> None:
     args = parse(monkeypatch, "convert", "a.b=1", "--dtype", "bf16", "c.d=2", "e.f=3")
     assert (args.dtype, args.overrides) == ("bf16", ["a.b=1", "c.d=2", "e.f=3"])
+
+
+def test_type_and_shown_default_of_an_option_are_those_of_its_default() -> None:
+    parser = argparse.ArgumentParser()
+    options = {
+        "--bytes N": Option("bytes to read", 20_000),
+        "--share S": Option("share (0: none; default: 0.5)", 0.5),
+        "--all": Option("read all", default=False),
+        "--files FILE": Option("files to skip", [], nargs="*"),
+        "folder DIR": Option("where to read"),
+    }
+    add_options(parser, options)
+    args = parser.parse_args(["--bytes", "7", "--all", "x"])
+    assert vars(args) == {"bytes": 7, "share": 0.5, "all": True, "files": [], "folder": "x"}
+    text = parser.format_help()
+    assert "bytes to read (default: 20,000)" in text
+    assert text.count("default:") == 2
 
 
 @pytest.mark.parametrize("words", [("convert", "a.b=1", "--strange"), ("other", "a.b=1")])
