@@ -111,29 +111,27 @@ def query_sum_kernel(
 
 
 @triton.jit
-def slot_scores(
-    b_q, means, row_zero, first, lowest, highest, num_slots,
-    D: tl.constexpr, PARTS: tl.constexpr, TMA: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, MASK: tl.constexpr,
+def part_scores(
+    b_q, means, row_zero, first, part, num_slots,
+    D: tl.constexpr, TMA: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Scores [BLOCK_M, BLOCK_N] of slots first, first + 1, ...: those of their best parts.
+    """Scores [BLOCK_M, BLOCK_N] of one part of slots first, first + 1, ...."""
+    row = row_zero + part * num_slots + first
+    if TMA:
+        b_mean = means.load([row, 0])
+    else:
+        place = tl.arange(0, BLOCK_N)
+        listed = first + place < num_slots
+        b_mean = load_tile(means, (row + place).to(tl.int64) * D, listed, D, BLOCK_D)
+    return dot(b_q, tl.trans(b_mean), PRECISION)
 
-    With MASK, they are -inf outside (lowest, highest].
-    """
-    slot = first + tl.arange(0, BLOCK_N)
-    score = tl.full([b_q.shape[0], BLOCK_N], float("-inf"), tl.float32)
-    for part in tl.static_range(PARTS):
-        row = row_zero + part * num_slots
-        if TMA:
-            b_mean = means.load([row + first, 0])
-        else:
-            listed = slot < num_slots
-            b_mean = load_tile(means, (row + slot).to(tl.int64) * D, listed, D, BLOCK_D)
-        score = tl.maximum(score, dot(b_q, tl.trans(b_mean), PRECISION))
-    if MASK:
-        allowed = (slot[None, :] > lowest[:, None]) & (slot[None, :] <= highest[:, None])
-        score = tl.where(allowed, score, float("-inf"))
-    return score
+
+@triton.jit
+def mask_slots(score, slot, lowest, highest):
+    """Set scores of slots outside (lowest, highest] to -inf."""
+    allowed = (slot[None, :] > lowest[:, None]) & (slot[None, :] <= highest[:, None])
+    return tl.where(allowed, score, float("-inf"))
 
 
 @triton.jit
@@ -192,20 +190,26 @@ def choose_kernel(
     shared = (shared_end > begin) & (tl.max(lowest) < begin)
     inner_end = begin + tl.where(shared, shared_end - begin, 0) // BLOCK_N * BLOCK_N
 
+    # Both passes load one part of a tile of slots per iteration, so that few loads are in flight
+    # and several programs share a multiprocessor.
+    column = tl.arange(0, BLOCK_N)
     # A bound that at least TOP scores reach: the TOP-th largest of the maxima of BLOCK_N groups.
     bound = tl.full([BLOCK_M], MASKED, tl.float32)
     if TOP < BLOCK_N:
         largest = tl.full([BLOCK_M, BLOCK_N], float("-inf"), tl.float32)
-        for part in tl.static_range(2):
-            if part == 0:
-                part_begin, part_end = begin, inner_end
+        for region in tl.static_range(2):
+            if region == 0:
+                region_begin, region_end = begin, inner_end
             else:
-                part_begin, part_end = inner_end, end
-            for first in range(part_begin, part_end, BLOCK_N):
-                score = slot_scores(
-                    b_q, means, row_zero, first, lowest, highest, num_slots, D, PARTS, TMA,
-                    BLOCK_N, BLOCK_D, PRECISION, part != 0,
+                region_begin, region_end = inner_end, end
+            for i in range(0, tl.cdiv(region_end - region_begin, BLOCK_N) * PARTS):
+                first = region_begin + i // PARTS * BLOCK_N
+                score = part_scores(
+                    b_q, means, row_zero, first, i % PARTS, num_slots, D, TMA,
+                    BLOCK_N, BLOCK_D, PRECISION,
                 )  # fmt: skip
+                if region != 0:
+                    score = mask_slots(score, first + column, lowest, highest)
                 largest = tl.maximum(largest, score)
         for _ in range(TOP - 1):
             largest = tl.where(largest == tl.max(largest, 1)[:, None], float("-inf"), largest)
@@ -219,13 +223,18 @@ def choose_kernel(
         + tl.where(place < TOP, float("-inf"), float("inf"))[None, :]
     )
     ids = tl.zeros([BLOCK_M, KEEP], tl.int32) - 1 - place[None, :]
-    for first in range(begin, end, BLOCK_N):
-        score = slot_scores(
-            b_q, means, row_zero, first, lowest, highest, num_slots, D, PARTS, TMA,
-            BLOCK_N, BLOCK_D, PRECISION, True,
-        )  # fmt: skip
-        score = tl.where(score >= bound[:, None], score, float("-inf"))
-        kept, ids = exchange(kept, ids, score, first + tl.arange(0, BLOCK_N))
+    best = tl.full([BLOCK_M, BLOCK_N], float("-inf"), tl.float32)
+    for i in range(0, tl.cdiv(end - begin, BLOCK_N) * PARTS):
+        first = begin + i // PARTS * BLOCK_N
+        score = part_scores(
+            b_q, means, row_zero, first, i % PARTS, num_slots, D, TMA, BLOCK_N, BLOCK_D, PRECISION
+        )
+        best = tl.maximum(best, score)
+        if i % PARTS == PARTS - 1:
+            best = mask_slots(best, first + column, lowest, highest)
+            best = tl.where(best >= bound[:, None], best, float("-inf"))
+            kept, ids = exchange(kept, ids, best, first + column)
+            best = tl.full([BLOCK_M, BLOCK_N], float("-inf"), tl.float32)
 
     target = ((batch * num_tokens + token) * K + key_head) * (TOP + 1)
     index = tl.where(ids >= 0, ids - lowest[:, None], -1)
