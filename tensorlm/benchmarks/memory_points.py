@@ -23,7 +23,7 @@ from tensorlm.plan.memory import gpu_memory
 from tensorlm.runtime.errors import UserError
 
 ROOT = Path(__file__).parents[2]
-_8B = "configs/llama8b_32k.toml"
+_8B = "configs/llama8b_32k_fold.toml"
 _BASE = ("train.rows_per_step=1", "train.steps=100", "data.path=unused")
 _SHAPES = {
     "0.1B": {"vocab_size": 32000, "hidden_size": 768, "intermediate_size": 2048, "num_layers": 12,

@@ -14,10 +14,14 @@ from .attention_tensorlm import TensorLMAttention
 from .configuration_tensorlm import TensorLMConfig, check_layers, check_operator
 from .modeling_tensorlm import TensorLMForCausalLM, TensorLMModel
 
+# As in configs/llama8b_32k.toml: the kind of attention that keeps most of full attention's quality.
+_WINDOW = 1024
+_ROUTE = {"block": 64, "top_k": 16, "stretch": 16}
+
 
 def attach(
     model: LlamaForCausalLM,
-    fold: Sequence[int] = (),
+    fold: Sequence[int] | None = None,
     *,
     full_every: int = 0,
     hop_bias_init: float = -4.0,
@@ -41,7 +45,9 @@ def attach(
         hop_bias_init: initial value of the learned bias of outer hops; -4 begins as a local window.
         window: tokens that window and routed layers always read (0: `fold[0]`).
         route: settings of routed layers, such as `dict(block=64, top_k=16, stretch=16)`, and
-            optionally `open_tile` and `pool` (default: 16 each); None: no routed layers.
+            optionally `open_tile` and `pool` (default: 16 each); None: no routed layers. If fold,
+            window, route and layers are all omitted, all layers are routed: a window of 1,024
+            tokens, 16 blocks of 64, stretch 16 (docs/method.md).
         route_every: every k-th layer is routed, and the others are window layers (strided if a fold
             is given); 0: all layers are routed.
         layers: instead, the kind of each layer: "window", "strided", "routed" or "full".
@@ -59,6 +65,10 @@ def attach(
             "before other wrappers)"
         )
     config = model.config
+    if fold is None:
+        fold = ()
+        if not (window or route or layers):
+            window, route = _WINDOW, _ROUTE
     if not isinstance(fold, Sequence) or not all(isinstance(n, int) for n in fold):
         raise ValueError(f"attach: fold must be a list of integers, got {fold!r}")
     if not isinstance(full_every, int) or full_every < 0:

@@ -52,7 +52,7 @@ def test_counted_bytes_are_those_of_the_formula(
 
 
 def test_projection_is_the_stated_formula() -> None:
-    config = load_config(ROOT / "configs/llama8b_32k.toml", ["data.seq_len=4096"])
+    config = load_config(ROOT / "configs/llama8b_32k_fold.toml", ["data.seq_len=4096"])
     machine = Machine(8, nvlink=100e9, network=10e9, latency=1e-6, flops=1e14, overlap=0.75)
     projections = {p.gpus: p for p in project_all(config, machine)}
     assert list(projections) == [8, 16, 32, 64, 128, 256, 512, 1024]
@@ -90,7 +90,7 @@ def test_gpus_that_cannot_share_a_row_are_named(config: Path) -> None:
 
 
 def test_the_documented_projection_is_what_the_launcher_prints() -> None:
-    settings = ["--config", "configs/llama8b_32k.toml", "parallel.sp=8"]
+    settings = ["--config", "configs/llama8b_32k_fold.toml", "parallel.sp=8"]
     result = run_forked("benchmark.py", "sp", *settings, "--only-project")
     table = result.stdout[result.stdout.index("| GPUs = sp") :]
     assert table.count("\n") == 10

@@ -17,10 +17,10 @@ SHIPPED = sorted((ROOT / "configs").glob("*.toml"))
 NUM_PARAMETERS = {
     "demo.toml": 1_311_888,
     # Llama-3-8B has 8,030,261,248; 32 layers x 32 heads x 1 hop bias come on top.
-    "llama8b_32k.toml": 8_030_261_248 + 32 * 32,
-    "llama8b_32k_1gpu.toml": 8_030_261_248 + 32 * 32,
-    "llama8b_128k.toml": 8_030_261_248 + 32 * 32,
-    "llama8b_routed_32k.toml": 8_030_261_248,
+    "llama8b_32k_fold.toml": 8_030_261_248 + 32 * 32,
+    "llama8b_32k_1gpu.toml": 8_030_261_248,
+    "llama8b_128k.toml": 8_030_261_248,
+    "llama8b_32k.toml": 8_030_261_248,
     "llama8b_hybrid_32k.toml": 8_030_261_248 + 28 * 32,  # full layers have no hop bias
 }
 

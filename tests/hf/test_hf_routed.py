@@ -33,6 +33,7 @@ from tests.support.hf_models import (
     run_without_us,
     tiny_llama,
 )
+from tests.support.launching import ROOT
 
 ROUTED = (
     "model.fold=[]", "model.full_every=0", "model.window=8", "model.route_every=2",
@@ -378,6 +379,16 @@ def test_attached_model_is_the_same_inside_its_window_and_saves_itself(tmp_path:
     assert isinstance(again, TensorLMForCausalLM)
     assert again.config.route == route
     assert torch.equal(again(tokens).logits, after)
+
+
+def test_routed_layers_are_attached_by_default() -> None:
+    model = attach(tiny_llama())
+    trained = load_config(ROOT / "configs/llama8b_32k.toml").model
+    assert model.config.window == trained.window
+    assert trained.route is not None
+    route = trained.route.model_dump()
+    assert model.config.route == {n: route[n] for n in ("block", "top_k", "stretch")}
+    assert all(layer.self_attn.kind == "routed" for layer in model.model.layers)
 
 
 @torch.no_grad()

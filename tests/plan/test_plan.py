@@ -26,7 +26,7 @@ from tensorlm.runtime.errors import UserError
 from tests.support.forked import Completed, run_forked
 from tests.support.launching import ROOT
 
-LLAMA = "configs/llama8b_32k.toml"
+LLAMA = "configs/llama8b_32k_fold.toml"
 
 
 def llama(*overrides: str) -> Config:
@@ -389,7 +389,7 @@ def test_launcher_tells_what_does_not_fit_and_what_would(tmp_path: Path) -> None
     assert numbers["step_seconds"] == pytest.approx(sum(numbers["time"].values()))
     assert len(numbers["proposals"]) == len(proposals_for("one GPU"))
     for text in (
-        "configs/llama8b_32k.toml on 1 x H200: 8.03 B parameters", "predicted from formulas",
+        f"{LLAMA} on 1 x H200: 8.03 B parameters", "predicted from formulas",
         f"does not fit: {original.memory.needed / GIB:.1f} of 139 GiB", "largest part is moments",
         "host memory:", "MFU", "optim.state_dtype=bf16",
     ):  # fmt: skip
@@ -404,7 +404,7 @@ def test_launcher_refuses_what_cannot_be_planned() -> None:
 
 
 def test_routed_layers_are_planned() -> None:
-    path = ROOT / "configs/llama8b_routed_32k.toml"
+    path = ROOT / "configs/llama8b_32k.toml"
     plans = {
         name: make_plan(load_config(path, overrides), 8, find_gpu("h200"))
         for name, overrides in {

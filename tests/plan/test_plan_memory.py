@@ -107,7 +107,7 @@ def test_window_and_routed_layers_on_shared_rows(ranks: int) -> None:
 def test_operator_is_what_was_measured_on_a_gpu() -> None:
     # kernels/README.md: 131,072 tokens, H 32, K 8, D 128, fold [1024]: 5.81 GiB are allocated, 3.31
     # of them beyond the output and the gradients of q, k, v.
-    config = load_config(ROOT / "configs/llama8b_32k.toml", ["data.seq_len=131072"])
+    config = load_config(ROOT / "configs/llama8b_32k_fold.toml", ["data.seq_len=131072"])
     memory = operator_memory(Job(config, 1, config.phases[0]), "strided")
     gib, given = 2**30, (1 + 1 / 4 + 1 / 4) + 1  # q, k, v; the gradient that arrives
     allocated = (memory.saved + memory.backward) / gib - given
@@ -178,7 +178,7 @@ def test_pass_of_perplexity_is_what_was_measured_on_a_gpu() -> None:
     # docs/evaluation.md: Llama-8B evaluated on an H200, with its weights and nothing else.
     lengths = {32768: 18.4, 131072: 28.6}
     config = load_config(
-        ROOT / "configs/llama8b_32k.toml",
+        ROOT / "configs/llama8b_32k_fold.toml",
         ["train.fused_layers=liger", "eval.every=1", f"eval.lengths={list(lengths)}"],
     )
     job = Job(config, 1, config.phases[0])
@@ -212,7 +212,7 @@ def test_prompts_are_what_was_measured_on_a_gpu() -> None:
     lengths = {32768: 31.1, 131072: 67.3}
     overrides = ["zero.stage=2", "eval.every=1", "eval.tasks=['niah']"]
     config = load_config(
-        ROOT / "configs/llama8b_32k.toml", [*overrides, f"eval.lengths={list(lengths)}"]
+        ROOT / "configs/llama8b_32k_fold.toml", [*overrides, f"eval.lengths={list(lengths)}"]
     )
     job = Job(config, 1, config.phases[0])
     assert prompts.prompt_lengths(job) == list(lengths)
