@@ -35,7 +35,7 @@ _SHAPES = {
     "2.8B, width of 8B": {"num_layers": 8},
     "8B": {},
 }  # fmt: skip
-_PLAIN, _AGAIN = "train.activation_checkpointing=false", "train.activation_checkpointing=true"
+_PLAIN, _AGAIN = "train.recompute=none", "train.recompute=block"
 _TINY = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 192, "num_layers": 4,
          "num_heads": 4, "num_kv_heads": 2, "fold": [64]}  # fmt: skip
 

@@ -1,8 +1,8 @@
 """Forward and backward of a whole model on one device, by kind of attention (`train_methods.py`).
 
 All methods train the same decoder shape on one document of random tokens (in runs of equal ones),
-with activation checkpointing, in the configuration's dtype. Other memory settings (offload, tiles,
-fused layers) are those of the configuration, except for `huggingface`. The optimizer is left out:
+in the configuration's dtype. Memory settings (recomputation, offload, tiles, fused layers) are
+those of the configuration; `huggingface` recomputes its layers. The optimizer is left out:
 its cost does not depend on the length, and with it fewer layers would fit.
 """
 
@@ -127,7 +127,9 @@ def build(config: Config, method: str, longest: int, device: torch.device) -> nn
             theirs = LlamaForCausalLM(LlamaConfig(**shape, attn_implementation="sdpa")).to(dtype)
         theirs.gradient_checkpointing_enable()
         return theirs.train()
-    settings = config.train.model_copy(update={"activation_checkpointing": True})
+    settings = config.train
+    if settings.recompute == "auto":
+        settings = settings.model_copy(update={"recompute": "block"})
     # Use PyTorch's initial weights: `init_weights` of billions of parameters takes a minute.
     model = create_llama(shape_of(config.model, method), settings, Grid(), device)
     if method == "full":

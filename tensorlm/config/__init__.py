@@ -12,6 +12,7 @@ from .schema import (
     GuardsConfig,
     OptimConfig,
     PhaseConfig,
+    Recompute,
     TrainConfig,
 )
 from .section import Section, raise_all
@@ -27,6 +28,7 @@ __all__ = [
     "ModelConfig",
     "OptimConfig",
     "PhaseConfig",
+    "Recompute",
     "RopeScaling",
     "RouteConfig",
     "Section",

@@ -27,6 +27,7 @@ from .model import ModelConfig
 from .section import Section, raise_all
 
 FusedLayers = Literal["auto", "liger", "torch"]
+Recompute = Literal["none", "selective", "block", "auto"]
 
 
 class SourceConfig(Section):
@@ -139,10 +140,12 @@ class TrainConfig(Section):
     fused_layers: FusedLayers = "auto"
     """implementation of RMSNorm and SwiGLU: auto (Liger's kernels on GPUs if installed), liger or
     torch"""
-    activation_checkpointing: bool = False
-    """keep only each layer's input, and recompute the layer in the backward pass"""
+    recompute: Recompute = "none"
+    """what the backward pass recomputes: none; selective (norms and SwiGLU's activation: results of
+    attention and matrix products are kept); block (everything: only layers' inputs are kept); or
+    auto (the first of these that fits the GPU by the plan's prediction)"""
     activation_offload: bool = False
-    """keep the layers' inputs in host memory; needs activation_checkpointing"""
+    """keep the layers' inputs in host memory; needs recompute = block or selective"""
     mlp_chunk: NonNegativeInt = 0
     """tokens that pass through SwiGLU at a time, to bound its memory (0: all)"""
     loss_chunk: PositiveInt = 2048
@@ -152,6 +155,20 @@ class TrainConfig(Section):
     profile: tuple[int, int] | None = Field(None, strict=False)
     """steps [start, stop) of rank 0 to trace into RUN/profile/, e.g. [10, 13] (default: no
     trace)"""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _recompute_of_old_key(cls, tree: Any) -> Any:
+        """Accept `activation_checkpointing`, which `recompute` has replaced."""
+        match tree:
+            case {"activation_checkpointing": bool(recomputes), **rest}:
+                if "recompute" in rest:
+                    raise ValueError(
+                        "activation_checkpointing: must not be set beside recompute, which "
+                        "replaces it (remove activation_checkpointing)"
+                    )
+                return rest | {"recompute": "block" if recomputes else "none"}
+        return tree
 
 
 class ParallelConfig(Section):
@@ -240,8 +257,10 @@ class Config(Section):
             )
         if self.zero.stage == 0 and self.zero.offload_optimizer:
             problems.append("zero.offload_optimizer: needs zero.stage = 1, 2 or 3")
-        if self.train.activation_offload and not self.train.activation_checkpointing:
-            problems.append("train.activation_offload: needs train.activation_checkpointing = true")
+        if self.train.activation_offload and self.train.recompute == "none":
+            problems.append(
+                "train.activation_offload: needs train.recompute = block or selective, got none"
+            )
         if self.train.attention == "triton" and (reason := why_slow(self.model)):
             problems.append(f"model.route: {reason} (or set train.attention = auto, which is slow)")
         warmup, decay, steps = self.optim.warmup_steps, self.optim.decay_steps, self.train.steps

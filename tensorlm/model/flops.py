@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tensor_attention import fold_axes
-from tensorlm.config import LayerKind, ModelConfig
+from tensorlm.config import LayerKind, ModelConfig, Recompute
 
 # Dense bf16 FLOP/s by the words of a device's name, from vendors' data sheets, without sparsity.
 # The first entry whose words are all in the name counts, so variants come before their base models.
@@ -103,26 +103,26 @@ def train_flops(config: ModelConfig, depth: Tensor) -> int:
 
 
 def recomputed_flops(
-    config: ModelConfig, depth: Tensor, activation_checkpointing: bool, mlp_chunk: int = 0
+    config: ModelConfig, depth: Tensor, recompute: Recompute, mlp_chunk: int = 0
 ) -> int:
     """FLOPs of recomputation in the backward pass; other arguments as in `train_flops`.
 
-    With activation checkpointing, each layer is recomputed except for its last product and the
-    choice of blocks, which is kept; tiling the MLP adds nothing. Without, only the first two
-    products of a tiled MLP are recomputed.
+    With "block", each layer is recomputed except for its last product and the choice of blocks,
+    which is kept; tiling the MLP adds nothing. Otherwise, only the first two products of a tiled
+    MLP are recomputed. Attention counts as kept by "selective", which holds for the GPU's kernels.
     """
     is_tiled = 0 < mlp_chunk < depth.numel()
-    linear = recomputed_linear_flops_per_token(config, activation_checkpointing, is_tiled)
-    attention = attention_flops(config, depth) if activation_checkpointing else 0
+    linear = recomputed_linear_flops_per_token(config, recompute, is_tiled)
+    attention = attention_flops(config, depth) if recompute == "block" else 0
     return linear * depth.numel() + attention
 
 
 def recomputed_linear_flops_per_token(
-    config: ModelConfig, activation_checkpointing: bool, is_tiled: bool
+    config: ModelConfig, recompute: Recompute, is_tiled: bool
 ) -> int:
     """The part of `recomputed_flops` in matrix products with weights, for one token."""
     product = 2 * config.num_layers * config.hidden_size * config.intermediate_size
-    if not activation_checkpointing:
+    if recompute != "block":
         return 2 * product if is_tiled else 0
     head = 2 * config.hidden_size * config.vocab_size
     return linear_flops_per_token(config) - head - product

@@ -45,10 +45,14 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        if 0 < self.chunk < x.shape[:-1].numel():
+        if self.is_tiled(x):
             gate, up, down = self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight
             return tiled_swiglu(x, gate, up, down, self.chunk, self._multiply)
         return self.down_proj(self._multiply(self.gate_proj(x), self.up_proj(x)))
+
+    def is_tiled(self, x: Tensor) -> bool:
+        """Whether x [..., C] is processed in tiles of tokens."""
+        return 0 < self.chunk < x.shape[:-1].numel()
 
     def _multiply(self, gate: Tensor, up: Tensor) -> Tensor:
         return fused.silu_multiply(gate, up, self.fused_layers)

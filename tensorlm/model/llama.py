@@ -9,17 +9,17 @@ from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from fold_parallel import Grid
 from tensor_attention import Backend, Rotary
-from tensorlm.config import FusedLayers, ModelConfig, TrainConfig
+from tensorlm.config import FusedLayers, ModelConfig, Recompute, TrainConfig
 
 from .attention import Attention, KeptChoice
 from .fused import check_layers
 from .layers import RMSNorm, SwiGLU, rotary_table
 from .offload import HostOffload
 from .output_head import OutputHead, Reduction
+from .recompute import run_block
 
 # Number of random weights drawn at a time, in float32. Reusing this buffer takes half as long as a
 # new tensor for each parameter. It must be a multiple of 16, or the weights would change.
@@ -46,7 +46,7 @@ def create_llama(
                 shape,
                 grid,
                 attention=train.attention,
-                activation_checkpointing=train.activation_checkpointing,
+                recompute=train.recompute,
                 activation_offload=train.activation_offload,
                 loss_chunk=train.loss_chunk,
                 mlp_chunk=train.mlp_chunk,
@@ -81,6 +81,13 @@ class Block(nn.Module):
         x = x + self.self_attn(self.input_layernorm(x), doc_start, rotary, kept)
         return x + self.mlp(self.post_attention_layernorm(x))
 
+    def kept_products(self, x: Tensor) -> int:
+        """Number of first products whose results backward can use, for x [B, T, C].
+
+        They are q, k, v, o, and gate and up unless these are tiled; the result of down is not used.
+        """
+        return 4 if self.mlp.is_tiled(x) else 6
+
 
 class Llama(nn.Module):
     """The decoder: from token ids to logits or to the summed loss."""
@@ -91,7 +98,7 @@ class Llama(nn.Module):
         grid: Grid = Grid(),  # noqa: B008 (frozen)
         *,
         attention: Backend = "auto",
-        activation_checkpointing: bool = False,
+        recompute: Recompute = "none",
         activation_offload: bool = False,
         loss_chunk: int = 2048,
         mlp_chunk: int = 0,
@@ -100,7 +107,7 @@ class Llama(nn.Module):
         super().__init__()
         self.config = config
         self.grid = grid
-        self.activation_checkpointing = activation_checkpointing
+        self.recompute = recompute
         self.offload = HostOffload() if activation_offload else None
         self.loss_chunk = loss_chunk
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
@@ -136,13 +143,12 @@ class Llama(nn.Module):
             doc_start = torch.zeros_like(tokens, dtype=torch.int32)
         rotary = rotary_table(self.config, tokens.shape[1] * self.grid.sp, tokens.device)
         x = self.embed_tokens(tokens)
-        recompute = self.activation_checkpointing and torch.is_grad_enabled()
-        with self.offload.saving() if recompute and self.offload else nullcontext():
+        recompute: Recompute = self.recompute if torch.is_grad_enabled() else "none"
+        offloads = self.offload is not None and recompute != "none"
+        with self.offload.saving() if self.offload and offloads else nullcontext():
             for block in self.layers:
-                if recompute:
-                    x = checkpoint(block, x, doc_start, rotary, KeptChoice(), use_reentrant=False)
-                else:
-                    x = block(x, doc_start, rotary)
+                assert isinstance(block, Block)
+                x = run_block(block, recompute, block.kept_products(x), x, doc_start, rotary)
         x = self.norm(x)
         if labels is None:
             return self.lm_head(x)

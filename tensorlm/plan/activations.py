@@ -11,7 +11,7 @@ own backward is done.
 from tensorlm.config import LayerKind
 
 from .job import FP32, Job
-from .operator import OperatorMemory, operator_memory
+from .operator import OperatorMemory, operator_memory, sizes
 
 # Hidden states being copied to the host, or back, while a neighboring block computes.
 OFFLOADS_IN_FLIGHT = 2
@@ -81,14 +81,26 @@ def saved_by_block(job: Job, operator: OperatorMemory) -> int:
 def kept_by_block(job: Job, operator: OperatorMemory) -> int:
     """What a block keeps on the GPU until its backward.
 
-    With recomputation: its input, and the choice of a routed layer.
+    With recomputation: its input unless that is offloaded, the choice of a routed layer, and
+    `kept_results`.
     """
-    if job.offloads_activations:
-        return operator.kept
     if job.recomputes:
-        return hidden_state(job) + operator.kept
+        on_gpu = 0 if job.offloads_activations else hidden_state(job)
+        return on_gpu + operator.kept + kept_results(job, operator)
     input_too = hidden_state(job) if keeps_own_input(job) else 0
     return input_too + saved_by_block(job, operator)
+
+
+def kept_results(job: Job, operator: OperatorMemory) -> int:
+    """What selective recomputation keeps besides a block's input (`model/recompute.py`).
+
+    q, k, v, the results of attention and of o, and of gate and up unless SwiGLU is tiled.
+    """
+    if job.recompute != "selective":
+        return 0
+    q, k, _, _ = sizes(job)
+    mlp = 0 if is_tiled(job) else 2 * mlp_width(job, job.tokens)
+    return q + 2 * k + operator.results + hidden_state(job) + mlp
 
 
 def mlp_peak(job: Job, operator: OperatorMemory, reduction: int) -> int:
@@ -141,18 +153,21 @@ def held_by_tiles(job: Job) -> int:
 def block_peak(job: Job, operator: OperatorMemory, reduction: int = 0) -> int:
     """Peak of one block's backward, with everything it has kept or recomputed.
 
-    Excludes its input, and a choice that recomputation keeps.
+    Excludes its input, and what recomputation keeps.
 
     Args:
         job: the job.
         operator: memory of the block's attention operator.
         reduction: bytes that the reduction of weight gradients needs at the same time.
     """
-    if job.recomputes:
-        operator = operator._replace(saved=operator.saved - operator.kept)
-    return max(
-        mlp_peak(job, operator, reduction), norm_peak(job, operator), attention_peak(job, operator)
-    )
+    kept = operator.kept + kept_results(job, operator) if job.recomputes else 0
+    return (
+        max(
+            mlp_peak(job, operator, reduction), norm_peak(job, operator),
+            attention_peak(job, operator),
+        )
+        - kept
+    )  # fmt: skip
 
 
 def saved_activations(job: Job, operators: dict[LayerKind, OperatorMemory], blocks: int) -> int:

@@ -8,7 +8,7 @@ bytes of a working weight or activation.
 from dataclasses import dataclass
 from functools import cached_property
 
-from tensorlm.config import Config, LayerKind, PhaseConfig
+from tensorlm.config import Config, LayerKind, PhaseConfig, Recompute
 from tensorlm.model.fused import runs_liger
 
 FP32 = 4  # bytes of a float32
@@ -90,8 +90,15 @@ class Job:
         return max(1, self.phase.rows_per_step // (self.dp * self.phase.micro_batch))
 
     @property
+    def recompute(self) -> Recompute:
+        """What backward recomputes; for an unresolved "auto", what needs the least memory."""
+        recompute = self.config.train.recompute
+        return "block" if recompute == "auto" else recompute
+
+    @property
     def recomputes(self) -> bool:
-        return self.config.train.activation_checkpointing
+        """Whether backward recomputes blocks, at least in part."""
+        return self.recompute != "none"
 
     @property
     def runs_liger(self) -> bool:

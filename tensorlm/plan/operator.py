@@ -26,13 +26,15 @@ class OperatorMemory(NamedTuple):
         saved: kept from forward to backward, including q, k, v and the output.
         backward: what backward adds at its peak, including the incoming gradient.
         forward: peak of a forward pass that saves nothing, including q, k, v.
-        kept: the part of `saved` that recomputation keeps too.
+        kept: the part of `saved` that recomputation keeps too: the choice of a routed layer.
+        results: what the operator's kernels return, which selective recomputation keeps.
     """
 
     saved: int
     backward: int
     forward: int
     kept: int = 0
+    results: int = 0
 
 
 def operator_memory(job: Job, kind: LayerKind) -> OperatorMemory:
@@ -66,7 +68,7 @@ def chain(job: Job, axes: Sequence[Axis]) -> OperatorMemory:
         rows = 1 + (not is_last) + (3 if i else 0)
         peaks.append(gradients + sum(_rotated(job, axis.stride, axis.length)) + rows * lse)
     keys = max(_rotated(job, axis.stride, axis.length)[1] for axis in axes)
-    return OperatorMemory(saved, q + max(peaks), saved + keys)
+    return OperatorMemory(saved, q + max(peaks), saved + keys, results=hops * (q + lse))
 
 
 def routed(job: Job) -> OperatorMemory:
@@ -94,7 +96,7 @@ def routed(job: Job) -> OperatorMemory:
         # The same for the window, with the gradients of the routed hop, whose results are freed.
         2 * (q + 2 * k) + lse + window_q + window_k - choice - token,
     )
-    return OperatorMemory(saved, backward, forward, kept=choice)
+    return OperatorMemory(saved, backward, forward, kept=choice, results=2 * (q + lse))
 
 
 class _FirstHop(NamedTuple):
@@ -123,10 +125,11 @@ def _first_hop(job: Job, length: int) -> _FirstHop:
 
 def shared_window(job: Job) -> OperatorMemory:
     """Memory of a window layer on a shared row."""
-    q, k, _, token = sizes(job)
+    q, k, lse, token = sizes(job)
     hop = _first_hop(job, min(job.config.model.window_size, job.phase.seq_len))
     forward = q + 2 * k + hop.forward + token  # the depth of each token in its document
-    return OperatorMemory(round(hop.saved), round(hop.backward), round(forward))
+    results = round(hop.longer * (q + lse))
+    return OperatorMemory(round(hop.saved), round(hop.backward), round(forward), results=results)
 
 
 def shared_routed(job: Job) -> OperatorMemory:
@@ -160,7 +163,8 @@ def shared_routed(job: Job) -> OperatorMemory:
         # the routed hop are freed.
         4 * row_k + hop.backward - (2 * lse + choice + row + z),
     )
-    return OperatorMemory(round(saved), round(backward), round(forward), kept=choice)
+    results = round((hop.longer + 1) * (q + lse))
+    return OperatorMemory(round(saved), round(backward), round(forward), choice, results)
 
 
 def kept_choice(job: Job) -> int:
@@ -223,7 +227,8 @@ def shared(job: Job, fold: Sequence[int]) -> OperatorMemory:
         # The results of hop 1, while they are exchanged.
         q + k + token + longer * (q + lse) + 2 * (q + lse),
     )  # fmt: skip
-    return OperatorMemory(round(saved), round(max(peaks) - saved), round(forward))
+    results = round((longer + outer) * (q + lse))
+    return OperatorMemory(round(saved), round(max(peaks) - saved), round(forward), results=results)
 
 
 def shared_heads(job: Job) -> OperatorMemory:
@@ -247,7 +252,7 @@ def shared_heads(job: Job) -> OperatorMemory:
         by_heads + q + lse + job.sp * token + (k if rotates else 0),
         by_heads + 3 * q,  # the output by heads, sent and received
     )
-    return OperatorMemory(saved, backward, forward)
+    return OperatorMemory(saved, backward, forward, results=q + lse)
 
 
 def sizes(job: Job) -> tuple[int, int, int, int]:

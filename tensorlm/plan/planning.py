@@ -11,6 +11,7 @@ from .gpus import Gpu
 from .host import HostMemory, host_memory
 from .job import Job, plan_jobs
 from .memory import GpuMemory, evaluation_memory, gpu_memory, prompt_memory
+from .recompute import resolve_recompute
 from .speed import StepTime, step_time
 
 _LONGEST = 1 << 30  # tokens: longest row to try
@@ -80,11 +81,12 @@ class Plan:
 
 
 def make_plan(config: Config, gpus: int, gpu: Gpu) -> Plan:
-    """Plan a configuration.
+    """Plan a configuration, with `train.recompute` = "auto" resolved for this GPU.
 
     Raises:
         UserError: `gpus` ranks cannot share its work; the message lists legal sizes.
     """
+    config = resolve_recompute(config, gpus, gpu.memory)
     jobs = tuple(plan_jobs(config, gpus))
     return Plan(config, gpus, gpu, jobs, tuple(gpu_memory(job) for job in jobs))
 

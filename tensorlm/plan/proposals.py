@@ -89,7 +89,7 @@ def _options(plan: Plan) -> dict[str, list[Any]]:
     else:
         gpus = [plan.gpus * n for n in (2, 4, 8)]
     options: dict[str, list[Any]] = {
-        "train.activation_checkpointing": [not train.activation_checkpointing],
+        "train.recompute": [r for r in ("none", "selective", "block") if r != train.recompute],
         "train.mlp_chunk": sorted({0, tokens // 8, tokens // 4} - {train.mlp_chunk}),
         "train.activation_offload": [not train.activation_offload],
         "optim.state_dtype": ["bf16"] if config.optim.state_dtype == "fp32" else [],

@@ -22,7 +22,7 @@ def _head(plan: Plan, name: str) -> str:
         f"{name} on {plan.gpus} x {plan.gpu.name}{phase}: {job.parameters / 1e9:.3g} B parameters, "
         f"dp {job.dp} x sp {job.sp}, ZeRO stage {job.zero}, {job.tokens:,} tokens per rank "
         f"({job.phase.micro_batch} x {job.phase.seq_len:,} / {job.sp}), norms and MLPs by "
-        f"{'Liger' if job.runs_liger else 'torch'}\n"
+        f"{'Liger' if job.runs_liger else 'torch'}, recompute = {job.recompute}\n"
         "predicted from formulas (docs/planning.md), not measured"
     )
 

@@ -161,11 +161,12 @@ def _layer_traffic(job: Job) -> tuple[float, float]:
 def _recomputation(job: Job, gpu: Gpu) -> float:
     """Seconds of recomputation: products, attention and the rest of the forward pass."""
     model, tokens = job.config.model, job.micro_batches * job.tokens
-    products = recomputed_linear_flops_per_token(model, job.recomputes, act.is_tiled(job))
+    products = recomputed_linear_flops_per_token(model, job.recompute, act.is_tiled(job))
     seconds = products * tokens / (gpu.flops * MATMUL_SHARE)
     if job.recomputes:
         traffic = job.itemsize / 2 * model.num_layers * _layer_traffic(job)[0] * tokens
         seconds += traffic / (gpu.bandwidth * BANDWIDTH_SHARE)
+    if job.recompute == "block":
         seconds += sum(_attention_seconds(job, kind, gpu)[0] for kind in job.kinds)
     return seconds
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from fold_parallel import create_grid
 from tensorlm.checkpoint import (
@@ -25,6 +26,7 @@ from tensorlm.data.prefetch import Prefetch
 from tensorlm.data.verify import check_data
 from tensorlm.model.flops import num_parameters, peak_flops
 from tensorlm.model.fused import runs_liger
+from tensorlm.plan.recompute import resolve_recompute
 from tensorlm.runtime.commit import git_commit
 from tensorlm.runtime.errors import EXIT_DONE, EXIT_PREEMPTED, UserError
 from tensorlm.runtime.launch_env import LaunchEnv
@@ -195,6 +197,7 @@ def start(config: Config, launch: LaunchEnv, before: int | None = None) -> Run:
         raise UserError("train.attention: triton needs a GPU (auto, blocked and dense do not)")
     if config.train.fused_layers == "liger" and device.type == "cpu":
         raise UserError("train.fused_layers: liger needs a GPU (auto and torch do not)")
+    config = choose_recompute(config, launch, device)
     grid = create_grid(config.parallel.sp, EXCHANGE_LIMIT)
     watchdog.enter("resume", 0)
     if config.data.verify:
@@ -212,6 +215,21 @@ def start(config: Config, launch: LaunchEnv, before: int | None = None) -> Run:
     if found is not None:
         resume(run, found)
     return run
+
+
+def choose_recompute(config: Config, launch: LaunchEnv, device: torch.device) -> Config:
+    """Resolve `train.recompute` = "auto" for the smallest GPU of all ranks; on CPUs to "none"."""
+    if config.train.recompute != "auto":
+        return config
+    memory = torch.full((), torch.inf, dtype=torch.float64, device=device)
+    if device.type == "cuda":
+        memory.fill_(torch.cuda.get_device_properties(device).total_memory)
+    # Shared rows exchange their halos in recomputation too: all ranks must recompute the same.
+    dist.all_reduce(memory, dist.ReduceOp.MIN)
+    config = resolve_recompute(config, launch.world_size, memory.item())
+    if launch.rank == 0:
+        print(f"train.recompute: auto has chosen {config.train.recompute}", flush=True)
+    return config
 
 
 def check_room(run: Run) -> None:

@@ -105,7 +105,7 @@ def test_launcher_writes_numbers_and_a_plot(tmp_path: Path, config: Path) -> Non
 
 def test_methods_of_our_own_follow_the_memory_settings(config: Path) -> None:
     saving = ["train.activation_offload=true", "train.mlp_chunk=16"]
-    settings = load_config(config, ["train.activation_checkpointing=true", *saving])
+    settings = load_config(config, ["train.recompute=block", *saving])
     for method in ("tensorized", "full"):
         model = train.build(settings, method, 64, torch.device("cpu"))
         assert isinstance(model, Llama)

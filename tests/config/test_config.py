@@ -1,12 +1,13 @@
 """Configurations: every shipped one is good, and every mistake is one helpful line."""
 
+import tomllib
 from pathlib import Path
 
 import pytest
 import torch
 
 from tensorlm.checkpoint import model_differences
-from tensorlm.config import Config, config_toml, load_config
+from tensorlm.config import Config, config_toml, load_config, parse_config
 from tensorlm.config.settings_table import settings_table
 from tensorlm.model import Llama
 from tensorlm.runtime.errors import UserError
@@ -70,7 +71,7 @@ def test_unknown_key_names_the_nearest_valid_one() -> None:
         ("run.seed=99999999999999999999", "run.seed"),
         ("train.profile=[5, 2]", "train.profile"),
         ("train.profile=[-1, 2]", "train.profile"),
-        ("train.activation_offload=true", "train.activation_offload: needs train.activation_check"),
+        ("train.activation_offload=true", "train.activation_offload: needs train.recompute"),
         ("train.mlp_chunk=-1", "train.mlp_chunk"),
         ("train.fused_layers=apex", "train.fused_layers"),
         ("nonsense", "nonsense"),
@@ -135,6 +136,17 @@ def test_every_phase_is_checked_for_sharing() -> None:
     config = load_config(ROOT / "configs/demo.toml", [override])
     with pytest.raises(UserError, match=r"train\.earlier_stages\.0\.rows_per_step: must be"):
         config.check_world(2)
+
+
+def test_the_key_that_recompute_has_replaced_is_read() -> None:
+    tree = tomllib.loads((ROOT / "configs/demo.toml").read_text())
+    for recomputes, recompute in ((True, "block"), (False, "none")):
+        tree["train"]["activation_checkpointing"] = recomputes  # as in old checkpoints
+        train = parse_config(tree, "manifest").train
+        assert train.recompute == recompute
+        assert "activation_checkpointing" not in train.model_dump()
+    with pytest.raises(UserError, match="must not be set beside recompute"):
+        load_config(ROOT / "configs/llama8b_32k.toml", ["train.activation_checkpointing=true"])
 
 
 def test_lengths_that_training_cannot_evaluate_are_refused() -> None:

@@ -5,7 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from tensor_attention import choose_blocks, fold_axes
-from tensorlm.config import ModelConfig
+from tensorlm.config import ModelConfig, Recompute
 from tensorlm.model import Llama
 from tensorlm.model.flops import (
     attention_flops,
@@ -73,10 +73,10 @@ def test_pairs_of_windows_and_routes_are_those_of_their_choices(lengths: list[in
     config = of_kind("routed")
     forward = linear_flops_per_token(config) * TOKENS + attention_flops(config, depth)
     assert train_flops(config, depth) == 3 * forward + choice_flops(config, depth)
-    kept = recomputed_flops(of_kind("window"), depth, True) - attention_flops(
+    kept = recomputed_flops(of_kind("window"), depth, "block") - attention_flops(
         of_kind("window"), depth
     )
-    assert recomputed_flops(config, depth, True) == kept + attention_flops(config, depth)
+    assert recomputed_flops(config, depth, "block") == kept + attention_flops(config, depth)
 
 
 def blocked_flops(config: ModelConfig) -> int:
@@ -91,23 +91,21 @@ def blocked_flops(config: ModelConfig) -> int:
 
 
 @pytest.mark.parametrize("mlp_chunk", [0, 24])
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("recompute", ["none", "block"])
 @pytest.mark.parametrize(("fold", "full_every"), [((), 0), ((8,), 0), ((16,), 2)])
 def test_training_costs_what_pytorch_counts(
-    fold: tuple[int, ...], full_every: int, checkpointing: bool, mlp_chunk: int
+    fold: tuple[int, ...], full_every: int, recompute: Recompute, mlp_chunk: int
 ) -> None:
     config = small(fold, full_every)
-    model = Llama(
-        config, activation_checkpointing=checkpointing, loss_chunk=16, mlp_chunk=mlp_chunk
-    )
+    model = Llama(config, recompute=recompute, loss_chunk=16, mlp_chunk=mlp_chunk)
     model.init_weights(0)
     tokens = torch.randint(0, 96, (1, TOKENS))
     with FlopCounterMode(display=False) as counter:
         model(tokens, None, tokens).backward()
     depth = torch.arange(TOKENS)[None]
-    ours = train_flops(config, depth) + recomputed_flops(config, depth, checkpointing, mlp_chunk)
+    ours = train_flops(config, depth) + recomputed_flops(config, depth, recompute, mlp_chunk)
     # What the blocked path computes in vain, in each pass over the layers.
-    passes = 4 if checkpointing else 3
+    passes = 4 if recompute == "block" else 3
     masked = blocked_flops(config) - attention_flops(config, depth)
     assert masked > 0
     assert counter.get_total_flops() == ours + passes * masked

@@ -51,11 +51,13 @@ def train_twice(model: Llama) -> tuple[float, list[Tensor | None]]:
 @pytest.mark.parametrize(
     "options",
     [
-        {"activation_checkpointing": True},
-        {"activation_checkpointing": True, "activation_offload": True},
+        {"recompute": "block"},
+        {"recompute": "block", "activation_offload": True},
         {"mlp_chunk": 24},
-        {"activation_checkpointing": True, "mlp_chunk": 24, "loss_chunk": 40},
-        {"activation_checkpointing": True, "activation_offload": True, "mlp_chunk": 1},
+        {"recompute": "selective"},
+        {"recompute": "selective", "activation_offload": True, "mlp_chunk": 24},
+        {"recompute": "block", "mlp_chunk": 24, "loss_chunk": 40},
+        {"recompute": "block", "activation_offload": True, "mlp_chunk": 1},
     ],
     ids=lambda options: " ".join(options),
 )
@@ -71,7 +73,7 @@ def test_saving_memory_changes_no_gradient(options: dict[str, Any], tied: bool) 
 
 @pytest.mark.parametrize("offload", [False, True])
 def test_hidden_states_leave_the_device_until_backward(offload: bool) -> None:
-    model = build(small(), activation_checkpointing=True, activation_offload=offload)
+    model = build(small(), recompute="block", activation_offload=offload)
     inputs: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
     for block in model.layers:
         block.register_forward_pre_hook(lambda _, args: inputs.add(args[0].untyped_storage()))
@@ -82,7 +84,7 @@ def test_hidden_states_leave_the_device_until_backward(offload: bool) -> None:
 
 
 def test_host_buffers_are_used_again() -> None:
-    model = build(small(), activation_checkpointing=True, activation_offload=True)
+    model = build(small(), recompute="block", activation_offload=True)
     assert model.offload is not None
     free = model.offload.free_buffers
     model(*batch()).backward()
@@ -177,7 +179,7 @@ def test_offload_on_a_gpu_changes_the_peak_and_nothing_else() -> None:
     inputs = [torch.randint(97, (1, 16384), device="cuda") for _ in range(4)]
     gradients, peaks = [], []
     for offload in (False, True):
-        model = Llama(config, activation_checkpointing=True, activation_offload=offload)
+        model = Llama(config, recompute="block", activation_offload=offload)
         model.init_weights(seed=3)
         model = model.to("cuda", torch.bfloat16)
         torch.cuda.reset_peak_memory_stats()

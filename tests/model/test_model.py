@@ -1,17 +1,21 @@
 """The model: Hugging Face's logits for the same weights, and what packing must not change."""
 
+from typing import Any, get_args
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tensorlm.batch import IGNORED
-from tensorlm.config import ModelConfig, RopeScaling
+from tensorlm.config import ModelConfig, Recompute, RopeScaling
 from tensorlm.model import Llama
 from tensorlm.model.output_head import OutputHead
+from tensorlm.model.recompute import ATTENTION, PRODUCT
 
 
 def small(**changes: object) -> ModelConfig:
-    shape = {
+    shape: dict[str, object] = {
         "vocab_size": 97,
         "hidden_size": 48,
         "intermediate_size": 80,
@@ -71,17 +75,72 @@ def test_packed_documents_give_what_they_give_alone(fold: tuple[int, ...]) -> No
     torch.testing.assert_close(packed[:, 37:], model(second), rtol=1e-6, atol=1e-6)
 
 
-def test_activation_checkpointing_changes_no_gradient() -> None:
+@pytest.mark.parametrize("recompute", ["block", "selective"])
+@pytest.mark.parametrize("mlp_chunk", [0, 24])
+def test_recomputation_changes_no_bit_of_a_gradient(recompute: Recompute, mlp_chunk: int) -> None:
     tokens, labels = torch.randint(97, (1, 64)), torch.randint(97, (1, 64))
     gradients = []
-    for enabled in (False, True):
-        model = Llama(small(fold=(8,)), activation_checkpointing=enabled, loss_chunk=24)
+    for mode in ("none", recompute):
+        model = Llama(small(fold=(8,)), recompute=mode, loss_chunk=24, mlp_chunk=mlp_chunk)
         model.init_weights(seed=3)
         model(tokens, None, labels).backward()
         gradients.append([p.grad for p in model.parameters()])
     for plain, recomputed in zip(*gradients, strict=True):
         assert plain is not None
         assert torch.equal(plain, recomputed)
+
+
+@pytest.mark.parametrize("layers", ["window", "strided", "routed", "full"])
+def test_selective_recomputation_runs_no_product_and_no_kernel_of_attention_again(
+    layers: str,
+) -> None:
+    kinds: dict[str, dict[str, Any]] = {
+        "window": {"window": 16}, "strided": {"fold": (4, 4)}, "full": {"fold": ()},
+        "routed": {"window": 16, "route": {"block": 16, "top_k": 1, "stretch": 2}},
+    }  # fmt: skip
+    config = small(num_layers=2, **{"fold": ()} | kinds[layers])
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # else interpreted
+    tokens = torch.randint(97, (1, 64), device=device)
+    counts, gradients = {}, {}
+    for recompute in get_args(Recompute):
+        if recompute == "auto":
+            continue
+        model = Llama(config, recompute=recompute, attention="triton")
+        model.init_weights(seed=3)
+        model.to(device)
+        loss = model(tokens, None, tokens)
+        with CountedOperators() as counted:
+            loss.backward()
+        counts[recompute] = counted
+        gradients[recompute] = [p.grad for p in model.parameters()]
+    for name in (*ATTENTION, PRODUCT):
+        assert counts["selective"].of(name) == counts["none"].of(name)
+    assert sum(counts["none"].of(name) for name in ATTENTION) == 0
+    assert sum(counts["block"].of(name) for name in ATTENTION) >= config.num_layers
+    # Of each block's seven products, six.
+    assert counts["block"].of(PRODUCT) == counts["none"].of(PRODUCT) + 6 * config.num_layers
+    for recompute in ("block", "selective"):
+        for found, plain in zip(gradients[recompute], gradients["none"], strict=True):
+            assert found is not None
+            assert plain is not None
+            assert torch.equal(found, plain)
+
+
+class CountedOperators(TorchDispatchMode):
+    """Counts the operators that run inside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def of(self, name: str) -> int:
+        return self.names.count(name)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("chunk", [0, 1, 7, 100])

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tensor_attention import routed
-from tensorlm.config import ModelConfig
+from tensorlm.config import ModelConfig, Recompute
 from tensorlm.model import Llama
 
 ROUTE = {"block": 4, "top_k": 2, "stretch": 2, "open_tile": 4}
@@ -97,9 +97,11 @@ def train_once(model: Llama, length: int = 64) -> tuple[float, list[Tensor]]:
 @pytest.mark.parametrize(
     "options",
     [
-        {"activation_checkpointing": True},
-        {"activation_checkpointing": True, "activation_offload": True},
-        {"activation_checkpointing": True, "mlp_chunk": 24, "loss_chunk": 40},
+        {"recompute": "block"},
+        {"recompute": "selective"},
+        {"recompute": "block", "activation_offload": True},
+        {"recompute": "block", "mlp_chunk": 24, "loss_chunk": 40},
+        {"recompute": "selective", "mlp_chunk": 24, "activation_offload": True},
     ],
     ids=lambda options: " ".join(options),
 )
@@ -113,9 +115,9 @@ def test_saving_memory_changes_no_gradient(
         torch.testing.assert_close(ours, plain, rtol=1e-11, atol=1e-13)
 
 
-@pytest.mark.parametrize("recomputes", [False, True])
-def test_a_layer_chooses_once_in_forward_and_backward(recomputes: bool) -> None:
-    model = build(KINDS["all four"], activation_checkpointing=recomputes)
+@pytest.mark.parametrize("recompute", ["none", "block", "selective"])
+def test_a_layer_chooses_once_in_forward_and_backward(recompute: Recompute) -> None:
+    model = build(KINDS["all four"], recompute=recompute)
     with patch.object(routed, "_choice", wraps=routed._choice) as choose:
         for step in (1, 2):
             train_once(model)

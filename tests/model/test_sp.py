@@ -67,7 +67,7 @@ Results = dict[str, Tensor]
 def run_model(name: str, dtype: torch.dtype, grid: Grid, on: torch.device) -> Results:
     """Loss, logits and gradients of this rank's tokens; logits again with CHANGED changed."""
     # Shards recompute their activations, and take the loss in odd chunks.
-    options = {"activation_checkpointing": True, "loss_chunk": 24} if grid.sp > 1 else {}
+    options = {"recompute": "block", "loss_chunk": 24} if grid.sp > 1 else {}
     model = build(name, grid, **options).to(on, dtype)
     here = grid.tokens(sum(DOCUMENTS))
     tokens, doc_start, labels = (x[:, here].to(on) for x in make_row())
@@ -171,7 +171,7 @@ def test_a_model_exchanges_with_the_ranks_of_its_row_alone_and_gathers_nothing(
 def sent_by_a_routed_model(sp: int) -> tuple[list[str], list[str]]:
     grid = create_grid(sp)
     name = "windows and routed layers"
-    model = build(name, grid, activation_checkpointing=True).to(device())
+    model = build(name, grid, recompute="block").to(device())
     row = (x[:, grid.tokens(sum(DOCUMENTS))].to(device()) for x in make_row())
     with Log() as forward:
         loss = model(*row)
@@ -212,7 +212,7 @@ def peak_activations(sp: int, layers: str) -> int:
     config = ModelConfig(
         vocab_size=VOCAB, hidden_size=64, intermediate_size=128, num_layers=2, num_heads=4, **shape
     )
-    options: dict[str, Any] = {"activation_checkpointing": True, "loss_chunk": 64}
+    options: dict[str, Any] = {"recompute": "block", "loss_chunk": 64}
     model = Llama(config, grid, fused_layers="torch", **options).to(device())
     model.init_weights(seed=1)
     for parameter in model.parameters():

@@ -20,6 +20,7 @@ from tensorlm.plan.job import Job, plan_jobs
 from tensorlm.plan.memory import gpu_memory
 from tensorlm.plan.planning import Plan, longest_row, make_plan
 from tensorlm.plan.proposals import GAIN, MAX_PROPOSALS, SPARE, Proposal, apply, propose
+from tensorlm.plan.recompute import ORDER, resolve_recompute
 from tensorlm.plan.report import format_plan, plan_json
 from tensorlm.plan.speed import step_time
 from tensorlm.runtime.errors import UserError
@@ -118,7 +119,7 @@ shapes = st.fixed_dictionaries(
         "model.fold": st.sampled_from([[1024], [512, 4], []]),
         "model.full_every": st.sampled_from([0, 2]),
         "data.seq_len": st.sampled_from([32768, 65536, 262144]),
-        "train.activation_checkpointing": st.booleans(),
+        "train.recompute": st.sampled_from(["none", "selective", "block"]),
         "zero.stage": st.sampled_from([1, 2, 3]),
     }
 )
@@ -148,8 +149,8 @@ def test_more_sp_needs_less_memory_for_activations(shape: dict[str, Any], sp: in
 @few
 @given(shapes)
 def test_what_saves_memory_never_costs_any(shape: dict[str, Any]) -> None:
-    plain = shape | {"train.activation_checkpointing": False}
-    again = shape | {"train.activation_checkpointing": True}
+    plain = shape | {"train.recompute": "none"}
+    again = shape | {"train.recompute": "block"}
     needed = gpu_memory(shaped(again)).needed
     assert needed <= gpu_memory(shaped(plain)).needed
     for saving in (
@@ -191,10 +192,10 @@ def test_model_flops_are_those_of_training() -> None:
 
 def test_recomputing_offloading_and_exchanges_take_time() -> None:
     base = step_time(job(), GPUS["h100"]).parts
-    plain = step_time(job("train.activation_checkpointing=false"), GPUS["h100"]).parts
+    plain = step_time(job("train.recompute=none"), GPUS["h100"]).parts
     assert base["recomputation"] > plain["recomputation"] == 0
     assert base | {"recomputation": 0} == plain | {"recomputation": 0}
-    tiles = job("train.mlp_chunk=4096", "train.activation_checkpointing=false")
+    tiles = job("train.mlp_chunk=4096", "train.recompute=none")
     assert 0 < step_time(tiles, GPUS["h100"]).parts["recomputation"] < base["recomputation"]
     offloaded = step_time(job("zero.offload_optimizer=true"), GPUS["h100"]).parts
     assert offloaded["update"] > 10 * base["update"]
@@ -202,6 +203,32 @@ def test_recomputing_offloading_and_exchanges_take_time() -> None:
     assert shared["row_exchange"] > 0 == base["row_exchange"]
     alone = step_time(job(gpus=1), GPUS["h100"]).parts
     assert alone["weight_exchange"] == 0 < base["weight_exchange"]
+
+
+def test_auto_is_the_least_recomputation_that_fits() -> None:
+    config = llama("train.recompute=auto")
+    needed = {
+        recompute: make_plan(llama(f"train.recompute={recompute}"), 8, GPUS["h100"]).memory.needed
+        for recompute in ORDER
+    }
+    assert sorted(needed, key=lambda recompute: -needed[recompute]) == list(ORDER)
+    for recompute, memory in needed.items():
+        assert resolve_recompute(config, 8, memory).train.recompute == recompute
+        chosen = resolve_recompute(config, 8, memory - 1).train.recompute
+        assert ORDER.index(chosen) == min(ORDER.index(recompute) + 1, 2)
+    plan = make_plan(config, 8, GPUS["h200"])
+    assert plan.config.train.recompute == plan.jobs[0].recompute == "selective"
+    assert f"recompute = {plan.jobs[0].recompute}" in format_plan(plan, [], "a run")
+
+
+def test_less_recomputation_takes_less_time() -> None:
+    seconds = [
+        step_time(job(f"train.recompute={recompute}"), GPUS["h100"]).parts["recomputation"]
+        for recompute in ORDER
+    ]
+    assert 0 == seconds[0] < seconds[1] < 0.2 * seconds[2]
+    tiled = job("train.recompute=selective", "train.mlp_chunk=4096")
+    assert seconds[1] < step_time(tiled, GPUS["h100"]).parts["recomputation"] < seconds[2]
 
 
 def test_transfers_of_activations_hide_behind_a_block_where_the_link_is_fast() -> None:
@@ -251,7 +278,7 @@ def test_mapped_data_are_the_token_files(tmp_path: Path) -> None:
 
 OVERRIDES = {
     "too long": ["data.seq_len=262144"],
-    "nothing recomputed": ["train.activation_checkpointing=false"],
+    "nothing recomputed": ["train.recompute=none"],
     "one GPU": ["train.rows_per_step=8"],
     "wasteful": ["parallel.sp=8", "zero.offload_optimizer=true"],
 }

@@ -13,7 +13,6 @@ import liger_kernel.ops.swiglu
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from fold_parallel import Grid, create_grid
 from tensor_attention.gpu import backward_key as triton_backward_key
@@ -36,9 +35,10 @@ from tensorlm.config import Config, load_config
 from tensorlm.evaluation.model import EvaluatedModel
 from tensorlm.hf.cache_tensorlm import FoldCache
 from tensorlm.model import Block, create_llama
-from tensorlm.model.attention import Attention, KeptChoice
+from tensorlm.model.attention import Attention
 from tensorlm.model.layers import RMSNorm, rotary_table
 from tensorlm.model.output_head import OutputHead
+from tensorlm.model.recompute import run_block
 from tensorlm.plan.job import Job, ZeroLimits, plan_jobs
 from tensorlm.runtime.launch_env import LaunchEnv
 from tensorlm.train import engine as engine_module
@@ -247,10 +247,7 @@ def block(config: Config) -> tuple[int, int]:
         doc_start = torch.zeros(rows, config.data.seq_len, dtype=torch.int32)
         x = _leaf(rows, config.data.seq_len, config.model.hidden_size, dtype=dtype)
         before = memory.live
-        if config.train.activation_checkpointing:
-            y = checkpoint(layer, x, doc_start, rotary, KeptChoice(), use_reentrant=False)
-        else:
-            y = layer(x, doc_start, rotary)
+        y = run_block(layer, train.recompute, layer.kept_products(x), x, doc_start, rotary)
         kept = memory.live - before - y.nbytes
         total = _Sum.apply(y)
         del y

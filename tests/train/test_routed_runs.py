@@ -12,7 +12,7 @@ MIXED = [
     "model.num_layers=3", "model.layers=['window', 'routed', 'full']",
     "train.steps=4", "checkpoint.every=2",
 ]  # fmt: skip
-SAVING = ["train.activation_checkpointing=true", "train.activation_offload=true"]
+SAVING = ["train.recompute=block", "train.activation_offload=true"]
 
 
 def state_hashes(run_dir: Path) -> list[str]:

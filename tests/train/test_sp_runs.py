@@ -43,7 +43,7 @@ def train_rank(config: Path, overrides: list[str]) -> None:
 
 def train_on_ranks(config: Path, sp: int, *overrides: str, backend: str = "gloo") -> None:
     """Train, or go on, with rows that are shared by `sp` ranks, which recompute activations."""
-    shared = [f"parallel.sp={sp}", f"train.activation_checkpointing={str(sp > 1).lower()}"]
+    shared = [f"parallel.sp={sp}", f"train.recompute={'selective' if sp > 1 else 'none'}"]
     run_distributed(
         train_rank, sp, config, [*OVERRIDES, *shared, *overrides],
         backend=backend, time_limit=300,
@@ -152,7 +152,7 @@ def test_rows_shared_by_two_nodes_have_the_losses_of_one_node(
     ]  # fmt: skip
     job = [
         "launcher/train.py", "--config", f"{one_node}.toml", *OVERRIDES, "parallel.sp=2",
-        "train.activation_checkpointing=true", "train.stop_at=6", f"run.dir={tmp_path / 'run'}",
+        "train.recompute=block", "train.stop_at=6", f"run.dir={tmp_path / 'run'}",
     ]  # fmt: skip
     nodes = [
         subprocess.Popen(

@@ -1,0 +1,102 @@
+"""Recomputation in the backward pass: what a block keeps from its forward pass.
+
+* "none": everything that its backward needs.
+* "block": its input, and the choice of a routed layer.
+* "selective": also the results of its attention operator and of its matrix products. Backward
+  recomputes the rest: norms, SiLU(gate) * up, and for shared rows the exchanges. The products of a
+  tiled SwiGLU are recomputed, as they always are.
+
+All three give the same bits: recomputation repeats the same operations on the same inputs.
+"""
+
+from collections import deque
+from functools import partial
+from typing import Any
+
+import torch
+import torch.utils.checkpoint as recomputation
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+from tensor_attention import Rotary
+from tensorlm.config import Recompute
+
+from .attention import KeptChoice
+
+# Operators of `kernels/tensor_attention/gpu`; attention in plain PyTorch is recomputed.
+ATTENTION = frozenset(f"tensor_attention::{name}" for name in ("chain", "hop", "routed_hop"))
+PRODUCT = "aten::mm"
+
+Results = deque[Any]  # tensors, or tuples of them, in the order of their operators
+
+
+def run_block(
+    block: nn.Module, recompute: Recompute, kept_products: int,
+    x: Tensor, doc_start: Tensor, rotary: Rotary,
+) -> Tensor:  # fmt: skip
+    """Apply a `Block` to x [B, T, C], so that its backward recomputes what `recompute` says.
+
+    Args:
+        block: the block.
+        recompute: see the top of this file; "auto" must have been resolved.
+        kept_products: the first products whose results "selective" keeps.
+        x, doc_start, rotary: inputs of the block.
+    """
+    match recompute:
+        case "none":
+            kept = KeptChoice() if torch.is_grad_enabled() else None  # for benchmarks to read
+            return block(x, doc_start, rotary, kept)
+        case "block":
+            contexts = recomputation.noop_context_fn
+        case "selective":
+            contexts = partial(_keeping_results, kept_products)
+        case "auto":
+            raise AssertionError("train.recompute = auto must be resolved before training")
+    return recomputation.checkpoint(
+        block, x, doc_start, rotary, KeptChoice(), use_reentrant=False, context_fn=contexts
+    )
+
+
+def _keeping_results(kept_products: int) -> tuple[TorchDispatchMode, TorchDispatchMode]:
+    """Contexts of a forward pass and its recomputation."""
+    results: Results = deque()
+    return _Keeping(results, kept_products), _Reusing(results, kept_products)
+
+
+class _Selection(TorchDispatchMode):
+    """Sees every operator, and selects those whose results are kept.
+
+    PyTorch's own selective checkpointing cannot be used: since version 2.13 it rejects operators
+    that only the recomputation runs, such as those by which ZeRO stage 3 gathers weights.
+    """
+
+    def __init__(self, results: Results, kept_products: int) -> None:
+        super().__init__()
+        self.results = results
+        self._left = kept_products
+
+    def selects(self, operator: Any) -> bool:
+        name = operator.name() if isinstance(operator, torch._ops.OpOverload) else ""
+        if name == PRODUCT:
+            self._left -= 1
+            return self._left >= 0
+        return name in ATTENTION
+
+
+class _Keeping(_Selection):
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if self.selects(func):
+            # Aliases: autograd is about to attach the graph, which leads back here, to `out`.
+            self.results.append(tree_map_only(Tensor, Tensor.detach, out))
+        return out
+
+
+class _Reusing(_Selection):
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        return self.results.popleft() if self.selects(func) else func(*args, **(kwargs or {}))
