@@ -6,6 +6,7 @@
 #   SEEDS="0 1 2"                   seeds (default: 0); the table gives means and deviations
 #   BOOKS="texts/*.txt"             books, in addition to the source of installed Python packages
 #   HELD_OUT="sympy networkx"       packages and names of books to evaluate on
+#   TASKS='["ruler"]'               retrieval tasks, on a GPU (default: passkey and needles)
 #   MODEL=DIR                       a Hugging Face folder of SmolLM2-135M (default: download it)
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -20,7 +21,7 @@ export TOKENIZERS_PARALLELISM=true PYTHONUNBUFFERED=1
 if [ "$gpus" -gt 0 ]; then
   variants=${VARIANTS:-full window window_2048 strided hybrid routed routed_24}
   size=() window=() route=() code_bytes=0 trained=8192 predicted=1048576
-  tasks='["passkey","niah","ruler"]'
+  tasks=${TASKS:-'["passkey","niah"]'}
 else
   export DS_ACCELERATOR=cpu
   variants=${VARIANTS:-full window routed}
