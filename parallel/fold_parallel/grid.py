@@ -115,7 +115,9 @@ def check_sizes(
         return
     legal = [f"sp in {degrees}"]
     unit = sp * fold[0] if fold else sp
-    if sp > 1 and fold and fold[0] % sp:
+    if sp > 1 and full_attention_heads is not None and full_attention_heads % sp:
+        pass  # no other row and no other fold would help
+    elif sp > 1 and fold and fold[0] % sp:
         row = "" if seq_len % sp**2 == 0 else f", and seq_len one of {sp} x fold[0]"
         legal.append(f"fold[0] a multiple of {sp}{row}")
     elif sp > 1 and seq_len % unit:

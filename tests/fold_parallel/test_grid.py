@@ -65,6 +65,16 @@ def test_ranks_own_each_token_exactly_once(rows: int, sp: int, data: st.DataObje
             "sp = 8 cannot share rows with seq_len = 64, fold = [8], heads = 12"
             " (legal: sp in [1, 2, 4])",
         ),
+        (  # Other rows would not help: 3 ranks cannot share 32 heads.
+            (64, 3, [], 32),
+            "sp = 3 cannot share rows with seq_len = 64, heads = 32"
+            " (legal: sp in [1, 2, 4, 8, 16, 32])",
+        ),
+        (
+            (64, 3, [8], 32),
+            "sp = 3 cannot share rows with seq_len = 64, fold = [8], heads = 32"
+            " (legal: sp in [1, 2, 4, 8])",
+        ),
         (
             (64, 0, [8]),
             "sp = 0 cannot share rows with seq_len = 64, fold = [8] (legal: sp in [1, 2, 4, 8])",
