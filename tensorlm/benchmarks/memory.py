@@ -28,6 +28,7 @@ from tensorlm.plan.operator import OperatorMemory, kept_choice
 from tensorlm.plan.speed import step_time
 from tensorlm.runtime.launch_env import LaunchEnv
 from tensorlm.train.engine import Engine, create_model, init_distributed
+from tensorlm.train.recompute import choose_recompute
 
 from .accounting import PeakMemory
 
@@ -78,6 +79,7 @@ def measure(config: Config, launch: LaunchEnv, steps: int) -> Measurement:
         torch.OutOfMemoryError: memory ran out.
     """
     device = init_distributed(launch)
+    config = choose_recompute(config, launch, device)
     job = plan_jobs(config, launch.world_size, CUDA if device.type == "cuda" else CPU)[-1]
     operators = None
     if device.type == "cpu":

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from fold_parallel import create_grid
 from tensorlm.checkpoint import (
@@ -26,7 +25,6 @@ from tensorlm.data.prefetch import Prefetch
 from tensorlm.data.verify import check_data
 from tensorlm.model.flops import num_parameters, peak_flops
 from tensorlm.model.fused import runs_liger
-from tensorlm.plan.recompute import resolve_recompute
 from tensorlm.runtime.commit import git_commit
 from tensorlm.runtime.errors import EXIT_DONE, EXIT_PREEMPTED, UserError
 from tensorlm.runtime.launch_env import LaunchEnv
@@ -39,6 +37,7 @@ from .engine import Engine, create_model, init_distributed
 from .guards import Guards
 from .metrics import Metrics, peak_memory_gib
 from .profiler import start_profiler
+from .recompute import choose_recompute
 from .replicas import check_replicas
 from .step import Run, TrainState, train_step
 
@@ -215,21 +214,6 @@ def start(config: Config, launch: LaunchEnv, before: int | None = None) -> Run:
     if found is not None:
         resume(run, found)
     return run
-
-
-def choose_recompute(config: Config, launch: LaunchEnv, device: torch.device) -> Config:
-    """Resolve `train.recompute` = "auto" for the smallest GPU of all ranks; on CPUs to "none"."""
-    if config.train.recompute != "auto":
-        return config
-    memory = torch.full((), torch.inf, dtype=torch.float64, device=device)
-    if device.type == "cuda":
-        memory.fill_(torch.cuda.get_device_properties(device).total_memory)
-    # Shared rows exchange their halos in recomputation too: all ranks must recompute the same.
-    dist.all_reduce(memory, dist.ReduceOp.MIN)
-    config = resolve_recompute(config, launch.world_size, memory.item())
-    if launch.rank == 0:
-        print(f"train.recompute: auto has chosen {config.train.recompute}", flush=True)
-    return config
 
 
 def check_room(run: Run) -> None:
