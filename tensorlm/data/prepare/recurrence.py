@@ -44,8 +44,8 @@ def repeat_passages(text: str, seed: str) -> str:
 def ask_for_facts(text: str, seed: str) -> str:
     """`text` with one fact per `_FACT_PERIOD` characters, asked for at most about `_REACH` later.
 
-    Both stand on lines of their own. The names are made up and differ, so that the answer can only
-    be read from the fact.
+    Both stand on lines of their own. The names are made up, so that the answer can only be read
+    from the fact.
     """
     rng = Random(seed)
     lines: list[tuple[int, str]] = []  # (place in `text`, line to insert there)
