@@ -238,7 +238,6 @@ def test_pinned_batches_are_allocated_so(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_pinned_batches_are_pinned(tmp_path: Path) -> None:
     rows = open_rows(run_config(tmp_path), "train")
     batch = rows.batch(range(2), pin=True)

@@ -173,7 +173,6 @@ def gradients(
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_offload_on_a_gpu_changes_the_peak_and_nothing_else() -> None:
     config = small(hidden_size=1024, num_heads=8, intermediate_size=1024, num_layers=12, fold=(64,))
     inputs = [torch.randint(97, (1, 16384), device="cuda") for _ in range(4)]

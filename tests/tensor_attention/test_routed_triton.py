@@ -34,7 +34,6 @@ from tests.tensor_attention.cases import (
 pytest.importorskip("triton")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-needs_cuda = pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
 # Two runs must be bit-equal where programs race: not in the interpreter, which is also slow.
 REPEATS: list[Backend] = ["triton"] if DEVICE == "cuda" else []
 Shape = tuple[int, int, int, int, int]  # batch, tokens, query heads, key heads, head size
@@ -250,7 +249,6 @@ def test_a_slice_of_a_row() -> None:
 
 
 @pytest.mark.gpu
-@needs_cuda
 @pytest.mark.parametrize(("first", "end"), [(0, 1), (1024, 2041), (700, 2040), (1999, 2000)])
 def test_a_slice_of_a_longer_row(first: int, end: int) -> None:
     route = {"window": 128, "block": 64, "top_k": 5, "stretch": 4}
@@ -290,7 +288,6 @@ def test_compiled_function_has_no_graph_break_and_the_same_gradients() -> None:
 
 
 @pytest.mark.gpu
-@needs_cuda
 def test_compiled_by_inductor_at_size() -> None:
     for x, y in zip(*compiled_and_eager(1021, 4, 64, "inductor"), strict=True):
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4)
@@ -355,7 +352,6 @@ PACKED = [701, 1, 1013, 64, 37, 129, 555]
 
 
 @pytest.mark.gpu
-@needs_cuda
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("dim", [64, 80, 96, 128, 256])
 @pytest.mark.parametrize("block", [32, 64, 128])
@@ -373,7 +369,6 @@ def test_head_sizes_dtypes_and_blocks(block: int, dim: int, dtype: torch.dtype) 
 
 
 @pytest.mark.gpu
-@needs_cuda
 @pytest.mark.parametrize("open_tile", [1, 5, 16])
 @pytest.mark.parametrize("top_k", [1, 7, 16, 64])
 @pytest.mark.parametrize("group", [1, 3, 4, 8])
@@ -386,7 +381,6 @@ def test_groups_and_numbers_of_blocks(group: int, top_k: int, open_tile: int) ->
 
 
 @pytest.mark.gpu
-@needs_cuda
 @pytest.mark.parametrize("rotated", [False, True])
 def test_a_real_choice_differs_from_dense_only_between_nearly_equal_scores(rotated: bool) -> None:
     q = normal((1, 4099, 8, 128), 1).bfloat16()
@@ -400,7 +394,6 @@ def test_a_real_choice_differs_from_dense_only_between_nearly_equal_scores(rotat
 
 
 @pytest.mark.gpu
-@needs_cuda
 def test_nothing_waits_for_the_host() -> None:
     q, k, v = (normal((1, 1500, n, 64), n).bfloat16().requires_grad_() for n in (4, 1, 1))
     doc_start, rotary = documents(1500, PACKED), in_dtype(table(1500, 64), torch.bfloat16)
@@ -437,7 +430,6 @@ def extra_memory(num_tokens: int) -> int:
 
 
 @pytest.mark.gpu
-@needs_cuda
 def test_extra_memory_grows_with_tokens_not_with_their_square() -> None:
     extra_memory(1024)
     assert extra_memory(131072) < 2.05 * extra_memory(65536)
@@ -497,6 +489,5 @@ def test_last_tokens_of_a_row() -> None:
 
 
 @pytest.mark.gpu
-@needs_cuda
 def test_last_tokens_of_a_row_of_a_million() -> None:
     check_last_tokens(2**20 + 37, 64, torch.bfloat16, window=64, block=32, top_k=7)

@@ -24,7 +24,6 @@ from tests.tensor_attention.cases import (
 pytest.importorskip("triton")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-needs_cuda = pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
 # Programs race on a GPU only: in the interpreter, which is slow, few cases are run twice.
 MOST_TOKENS_RUN_TWICE = 1 if DEVICE == "cpu" else 1 << 30
 
@@ -154,7 +153,6 @@ def test_large_scores_overflow_neither_forward_nor_backward() -> None:
 
 
 @pytest.mark.gpu
-@needs_cuda
 @pytest.mark.parametrize("dim", [64, 80, 96, 128, 256])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("fold", [[], [64], [16, 8], [512]])
@@ -167,7 +165,6 @@ def test_real_sizes(fold: list[int], dtype: torch.dtype, dim: int) -> None:
 
 
 @pytest.mark.gpu
-@needs_cuda
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("fold", [[], [16, 8], [512]])
 def test_as_many_key_heads_as_query_heads(fold: list[int], dim: int) -> None:
@@ -175,7 +172,6 @@ def test_as_many_key_heads_as_query_heads(fold: list[int], dim: int) -> None:
 
 
 @pytest.mark.gpu
-@needs_cuda
 def test_extra_memory_grows_with_tokens_not_with_their_square() -> None:
     num_tokens, heads = 65536, 8
     q, k, v = (
