@@ -185,7 +185,7 @@ BENCHMARKS = {
         {
             "runs RUN": Option(
                 "folders of the runs; each contains reports of launcher/evaluate.py in code/, "
-                "books/ and needles/",
+                "books/ and needles/; runs NAME, NAME-1, ... are seeds of one variant",
                 type=Path,
                 nargs="+",
             )

@@ -106,7 +106,8 @@ COMMANDS: dict[str, tuple[str, Options]] = {
                 required=True,
             ),
             "--output DIR": Option(
-                "folder for train.jsonl (with some passages repeated) and held_out.jsonl",
+                "folder for train.jsonl (with repeated passages, and facts that are asked for later) "
+                "and held_out.jsonl",
                 type=Path,
                 required=True,
             ),
