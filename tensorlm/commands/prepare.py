@@ -106,8 +106,8 @@ COMMANDS: dict[str, tuple[str, Options]] = {
                 required=True,
             ),
             "--output DIR": Option(
-                "folder for train.jsonl (with repeated passages, and facts that are asked for later) "
-                "and held_out.jsonl",
+                "folder for train.jsonl (with repeated passages, and facts that are asked for "
+                "later) and held_out.jsonl",
                 type=Path,
                 required=True,
             ),
