@@ -39,11 +39,16 @@ def validate_route(
         raise ValueError(f"pool must be at least 1, got {pool}")
 
 
+def num_parts(block: int, pool: int) -> int:
+    """Number of parts of `pool` tokens in a block; the last one may be shorter."""
+    return -(-block // pool)
+
+
 def why_no_kernels(block: int, open_tile: int, pool: int = POOL) -> str | None:
     """Why the GPU kernels do not support these numbers, or None if they do."""
     if block not in KERNEL_BLOCKS:
         return f"block must be one of {KERNEL_BLOCKS}, got {block}"
-    if pool < block and (block % pool or block // pool > KERNEL_PARTS):
+    if pool < block and (block % pool or num_parts(block, pool) > KERNEL_PARTS):
         return (
             f"pool must divide block = {block} into at most {KERNEL_PARTS} parts, or be at least "
             f"block, got {pool}"

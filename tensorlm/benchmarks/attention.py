@@ -29,6 +29,7 @@ from tensor_attention import (
     routed_attention,
     tensor_attention,
 )
+from tensor_attention.routing import num_parts
 
 from .routed_inputs import Route, agreeing_queries
 
@@ -110,7 +111,8 @@ def tensorized_cost(fold: Sequence[int], length: int) -> tuple[float, float]:
 def routed_cost(route: Route, length: int) -> tuple[float, float]:
     """Forward FLOPs (keys of each token's own choice, and its block scores) and minimum bytes."""
     flops = 4 * HEAD_DIM * HEADS * route.keys(length) * length
-    flops += 2 * HEAD_DIM * KEY_HEADS * length * length / route.pool / 2
+    scores = length * length / 2 * num_parts(route.block, route.pool) / route.block
+    flops += 2 * HEAD_DIM * KEY_HEADS * scores
     return flops, 2 * HEAD_DIM * length * (5 * HEADS + 4 * KEY_HEADS)
 
 

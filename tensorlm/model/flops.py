@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tensor_attention import fold_axes
+from tensor_attention.routing import num_parts
 from tensorlm.config import LayerKind, ModelConfig, Recompute
 
 # Dense bf16 FLOP/s by the words of a device's name, from vendors' data sheets, without sparsity.
@@ -55,7 +56,7 @@ def choice_flops(config: ModelConfig, depth: Tensor) -> int:
     window, block = config.window_size, config.route.block
     # Candidates are the blocks that begin before the window, except the document's first.
     scores = int(((depth - window).clamp(min=0) // block).sum())
-    scores *= -(-block // config.route.pool)
+    scores *= num_parts(block, config.route.pool)
     layers = config.layer_kinds.count("routed")
     return 2 * config.num_kv_heads * config.head_size * scores * layers
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from tensor_attention import Axis, fold_axes
-from tensor_attention.routing import KERNEL_TILE
+from tensor_attention.routing import KERNEL_TILE, num_parts
 from tensorlm.config import LayerKind, RouteConfig
 
 from .job import Job
@@ -81,13 +81,13 @@ def routed(job: Job) -> OperatorMemory:
     q, k, lse, token = sizes(job)
     model, route = job.config.model, job.config.model.route
     assert route is not None
-    choice = kept_choice(job)
+    choice, parts = kept_choice(job), num_parts(route.block, route.pool)
     saved = q + 2 * k + 2 * (q + lse + token) + choice
     window_q, window_k = _rotated(job, 1, model.window_size)
     lists = _lists(job, route)
     forward = q + 2 * k + token + q + lse + max(
         token + window_k,
-        choice + k + k // min(route.pool, route.block),  # queries summed, mean keys
+        choice + k + k * parts // route.block,  # queries summed, mean keys
         choice + q + lse + token + lists.entries + k,  # keys rotated; starts once more
     )  # fmt: skip
     backward = max(
@@ -143,6 +143,7 @@ def shared_routed(job: Job) -> OperatorMemory:
     assert route is not None
     hop = _first_hop(job, min(model.window_size, job.phase.seq_len))
     row_k, choice, lists = job.sp * k, kept_choice(job), _lists(job, route)
+    parts = num_parts(route.block, route.pool)
     row = 2 * row_k + job.sp * token
     z = q if job.phase.micro_batch > 1 else 0  # a copy if rows of z are not contiguous
     saved = hop.saved + row + 2 * (q + lse) + choice + z
@@ -152,7 +153,7 @@ def shared_routed(job: Job) -> OperatorMemory:
         # Hop 1 during the exchange of keys, values and document starts: sent and received.
         row + 2 * k + token + hop.forward + 2 * token,
         # Queries summed, mean keys.
-        state + choice + k + row_k // min(route.pool, route.block),
+        state + choice + k + row_k * parts // route.block,
         # Keys rotated; document starts and log-sum-exps once more.
         state + z + choice + earlier + q + 2 * lse + token + lists.entries + row_k + job.sp * token,
     )  # fmt: skip

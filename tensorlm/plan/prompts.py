@@ -8,6 +8,7 @@ is the number of tokens of a prompt with its answer, and n that of one pass.
 
 from dataclasses import dataclass
 
+from tensor_attention.routing import num_parts
 from tensorlm.config import LayerKind, RouteConfig
 from tensorlm.config.evaluation import GENERATION_TASKS
 
@@ -76,7 +77,7 @@ def cache(prompt: PromptPass) -> int:
 def _pooled(prompt: PromptPass, route: RouteConfig) -> int:
     """Mean keys, and the keys of the last blocks with a quarter in reserve."""
     recent = 2 * route.block
-    parts = -(-route.block // route.pool)
+    parts = num_parts(route.block, route.pool)
     return prompt.keys(prompt.length // route.block * parts + recent + max(64, recent // 4))
 
 

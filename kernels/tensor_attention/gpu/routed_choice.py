@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..routing import num_parts
 from .common import MASKED, dot, load_rotated, load_tile, store_tile
 from .launch import padded, precision_of, tma_rows
 from .routed_launch import starts_of
@@ -271,7 +272,7 @@ def choose(
     num_tokens, num_slots = q.shape[1], triton.cdiv(num_keys, block)
     query_starts = starts_of(doc_start, first, num_tokens)
     q = summed_queries(q, key_heads)
-    parts = max(1, block // pool)
+    parts = num_parts(block, pool)
     means = k.new_empty(batch, key_heads, parts, num_slots, size)
     choice = torch.empty(
         batch, num_tokens, key_heads, top_k + 1, dtype=torch.int32, device=q.device
