@@ -21,7 +21,7 @@ class Tiles(NamedTuple):
     `pack` query heads of one key head share a query tile, so block_m rows are block_m / pack
     tokens. `rotate_first` rotates the inner loop's inputs into a copy before the kernel, instead of
     on every load: faster if each tile is loaded many times. `tma` loads tiles with the copy engine
-    of Hopper and later GPUs (see `Hop.allows_bulk`): threads then hold no addresses, which frees a
+    of Hopper and later GPUs (see `Hop.allows_tma`): threads then hold no addresses, which frees a
     third of their registers.
     """
 
@@ -78,7 +78,7 @@ class Hop(NamedTuple):
         return min(self.length, self.steps)
 
     @property
-    def allows_bulk(self) -> bool:
+    def allows_tma(self) -> bool:
         """Whether the copy engine can load whole tiles of this hop's inputs.
 
         Rows must be in memory order (no stride) without padding, and a last tile must not extend

@@ -77,7 +77,7 @@ class Routed(NamedTuple):
         return rows_of_block(self.q, self.values, self.block)
 
     @property
-    def allows_bulk(self) -> bool:
+    def allows_tma(self) -> bool:
         """Whether TMA can load whole tiles of these inputs."""
         return can_tma(self.q) and can_tma(self.values)
 

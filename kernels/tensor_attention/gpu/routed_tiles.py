@@ -31,12 +31,12 @@ def backward_key_launch(routed: Routed) -> Launch:
 
 def _launch(routed: Routed, stages: int) -> Launch:
     if is_interpreted():
-        return Launch(4, 1, routed.allows_bulk)
+        return Launch(4, 1, routed.allows_tma)
     wide = max(routed.q.shape[3], routed.values.shape[3])
     rows = TILE * routed.padded_group
     if routed.q.dtype == torch.float32 or wide > 128:
         return Launch(8 if rows > 64 else 4, 1, False)
-    return Launch(8 if rows > 64 else 4, stages, routed.allows_bulk)
+    return Launch(8 if rows > 64 else 4, stages, routed.allows_tma)
 
 
 def list_warps(routed: Routed) -> int:

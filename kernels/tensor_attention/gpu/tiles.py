@@ -57,7 +57,7 @@ def forward_ring(hop: Hop) -> RingTiles | None:
         and (hop.q.shape[3], hop.values.shape[3]) == (128, 128)
         and hop.values.shape[2] == hop.k.shape[2]
         and hop.shared % 4 == 0
-        and hop.allows_bulk
+        and hop.allows_tma
         and torch.cuda.get_device_capability(hop.q.device)[0] == 9
         and _has_gluon()
     )
@@ -68,14 +68,14 @@ def forward_tiles(hop: Hop) -> Tiles:
     """Tiles of the forward kernel."""
     pack = _pack(hop)
     if is_interpreted():
-        return Tiles(16 * pack, 16, 4, 1, pack, hop.window > 64, _bulk(hop, hop.window > 64))
+        return Tiles(16 * pack, 16, 4, 1, pack, hop.window > 64, _uses_tma(hop, hop.window > 64))
     wide = padded(max(hop.q.shape[3], hop.values.shape[3]))
     reuse = hop.window > _REUSE
     if hop.q.dtype == torch.float32:
         return Tiles(64 if wide <= 128 else 32, 32 if wide <= 128 else 16, 4, 2, pack, reuse)
     if wide > 128:
         return Tiles(64, 32, 4, 2, pack, reuse)
-    if reuse and hop.allows_bulk:
+    if reuse and hop.allows_tma:
         return Tiles(64, 64, 4, 3, min(pack, 4), reuse, tma=True)
     if reuse:  # measured: a tile of 4 heads is faster up to 64k rows, one of 2 heads above
         return Tiles(64, 64, 4, 3, min(pack, 4 if hop.rows <= 1 << 16 else 2), reuse)
@@ -86,14 +86,14 @@ def backward_query_tiles(hop: Hop) -> Tiles:
     """Tiles of the backward kernel that owns queries."""
     pack = _pack(hop)
     if is_interpreted():
-        return Tiles(16 * pack, 16, 4, 1, pack, hop.window > 64, _bulk(hop, hop.window > 64))
+        return Tiles(16 * pack, 16, 4, 1, pack, hop.window > 64, _uses_tma(hop, hop.window > 64))
     wide = padded(max(hop.q.shape[3], hop.values.shape[3]))
     reuse = hop.window > _REUSE
     if hop.q.dtype == torch.float32:
         return Tiles(32, 32 if wide <= 128 else 16, 4, 1, pack, reuse)
     if wide > 128:
         return Tiles(64, 32, 4, 1, pack, reuse)
-    if reuse and hop.allows_bulk:
+    if reuse and hop.allows_tma:
         return Tiles(64, 64, 4, 2, min(pack, 4), reuse, tma=True)
     if reuse:
         return Tiles(64, 64, 4, 2, 1, reuse)
@@ -107,14 +107,14 @@ def backward_key_tiles(hop: Hop) -> Tiles:
     """
     pack = _pack(hop)
     if is_interpreted():
-        return Tiles(16, 32, 4, 1, pack, hop.window > 64, _bulk(hop, hop.window > 64))
+        return Tiles(16, 32, 4, 1, pack, hop.window > 64, _uses_tma(hop, hop.window > 64))
     wide = padded(max(hop.q.shape[3], hop.values.shape[3]))
     reuse = hop.window > _REUSE
     if hop.q.dtype == torch.float32:
         return Tiles(32, 32, 4, 1, pack, reuse)
     if wide > 128:
         return Tiles(32, 64, 4, 1, pack, reuse)
-    return Tiles(32, 64, 4, 2 if reuse else 1, pack, reuse, reuse and hop.allows_bulk)
+    return Tiles(32, 64, 4, 2 if reuse else 1, pack, reuse, reuse and hop.allows_tma)
 
 
 def forward_line_tiles(hop: Hop) -> LineTiles | None:
@@ -142,9 +142,9 @@ def backward_line_tiles(hop: Hop) -> LineTiles | None:
     return LineTiles(64, 4, 1)
 
 
-def _bulk(hop: Hop, rotate_first: bool) -> bool:
+def _uses_tma(hop: Hop, rotate_first: bool) -> bool:
     """Whether tiles can be loaded unchanged: already rotated, or without rotary embedding."""
-    return hop.allows_bulk and (rotate_first or hop.cos is None)
+    return hop.allows_tma and (rotate_first or hop.cos is None)
 
 
 def _pack(hop: Hop) -> int:
