@@ -115,12 +115,12 @@ def check_sizes(
         return
     legal = [f"sp in {degrees}"]
     unit = sp * fold[0] if fold else sp
-    if sp > 1 and full_attention_heads is not None and full_attention_heads % sp:
-        pass  # no other row and no other fold would help
-    elif sp > 1 and fold and fold[0] % sp:
+    # If ranks cannot share the heads, no other row and no other fold would help.
+    shares_heads = sp > 1 and (full_attention_heads is None or full_attention_heads % sp == 0)
+    if shares_heads and fold and fold[0] % sp:
         row = "" if seq_len % sp**2 == 0 else f", and seq_len one of {sp} x fold[0]"
         legal.append(f"fold[0] a multiple of {sp}{row}")
-    elif sp > 1 and seq_len % unit:
+    elif shares_heads and seq_len % unit:
         below = seq_len // unit * unit
         nearest = f"{below} or {below + unit}" if below else f"{unit}"
         legal.append(f"seq_len a multiple of {unit}, such as {nearest}")

@@ -64,10 +64,11 @@ def read_variants(runs: Sequence[Path]) -> list[Variant]:
         if not seed.losses and not seed.found:
             continue
         name = re.sub(r"-\d+$", "", run.name)
-        lengths = sorted({length for _, length in (*seed.losses, *seed.found)})
-        keys = {length: _keys(config.model, length) for length in lengths}
-        variant = Variant(name, keys, attention_share(config), {})
-        variants.setdefault(name, variant).seeds[config.run.seed] = seed
+        if name not in variants:
+            lengths = sorted({length for _, length in (*seed.losses, *seed.found)})
+            keys = {length: _keys(config.model, length) for length in lengths}
+            variants[name] = Variant(name, keys, attention_share(config), {})
+        variants[name].seeds[config.run.seed] = seed
     if not variants:
         raise UserError(f"{runs[0]}: a run must be evaluated first (make adapt)")
     return list(variants.values())
@@ -174,8 +175,7 @@ def _gaps(
     """The gap closed, for each seed of `variant` that the ends have as well."""
     gaps: list[float | None] = []
     for seed in sorted(variant.seeds.keys() & worst.seeds.keys() & best.seeds.keys()):
-        ends = (v.seeds[seed].losses.get((text, length)) for v in (worst, variant, best))
-        low, own, high = ends
+        low, own, high = (v.seeds[seed].losses.get((text, length)) for v in (worst, variant, best))
         if low is None or own is None or high is None or low == high:
             gaps.append(None)
         else:

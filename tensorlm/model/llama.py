@@ -144,8 +144,8 @@ class Llama(nn.Module):
         rotary = rotary_table(self.config, tokens.shape[1] * self.grid.sp, tokens.device)
         x = self.embed_tokens(tokens)
         recompute: Recompute = self.recompute if torch.is_grad_enabled() else "none"
-        offloads = self.offload is not None and recompute != "none"
-        with self.offload.saving() if self.offload and offloads else nullcontext():
+        offload = self.offload if recompute != "none" else None
+        with offload.saving() if offload else nullcontext():
             for block in self.layers:
                 assert isinstance(block, Block)
                 x = run_block(block, recompute, block.kept_products(x), x, doc_start, rotary)

@@ -28,17 +28,16 @@ _CONSONANTS, _VOWELS = "bdfgklmnprstvz", "aeiou"
 def repeat_passages(text: str, seed: str) -> str:
     """`text` with one passage repeated per `_PASSAGE_PERIOD` characters, at most `_REACH` after
     itself."""
-    rng, parts, done = Random(seed), [], 0
+    rng, pieces, last = Random(seed), [], 0
     for period in range(0, len(text) - _PASSAGE_PERIOD, _PASSAGE_PERIOD):
         length = rng.randint(*_PASSAGE)
         distance = rng.randint(length, _REACH)
         start = period + rng.randrange(_PASSAGE_PERIOD - _REACH - length)
         place = text.find("\n", start + distance) + 1
-        if not done < place:
-            continue
-        parts += [text[done:place], text[start : start + length], "\n"]
-        done = place
-    return "".join([*parts, text[done:]])
+        if last < place:
+            pieces.append((place, text[start : start + length] + "\n"))
+            last = place
+    return _with(text, pieces)
 
 
 def ask_for_facts(text: str, seed: str) -> str:
@@ -60,9 +59,14 @@ def ask_for_facts(text: str, seed: str) -> str:
                 break
             lines.append((end_of_line + 1, form.format(key=key, value=value) + "\n"))
     lines.sort(key=lambda line: line[0])  # stable: a fact stays before its question
+    return _with(text, lines)
+
+
+def _with(text: str, pieces: list[tuple[int, str]]) -> str:
+    """`text` with each piece inserted before the character at its place; places ascend."""
     parts, done = [], 0
-    for place, line in lines:
-        parts += [text[done:place], line]
+    for place, piece in pieces:
+        parts += [text[done:place], piece]
         done = place
     return "".join([*parts, text[done:]])
 
