@@ -88,7 +88,7 @@ def measure(config: Config, launch: LaunchEnv, steps: int) -> Measurement:
     meter = _Meter(device)
     with meter.counter or nullcontext():
         grid = create_grid(config.parallel.sp)
-        # Use PyTorch's initial weights: `init_weights` of 8 B parameters takes a minute.
+        # Use PyTorch's initial weights: `init_weights` of 8 B parameters takes many seconds.
         engine = Engine(create_model(config, grid, device, None), config)
         gc.collect()
         list(engine.parameter_slices())  # creates AdamW's state, like a resumed run

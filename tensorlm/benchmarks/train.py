@@ -130,7 +130,7 @@ def build(config: Config, method: str, longest: int, device: torch.device) -> nn
     settings = config.train
     if settings.recompute == "auto":
         settings = settings.model_copy(update={"recompute": "block"})
-    # Use PyTorch's initial weights: `init_weights` of billions of parameters takes a minute.
+    # Use PyTorch's initial weights: `init_weights` of billions takes many seconds.
     model = create_llama(shape_of(config.model, method), settings, Grid(), device)
     if method == "full":
         for block in model.layers:

@@ -1,5 +1,6 @@
 """The model: the Llama decoder with window, strided, routed and full attention layers."""
 
-from .llama import Block, Llama, WeightInit, create_llama
+from .initial_weights import WeightInit
+from .llama import Block, Llama, create_llama
 
 __all__ = ["Block", "Llama", "WeightInit", "create_llama"]

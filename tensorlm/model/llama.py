@@ -16,14 +16,11 @@ from tensorlm.config import FusedLayers, ModelConfig, Recompute, TrainConfig
 
 from .attention import Attention, KeptChoice
 from .fused import check_layers
+from .initial_weights import WeightInit
 from .layers import RMSNorm, SwiGLU, rotary_table
 from .offload import HostOffload
 from .output_head import OutputHead, Reduction
 from .recompute import run_block
-
-# Number of random weights drawn at a time, in float32. Reusing this buffer takes half as long as a
-# new tensor for each parameter. It must be a multiple of 16, or the weights would change.
-_DRAWN_AT_ONCE = 1 << 22
 
 
 def create_llama(
@@ -163,27 +160,3 @@ class Llama(nn.Module):
         init = WeightInit(self.config, seed)
         for name, parameter in self.named_parameters():
             init.fill(name, parameter)
-
-
-class WeightInit:
-    """Random weights, drawn parameter by parameter in the model's order (`Llama.init_weights`)."""
-
-    def __init__(self, config: ModelConfig, seed: int) -> None:
-        self._config = config
-        self._generator = torch.Generator().manual_seed(seed)
-        self._drawn = torch.empty(_DRAWN_AT_ONCE)
-
-    @torch.no_grad()
-    def fill(self, name: str, parameter: Tensor) -> None:
-        """Set the weights of `parameter`; call it for all parameters in the model's order."""
-        config = self._config
-        if name.endswith("hop_bias"):
-            parameter.fill_(config.hop_bias_init)
-        elif parameter.dim() == 1:
-            parameter.fill_(1.0)
-        else:
-            is_output = name.endswith(("o_proj.weight", "down_proj.weight"))
-            std = config.init_std / ((2 * config.num_layers) ** 0.5 if is_output else 1)
-            for part in parameter.view(-1).split(_DRAWN_AT_ONCE):
-                drawn = self._drawn[: len(part)].normal_(generator=self._generator)
-                part.copy_(drawn.mul_(std))
