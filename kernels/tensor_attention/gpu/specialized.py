@@ -1,6 +1,6 @@
 # ruff: noqa: N803 - compile-time constants of Triton kernels are capitals
 # mypy: allow-untyped-defs, allow-incomplete-defs
-"""Parts of the warp-specialized kernel of the window hop: tiles of queries, a ring of keys.
+"""Shared by the warp-specialized kernels of the window hop: tiles of queries, a ring of keys.
 
 One program per multiprocessor processes many tiles of queries. A producer warp loads the keys and
 values of each tile with TMA into a ring of slots in shared memory. Two warp groups of 64 rows each
@@ -11,15 +11,28 @@ A tile is 128 / PACK tokens of PACK query heads that share a key head; rows are 
 fastest.
 """
 
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from .launch import Hop
+from .tiles import RingTiles
 
 # These functions have other names after Triton 3.6.
 load_tiles = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 GROUPS = gl.constexpr(2)
 ROWS = gl.constexpr(64)  # rows per warp group
+SIZES = ["num_tokens", "length", "num_blocks", "num_tiles"]
+# Registers per thread of the second group and of the producer; the first group gets the rest.
+REGISTERS = gl.constexpr(240)
+PRODUCER_REGISTERS = gl.constexpr(24)
 
 
 @gluon.jit
@@ -65,8 +78,25 @@ def key_range(
 
 
 @gluon.jit
+def new_ring(k, values, D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr):
+    """Shared memory for the slots of keys and values, and their barriers."""
+    ks = gl.allocate_shared_memory(k.dtype, [STAGES, BLOCK_N, D], k.layout)
+    vs = gl.allocate_shared_memory(values.dtype, [STAGES, BLOCK_N, D], values.layout)
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for n in gl.static_range(STAGES):
+        mbarrier.init(k_full.index(n), count=1)
+        mbarrier.init(v_full.index(n), count=1)
+        mbarrier.init(k_empty.index(n), count=GROUPS)
+        mbarrier.init(v_empty.index(n), count=GROUPS)
+    return ks, vs, k_full, k_empty, v_full, v_empty
+
+
+@gluon.jit
 def advance(slot, phase, STAGES: gl.constexpr):
-    """The next slot of the ring and its phase, which changes in each round."""
+    """The next slot of the ring and its phase, which changes with each round."""
     slot += 1
     if slot == STAGES:
         slot = 0
@@ -129,3 +159,49 @@ def load_halves(
     c = gl.load(cos + angle, mask=exists, other=0.0)
     s = gl.load(sin + angle, mask=exists, other=0.0)
     return real, imag, c, s
+
+
+@gluon.jit
+def turn(real, imag, c, s):
+    """Both halves rotated in float32 and rounded once."""
+    x = real.to(gl.float32)
+    y = imag.to(gl.float32)
+    return (x * c - y * s).to(real.dtype), (y * c + x * s).to(real.dtype)
+
+
+@gluon.jit
+def start_scores(q_real, q_imag, k, zero, HALF: gl.constexpr):
+    """Start the asynchronous products for the scores of a block of keys."""
+    s = warpgroup_mma(
+        q_real, k.slice(0, HALF, 1).permute([1, 0]), zero, use_acc=False, is_async=True
+    )
+    return warpgroup_mma(q_imag, k.slice(HALF, HALF, 1).permute([1, 0]), s, is_async=True)
+
+
+class Launch(NamedTuple):
+    """Programs, and the arguments that both kernels take; `sizes` as named in `SIZES`."""
+
+    grid: tuple[int]
+    sizes: tuple[int, int, int, int]
+    constants: dict[str, int]
+
+
+def launch_of(hop: Hop, tiles: RingTiles) -> Launch:
+    """One program per multiprocessor, or per tile if there are fewer tiles."""
+    batch, num_tokens, heads, size = hop.q.shape
+    num_blocks = triton.cdiv(num_tokens, GROUPS.value * ROWS.value // tiles.pack)
+    num_tiles = batch * num_blocks * (heads // tiles.pack)
+    processors = torch.cuda.get_device_properties(hop.q.device).multi_processor_count
+    constants = {
+        "H": heads, "K": hop.k.shape[2], "D": size, "PACK": tiles.pack,
+        "BLOCK_N": tiles.block_n, "STAGES": tiles.stages, "num_warps": 4,
+    }  # fmt: skip
+    sizes = (num_tokens, hop.length, num_blocks, num_tiles)
+    return Launch((min(num_tiles, processors),), sizes, constants)
+
+
+def tiles_of(x: Tensor, block: int) -> TensorDescriptor:
+    """`x` [B, T, N, D] as a matrix [B T, N D], loaded in tiles [block, D] of one head."""
+    batch, num_tokens, heads, size = x.shape
+    shape, strides = [batch * num_tokens, heads * size], [heads * size, 1]
+    return TensorDescriptor(x, shape, strides, [block, size], gl.NVMMASharedLayout(128, 16, 2))

@@ -7,7 +7,6 @@ next block, and the tensor cores compute the other group's products.
 """
 
 import torch
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -17,30 +16,33 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .launch import LOG2E, Hop
 from .specialized import (
-    GROUPS,
+    PRODUCER_REGISTERS,
+    REGISTERS,
     ROWS,
+    SIZES,
     advance,
     barrier,
     first_visible,
     key_range,
+    launch_of,
     load_halves,
+    new_ring,
     place,
     produce,
     release,
     row_tokens,
+    start_scores,
+    tiles_of,
+    turn,
 )
 from .tiles import RingTiles
 
 FLOOR = gl.constexpr(-1.0e20)
 MASKED = gl.constexpr(-1.0e30)
 LN2 = gl.constexpr(0.6931471805599453)
-# Registers per thread of the second group and of the producer; the first group gets the rest.
-REGISTERS = gl.constexpr(240)
-PRODUCER_REGISTERS = gl.constexpr(24)
 
 
 @gluon.jit
@@ -57,15 +59,6 @@ def fold_scores(
     keep = gl.exp2(top - top_next)
     total = total * keep + gl.sum(weight, 1)
     return weight, top_next, total, keep
-
-
-@gluon.jit
-def start_scores(q_real, q_imag, k, zero, HALF: gl.constexpr):
-    """Start the asynchronous products for the scores of a block of keys."""
-    s = warpgroup_mma(
-        q_real, k.slice(0, HALF, 1).permute([1, 0]), zero, use_acc=False, is_async=True
-    )
-    return warpgroup_mma(q_imag, k.slice(HALF, HALF, 1).permute([1, 0]), s, is_async=True)
 
 
 @gluon.jit
@@ -98,10 +91,9 @@ def consume(
         token = row_tokens(block, which, PACK, gl.SliceLayout(1, SCORES))
         exists = token < num_tokens
         first = first_visible(reach + batch.to(gl.int64) * num_tokens, token, exists, length)
-        x = real.to(gl.float32)
-        y = imag.to(gl.float32)
-        q_real = gl.convert_layout((x * c - y * s).to(dtype), QUERIES)
-        q_imag = gl.convert_layout((y * c + x * s).to(dtype), QUERIES)
+        real, imag = turn(real, imag, c, s)
+        q_real = gl.convert_layout(real, QUERIES)
+        q_imag = gl.convert_layout(imag, QUERIES)
         top = gl.full([ROWS], FLOOR, gl.float32, gl.SliceLayout(1, SCORES))
         total = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, SCORES))
         acc = gl.zeros([ROWS, D], gl.float32, OUT)
@@ -165,27 +157,16 @@ def consume(
         gl.store(z + at, out, mask=(token < num_tokens)[:, None])
 
 
-@gluon.jit(do_not_specialize=["num_tokens", "length", "num_blocks", "num_tiles"])
+@gluon.jit(do_not_specialize=SIZES)
 def specialized_forward_kernel(
     q, k, values, reach, cos, sin, z, lse, num_tokens, length, num_blocks, num_tiles, scale,
     H: gl.constexpr, K: gl.constexpr, D: gl.constexpr, PACK: gl.constexpr,
     BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """q, z [B,T,H,D]; k (rotated) and values: tiles of [B T, K D]; reach [B,T]; lse [B,H,T]."""
-    ks = gl.allocate_shared_memory(k.dtype, [STAGES, BLOCK_N, D], k.layout)
-    vs = gl.allocate_shared_memory(values.dtype, [STAGES, BLOCK_N, D], values.layout)
-    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for n in gl.static_range(STAGES):
-        mbarrier.init(k_full.index(n), count=1)
-        mbarrier.init(v_full.index(n), count=1)
-        mbarrier.init(k_empty.index(n), count=GROUPS)
-        mbarrier.init(v_empty.index(n), count=GROUPS)
+    ring = new_ring(k, values, D, BLOCK_N, STAGES)
     fence_async_shared()
     barrier()
-    ring = (ks, vs, k_full, k_empty, v_full, v_empty)
     gl.warp_specialize(
         [
             (consume, (0, q, ring, reach, cos, sin, z, lse, num_tokens, length, num_blocks,
@@ -202,21 +183,9 @@ def specialized_forward_kernel(
 
 def specialized_forward(hop: Hop, k: Tensor, z: Tensor, lse: Tensor, tiles: RingTiles) -> None:
     """Write one window hop into `z` [B, T, H, D] and `lse` [B, H, T] float32; `k` is rotated."""
-    batch, num_tokens, heads, size = hop.q.shape
-    num_blocks = triton.cdiv(num_tokens, GROUPS.value * ROWS.value // tiles.pack)
-    num_tiles = batch * num_blocks * (heads // tiles.pack)
-    processors = torch.cuda.get_device_properties(hop.q.device).multi_processor_count
+    launch = launch_of(hop, tiles)
     with torch.cuda.device_of(hop.q):
-        specialized_forward_kernel[(min(num_tiles, processors),)](
-            hop.q, _tiles_of(k, tiles.block_n), _tiles_of(hop.values, tiles.block_n), hop.reach,
-            hop.cos, hop.sin, z, lse, num_tokens, hop.length, num_blocks, num_tiles,
-            hop.scale * LOG2E, H=heads, K=hop.k.shape[2], D=size, PACK=tiles.pack,
-            BLOCK_N=tiles.block_n, STAGES=tiles.stages, num_warps=4,
+        specialized_forward_kernel[launch.grid](
+            hop.q, tiles_of(k, tiles.block_n), tiles_of(hop.values, tiles.block_n), hop.reach,
+            hop.cos, hop.sin, z, lse, *launch.sizes, hop.scale * LOG2E, **launch.constants,
         )  # fmt: skip
-
-
-def _tiles_of(x: Tensor, block: int) -> TensorDescriptor:
-    """`x` [B, T, N, D] as a matrix [B T, N D], loaded in tiles [block, D] of one head."""
-    batch, num_tokens, heads, size = x.shape
-    shape, strides = [batch * num_tokens, heads * size], [heads * size, 1]
-    return TensorDescriptor(x, shape, strides, [block, size], gl.NVMMASharedLayout(128, 16, 2))
