@@ -1,4 +1,4 @@
-"""The warp-specialized forward kernel of Hopper against the general one: the same bits."""
+"""The warp-specialized kernels of Hopper against the general ones: the same bits."""
 
 from typing import Any
 
@@ -7,9 +7,15 @@ import torch
 from torch import Tensor
 
 from tensor_attention.gpu import launch, tiles
+from tensor_attention.gpu.backward_query import QueryGradients, backward_queries
 from tensor_attention.gpu.forward import hop_forward
-from tensor_attention.gpu.launch import Hop
-from tensor_attention.gpu.tiles import forward_ring, forward_tiles
+from tensor_attention.gpu.launch import Hop, Tiles
+from tensor_attention.gpu.tiles import (
+    backward_query_ring,
+    backward_query_tiles,
+    forward_ring,
+    forward_tiles,
+)
 from tests.tensor_attention.cases import poisoned_memory, rotary_table
 
 pytest.importorskip("triton")
@@ -71,6 +77,40 @@ def test_forward_has_the_bits_of_the_general_kernel(case: dict[str, int]) -> Non
     assert all(torch.equal(x, y) for x, y in zip(again, specialized, strict=True))
 
 
+@pytest.mark.gpu
+@needs_hopper
+@pytest.mark.parametrize("accumulate", [False, True], ids=["write", "accumulate"])
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_query_gradient_has_the_bits_of_the_general_kernel(
+    case: dict[str, int], accumulate: bool
+) -> None:
+    hop = window_hop(**case)
+    assert backward_query_ring(hop) is not None
+    z, lse = results(hop)
+    hop_forward(hop, z, lse)
+    generator = torch.Generator("cuda").manual_seed(1)
+    dz = torch.randn(z.shape, generator=generator, device="cuda").to(z.dtype)
+    dlse = torch.randn(lse.shape, generator=generator, device="cuda") if accumulate else None
+    keys = hop.rotated(hop.k, True)
+
+    def gradients(tiles: Tiles | None, delta: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """dq and delta; with `delta`, the kernel reads it instead of z."""
+        dq = torch.ones_like(z) if accumulate else torch.full_like(z, float("nan"))
+        given = torch.full_like(lse, float("nan")) if delta is None else delta.clone()
+        backward_queries(
+            hop, z if delta is None else None, lse, dz, dlse, dq,
+            QueryGradients(given, None, None), keys=keys, accumulate=accumulate, dz_before=None,
+            tiles=tiles,
+        )  # fmt: skip
+        return dq, given
+
+    with poisoned_memory():
+        dq, delta = gradients(backward_query_tiles(hop))
+        for found in (gradients(None), gradients(None), gradients(None, delta)):
+            assert torch.equal(found[0], dq)
+            assert torch.equal(found[1], delta)
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -83,7 +123,7 @@ def test_forward_has_the_bits_of_the_general_kernel(case: dict[str, int]) -> Non
     ],
     ids=lambda change: ",".join(change),
 )
-def test_other_hops_take_the_general_kernel(
+def test_other_hops_take_the_general_kernels(
     change: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tiles, "is_interpreted", lambda: False)
@@ -91,12 +131,14 @@ def test_other_hops_take_the_general_kernel(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     hop = window_hop(1, 600, 8, 2, 512)
     assert forward_ring(hop) == (64, 5, 4)
+    assert backward_query_ring(hop) == (64, 4, 4)
     assert forward_ring(hop._replace(**change)) is None
+    assert backward_query_ring(hop._replace(**change)) is None
     assert forward_ring(hop._replace(q=hop.q.half())) is None
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (10, 0))
     assert forward_ring(hop) is None  # its instructions are Hopper's alone
 
 
-def test_the_interpreter_runs_the_general_kernel() -> None:
+def test_the_interpreter_runs_the_general_kernels() -> None:
     if not HOPPER:
         assert forward_ring(window_hop(1, 600, 8, 2, 512)) is None

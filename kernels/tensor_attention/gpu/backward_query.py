@@ -22,7 +22,7 @@ from .common import (
     store_tile,
 )
 from .launch import SIZES, Hop, Tiles, Turned, tma_rows
-from .tiles import backward_query_tiles
+from .tiles import backward_query_ring, backward_query_tiles
 
 
 @triton.jit
@@ -179,8 +179,16 @@ def backward_queries(
         grads: outputs.
         keys: from `Hop.rotated`: the keys, already rotated if the tiles need it.
         dz_before: output, the gradient of `hop.z_before`; None if that is `hop.values`.
-        tiles: None: from the table.
+        tiles: tiles of the general kernel; None: the table chooses the kernel and its tiles.
     """
+    ring = backward_query_ring(hop) if tiles is None else None
+    if ring is not None:
+        from .specialized_query import specialized_queries
+
+        specialized_queries(
+            hop, keys[0], z, lse, dz, dlse, dq, grads.delta, accumulate=accumulate, tiles=ring
+        )
+        return
     tiles = tiles or backward_query_tiles(hop)
     k, k_cos, k_sin = keys
     values = hop.values

@@ -34,21 +34,21 @@ class RingTiles(NamedTuple):
 
 @cache
 def _has_gluon() -> bool:
-    """Whether this version of Triton supports the warp-specialized kernel (Gluon)."""
+    """Whether this version of Triton supports the warp-specialized kernels (Gluon)."""
     try:
-        from . import specialized_forward  # noqa: F401
+        from . import specialized  # noqa: F401
     except (ImportError, AttributeError):
         return False
     return True
 
 
-def forward_ring(hop: Hop) -> RingTiles | None:
-    """Tiles of the warp-specialized forward kernel; None if it does not support the hop.
+def _supports_ring(hop: Hop) -> bool:
+    """Whether the warp-specialized kernels support the hop.
 
-    It supports the shape of most large models on Hopper: bf16, heads of 128 with a rotary table,
+    They support the shape of most large models on Hopper: bf16, heads of 128 with a rotary table,
     and groups of query heads whose size is a multiple of 4.
     """
-    serves = (
+    return (
         not is_interpreted()
         and hop.window > _REUSE
         and hop.bias is None
@@ -61,7 +61,16 @@ def forward_ring(hop: Hop) -> RingTiles | None:
         and torch.cuda.get_device_capability(hop.q.device)[0] == 9
         and _has_gluon()
     )
-    return RingTiles(64, 5, 4) if serves else None
+
+
+def forward_ring(hop: Hop) -> RingTiles | None:
+    """Tiles of the warp-specialized forward kernel; None if it does not support the hop."""
+    return RingTiles(64, 5, 4) if _supports_ring(hop) else None
+
+
+def backward_query_ring(hop: Hop) -> RingTiles | None:
+    """Tiles of the warp-specialized kernel of dq; None if it does not support the hop."""
+    return RingTiles(64, 4, 4) if _supports_ring(hop) else None
 
 
 def forward_tiles(hop: Hop) -> Tiles:
