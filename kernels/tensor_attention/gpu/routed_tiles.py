@@ -61,4 +61,4 @@ def choice_launch(q: Tensor, top_k: int) -> ChoiceLaunch:
         return ChoiceLaunch(16, 16, 4, 1, tma)
     if q.dtype == torch.float32 or padded(q.shape[3]) > 128:
         return ChoiceLaunch(32, 32, 4, 1, False)
-    return ChoiceLaunch(64, 64, 4, 2, tma) if top_k <= 32 else ChoiceLaunch(64, 128, 8, 2, tma)
+    return ChoiceLaunch(64, 64, 4, 3, tma) if top_k <= 32 else ChoiceLaunch(64, 128, 8, 2, tma)
