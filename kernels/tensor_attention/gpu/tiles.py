@@ -70,7 +70,7 @@ def forward_ring(hop: Hop) -> RingTiles | None:
 
 def backward_query_ring(hop: Hop) -> RingTiles | None:
     """Tiles of the warp-specialized kernel of dq; None if it does not support the hop."""
-    return RingTiles(64, 4, 4) if _supports_ring(hop) else None
+    return RingTiles(64, 5, 4) if _supports_ring(hop) else None
 
 
 def forward_tiles(hop: Hop) -> Tiles:
