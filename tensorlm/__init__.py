@@ -1,3 +1,3 @@
-"""tensorlm: long-context pretraining with tensorized attention."""
+"""tensorlm: long-context pretraining of Llama-class models."""
 
 __version__ = "0.1.0"

@@ -171,7 +171,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     manifest = _read_manifest(path)
     if folder.name != step_folder(folder.parent, manifest["step"]).name:
         raise UserError(
-            f"{path}: must be of the folder's step, got step {manifest['step']} in {folder.name}"
+            f"{path}: step must be that of the folder {folder.name}, got {manifest['step']}"
         )
     _check_slices(path, manifest)
     names = {entry["name"] for entry in manifest["files"]} | {MANIFEST}

@@ -38,7 +38,7 @@ _COMPARE = """usage: tensorlm compare DIR [DIR ...] --output DIR
 Join the reports below these folders: lengths of one model become one report, and several models
 appear side by side.
 
-  DIR           folder with a report.json, in itself or below it
+  DIR           folder that contains a report.json at any depth
   --output DIR  folder for the joint report"""
 
 COMMANDS = {
@@ -50,7 +50,7 @@ COMMANDS = {
         "train", "recompute one step and compare it with the log", ("--replay",), _REPLAY
     ),
     "evaluate": Command(
-        "evaluate", "measure perplexity, passkey, needles and RULER of a checkpoint"
+        "evaluate", "measure how well a checkpoint uses its context, and write a report"
     ),
     "compare": Command("evaluate", "join evaluation reports into one", ("--compare",), _COMPARE),
     "convert": Command("convert", "export a checkpoint to a Hugging Face folder, or import one"),

@@ -23,7 +23,7 @@ def attention(args: argparse.Namespace) -> int:
         folds = [_fold(part) for part in args.folds.split(";") if part]
         sizes = [_fold(part) for part in args.routes.split(";") if part]
         if any(len(size) != 2 for size in sizes):
-            raise ValueError("a route must be TOP_KxBLOCK")
+            raise ValueError("--routes: each must have the form TOP_KxBLOCK")
     except ValueError as reason:
         raise UserError(
             "--lengths, --folds, --routes: must be like 32768,131072 and 1024;32x32 and 16x64, got "

@@ -17,7 +17,6 @@ from tensorlm.runtime.arguments import Option, Options, add_options, add_setting
 from tensorlm.runtime.errors import UserError
 from tensorlm.runtime.exit import run_launcher
 
-_CONFIG = "TOML file of the run (required, except with import --write-config)"
 COMMANDS: dict[str, tuple[str, Options]] = {
     "export": (
         "write a checkpoint as a Hugging Face folder",
@@ -65,7 +64,8 @@ def main() -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     for name, (text, options) in COMMANDS.items():
         command = commands.add_parser(name, help=text)
-        add_settings(command, _CONFIG, required=False)
+        unless = " (required, except with --write-config)" if name == "import" else " (required)"
+        add_settings(command, f"TOML file of the run{unless}", required=False)
         add_options(command, options)
     args = parse_arguments(parser)
     if args.command == "import":

@@ -1,4 +1,4 @@
-"""Evaluate a checkpoint or a Hugging Face folder: perplexity, passkey, needles, RULER.
+"""Evaluate a checkpoint or a Hugging Face folder: perplexity, recall, passkey, needles, RULER.
 
 Evaluate:
   python launcher/evaluate.py --config C --lengths 4096,131072 --tasks ppl,recall,passkey,niah,ruler

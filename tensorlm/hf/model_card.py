@@ -30,7 +30,8 @@ EMNLP 2024 Findings, arXiv 2410.20926), but folds distances instead of absolute 
 """,
     "routed": """
 In routed layers, a token reads its window, the first block of its document, and the `top_k` blocks
-whose mean key scores highest. Beyond the window, rotary positions are divided by `stretch`.
+that score highest. A block consists of parts of `pool` tokens. Its score is that of its best part,
+by the part's mean key. Beyond the window, rotary positions are divided by `stretch`.
 """,
 }
 
@@ -54,6 +55,7 @@ def model_card(
     model, data, train = config.model, config.data, config.train
     optim, state = config.optim, manifest["state"]
     has_code = needs_code(model)
+    kinds = " and ".join(dict.fromkeys(model.layer_kinds))
     facts = {
         "Attention": attention_in_words(model),
         "Layers, hidden size, MLP size": (
@@ -88,7 +90,7 @@ tags: [tensorlm, llama, long-context]
 
 # {Path(config.run.dir).name}
 
-A Llama decoder with {"tensorized" if has_code else "full"} attention, trained with tensorlm.
+A Llama decoder with {kinds} attention, trained with tensorlm.
 
 | | |
 | --- | --- |

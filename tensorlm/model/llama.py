@@ -1,4 +1,4 @@
-"""The Llama decoder with tensorized attention.
+"""The Llama decoder; each layer has one of four kinds of attention (`attention.py`).
 
 Module names match Hugging Face's Llama, so weights move in both directions by name; only
 `self_attn.hop_bias` has no counterpart there. Shape letters: B batch, T tokens of this rank, C
