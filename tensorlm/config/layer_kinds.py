@@ -1,5 +1,6 @@
 """The kind of each layer, and the settings that each kind needs."""
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ def kind_of_layer(model: "ModelConfig", layer: int) -> LayerKind:
 
 def kind_problems(model: "ModelConfig") -> list[str]:
     """Contradictions in the settings of layers, one line each, with a fix."""
-    problems = _pattern_problems(model)
+    problems = list(_pattern_problems(model))
     if model.fold and model.window not in (0, model.fold[0]):
         problems.append(
             f"window must be fold[0] = {model.fold[0]}, got {model.window} (remove window, or set "
@@ -34,47 +35,44 @@ def kind_problems(model: "ModelConfig") -> list[str]:
             f"route.block must be at most the window of {model.window_size} tokens, got "
             f"{model.route.block} (lower block, or raise window)"
         )
-    return problems or _missing_numbers(model)
+    return problems or list(_missing_numbers(model))
 
 
-def _pattern_problems(model: "ModelConfig") -> list[str]:
+def _pattern_problems(model: "ModelConfig") -> Iterator[str]:
     """Contradictions among full_every, route_every and layers."""
-    problems = []
     if model.layers and len(model.layers) != model.num_layers:
-        problems.append(
+        yield (
             f"layers must have one entry for each of num_layers = {model.num_layers}, got "
             f"{len(model.layers)}"
         )
     for name in ("full_every", "route_every"):
         if model.layers and getattr(model, name):
-            problems.append(
+            yield (
                 f"{name} must be 0 if layers is given, got {getattr(model, name)} (remove "
                 f"{name} or layers)"
             )
     if model.route_every and not model.route:
-        problems.append(
+        yield (
             f"route_every must be 0 without routed layers, got {model.route_every} (add "
             "[model.route] with block, top_k and stretch)"
         )
-    return problems
 
 
-def _missing_numbers(model: "ModelConfig") -> list[str]:
+def _missing_numbers(model: "ModelConfig") -> Iterator[str]:
     """Settings that the layers of a kind need, and a route that no layer uses."""
-    kinds, problems = set(model.layer_kinds), []
+    kinds = set(model.layer_kinds)
     if "strided" in kinds and not model.fold:
-        problems.append("fold must have an inner axis for strided layers, got [] (like [1024])")
+        yield "fold must have an inner axis for strided layers, got [] (like [1024])"
     if "routed" in kinds and not model.route:
-        problems.append(
+        yield (
             "route must be given for routed layers, got none (add [model.route] with block, top_k "
             "and stretch)"
         )
     for kind in ("window", "routed"):
         if kind in kinds and not model.window_size:
-            problems.append(f"window must be at least 1 for {kind} layers, got 0 (like 1024)")
+            yield f"window must be at least 1 for {kind} layers, got 0 (like 1024)"
     if model.route and "routed" not in kinds:
-        problems.append(
+        yield (
             "route must be used by at least one layer, got none (lower route_every, raise "
             "full_every, add a routed layer to layers, or remove [model.route])"
         )
-    return problems

@@ -21,8 +21,8 @@ from fold_parallel.grid import check_world
 from tensor_attention import Backend
 from tensorlm.runtime.errors import UserError
 
-from .evaluation import GENERATION_TASKS, WINDOW_TASKS, EvalConfig
-from .layer_words import why_slow
+from .cross_checks import cross_problems
+from .evaluation import EvalConfig
 from .model import ModelConfig
 from .section import Section, raise_all
 
@@ -249,73 +249,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _sections_agree(self) -> "Config":
-        problems = []
-        if self.zero.stage == 0 and self.train.dtype == "bf16":
-            problems.append(
-                "zero.stage: must be 1, 2 or 3 if train.dtype = bf16, got 0 (stage 0 keeps no fp32 "
-                "weights)"
-            )
-        if self.zero.stage == 0 and self.zero.offload_optimizer:
-            problems.append("zero.offload_optimizer: needs zero.stage = 1, 2 or 3")
-        if self.train.activation_offload and self.train.recompute == "none":
-            problems.append(
-                "train.activation_offload: needs train.recompute = block or selective, got none"
-            )
-        if self.train.attention == "triton" and (reason := why_slow(self.model)):
-            problems.append(f"model.route: {reason} (or set train.attention = auto, which is slow)")
-        warmup, decay, steps = self.optim.warmup_steps, self.optim.decay_steps, self.train.steps
-        if warmup + decay > steps:
-            problems.append(
-                f"optim: warmup_steps + decay_steps must be at most train.steps = {steps}, "
-                f"got {warmup} + {decay} (lower them or train longer)"
-            )
-        if self.optim.min_lr > self.optim.lr:
-            problems.append(
-                f"optim.min_lr: must be at most optim.lr = {self.optim.lr}, got {self.optim.min_lr}"
-            )
-        if self.optim.schedule == "wsd" and not self.optim.decay_steps:
-            problems.append(
-                "optim.decay_steps: must be at least 1 for schedule wsd, got 0 (try a tenth of "
-                "train.steps)"
-            )
-        if self.train.profile and not 0 <= self.train.profile[0] < self.train.profile[1]:
-            first, stop = self.train.profile
-            problems.append(
-                f"train.profile: must be [start, stop] with 0 <= start < stop, got [{first}, "
-                f"{stop}] (like [10, 13])"
-            )
-        if self.train.stop_at > self.train.steps:
-            problems.append(
-                f"train.stop_at: must be at most train.steps = {self.train.steps}, got "
-                f"{self.train.stop_at}"
-            )
-        generates = sorted(set(self.eval.tasks) & set(GENERATION_TASKS))
-        if self.eval.every and generates and self.zero.stage == 3:
-            problems.append(
-                f"eval.tasks: {generates[0]} in training needs zero.stage 0, 1 or 2 "
-                "(or evaluate checkpoints with launcher/evaluate.py)"
-            )
-        if self.eval.every and set(self.eval.tasks) & set(WINDOW_TASKS):
-            for length in self.eval.lengths:
-                try:
-                    self.model.check_sharing(length, self.parallel.sp)
-                except ValueError as error:
-                    problems.append(f"eval.lengths: {error}")
-        earlier_steps = sum(phase.steps for phase in self.train.earlier_stages)
-        if earlier_steps >= self.train.steps:
-            problems.append(
-                f"train.earlier_stages: must have fewer steps than train.steps = "
-                f"{self.train.steps}, got {earlier_steps} (leave some for the rows of [data])"
-            )
-            return raise_all(self, problems)
-        for number, phase in enumerate(self.phases):
-            is_last = number == len(self.train.earlier_stages)
-            where = "parallel.sp" if is_last else f"train.earlier_stages.{number}"
-            try:
-                self.model.check_sharing(phase.seq_len, self.parallel.sp)
-            except ValueError as error:
-                problems.append(f"{where}: {error}")
-        return raise_all(self, problems)
+        return raise_all(self, list(cross_problems(self)))
 
     @property
     def phases(self) -> tuple[PhaseConfig, ...]:

@@ -3,7 +3,8 @@
 This file is part of exported folders.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from itertools import chain
 from typing import Any, NamedTuple
 
 from transformers import LlamaConfig
@@ -91,76 +92,70 @@ def check_operator(config: LlamaConfig) -> None:
 
 def check_layers(config: TensorLMConfig) -> None:
     """Raise ValueError with the first contradiction among the fields of layers, if any."""
-    for problem in (*_list_problems(config), *_route_problems(config)):
+    for problem in chain(*(check(config) for check in _CHECKS)):
         raise ValueError(problem)
+
+
+def _list_problems(config: TensorLMConfig) -> Iterator[str]:
+    """Problems of the fields that set the kinds of layers."""
+    for name in ("full_every", "route_every", "window"):
+        if not _is_whole(number := getattr(config, name), 0):
+            yield f"{name} must be an integer of at least 0, got {number!r}"
+    names, count = config.layers or [], config.num_hidden_layers
+    for name in set(names) - set(_KINDS):
+        yield f"layers must be one of {', '.join(_KINDS)}, got {name!r}"
+    if names and len(names) != count:
+        yield f"layers must have one entry for each of {count} layers, got {len(names)}"
+    for name in ("full_every", "route_every"):
+        if names and (number := getattr(config, name)):
+            yield f"{name} must be 0 if layers is given, got {number} (remove {name} or layers)"
+
+
+def _route_problems(config: TensorLMConfig) -> Iterator[str]:
+    """Problems of the window and the route."""
+    fold, window, route = config.fold, config.window, config.route
+    if fold and window not in (0, fold[0]):
+        yield f"window must be fold[0] = {fold[0]}, got {window} (remove window)"
+    if config.route_every and not route:
+        yield f"route_every must be 0 without route, got {config.route_every} (set route)"
+    if not route:
+        return
+    needed = set(_ROUTE_FIELDS) - set(_ROUTE_DEFAULTS)
+    if not isinstance(route, Mapping) or not needed <= set(route) <= {*_ROUTE_FIELDS}:
+        yield f"route must have the keys {', '.join(_ROUTE_FIELDS)}, got {route!r}"
+        return
+    for name, number in route.items():
+        if not _is_whole(number, 1):
+            yield f"route.{name} must be an integer of at least 1, got {number!r}"
+            return
+    if config.window_size and route["block"] > config.window_size:
+        yield (
+            f"route.block must be at most the window of {config.window_size} tokens, got "
+            f"{route['block']} (lower block, or raise window)"
+        )
+
+
+def _kind_problems(config: TensorLMConfig) -> Iterator[str]:
+    """Fields that the layers of a kind need, and a route that no layer uses."""
     kinds = {config.layer_kind(layer) for layer in range(config.num_hidden_layers)}
     if "strided" in kinds and not config.fold:
-        raise ValueError("fold must have an inner axis for strided layers, got [] (like [1024])")
+        yield "fold must have an inner axis for strided layers, got [] (like [1024])"
     for kind in sorted(kinds & {"window", "routed"}):
         if not config.window_size:
-            raise ValueError(f"window must be at least 1 for {kind} layers, got 0 (like 1024)")
+            yield f"window must be at least 1 for {kind} layers, got 0 (like 1024)"
     if "routed" in kinds and not config.route:
-        raise ValueError(
+        yield (
             "route must be given for routed layers, got none (like {'block': 64, 'top_k': 16, "
             "'stretch': 16})"
         )
     if config.route and "routed" not in kinds:
-        raise ValueError(
+        yield (
             "route must be used by at least one layer, got none (lower route_every, raise "
             "full_every, add a routed layer to layers, or remove route)"
         )
 
 
-def _list_problems(config: TensorLMConfig) -> list[str]:
-    """Problems of the fields that set the kinds of layers."""
-    problems = [
-        f"{name} must be an integer of at least 0, got {getattr(config, name)!r}"
-        for name in ("full_every", "route_every", "window")
-        if not _is_whole(getattr(config, name), 0)
-    ]
-    names, count = config.layers or [], config.num_hidden_layers
-    unknown = [name for name in names if name not in _KINDS]
-    if unknown:
-        problems.append(f"layers must be one of {', '.join(_KINDS)}, got {unknown[0]!r}")
-    if names and len(names) != count:
-        problems.append(f"layers must have one entry for each of {count} layers, got {len(names)}")
-    for name in ("full_every", "route_every"):
-        if names and getattr(config, name):
-            problems.append(
-                f"{name} must be 0 if layers is given, got {getattr(config, name)} (remove "
-                f"{name} or layers)"
-            )
-    return problems
-
-
-def _route_problems(config: TensorLMConfig) -> list[str]:
-    """Problems of the window and the route."""
-    problems = []
-    if config.fold and config.window not in (0, config.fold[0]):
-        problems.append(
-            f"window must be fold[0] = {config.fold[0]}, got {config.window} (remove window)"
-        )
-    if config.route_every and not config.route:
-        problems.append(
-            f"route_every must be 0 without route, got {config.route_every} (set route)"
-        )
-    if not config.route:
-        return problems
-    needed = set(_ROUTE_FIELDS) - set(_ROUTE_DEFAULTS)
-    if not isinstance(config.route, Mapping) or not needed <= set(config.route) <= {*_ROUTE_FIELDS}:
-        keys = ", ".join(_ROUTE_FIELDS)
-        return [*problems, f"route must have the keys {keys}, got {config.route!r}"]
-    problems += [
-        f"route.{name} must be an integer of at least 1, got {number!r}"
-        for name, number in config.route.items()
-        if not _is_whole(number, 1)
-    ]
-    if not problems and config.window_size and config.route["block"] > config.window_size:
-        problems.append(
-            f"route.block must be at most the window of {config.window_size} tokens, got "
-            f"{config.route['block']} (lower block, or raise window)"
-        )
-    return problems
+_CHECKS = (_list_problems, _route_problems, _kind_problems)  # each relies on those before it
 
 
 def _is_whole(number: Any, least: int) -> bool:
