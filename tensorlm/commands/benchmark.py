@@ -17,7 +17,7 @@ from tensorlm.runtime.arguments import (
     Options,
     add_options,
     add_settings,
-    parse_arguments,
+    parse_args,
 )
 from tensorlm.runtime.exit import run_launcher
 
@@ -44,7 +44,7 @@ def main() -> int:
         if benchmark.config:
             add_settings(command, benchmark.config)
         add_options(command, benchmark.options)
-    args = parse_arguments(parser)
+    args = parse_args(parser)
     return BENCHMARKS[args.command].run(args)
 
 

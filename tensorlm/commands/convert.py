@@ -13,7 +13,7 @@ import shlex
 from pathlib import Path
 
 from tensorlm.config import Config, load_config, parse_config
-from tensorlm.runtime.arguments import Option, Options, add_options, add_settings, parse_arguments
+from tensorlm.runtime.arguments import Option, Options, add_options, add_settings, parse_args
 from tensorlm.runtime.errors import UserError
 from tensorlm.runtime.exit import run_launcher
 
@@ -67,7 +67,7 @@ def main() -> int:
         unless = " (required, except with --write-config)" if name == "import" else " (required)"
         add_settings(command, f"TOML file of the run{unless}", required=False)
         add_options(command, options)
-    args = parse_arguments(parser)
+    args = parse_args(parser)
     if args.command == "import":
         _check_folder(args.hf)
         if args.write_config:
@@ -81,8 +81,6 @@ def main() -> int:
 def export(args: argparse.Namespace, config: Config) -> int:
     from tensorlm.checkpoint import check_model, select_checkpoint
     from tensorlm.checkpoint.publish import was_imported
-    from tensorlm.data.tokenizer.files import has_tokenizer
-    from tensorlm.data.tokenizer.tokenizers import check_tokenizer
     from tensorlm.hf import hub
     from tensorlm.hf.export_folder import check_new_folder, export_checkpoint
     from tensorlm.hf.export_tokenizer import describe_prompts
@@ -102,20 +100,9 @@ def export(args: argparse.Namespace, config: Config) -> int:
     trained = parse_config(checkpoint.manifest["config"], str(checkpoint.folder))
     check_model(checkpoint, config)
     imported = imported_folder(run_dir)
-    sha256 = checkpoint.manifest.get("tokenizer_sha256")  # None for imported weights
     data_tokenizer = Path(config.data.path) / "tokenizer"
-    candidates = [data_tokenizer, *([imported] if imported else [])]
-    if sha256 is None:
-        candidates.reverse()
-    tokenizer = args.tokenizer or next((c for c in candidates if has_tokenizer(c)), None)
-    if tokenizer and sha256:
-        fix = "as requested" if args.tokenizer else "choose one with --tokenizer DIR"
-        try:
-            check_tokenizer(tokenizer, sha256, fix)
-        except UserError as error:
-            if args.tokenizer is None:
-                raise
-            print(f"note: {error}")
+    sha256 = checkpoint.manifest.get("tokenizer_sha256")  # None for imported weights
+    tokenizer = _choose_tokenizer(args.tokenizer, data_tokenizer, imported, sha256)
     if args.push_to_hub:  # before the export, since the Hub may refuse
         hub.create_repository(args.push_to_hub, public=args.public)
     rounds = args.dtype == "bf16" and checkpoint.step > 0 and was_imported(run_dir)
@@ -141,6 +128,38 @@ def export(args: argparse.Namespace, config: Config) -> int:
         message = f"Step {checkpoint.step} of {run_dir.name}"
         print(hub.upload(args.output, args.push_to_hub, message))
     return 0
+
+
+def _choose_tokenizer(
+    requested: Path | None, data: Path, imported: Path | None, sha256: str | None
+) -> Path | None:
+    """The tokenizer to export: the requested one, or that of the data or of the imported weights.
+
+    Args:
+        requested: folder of --tokenizer.
+        data: folder of the data's tokenizer.
+        imported: folder kept from the import, if weights were imported.
+        sha256: hash of the tokenizer that encoded the training data; None if nothing was trained.
+
+    Raises:
+        UserError: the tokenizer was not requested, and its hash differs.
+    """
+    from tensorlm.data.tokenizer.files import has_tokenizer
+    from tensorlm.data.tokenizer.tokenizers import check_tokenizer
+
+    candidates = [data, *([imported] if imported else [])]
+    if sha256 is None:
+        candidates.reverse()
+    tokenizer = requested or next((c for c in candidates if has_tokenizer(c)), None)
+    if tokenizer and sha256:
+        fix = "as requested" if requested else "choose one with --tokenizer DIR"
+        try:
+            check_tokenizer(tokenizer, sha256, fix)
+        except UserError as error:
+            if requested is None:
+                raise
+            print(f"note: {error}")
+    return tokenizer
 
 
 def _check_folder(folder: Path) -> None:

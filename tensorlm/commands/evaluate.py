@@ -13,7 +13,14 @@ import argparse
 from pathlib import Path
 
 from tensorlm.config import load_config
-from tensorlm.runtime.arguments import LOCAL_RANK, Option, add_options, add_settings, parse_lengths
+from tensorlm.runtime.arguments import (
+    LOCAL_RANK,
+    Option,
+    add_options,
+    add_settings,
+    parse_args,
+    parse_lengths,
+)
 from tensorlm.runtime.errors import UserError
 from tensorlm.runtime.exit import run_launcher
 
@@ -54,7 +61,7 @@ def main() -> int:
     add_settings(parser, "TOML file of the run (required, except with --compare)", required=False)
     add_options(parser.add_mutually_exclusive_group(), MODELS)
     add_options(parser, {**OPTIONS, **LOCAL_RANK})
-    args = parser.parse_intermixed_args()  # settings may appear anywhere
+    args = parse_args(parser)
     if args.compare:
         return _compare(args.compare, args.output)
     if not args.config:

@@ -11,7 +11,14 @@ from tensorlm.plan.gpus import find_gpu
 from tensorlm.plan.planning import make_plan
 from tensorlm.plan.proposals import propose
 from tensorlm.plan.report import format_plan, plan_json
-from tensorlm.runtime.arguments import JSON, Option, add_options, add_settings, write_json
+from tensorlm.runtime.arguments import (
+    JSON,
+    Option,
+    add_options,
+    add_settings,
+    parse_args,
+    write_json,
+)
 from tensorlm.runtime.errors import UserError
 from tensorlm.runtime.exit import run_launcher
 
@@ -24,7 +31,7 @@ def main() -> int:
         "--gpu GPU": Option("kind of GPU: a100, h100, h200, b200, or its memory in GiB", "h100"),
     }
     add_options(parser, {**options, **JSON})
-    args = parser.parse_intermixed_args()  # settings may appear anywhere
+    args = parse_args(parser)
     config, gpu = load_config(args.config, args.overrides), find_gpu(args.gpu)
     if args.gpus < 1:
         raise UserError(f"--gpus: must be at least 1, got {args.gpus}")

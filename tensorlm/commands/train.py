@@ -6,7 +6,7 @@ under deepspeed, torchrun, srun, mpirun and plain python.
 
 import argparse
 
-from tensorlm.runtime.arguments import LOCAL_RANK, Option, add_options, add_settings
+from tensorlm.runtime.arguments import LOCAL_RANK, Option, add_options, add_settings, parse_args
 from tensorlm.runtime.errors import EXIT_DONE, EXIT_PREEMPTED
 from tensorlm.runtime.exit import run_launcher
 from tensorlm.runtime.preemption import StopRequest
@@ -28,7 +28,7 @@ def main(stop: StopRequest) -> int:
         ),
     }
     add_options(parser, {**options, **LOCAL_RANK})
-    args = parser.parse_intermixed_args()  # settings may appear anywhere
+    args = parse_args(parser)
     # Importing torch takes seconds, and signals must be handled before that.
     from tensorlm.config import load_config
     from tensorlm.runtime.launch_env import (

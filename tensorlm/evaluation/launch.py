@@ -1,6 +1,7 @@
 """Starting an evaluation: from launcher/evaluate.py, or during training."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -68,35 +69,50 @@ def evaluate_on_ranks(
     else:
         model = open_checkpoint_model(config, step, device, grid)
     output = output or run_output(config, model.step)
-    if launch.world_size > 1:
-        watchdog = Watchdog(
-            output,
-            launch.rank,
-            launch.world_size,
-            hang_seconds=config.guards.hang_seconds,
-            slow_phase_seconds=config.guards.slow_phase_seconds,
-        )
-        dist.barrier()  # until rank 0 has removed the reports of an earlier hang
-        watchdog.enter("eval", model.step or 0)
-        model.on_progress = watchdog.progress
-    report = evaluate(config.eval, model, documents)
-    if launch.world_size > 1:
-        watchdog.stop()
+    with _watched(config, launch, model, output):
+        report = evaluate(config.eval, model, documents)
     if launch.rank == 0:
-        report = _described(report, config, output)
-        write_reports(output, [report])
-        events = Path(config.run.dir) / "tensorboard"
-        if model.step is None or not is_writable(events):  # such as another user's run
-            events = output / "tensorboard"
-        with SummaryWriter(str(events), filename_suffix=".eval") as writer:
-            log_to_tensorboard(writer, report, model.step or 0)
-        print(format_report([report]))
-        print(*report.notes, f"report: {output / 'report.html'}", sep="\n", flush=True)
+        _publish(report, config, model.step, output)
     if launch.world_size > 1:
         leave_distributed()
     if report.problems:
         raise UserError(*report.problems)
     return EXIT_DONE
+
+
+@contextmanager
+def _watched(
+    config: Config, launch: LaunchEnv, model: EvaluatedModel, output: Path
+) -> Iterator[None]:
+    """End several ranks if they hang in the body; stacks go to `output`."""
+    if launch.world_size == 1:
+        yield
+        return
+    watchdog = Watchdog(
+        output,
+        launch.rank,
+        launch.world_size,
+        hang_seconds=config.guards.hang_seconds,
+        slow_phase_seconds=config.guards.slow_phase_seconds,
+    )
+    dist.barrier()  # until rank 0 has removed the reports of an earlier hang
+    watchdog.enter("eval", model.step or 0)
+    model.on_progress = watchdog.progress
+    yield
+    watchdog.stop()
+
+
+def _publish(report: Report, config: Config, step: int | None, output: Path) -> None:
+    """Write the report to `output` and the run's TensorBoard, and print it."""
+    report = _described(report, config, output)
+    write_reports(output, [report])
+    events = Path(config.run.dir) / "tensorboard"
+    if step is None or not is_writable(events):  # such as another user's run
+        events = output / "tensorboard"
+    with SummaryWriter(str(events), filename_suffix=".eval") as writer:
+        log_to_tensorboard(writer, report, step or 0)
+    print(format_report([report]))
+    print(*report.notes, f"report: {output / 'report.html'}", sep="\n", flush=True)
 
 
 def check_held_out(config: Config) -> None:

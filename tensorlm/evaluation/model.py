@@ -199,15 +199,10 @@ def open_random_model(config: Config, device: torch.device, grid: Grid) -> Evalu
     """
     tokenizer = _load_tokenizer(_tokenizer_folder(config), config.model.vocab_size)
     model = create_llama(config.model, config.train, grid, device).eval()
-    torch.manual_seed(config.run.seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("hop_bias"):
-                parameter.fill_(config.model.hop_bias_init)
-            elif parameter.dim() == 1:
-                parameter.fill_(1.0)
-            else:
-                parameter.normal_(std=config.model.init_std)
+    torch.manual_seed(config.run.seed)  # on the device: `init_weights` takes a minute
+    for name, parameter in model.named_parameters():
+        if not name.endswith(("norm.weight", "hop_bias")):
+            parameter.data.normal_(std=config.model.init_std)
     name, seq_len = str(Path(config.run.dir).resolve() / RANDOM_WEIGHTS), config.data.seq_len
     facts = describe_model(model, config.model, None)
     return EvaluatedModel(config, model, name, None, seq_len, tokenizer, device, grid, facts=facts)

@@ -22,7 +22,7 @@ def progress(total: int, unit: str, title: str, grid: Grid) -> tqdm:
     return progress_bar(total, unit, title, is_shown=grid.rank == 0)
 
 
-def sum_over_ranks(values: NDArray[np.floating], device: torch.device) -> NDArray[np.float64]:
+def _sum_arrays(values: NDArray[np.floating], device: torch.device) -> NDArray[np.float64]:
     """Sum the arrays of all ranks, on every rank; with one rank, the array itself."""
     if not (dist.is_available() and dist.is_initialized()):
         return values.astype(np.float64)
@@ -74,12 +74,12 @@ def compute_and_sum(
         arrived = _Arrivals(partners)
         if failed and not arrived.all_within(_PARTNERS_SECONDS):
             raise AloneError
-    num_failed, num_left = sum_over_ranks(np.array([float(failed), float(left)]), device)
+    num_failed, num_left = _sum_arrays(np.array([float(failed), float(left)]), device)
     if num_left:
         raise LeftError
     if num_failed:
         raise DoesNotFitError
-    return sum_over_ranks(values, device)
+    return _sum_arrays(values, device)
 
 
 class LeaveRequest:

@@ -65,10 +65,10 @@ def write_json(path: Path | None, content: Any) -> None:
         path.write_text(json_text(content, indent=1) + "\n")
 
 
-def parse_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
+def parse_args(parser: argparse.ArgumentParser) -> argparse.Namespace:
     """Parse the command line; settings (`overrides`) may appear anywhere after their command.
 
-    (`parse_intermixed_args` does not support parsers with sub-commands.)
+    argparse's own `parse_intermixed_args` does not support parsers with sub-commands.
     """
     args, rest = parser.parse_known_args()
     takes_settings = hasattr(args, "overrides")

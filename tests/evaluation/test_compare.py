@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from tensorlm.evaluation.compare import compare_reports
+from tensorlm.evaluation.compare import compare_reports, merge_reports
 from tensorlm.evaluation.describe import weights_digest
 from tensorlm.evaluation.plots import figures
 from tensorlm.evaluation.report import format_report, write_reports
@@ -18,7 +18,6 @@ from tensorlm.evaluation.results import (
     Ratio,
     Report,
     TaskScore,
-    merge_reports,
     read_report,
 )
 from tensorlm.evaluation.tables import make_tables

@@ -7,6 +7,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 
+from tensorlm.evaluation.compare import merge_reports
 from tensorlm.evaluation.plots import FIGURES, figures
 from tensorlm.evaluation.report import format_report, log_to_tensorboard, write_reports
 from tensorlm.evaluation.results import (
@@ -23,7 +24,6 @@ from tensorlm.evaluation.results import (
     RecallAt,
     Report,
     TaskScore,
-    merge_reports,
     read_report,
 )
 from tensorlm.runtime.errors import UserError

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tensorlm.runtime.arguments import Option, add_options, parse_arguments
+from tensorlm.runtime.arguments import Option, add_options, parse_args
 from tensorlm.runtime.errors import EXIT_BROKEN_PIPE, EXIT_USER_ERROR
 from tests.support.forked import run_forked
 from tests.support.launching import ROOT
@@ -21,7 +21,7 @@ def parse(monkeypatch: pytest.MonkeyPatch, *words: str) -> argparse.Namespace:
     convert.add_argument("overrides", nargs="*")
     other.add_argument("--dtype")
     monkeypatch.setattr(sys, "argv", ["launcher", *words])
-    return parse_arguments(parser)
+    return parse_args(parser)
 
 
 def test_settings_may_stand_anywhere_behind_their_command(monkeypatch: pytest.MonkeyPatch) -> None:
