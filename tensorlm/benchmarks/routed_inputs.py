@@ -14,7 +14,7 @@ from torch import Tensor
 from tensor_attention import choose_blocks
 from tensor_attention.routing import POOL
 
-NEIGHBOURS = 16
+NEIGHBORS = 16
 MEASURED_UNION = 2.3
 _SLOW = 512  # tokens between independent values of the slow signal
 
@@ -39,7 +39,7 @@ class Route(NamedTuple):
 def agreeing_queries(k: Tensor, heads: int, route: Route) -> Tensor:
     """[1, T, H, D]: queries whose neighbors agree as in a trained model, for keys k [1, T, K, D].
 
-    Bisection finds the share of the slow signal; `union_of_neighbours` measures the result.
+    Bisection finds the share of the slow signal; `union_of_neighbors` measures the result.
     """
     generator = torch.Generator(device=k.device).manual_seed(1)
     length, size = k.shape[1], k.shape[3]
@@ -57,20 +57,20 @@ def agreeing_queries(k: Tensor, heads: int, route: Route) -> Tensor:
     for _ in range(10):
         share = (low + high) / 2
         q = (share * slow + (1 - share**2) ** 0.5 * noise).to(k.dtype)[None]
-        if union_of_neighbours(q, k, route) > MEASURED_UNION:
+        if union_of_neighbors(q, k, route) > MEASURED_UNION:
             low = share
         else:
             high = share
     return q
 
 
-def union_of_neighbours(q: Tensor, k: Tensor, route: Route) -> float:
+def union_of_neighbors(q: Tensor, k: Tensor, route: Route) -> float:
     """Number of blocks that 16 neighboring tokens open / number that one of them chooses."""
     choice = choose_blocks(
         q, k, window=route.window, block=route.block, top_k=route.top_k, pool=route.pool
     )
     first = route.window + (route.top_k + 1) * route.block  # from here on choices are complete
-    choice = choice[:, -((choice.shape[1] - first) // NEIGHBOURS * NEIGHBOURS) :]
-    opened = choice.unflatten(1, (-1, NEIGHBOURS)).transpose(2, 3).flatten(3).sort(dim=-1).values
+    choice = choice[:, -((choice.shape[1] - first) // NEIGHBORS * NEIGHBORS) :]
+    opened = choice.unflatten(1, (-1, NEIGHBORS)).transpose(2, 3).flatten(3).sort(dim=-1).values
     distinct = (opened[..., 1:] != opened[..., :-1]).sum(-1) + 1
     return float(distinct.double().mean()) / (route.top_k + 1)

@@ -1,4 +1,4 @@
-"""An evaluation from start to end: perplexity, attribution, recall, passkey, needles, RULER."""
+"""An evaluation from start to end: perplexity, context gain, recall, passkey, needles, RULER."""
 
 import time
 from collections.abc import Callable

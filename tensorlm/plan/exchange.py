@@ -62,15 +62,15 @@ def project(config: Config, gpus: int, machine: Machine) -> Projection:
     others = min(gpus, machine.gpus_per_node) - 1, max(gpus - machine.gpus_per_node, 0)
     sent = network = exchange = exposed = 0.0
     for backward in (False, True):
-        neighbours, *sizes = (tokens * size for size in _sent(config, seq_len, gpus, backward))
+        neighbors, *sizes = (tokens * size for size in _sent(config, seq_len, gpus, backward))
         swaps = [_swap_seconds(size, others, machine) for size in sizes if size]
         halo = 0.0
-        if neighbours:
+        if neighbors:
             # A node's last GPU sends to another node, and all GPUs wait for it.
             link = machine.network if others[1] else machine.nvlink
-            halo = neighbours / link + machine.latency
+            halo = neighbors / link + machine.latency
         hidden = min(swaps[0], hop_1 * (2 if backward else 1)) if swaps and hop_1 else 0.0
-        sent += neighbours + sum(sizes)
+        sent += neighbors + sum(sizes)
         network += sum(sizes) * others[1] / sum(others)
         exchange += halo + sum(swaps)
         exposed += halo + sum(swaps) - machine.overlap * hidden
@@ -79,7 +79,7 @@ def project(config: Config, gpus: int, machine: Machine) -> Projection:
 
 
 def _sent(config: Config, seq_len: int, sp: int, backward: bool) -> tuple[float, ...]:
-    """Bytes of layer 0 per token of the row: sent to neighbours, then in each exchange of all."""
+    """Bytes of layer 0 per token of the row: sent to neighbors, then in each exchange of all."""
     model, kind = config.model, config.model.layer_kind(0)
     itemsize = 2 if config.train.dtype == "bf16" else 4
     if kind in ("window", "routed"):

@@ -16,7 +16,7 @@ from tensorlm.data.prepare import shard_writer
 from tensorlm.data.prepare.encode import encode
 from tensorlm.data.prepare.files import find_files
 from tensorlm.data.prepare.hub import open_dataset
-from tensorlm.data.prepare.inputs import mend_shards, plan_shards
+from tensorlm.data.prepare.inputs import adjust_shards, plan_shards
 from tensorlm.data.prepare.readers import read_part
 from tensorlm.data.shards import Corpus, verify_shards
 from tensorlm.data.tokenizer.tokenizers import load_tokenizer
@@ -72,7 +72,7 @@ def stopped_by_a_bad_row(folder: Path, tokenizer: Path, output: Path) -> list[st
     return files
 
 
-@pytest.mark.parametrize("repair", ["mended", "shortened", "emptied", "left out"])
+@pytest.mark.parametrize("repair", ["adjusted", "shortened", "emptied", "left out"])
 def test_after_a_bad_row_is_mended_only_its_file_is_encoded_again(
     tmp_path: Path, tokenizers: list[Path], repair: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -86,7 +86,7 @@ def test_after_a_bad_row_is_mended_only_its_file_is_encoded_again(
     }
     before = finished(output)
     rows = lines("b")
-    if repair == "mended":
+    if repair == "adjusted":
         rows.insert(40, json.dumps({"text": "a much longer line than it was " * 400}))
     elif repair == "shortened":
         rows = rows[:20]
@@ -247,11 +247,11 @@ def test_a_mended_file_ends_where_it_now_ends(tmp_path: Path) -> None:
     size = sum(Path(file).stat().st_size for file in files)
     shards = plan_shards(files, "text", 1000, max_bytes=size - 1500)
     write(tmp_path, b=lines("b") + lines("c"))
-    mended = mend_shards(shards, {files[1]}, files, "text", 1000, max_bytes=size - 1500)
-    assert mended == shards  # --max-bytes cut it off, and still does
-    mended = mend_shards(shards, {files[1]}, files, "text", 1000, max_bytes=size + 1500)
-    assert mended[:-1] == shards[:-1]
-    read = [text for part in mended[-1] for text in read_part(part, "text")]
+    adjusted = adjust_shards(shards, {files[1]}, files, "text", 1000, max_bytes=size - 1500)
+    assert adjusted == shards  # --max-bytes cut it off, and still does
+    adjusted = adjust_shards(shards, {files[1]}, files, "text", 1000, max_bytes=size + 1500)
+    assert adjusted[:-1] == shards[:-1]
+    read = [text for part in adjusted[-1] for text in read_part(part, "text")]
     assert read[-1] == json.loads(lines("c")[-1])["text"]
 
 
@@ -261,12 +261,12 @@ def test_a_file_that_was_empty_takes_what_max_bytes_leaves(tmp_path: Path) -> No
     write(tmp_path, b=lines("b"))
     for max_bytes, taken in ((size - 1, 0), (size, 0), (size + 1500, 1500), (0, size // 2)):
         shards = plan_shards([files[0], files[2]], "text", 1000, max_bytes)
-        mended = mend_shards(shards, {files[1]}, files, "text", 1000, max_bytes)
-        assert mended[: len(shards)] == shards
-        new = [part for parts in mended[len(shards) :] for part in parts]
+        adjusted = adjust_shards(shards, {files[1]}, files, "text", 1000, max_bytes)
+        assert adjusted[: len(shards)] == shards
+        new = [part for parts in adjusted[len(shards) :] for part in parts]
         assert {part.source for part in new} <= {files[1]}
         assert sum(part.num_bytes for part in new) == taken
-    assert max(sum(part.num_bytes for part in parts) for parts in mended) <= 1000
+    assert max(sum(part.num_bytes for part in parts) for parts in adjusted) <= 1000
 
 
 def contents(output: Path) -> dict[str, bytes]:

@@ -269,7 +269,7 @@ def test_questions_come_with_the_paragraphs_that_answer_them(tmp_path: Path) -> 
         assert len(documents) == len(set(documents)) == 6
         assert any(squad.answers[0] in document for document in documents)
         same_article = sum(d.startswith(f"Article {squad.answers[0][1]}") for d in documents)
-        assert same_article == 4  # its neighbours before strangers
+        assert same_article == 4  # its neighbors before strangers
         hotpot = tasks["qa_2"].prompt(0, 4096, index, 6)
         assert len(re.findall(r"Document \d+:", hotpot.text)) == 6
         assert hotpot.text.count(f"{hotpot.answers[0]}.") == 2

@@ -121,7 +121,7 @@ def test_keys_and_values_travel_during_hop_1_forward_and_backward(
 
 
 @ranks_and_backends(2, 4)
-def test_window_layers_exchange_with_neighbours_alone(world_size: int, backend: str) -> None:
+def test_window_layers_exchange_with_neighbors_alone(world_size: int, backend: str) -> None:
     for case in COST_CASES[3:]:
         exchanges = min(world_size - 1, -(-(case.window - 1) // (case.row.seq_len // world_size)))
         for rank in costs(world_size, backend)[case]:

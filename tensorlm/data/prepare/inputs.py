@@ -54,7 +54,7 @@ def plan_shards(
     return [shard for shard in shards if shard]
 
 
-def mend_shards(
+def adjust_shards(
     shards: list[list[Part]],
     changed: Collection[str],
     files: list[str],
@@ -83,7 +83,7 @@ def mend_shards(
         del end[next(reversed(end))]
         new = []
 
-    def mended(part: Part) -> Part | None:
+    def adjusted(part: Part) -> Part | None:
         if part.source not in changed:
             return part
         if part.source not in extents:
@@ -94,7 +94,7 @@ def mend_shards(
             return None
         return replace(part, stop=stop, num_bytes=round(num_bytes * (stop - part.start) / extent))
 
-    kept = [[now for part in shard if (now := mended(part))] for shard in shards]
+    kept = [[now for part in shard if (now := adjusted(part))] for shard in shards]
     left = max_bytes - _num_bytes(kept)
     if max_bytes and left <= 0:
         return kept

@@ -19,7 +19,7 @@ from tensorlm.runtime.lock import locked
 
 from ..shards import INDEX, shard_name
 from .hub import HUB, dataset_identity
-from .inputs import mend_shards, plan_shards
+from .inputs import adjust_shards, plan_shards
 from .readers import Part
 from .shard_writer import make_folder, write_atomically
 
@@ -157,7 +157,7 @@ def _go_on(path: Path, settings: Settings, files: list[str]) -> Begun:
         )
     if not changed:
         return begun
-    shards = mend_shards(
+    shards = adjust_shards(
         begun.parts, changed, files, settings.text_field, settings.shard_bytes, settings.max_bytes
     )
     again = [n for n, parts in enumerate(begun.parts) if any(p.source in changed for p in parts)]
