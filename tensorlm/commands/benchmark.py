@@ -179,6 +179,28 @@ BENCHMARKS = {
             "--answer": Option(argparse.SUPPRESS, type=Path),
         },
     ),
+    "node": Benchmark(
+        "train, start, and evaluate Llama-8B on all GPUs of this host, within a time limit",
+        runs.node,
+        {
+            "--parts LIST": Option(
+                "what to measure, in this order, separated by commas",
+                "train,starters,longest,evaluation",
+            ),
+            "--folder DIR": Option(
+                "folder for data and runs; another call uses its data again",
+                Path("runs/node"),
+                type=Path,
+            ),
+            "--limit SECONDS": Option(
+                "time limit in seconds; what has been measured by then is reported", 570.0
+            ),
+            "--ranks N": Option("number of GPUs to use (0: all)", 0),
+            "--host-memory GIB": Option("host memory in GiB (0: that of this machine)", 0.0),
+            "--tiny": Option("use a tiny model and short rows, to try the command", default=False),
+            **JSON,
+        },
+    ),
     "adaptation": Benchmark(
         "compare the cost and quality of adapted models (make adapt)",
         runs.adaptation,

@@ -71,7 +71,7 @@ def train(args: argparse.Namespace) -> int:
     from tensorlm.benchmarks import train as bench
     from tensorlm.benchmarks.train_methods import METHODS, shape_of
 
-    methods = _methods(args.methods, METHODS)
+    methods = _choices("--methods", args.methods, METHODS)
     try:
         for method in methods:
             shape_of(config.model, method)
@@ -104,7 +104,7 @@ def decode(args: argparse.Namespace) -> int:
 
     from tensorlm.benchmarks import decode as bench
 
-    methods = _methods(args.methods, bench.METHODS)
+    methods = _choices("--methods", args.methods, bench.METHODS)
     rows: list[bench.DecodeMeasurement] = []
     for row in bench.measure(config, lengths, methods, args.new_tokens):
         rows.append(row)
@@ -177,6 +177,23 @@ def memory(args: argparse.Namespace) -> int:
     return 0
 
 
+def node(args: argparse.Namespace) -> int:
+    check_positive(args, "limit")
+    import psutil
+    import torch
+
+    from tensorlm.benchmarks.node import run as bench
+    from tensorlm.benchmarks.node.host import Host
+
+    parts = _choices("--parts", args.parts, tuple(bench.PARTS))
+    ranks = args.ranks or max(1, torch.cuda.device_count())
+    memory = args.host_memory * 2**30 or psutil.virtual_memory().total
+    bench.measure(
+        Host(args.folder.resolve(), ranks, args.limit, memory, args.tiny), parts, args.json
+    )
+    return 0
+
+
 def adaptation(args: argparse.Namespace) -> int:
     from tensorlm.benchmarks import adaptation as bench
 
@@ -191,11 +208,11 @@ def conversion(args: argparse.Namespace) -> int:
     return 0
 
 
-def _methods(text: str, allowed: tuple[str, ...]) -> list[str]:
-    methods = text.split(",")
-    if unknown := [method for method in methods if method not in allowed]:
-        raise UserError(f"--methods: must be one of {', '.join(allowed)}, got {unknown[0]}")
-    return methods
+def _choices(option: str, text: str, allowed: tuple[str, ...]) -> list[str]:
+    choices = text.split(",")
+    if unknown := [choice for choice in choices if choice not in allowed]:
+        raise UserError(f"{option}: must be one of {', '.join(allowed)}, got {unknown[0]}")
+    return choices
 
 
 def _fold(text: str) -> list[int]:

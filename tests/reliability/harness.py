@@ -45,9 +45,9 @@ Run = Callable[[Config, LaunchEnv, StopRequest], int]
 
 
 @functools.cache
-def warm_up() -> None:
+def warm_up(accelerator: str = "cpu") -> None:
     """Import and measure once what every rank would."""
-    os.environ["DS_ACCELERATOR"] = "cpu"
+    os.environ["DS_ACCELERATOR"] = accelerator
     torch.set_num_threads(1)
     importlib.import_module("tensorlm.train.loop")
     for name in _LATE_IMPORTS:
@@ -55,7 +55,8 @@ def warm_up() -> None:
     importlib.import_module("tensorlm.train.engine").import_muon()
     ops = importlib.import_module("deepspeed.ops")
     ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    peak_flops(torch.device("cpu"))
+    if accelerator == "cpu":
+        peak_flops(torch.device("cpu"))
 
 
 class Job:

@@ -1,0 +1,92 @@
+"""`benchmark.py node`: a run of a tiny model, its table, and what a signal leaves."""
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tensorlm.benchmarks.node.host import Host
+from tensorlm.benchmarks.node.longest import why_not
+from tensorlm.benchmarks.node.trace import Exchanges, read_exchanges, summarize
+from tensorlm.benchmarks.node.training import FEWEST_STEPS, MOST_STEPS, Case, cases, num_steps
+from tests.support.launching import ROOT, launch_environment
+
+GIB = 2**30
+
+
+def host(folder: Path, ranks: int, memory: float = 256 * GIB, tiny: bool = False) -> Host:
+    return Host(folder, ranks, 600.0, memory, tiny)
+
+
+def test_stopped_command_reports_what_it_has_measured(tmp_path: Path) -> None:
+    file = tmp_path / "node.json"
+    command = [
+        sys.executable, "launcher/benchmark.py", "node", "--tiny", "--ranks", "1", "--parts",
+        "train,starters", "--folder", str(tmp_path / "node"), "--json", str(file),
+    ]  # fmt: skip
+    with subprocess.Popen(
+        command, cwd=ROOT, env=launch_environment(), text=True, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        lines = []
+        for line in process.stdout:
+            lines.append(line.rstrip())
+            if line.startswith("## starters"):
+                started = psutil.Process(process.pid).children(recursive=True)
+                process.send_signal(signal.SIGTERM)
+    assert process.returncode == 0, lines
+    assert psutil.wait_procs(started, 5)[1] == []
+    rows = json.loads(file.read_text())["rows"]
+    [trained] = rows["train"]
+    assert trained["exit"] == "0"
+    assert trained["steps"] == f"{FEWEST_STEPS} of {FEWEST_STEPS}"
+    assert trained["vs 1 GPU"] == 1.0
+    assert rows["starters"] == [] or rows["starters"][0]["exit"] == "out of time"
+    head = next(line for line in lines if line.startswith("| run "))
+    assert [cell.strip() for cell in head.split("|")[1:-1]] == list(trained)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
+def test_every_case_is_a_legal_run(tmp_path: Path, ranks: int) -> None:
+    here = host(tmp_path, ranks)
+    for case in cases(here):
+        settings = here.settings(case.name, *case.settings, "train.steps=4")
+        here.config(settings).check_ranks(case.ranks)
+    assert [case.ranks for case in cases(here)].count(1) == 1
+
+
+def test_number_of_steps_follows_the_time() -> None:
+    assert num_steps(0, 4.0) == FEWEST_STEPS
+    assert num_steps(45 + 4 * 10.5, 4.0) == 10
+    assert num_steps(10_000, 4.0) == MOST_STEPS
+    assert num_steps(10_000, None) == FEWEST_STEPS
+
+
+def test_longest_row_is_rejected_for_lack_of_memory(tmp_path: Path) -> None:
+    case = Case(2, 3, 2, 1_048_576, ("train.activation_offload=true", "model.route.stretch=128"))
+    assert why_not(host(tmp_path, 2), case) == "needs 264 GiB of host memory, of 256"
+    assert why_not(host(tmp_path, 2, 300 * GIB), case) is None
+
+
+def test_exchanges_are_told_apart_and_overlap_is_not_exposed() -> None:
+    kernels = [
+        ("gemm", 0.0, 40.0), ("ncclDevKernel_SendRecv(x)", 30.0, 50.0),
+        ("ncclDevKernel_ReduceScatter_Sum_f32_RING_LL", 60.0, 80.0), ("gemm", 70.0, 100.0),
+    ]  # fmt: skip
+    assert summarize(kernels) == Exchanges(zero=0.2, rows=0.2, exposed=0.2)
+    assert summarize([]) is None
+
+
+def test_no_trace_or_half_a_trace_has_no_exchanges(tmp_path: Path) -> None:
+    assert read_exchanges(tmp_path) is None
+    (tmp_path / "profile").mkdir()
+    trace = tmp_path / "profile/a.pt.trace.json"
+    kernel = {"cat": "kernel", "name": "gemm", "ts": 1.0, "dur": 2.0}
+    trace.write_text(json.dumps({"traceEvents": [kernel, {"ph": "M"}]}))
+    assert read_exchanges(tmp_path) == Exchanges(0.0, 0.0, 0.0)
+    trace.write_text(trace.read_text()[:-3])
+    assert read_exchanges(tmp_path) is None
