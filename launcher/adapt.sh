@@ -19,7 +19,7 @@ export TOKENIZERS_PARALLELISM=true PYTHONUNBUFFERED=1
 
 # On a CPU: fewer variants, shorter rows, fewer steps. Evaluation uses 4 times the trained length.
 if [ "$gpus" -gt 0 ]; then
-  variants=${VARIANTS:-full window window_2048 strided hybrid routed routed_24}
+  variants=${VARIANTS:-full window window_2048 strided hybrid routed_random routed routed_24}
   size=() window=() route=() code_bytes=0 trained=8192 predicted=1048576
   tasks=${TASKS:-'["passkey","niah"]'}
 else
@@ -81,14 +81,14 @@ for seed in ${SEEDS:-0}; do
         --lengths $trained,$((4 * trained)) --tasks ppl "${settings[@]}" \
         eval.text=$out/texts/$text/held_out.jsonl eval.max_tokens=$predicted
     done
-    [ -z "$tasks" ] ||
+    [ -z "$tasks" ] || grep -q '^choice = "random"' $config ||  # it cannot generate
       run python launcher/evaluate.py --config $config --output $dir/needles \
         --lengths $trained,$((4 * trained)) "${settings[@]}" "eval.tasks=$tasks" \
         "eval.text=$out/texts/${texts[-1]}/held_out.jsonl"
   done
 done
 
-# The last variant answers a prompt under plain transformers.
+# The last variant (not routed_random) answers a prompt under plain transformers.
 rm -rf $out/hf
 run python launcher/convert.py export --config "$config" --output $out/hf --dtype fp32 \
   "${settings[@]}"

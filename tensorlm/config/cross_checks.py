@@ -59,7 +59,13 @@ def _schedule_problems(config: "Config") -> Iterator[str]:
 
 
 def _evaluation_problems(config: "Config") -> Iterator[str]:
-    settings = config.eval
+    settings, route = config.eval, config.model.route
+    others = sorted(set(settings.tasks) - {"ppl"})
+    if others and route and route.choice == "random":
+        yield (
+            f'eval.tasks: must be ["ppl"] with model.route.choice = random, got {others[0]} (remove '
+            "it)"
+        )
     if not settings.every:
         return
     generates = sorted(set(settings.tasks) & set(GENERATION_TASKS))

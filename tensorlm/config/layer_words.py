@@ -40,7 +40,7 @@ def layers_in_words(
 def _route_in_words(window: int, route: Mapping[str, Any]) -> str:
     return (
         f"window {window:,}, {route['top_k']} + 1 blocks of {route['block']}, stretch "
-        f"{route['stretch']}"
+        f"{route['stretch']}" + (", chosen at random" if route.get("choice") == "random" else "")
     )
 
 

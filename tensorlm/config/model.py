@@ -43,6 +43,19 @@ class RouteConfig(Section):
     open_tile: PositiveInt = 16
     """tokens per tile: a block that one token chooses is also read by later tokens of its tile (1:
     each token reads only its own choice)"""
+    choice: Literal["content", "random"] = "content"
+    """how blocks are chosen; random is a reference for experiments, needs open_tile = 1, and cannot
+    be exported or generate"""
+
+    @model_validator(mode="after")
+    def _random_blocks_are_not_shared(self) -> "RouteConfig":
+        if self.choice == "random" and self.open_tile > 1:
+            # Random choices of neighbors differ: together, they would open nearly all blocks.
+            raise ValueError(
+                f"open_tile must be 1 with choice = random, got {self.open_tile} (set open_tile = "
+                "1)"
+            )
+        return self
 
 
 class ModelConfig(Section):

@@ -110,7 +110,16 @@ def _context_length(step: int, config: Config, imported: Path | None) -> int:
 
 
 def hf_config(model: ModelConfig, seq_len: int, dtype: str) -> dict[str, Any]:
-    """`config.json` of a model, with the field names of transformers 4, which all versions read."""
+    """`config.json` of a model, with the field names of transformers 4, which all versions read.
+
+    Raises:
+        UserError: the model chooses blocks at random.
+    """
+    if model.route is not None and model.route.choice == "random":
+        raise UserError(
+            "model.route.choice: must be content to export or generate, got random (random blocks "
+            "are a reference for training and perplexity)"
+        )
     config: dict[str, Any] = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -137,7 +146,7 @@ def hf_config(model: ModelConfig, seq_len: int, dtype: str) -> dict[str, Any]:
             "full_every": model.full_every,
             "hop_bias_init": model.hop_bias_init,
             "window": model.window,
-            "route": None if model.route is None else model.route.model_dump(),
+            "route": None if model.route is None else model.route.model_dump(exclude={"choice"}),
             "route_every": model.route_every,
             "layers": list(model.layers),
         }

@@ -4,6 +4,7 @@ Shape letters: B batch, T tokens of this rank, H query heads, K key/value heads,
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +15,12 @@ from fold_parallel import (
     sharded_tensor_attention,
     sharded_window_attention,
 )
+from fold_parallel.window import depth_in_document
 from tensor_attention import Backend, Rotary
+from tensor_attention.routed import Keep
 from tensorlm.config import ModelConfig
+
+from .random_choice import random_blocks
 
 
 class KeptChoice:
@@ -41,6 +46,7 @@ class Attention(nn.Module):
         super().__init__()
         self.grid = grid
         self.backend = backend
+        self.layer = layer
         self.kind = config.layer_kind(layer)
         self.fold = config.layer_fold(layer)
         self.window = config.window_size
@@ -84,10 +90,23 @@ class Attention(nn.Module):
                     q, k, v, window=self.window, block=self.route.block, top_k=self.route.top_k,
                     pool=self.route.pool, stretch=self.route.stretch,
                     open_tile=self.route.open_tile, grid=self.grid,
-                    doc_start=doc_start, rotary=rotary, backend=self.backend, keep=kept,
+                    doc_start=doc_start, rotary=rotary, backend=self.backend,
+                    keep=self._keep(k, doc_start, kept),
                 )  # fmt: skip
             case "strided" | "full":
                 return sharded_tensor_attention(
                     q, k, v, self.fold, grid=self.grid, doc_start=doc_start,
                     hop_bias=self.hop_bias, rotary=rotary, backend=self.backend,
                 )  # fmt: skip
+
+    def _keep(self, k: Tensor, doc_start: Tensor, kept: KeptChoice | None) -> Keep | None:
+        """What `routed_attention` takes as `keep`; it replaces a choice by content if necessary."""
+        assert self.route is not None
+        if self.route.choice == "content":
+            return kept
+        depth = depth_in_document(doc_start, self.grid).expand(k.shape[0], -1)
+        choose = partial(
+            random_blocks, depth, k.shape[2], window=self.window, block=self.route.block,
+            top_k=self.route.top_k, layer=self.layer,
+        )  # fmt: skip
+        return lambda by_content: choose() if kept is None else kept(choose)

@@ -51,7 +51,7 @@ def choice_flops(config: ModelConfig, depth: Tensor) -> int:
     A score is the dot product of the sum of a group's queries and a mean key, of `pool` tokens of a
     block: 2 D per key head.
     """
-    if config.route is None:
+    if config.route is None or config.route.choice == "random":
         return 0
     window, block = config.window_size, config.route.block
     # Candidates are the blocks that begin before the window, except the document's first.

@@ -199,7 +199,10 @@ def test_every_setting_of_routes_is_told_when_it_differs() -> None:
         assert differing(before, GIVEN, f"model.route.{name}={value}") == [f"route.{name}"]
     assert differing(before, GIVEN, "model.route_every=2") == ["route_every"]
     assert differing(before, GIVEN, "model.layers=['routed','full','full','full']") == ["layers"]
-    routes = [f"route.{name}" for name in ("block", "top_k", "stretch", "open_tile", "pool")]
+    random = ("model.route.open_tile=1", "model.route.choice=random")
+    assert differing(before, GIVEN, *random) == ["route.open_tile", "route.choice"]
+    names = ("block", "top_k", "stretch", "open_tile", "pool", "choice")
+    routes = [f"route.{name}" for name in names]
     assert sorted(differing(before)) == sorted(routes)
     (line,) = model_differences(before, load_config(DEMO, [GIVEN, "model.route.block=32"]))
     assert line == "model.route.block: must be 64, as in the checkpoint, got 32 (restore it)"

@@ -15,6 +15,7 @@ ROUTE = {"block": 4, "top_k": 2, "stretch": 2, "open_tile": 4}
 KINDS: dict[str, dict[str, Any]] = {
     "window": {"window": 8},
     "routed": {"window": 8, "route": ROUTE},
+    "random": {"window": 8, "route": ROUTE | {"open_tile": 1, "choice": "random"}},
     "all four": {"fold": [8], "route": ROUTE, "layers": ["window", "routed", "strided", "full"]},
 }
 kinds = pytest.mark.parametrize("settings", KINDS.values(), ids=KINDS)

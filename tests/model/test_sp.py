@@ -33,6 +33,10 @@ MODELS: dict[str, dict[str, Any]] = {
         "window": 8, "num_kv_heads": 2, "layers": ("window", "routed", "routed"),
         "route": {"block": 4, "top_k": 2, "stretch": 2, "open_tile": 4},
     },
+    "random blocks": {
+        "window": 8, "num_kv_heads": 2,
+        "route": {"block": 4, "top_k": 2, "stretch": 2, "open_tile": 1, "choice": "random"},
+    },
 }  # fmt: skip
 
 
