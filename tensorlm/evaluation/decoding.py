@@ -3,11 +3,12 @@
 Only tasks that generate import this module: transformers' model classes take seconds to import.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, StoppingCriteria, StoppingCriteriaList
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.utils import logging
 
@@ -61,6 +62,7 @@ def continue_greedily(
     eos_id: int,
     prefill_chunk: int,
     cache: FoldCache | None,
+    is_done: Callable[[Tensor], bool] | None = None,
 ) -> Tensor:
     """The most likely continuation of a prompt.
 
@@ -71,6 +73,7 @@ def continue_greedily(
         eos_id: id that ends the continuation.
         prefill_chunk: tokens of the prompt per forward pass.
         cache: empty, from `make_cache`.
+        is_done: called with the continuation after each token; True ends it.
 
     Returns:
         [M] int64, M <= num_tokens, without the prompt.
@@ -86,5 +89,18 @@ def continue_greedily(
         pad_token_id=eos_id,
         eos_token_id=eos_id,
         prefill_chunk_size=prefill_chunk if length > prefill_chunk else None,
+        stopping_criteria=StoppingCriteriaList([_Done(length, is_done)] if is_done else []),
     )
     return whole[0, length:]
+
+
+class _Done(StoppingCriteria):
+    """Ends a continuation of one prompt as soon as a function of it is true."""
+
+    def __init__(self, prompt_length: int, is_done: Callable[[Tensor], bool]) -> None:
+        self._prompt_length, self._is_done = prompt_length, is_done
+
+    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+        """[1] bool, for `input_ids` [1, L], prompt included."""
+        is_done = self._is_done(input_ids[0, self._prompt_length :])
+        return torch.full((1,), is_done, device=input_ids.device)

@@ -133,7 +133,11 @@ class EvaluatedModel:
 
     @torch.no_grad()
     def generate(
-        self, prompt: list[int], num_tokens: int, look: Callable[[Any], None] | None = None
+        self,
+        prompt: list[int],
+        num_tokens: int,
+        look: Callable[[Any], None] | None = None,
+        is_done: Callable[[str], bool] | None = None,
     ) -> str:
         """The most likely continuation of at most `num_tokens` tokens, as text.
 
@@ -141,18 +145,26 @@ class EvaluatedModel:
             prompt: token ids.
             num_tokens: maximum length of the continuation.
             look: called with the cache afterwards: a `FoldCache` unless the model is a plain Llama.
+            is_done: called with the text after each token; True ends it.
         """
         from .decoding import continue_greedily, make_cache
 
         tokens, eos_id = torch.tensor([prompt], device=self.device), self.tokenizer.eos_token_id
         cache = make_cache(self.generator, len(prompt), num_tokens)
         size = self.config.eval.prefill_chunk
-        found = continue_greedily(self.generator, tokens, num_tokens, eos_id, size, cache)
+
+        def text_of(found: Tensor) -> str:
+            text: str = self.tokenizer.decode(found, skip_special_tokens=True)
+            return text
+
+        found = continue_greedily(
+            self.generator, tokens, num_tokens, eos_id, size, cache,
+            (lambda found: is_done(text_of(found))) if is_done else None,
+        )  # fmt: skip
         if look is not None:
             look(cache)
         self._pass_done(1, None)
-        text: str = self.tokenizer.decode(found, skip_special_tokens=True)
-        return text
+        return text_of(found)
 
     @cached_property
     def generator(self) -> Any:

@@ -33,6 +33,12 @@ def test_answers_are_those_of_full_forward_passes(
         expected.append(token)
         tokens = torch.cat((tokens, torch.tensor([[token]])), dim=1)
     assert len(set(expected)) > 3
-    assert model.generate(prompt, 12) == model.tokenizer.decode(expected)
+    text = model.tokenizer.decode(expected)
+    assert model.generate(prompt, 12) == text
+    part = model.tokenizer.decode(expected[:3])
+    found = model.generate(prompt, 12, is_done=lambda text: part in text)
+    assert part in found
+    assert text.startswith(found)
+    assert len(found) < len(text)
     weight = model.generator.model.layers[0].self_attn.q_proj.weight
     assert weight.data_ptr() == model.network.layers[0].self_attn.q_proj.weight.data_ptr()
