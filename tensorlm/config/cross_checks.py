@@ -63,8 +63,8 @@ def _evaluation_problems(config: "Config") -> Iterator[str]:
     others = sorted(set(settings.tasks) - {"ppl"})
     if others and route and route.choice == "random":
         yield (
-            f'eval.tasks: must be ["ppl"] with model.route.choice = random, got {others[0]} (remove '
-            "it)"
+            'eval.tasks: must be ["ppl"] with model.route.choice = random, got '
+            f"{others[0]} (remove it)"
         )
     if not settings.every:
         return

@@ -47,7 +47,9 @@ class Documents:
 class Answers(EvaluatedModel):
     """Answers every prompt by its own length in tokens, so that tests can see it."""
 
-    def generate(self, prompt: list[int], num_tokens: int, look: Any = None) -> str:
+    def generate(
+        self, prompt: list[int], num_tokens: int, look: Any = None, is_done: Any = None
+    ) -> str:
         return str(len(prompt))
 
 
