@@ -131,7 +131,7 @@ def test_other_hops_take_the_general_kernels(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     hop = window_hop(1, 600, 8, 2, 512)
     assert forward_ring(hop) == (64, 5, 4)
-    assert backward_query_ring(hop) == (64, 4, 4)
+    assert backward_query_ring(hop) == (64, 5, 4)
     assert forward_ring(hop._replace(**change)) is None
     assert backward_query_ring(hop._replace(**change)) is None
     assert forward_ring(hop._replace(q=hop.q.half())) is None
