@@ -56,18 +56,10 @@ def describe_attention(model_config: Any) -> str:
     if isinstance(model_config, ModelConfig):
         return attention_in_words(model_config)
     if not hasattr(model_config, "layer_kind"):
-        return _describe_fold(model_config)
-    kinds = [model_config.layer_kind(i) for i in range(model_config.num_hidden_layers)]
-    fold, window = model_config.fold or (), model_config.window
-    return layers_in_words(kinds, fold, window or (fold[0] if fold else 0), model_config.route)
-
-
-def _describe_fold(model_config: Any) -> str:
-    """Describe a configuration that has only folds and full attention."""
-    fold, every = getattr(model_config, "fold", None), getattr(model_config, "full_every", 0)
-    if not fold or every == 1:
         return "full attention"
-    return f"fold {list(fold)}" + (f", full attention in 1 of {every} layers" if every else "")
+    kinds = [model_config.layer_kind(i) for i in range(model_config.num_hidden_layers)]
+    fold, window = model_config.fold or (), model_config.window_size
+    return layers_in_words(kinds, fold, window, model_config.route)
 
 
 def describe_call(config: Config, output: Path) -> dict[str, Any]:

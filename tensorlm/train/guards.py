@@ -44,7 +44,7 @@ class StepGuard:
         """The largest loss whose step may be applied; without a limit, the largest float."""
         if self._config.spike == "off" or len(self._losses) < self._config.spike_window // 2:
             return sys.float_info.max
-        median, deviation = self._centre()
+        median, deviation = self._center()
         return median + self._config.spike_threshold * deviation
 
     def judge(
@@ -64,7 +64,7 @@ class StepGuard:
         self._num_skipped += 1
         is_spike = math.isfinite(loss) and loss > limit
         if is_spike:
-            median, deviation = self._centre()
+            median, deviation = self._center()
             reason = (
                 f"loss {loss:.4f} is above {limit:.4f} (median {median:.4f}, deviation "
                 f"{deviation:.4f})"
@@ -81,7 +81,7 @@ class StepGuard:
             )
         return reason
 
-    def _centre(self) -> tuple[float, float]:
+    def _center(self) -> tuple[float, float]:
         """Median of the losses, and a robust estimate of their standard deviation."""
         median = statistics.median(self._losses)
         mad = statistics.median(abs(loss - median) for loss in self._losses)
