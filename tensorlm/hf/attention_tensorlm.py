@@ -5,6 +5,8 @@ is installed, else the PyTorch files next to it. Shape letters: B batch, Q new t
 H query heads, K key/value heads, D head size.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -30,6 +32,17 @@ except ImportError:
 
 # Number of queries per mask in full-attention layers with padded or packed batches.
 _QUERY_CHUNK = 1024
+
+
+class _Inputs(NamedTuple):
+    """q [B, Q, H, D]; k, v [B, Q, K, D], not rotated; [B, Q] document starts; the layer's cache."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    doc_start: Tensor | None
+    rotary: Rotary
+    memory: FoldLayer | None
 
 
 class TensorLMAttention(LlamaAttention):
@@ -72,18 +85,12 @@ class TensorLMAttention(LlamaAttention):
             )  # fmt: skip
         else:
             attend = {"window": self._window, "strided": self._strided, "full": self._full}
-            out = attend[self.kind](q, k, v, attention_mask.starts, position_embeddings, memory)
+            inputs = _Inputs(q, k, v, attention_mask.starts, position_embeddings, memory)
+            out = attend[self.kind](inputs)
         return self.o_proj(out.flatten(-2)), None
 
-    def _window(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        doc_start: Tensor | None,
-        rotary: Rotary,
-        memory: FoldLayer | None,
-    ) -> Tensor:
+    def _window(self, inputs: _Inputs) -> Tensor:
+        q, k, v, doc_start, rotary, memory = inputs
         num_seen = 0 if memory is None else memory.get_seq_length()
         depth = depth_of(doc_start, q, num_seen)
         table: Rotary | None = rotary
@@ -94,15 +101,8 @@ class TensorLMAttention(LlamaAttention):
         axis = Axis(1, self.config.window_size)
         return hop_new(q, k, v, axis, depth, rotary=table, scale=self.scaling)[0]
 
-    def _strided(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        doc_start: Tensor | None,
-        rotary: Rotary,
-        memory: FoldLayer | None,
-    ) -> Tensor:
+    def _strided(self, inputs: _Inputs) -> Tensor:
+        q, k, v, doc_start, rotary, memory = inputs
         if memory is None and tensor_attention is not None:
             return tensor_attention(
                 q, k, v, self.fold, doc_start=doc_start, hop_bias=self.hop_bias, rotary=rotary,
@@ -122,15 +122,8 @@ class TensorLMAttention(LlamaAttention):
                 z = memory.update_state(i, z)
         return z
 
-    def _full(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        doc_start: Tensor | None,
-        rotary: Rotary,
-        memory: FoldLayer | None,
-    ) -> Tensor:
+    def _full(self, inputs: _Inputs) -> Tensor:
+        q, k, v, doc_start, rotary, memory = inputs
         num_seen = 0 if memory is None else memory.get_seq_length()
         positions = torch.arange(num_seen, num_seen + q.shape[1], device=q.device)
         q, k = apply_rotary(q, rotary, positions), apply_rotary(k, rotary, positions)
