@@ -8,7 +8,7 @@ its cost does not depend on the length, and with it fewer layers would fit.
 
 import math
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from typing import NamedTuple
 
@@ -24,6 +24,7 @@ from tensorlm.hf.export_folder import hf_config
 from tensorlm.model import Block, create_llama
 from tensorlm.model.attention import Attention, KeptChoice
 from tensorlm.model.flops import num_parameters, peak_flops, train_flops
+from tensorlm.plan.planning import longest
 
 from .device import find_device, now, release_memory
 from .train_methods import METHODS, OpenBlocks, draw_tokens, shape_of
@@ -94,26 +95,14 @@ def measure(
 
 
 def measure_longest(config: Config, method: str) -> int:
-    """Tokens of the longest document on which one method can train (`longest`)."""
+    """Tokens of the longest document on which one method can train, to 1/32 of it."""
     device = find_device()
     model = build(config, method, 2**20, device)
 
     def fits(length: int) -> bool:
         return not math.isnan(_time_step(model, method, config, length, 0, device)[0])
 
-    return longest(fits, config.model.window_size or 1024)
-
-
-def longest(fits: Callable[[int], bool], unit: int) -> int:
-    """The largest multiple of `unit` that fits, to 1/32 of its value: doubled, then bisected."""
-    too_long = unit
-    while fits(too_long):
-        too_long *= 2
-    found = too_long // 2 if too_long > unit else 0
-    while too_long - found > max(unit, found // 32):
-        middle = (found + too_long) // 2 // unit * unit
-        found, too_long = (middle, too_long) if fits(middle) else (found, middle)
-    return found
+    return longest(fits, config.model.window_size or 1024, precision=32)
 
 
 def build(config: Config, method: str, longest: int, device: torch.device) -> nn.Module:

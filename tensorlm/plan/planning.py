@@ -1,6 +1,7 @@
 """The plan: whether a configuration fits these GPUs, with what margin, and the longest row."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -99,20 +100,25 @@ def longest_row(plan: Plan) -> int:
     model, sp = plan.config.model, plan.config.parallel.sp
     unit = math.lcm(_UNIT, sp * (model.window_size or 1))
 
-    def fits(units: int) -> bool:
-        data = plan.config.data.model_copy(update={"seq_len": units * unit})
+    def fits(length: int) -> bool:
+        data = plan.config.data.model_copy(update={"seq_len": length})
         config = plan.config.model_copy(update={"data": data})
-        return gpu_memory(plan_jobs(config, plan.gpus)[-1]).needed <= plan.gpu.memory
+        needed = gpu_memory(plan_jobs(config, plan.gpus)[-1]).needed
+        return length <= _LONGEST and needed <= plan.gpu.memory
 
-    if not fits(1):
-        return 0
-    low, high = 1, 2
-    while high * unit <= _LONGEST and fits(high):
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low * unit
+    return longest(fits, unit)
+
+
+def longest(fits: Callable[[int], bool], unit: int, precision: int = _LONGEST) -> int:
+    """The largest multiple of `unit` that fits, exact to 1 / `precision`: double, then bisect."""
+    too_long = unit
+    while fits(too_long):
+        too_long *= 2
+    found = too_long // 2 if too_long > unit else 0
+    while too_long - found > max(unit, found // precision):
+        middle = (found + too_long) // 2 // unit * unit
+        found, too_long = (middle, too_long) if fits(middle) else (found, middle)
+    return found
 
 
 def is_legal(config: Config, gpus: int) -> bool:

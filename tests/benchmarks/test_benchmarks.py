@@ -14,6 +14,7 @@ from tensorlm.benchmarks.train_methods import METHODS, open_ratio, shape_of
 from tensorlm.commands import benchmark
 from tensorlm.config import Config, ModelConfig, load_config
 from tensorlm.model import Llama
+from tensorlm.plan.planning import longest
 from tensorlm.runtime.errors import UserError
 from tests.support.forked import run_forked
 
@@ -82,7 +83,7 @@ def test_open_blocks_of_a_tile_are_counted() -> None:
 
 @pytest.mark.parametrize("limit", [0, 15, 16, 100, 1000, 123_456])
 def test_the_longest_length_is_found(limit: int) -> None:
-    found = train.longest(lambda length: length <= limit, 16)
+    found = longest(lambda length: length <= limit, 16, precision=32)
     assert found % 16 == 0
     assert found <= limit < found + max(16, found / 32) + 16
 
