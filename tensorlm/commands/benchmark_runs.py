@@ -37,9 +37,10 @@ def attention(args: argparse.Namespace) -> int:
     import triton
 
     from tensorlm.benchmarks import attention as bench
+    from tensorlm.benchmarks.attention_methods import WINDOW
     from tensorlm.benchmarks.routed_inputs import Route
 
-    routes = [Route(bench.WINDOW, block, top_k, args.stretch) for top_k, block in sizes]
+    routes = [Route(WINDOW, block, top_k, args.stretch) for top_k, block in sizes]
     ceilings = bench.measure_ceilings()
     print(
         f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}; "
