@@ -8,7 +8,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import tomllib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,8 @@ from typing import Any
 
 from pydantic import Field, ValidationError
 
-from tensorlm.config import Config, Section, load_config
+from tensorlm.config import Config, Section, load_config, read_tree
+from tensorlm.config.settings_errors import problem_lines
 from tensorlm.plan.gpus import GIB
 from tensorlm.plan.job import plan_jobs
 from tensorlm.plan.memory import gpu_memory
@@ -100,18 +100,11 @@ def read_points(path: Path) -> list[Point]:
         UserError: what is wrong in it, one line each.
     """
     try:
-        tree = tomllib.loads(path.read_text())
-        points = [Point.model_validate(entry) for entry in tree["points"]]
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(f"{path}: not valid TOML ({error})") from None
+        points = [Point.model_validate(entry) for entry in read_tree(path)["points"]]
     except (KeyError, TypeError):
         raise UserError(f"{path}: must contain [[points]]") from None
     except ValidationError as error:
-        raise UserError(
-            *(f"{path}: {'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-        ) from None
+        raise UserError(*problem_lines(error, str(path))) from None
     for point in points:
         point_config(point)
     return points

@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationErr
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from tensorlm.config.settings_errors import problem_lines
 from tensorlm.runtime import disk
 from tensorlm.runtime.errors import UserError
 from tensorlm.runtime.progress import byte_bar
@@ -200,8 +201,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = "not a manifest"
         if isinstance(error, ValidationError):
-            first = error.errors()[0]
-            reason += f": {'.'.join(map(str, first['loc']))}: {first['msg']}"
+            reason = problem_lines(error, reason)[0]
         raise UserError(f"{path}: {reason[:160]}") from None
     if manifest["format"] != FORMAT or manifest["version"] != VERSION:
         raise UserError(

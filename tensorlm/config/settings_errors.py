@@ -6,6 +6,7 @@ are reset, and the rest is checked again.
 
 import copy
 import difflib
+import json
 import re
 from collections.abc import Callable
 from typing import Any, TypeVar, get_args
@@ -16,6 +17,19 @@ from tensorlm.runtime.errors import UserError
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
 Place = tuple[int | str, ...]
+# Phrases in pydantic's messages, and ours.
+_WORDS = {
+    r"greater than or equal to": "at least",
+    r"less than or equal to": "at most",
+    r"greater than": "above",
+    r"less than": "below",
+    r"a valid integer.*": "an integer",
+    r"a valid boolean.*": "true or false",
+    r"a valid (tuple|list)": "a list",
+    r"a valid dictionary.*": "a table",
+    r"a valid ": "a ",
+    r" after validation, not .*": "",
+}
 
 
 def check_settings(
@@ -101,18 +115,26 @@ def problem_lines(
     lines = []
     for item in error.errors():
         path = ".".join(str(part) for part in item["loc"])
+        prefix = f"{where}: {path}: " if path else f"{where}: "
         if item["type"] == "extra_forbidden":
             hint = _suggestion(schema, item["loc"]) if schema else ""
-            lines.append(f"{where}: {path}: unknown key{hint}")
+            lines.append(f"{prefix}unknown key{hint}")
         elif item["type"] == "missing":
-            lines.append(f"{where}: {path}: missing")
+            lines.append(f"{prefix}missing")
         elif item["type"] == "value_error":
-            prefix = f"{where}: {path}: " if path else f"{where}: "
             lines += [prefix + line for line in str(item["ctx"]["error"]).splitlines()]
         else:
-            message = item["msg"][0].lower() + item["msg"][1:]
-            lines.append(f"{where}: {path}: {message} (got {item['input']!r})")
+            lines.append(prefix + _rule(item["msg"], item["input"]))
     return lines
+
+
+def _rule(message: str, value: Any) -> str:
+    """`must be ..., got ...`, from pydantic's `Input should be ...`; others stay as they are."""
+    rule, is_rule = re.subn(r"^\w+ should ", "must ", message)
+    for theirs, ours in _WORDS.items():
+        rule = re.sub(theirs, ours, rule)
+    got = json.dumps(value, default=str) if is_rule else ""
+    return f"{rule}, got {got if len(got) <= 80 else f'{got[:77]}...'}" if is_rule else rule
 
 
 def _suggestion(schema: type[BaseModel], place: Place) -> str:

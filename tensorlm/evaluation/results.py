@@ -10,6 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from tensorlm.config.settings_errors import problem_lines
 from tensorlm.runtime.errors import UserError
 
 
@@ -236,9 +237,8 @@ def read_report(path: Path) -> Report:
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise UserError(f"{path}: must be a report ({where}: {first['msg']})") from None
+        (first, *_) = problem_lines(error, f"{path}: not a report")
+        raise UserError(first) from None
 
 
 def without_base(trained_length: int) -> str:

@@ -86,7 +86,7 @@ def test_default_points_cover_what_a_gpu_can_run() -> None:
     ("text", "message"),
     [
         ("points = 3", "must contain \\[\\[points\\]\\]"),
-        ("[[points]]\nnme = 1", "name: Field required"),
+        ("[[points]]\nnme = 1", "name: missing"),
         ("[[points]]\nname = 'a'\nset = ['model.hidden=1']", "model.hidden: unknown key"),
         ("[[", "not valid TOML"),
     ],

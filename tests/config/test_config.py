@@ -220,10 +220,11 @@ HIDDEN: dict[str, tuple[list[str], list[str]]] = {
     ),
     "wrong value, contradiction, ranks": (
         ["train.steps=0", "zero.stage=0", "train.dtype=bf16", "train.rows_per_step=3"],
-        ["train.steps: input should be greater", "zero.stage: must", "rows_per_step: must"],
+        ["train.steps: must be above 0, got 0", "zero.stage: must", "rows_per_step: must"],
     ),
     "wrong kind, contradiction": (
-        ["eval.near=many", "optim.min_lr=1.0"], ["eval.near: input should be", "optim.min_lr: must"]
+        ["eval.near=many", "optim.min_lr=1.0"],
+        ['eval.near: must be an integer, got "many"', "optim.min_lr: must"],
     ),
     "wrong list, contradiction": (
         ["optim.betas=[1.5, 0.9]", "optim.min_lr=1.0"], ["optim.betas.0: ", "optim.min_lr: must"]

@@ -130,9 +130,9 @@ def test_unknown_kinds_and_keys_of_a_route_are_named() -> None:
     with pytest.raises(UserError) as caught:
         load_config(DEMO, ["model.layers=['rooted']", "model.route.blok=3", "model.window=-1"])
     text = "\n".join(caught.value.problems)
-    assert "model.layers.0: input should be 'window', 'strided', 'routed' or 'full'" in text
+    assert "model.layers.0: must be 'window', 'strided', 'routed' or 'full', got \"rooted\"" in text
     assert "model.route.blok: unknown key (did you mean block?)" in text
-    assert "model.window: input should be greater than or equal to 0" in text
+    assert "model.window: must be at least 0, got -1" in text
 
 
 @pytest.mark.parametrize(

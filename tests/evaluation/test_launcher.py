@@ -41,7 +41,7 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
         "eval: lengths: must divide the longest length = 90, got 60",
         "error: --lengths: must be integers above 0 with commas between them, got foo (like",
         "error: --lengths: must be integers above 0 with commas between them, got 60,,90 (like",
-        "eval.tasks.0: input should be 'ppl', 'recall', 'passkey', 'niah' or 'ruler'",
+        "eval.tasks.0: must be 'ppl', 'recall', 'passkey', 'niah' or 'ruler'",
         "eval: near: must be at least 4, or 0 (not measured), got 3",
         "eval: ruler: must be one of niah_single_1, ",
         "eval: ruler: qa_1 and qa_2 need data files (set eval.qa)",

@@ -119,7 +119,7 @@ def test_json_comes_back_as_it_was(tmp_path: Path) -> None:
 def test_damaged_report_is_one_line(tmp_path: Path, content: str) -> None:
     path = tmp_path / "report.json"
     path.write_text(content)
-    with pytest.raises(UserError, match=r"report.json: must be a report \(") as caught:
+    with pytest.raises(UserError, match=r"report.json: not a report: ") as caught:
         read_report(path)
     assert len(caught.value.problems) == 1
 
