@@ -18,17 +18,9 @@ from tensorlm.runtime.launch_env import grow_memory_segments, read_launch_env
 
 def attention(args: argparse.Namespace) -> int:
     check_plot(args.plot)
-    try:
-        lengths = [int(part) for part in args.lengths.split(",")]
-        folds = [_fold(part) for part in args.folds.split(";") if part]
-        sizes = [_fold(part) for part in args.routes.split(";") if part]
-        if any(len(size) != 2 for size in sizes):
-            raise ValueError("--routes: each must have the form TOP_KxBLOCK")
-    except ValueError as reason:
-        raise UserError(
-            "--lengths, --folds, --routes: must be like 32768,131072 and 1024;32x32 and 16x64, got "
-            f"{args.lengths} and {args.folds} and {args.routes} ({reason})"
-        ) from None
+    lengths = parse_lengths(args.lengths)
+    folds = _products("folds", args.folds, "1024;32x32;full")
+    sizes = _products("routes", args.routes, "16x64;32x64", factors=2)
 
     import torch
 
@@ -216,5 +208,12 @@ def _choices(option: str, text: str, allowed: tuple[str, ...]) -> list[str]:
     return choices
 
 
-def _fold(text: str) -> list[int]:
-    return [] if text == "full" else [int(n) for n in text.split("x")]
+def _products(name: str, text: str, example: str, factors: int | None = None) -> list[list[int]]:
+    """The numbers of each `AxB` in a list separated by semicolons; [] for `full`."""
+    parts = [part.replace("full", "") for part in text.split(";") if part]
+    found = [part.split("x") if part else [] for part in parts]
+    numbers = [n for product in found for n in product]
+    has_other = factors is not None and any(len(product) != factors for product in found)
+    if has_other or not all(n.isdecimal() for n in numbers):
+        raise UserError(f"--{name}: must be like {example}, got {text}")
+    return [[int(n) for n in product] for product in found]
