@@ -3,31 +3,33 @@
 from collections.abc import Iterator
 
 from tensorlm.plan.gpus import GIB
-from tensorlm.plan.host import host_memory
+from tensorlm.plan.host import host_memory, offloaded_activations
 from tensorlm.plan.job import CUDA, plan_jobs
 from tensorlm.plan.memory import gpu_memory
+from tensorlm.plan.speed import step_time
 
 from .host import Host
-from .training import Case, Row, run_case
+from .training import START_SECONDS, Case, Row, run_case
 
-LENGTHS = (1_048_576, 786_432, 524_288, 262_144)
+LENGTHS = (1_048_576, 917_504, 786_432, 524_288, 262_144)
+_PINNING = 1.5e9  # bytes/s of one rank, measured (docs/performance.md)
 
 
 def measure(host: Host) -> Iterator[Row]:
-    """Train on the first of `LENGTHS` that fits by the plan; say why longer ones do not."""
+    """Train one step on the first of `LENGTHS` that fits by the plan; say why longer ones do not."""
     for tokens in LENGTHS:
         stretch = f"model.route.stretch={max(16, 128 * tokens // LENGTHS[0])}"
         offload = "train.activation_offload=true"
         case = Case(host.ranks, 3, host.ranks, host.length(tokens), (offload, stretch))
         problem = why_not(host, case)
         if problem is None:
-            yield run_case(host, case, 2)
+            yield run_case(host, case, 1)
             return
         yield {"run": case.words, "exit": problem}
 
 
 def why_not(host: Host, case: Case) -> str | None:
-    """Why the plan rejects a case, or None if it fits."""
+    """Why the plan rejects a case, or None if it fits into memory and into the time left."""
     job = plan_jobs(host.config(host.settings(case.name, *case.settings)), case.ranks, CUDA)[-1]
     needed, available = host_memory(job).needed * case.ranks, host.host_memory
     if needed > available:
@@ -35,4 +37,9 @@ def why_not(host: Host, case: Case) -> str | None:
     needed, sheet = gpu_memory(job).needed, host.sheet
     if sheet and needed > sheet.memory:
         return f"needs {needed / GIB:.0f} GiB on each GPU, of {sheet.memory / GIB:.0f}"
+    if sheet:
+        pinning = offloaded_activations(job) / _PINNING
+        seconds = START_SECONDS + pinning + step_time(job, sheet).seconds
+        if seconds > host.seconds_left:
+            return f"needs {seconds:.0f} s, of {host.seconds_left:.0f} left"
     return None

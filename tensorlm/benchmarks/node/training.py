@@ -16,7 +16,7 @@ from .trace import read_exchanges
 
 Row = dict[str, Any]
 MOST_STEPS, FEWEST_STEPS = 20, 4
-_START_SECONDS = 45.0  # imports, weights, the first step's kernels
+START_SECONDS = 45.0  # imports, weights, the first step's kernels
 _SHARE = 0.75  # of the time left that the remaining runs of this part may plan to use
 
 
@@ -92,7 +92,7 @@ def run_case(host: Host, case: Case, steps: int) -> Row:
 
 def num_steps(seconds: float, step_seconds: float | None) -> int:
     """Number of steps that fit into `seconds`, start included, within bounds."""
-    fitting = int((seconds - _START_SECONDS) / step_seconds) if step_seconds else FEWEST_STEPS
+    fitting = int((seconds - START_SECONDS) / step_seconds) if step_seconds else FEWEST_STEPS
     return max(FEWEST_STEPS, min(MOST_STEPS, fitting))
 
 
