@@ -1,32 +1,15 @@
-"""Faults in runs over NCCL: `python -m tests.reliability.nccl_faults FOLDER DATA [options]`.
+"""Faults for runs over NCCL, each with what must be left of the run that it hits."""
 
-A process of its own, since it forks ranks: it imports everything and must never touch a GPU itself.
-Each trial does something to a tiny run, starts it again, and compares every loss and the final
-state with those of the undisturbed run. Prints one JSON line per trial. `--backend gloo` does the
-same on a CPU.
-"""
-
-import argparse
 import importlib
-import json
 import os
 import random
-import shutil
 import signal
 import subprocess
-import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-# Without it, asking whether there is a GPU makes CUDA unusable in forked processes.
-os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
-
-import torch
 
 from tensorlm.checkpoint import Saver, newest_checkpoint
 from tensorlm.config import Config, load_config
@@ -34,7 +17,7 @@ from tensorlm.runtime import disk
 from tensorlm.runtime.errors import EXIT_DONE, EXIT_INTERNAL, EXIT_PREEMPTED, EXIT_USER_ERROR
 from tensorlm.runtime.watchdog import Watchdog
 from tests.reliability.conftest import TINY
-from tests.reliability.harness import Job, Prepare, final_state, warm_up
+from tests.reliability.harness import Job, Prepare, final_state
 from tests.support.launching import losses, rendezvous_port
 
 STEPS = 8
@@ -79,26 +62,25 @@ class Trials:
         return self._expected[stage]
 
 
-def once(run: Path, at: int, act: Callable[[], None], real: Callable[..., Any]) -> Any:
+def once(at: int, act: Callable[[], None], real: Callable[..., Any]) -> Any:
     """`real`, which at its `at`-th call does `act` first."""
     calls = [0]
 
     def call(*args: Any, **options: Any) -> Any:
         calls[0] += 1
         if calls[0] == at:
-            run.with_name(f"{run.name}.done").touch()
             act()
         return real(*args, **options)
 
     return call
 
 
-def wrap(owner: Any, name: str, at: int, act: Callable[[], None], rank: int, run: Path) -> Prepare:
+def wrap(owner: Any, name: str, at: int, act: Callable[[], None], rank: int) -> Prepare:
     """On one rank, let the `at`-th call of `owner.name` do `act` first."""
 
     def prepare(this: int) -> None:
         if this == rank:
-            setattr(owner, name, once(run, at, act, getattr(owner, name)))
+            setattr(owner, name, once(at, act, getattr(owner, name)))
 
     return prepare
 
@@ -115,9 +97,7 @@ def end_like_a_launcher(job: Job, code: int, rank: int) -> None:
 
 
 def killed(trials: Trials, config: Config, rank: int, owner: Any, name: str, at: int) -> None:
-    job = trials.job(
-        config, wrap(owner, name, at, send(signal.SIGKILL), rank, Path(config.run.dir))
-    )
+    job = trials.job(config, wrap(owner, name, at, send(signal.SIGKILL), rank))
     end_like_a_launcher(job, -signal.SIGKILL, rank)
 
 
@@ -135,7 +115,7 @@ def kill_in_save(trials: Trials, config: Config, rank: int, rng: random.Random) 
 
 def stopped(trials: Trials, config: Config, rank: int, rng: random.Random) -> None:
     """SIGSTOP of one rank: the others end with 70, and name it."""
-    act = wrap(_engine().Engine, "forward", 6, send(signal.SIGSTOP), rank, Path(config.run.dir))
+    act = wrap(_engine().Engine, "forward", 6, send(signal.SIGSTOP), rank)
     job = trials.job(config, act)
     others = [other for other in range(trials.ranks) if other != rank]
     codes = job.wait_for_ranks(others)
@@ -149,7 +129,7 @@ def term_in_save(trials: Trials, config: Config, rank: int, rng: random.Random) 
     term(
         trials,
         config,
-        wrap(disk.Disk, "write", 3, send(signal.SIGTERM), rank, Path(config.run.dir)),
+        wrap(disk.Disk, "write", 3, send(signal.SIGTERM), rank),
     )
 
 
@@ -184,7 +164,7 @@ def full_disk(trials: Trials, config: Config, rank: int, rng: random.Random) -> 
     """A disk that is full at the second save: exit code 2, and the first checkpoint stays."""
     run = Path(config.run.dir)
     with small_disk(run) as fill:
-        job = trials.job(config, wrap(Saver, "save", 2, fill, rank, run))
+        job = trials.job(config, wrap(Saver, "save", 2, fill, rank))
         codes = job.wait()
         assert set(codes) == {EXIT_USER_ERROR}, (codes, job.output()[-2000:])
         errors = job.errors()  # one of each rank that met it
@@ -229,80 +209,14 @@ def moved(trials: Trials, config: Config, rank: int, rng: random.Random) -> None
     assert all(abs(a - b) <= 2e-6 * b for a, b in zip(found, expected, strict=True)), found
 
 
+FULL_DISK, MOVE = "full disk", "N ranks, 1 rank, N ranks"
 KINDS = {
     "kill -9 in forward": kill_in_forward, "kill -9 in backward": kill_in_backward,
     "kill -9 in a save": kill_in_save, "SIGSTOP of a rank": stopped,
     "SIGTERM in a save": term_in_save, "SIGTERM in an evaluation": term_in_evaluation,
-    "full disk": full_disk, "N ranks, 1 rank, N ranks": moved,
+    FULL_DISK: full_disk, MOVE: moved,
 }  # fmt: skip
 
 
 def _engine() -> Any:
     return importlib.import_module("tensorlm.train.engine")
-
-
-def run_trial(trials: Trials, number: int) -> dict[str, Any]:
-    """One trial, and a start without fault that must end like the undisturbed run."""
-    kind = list(KINDS)[number % len(KINDS)]
-    stage = (number // len(KINDS)) % 4
-    rng = random.Random(number)
-    rank = rng.randrange(trials.ranks)
-    config = trials.config(f"trial-{number}", stage)
-    started, problem = time.monotonic(), ""
-    try:
-        KINDS[kind](trials, config, rank, rng)
-        if kind not in ("full disk", "N ranks, 1 rank, N ranks"):
-            trials.finish(config)
-            assert final_state(config) == trials.expected(stage), "other losses or weights"
-    except Exception as error:
-        problem = f"{type(error).__name__}: {error}"
-    seconds = time.monotonic() - started
-    return {"trial": number, "kind": kind, "stage": stage, "rank": rank,
-            "seconds": round(seconds, 1), "problem": problem}  # fmt: skip
-
-
-def gpu_memory_used() -> list[int]:
-    """MiB in use on each GPU, by nvidia-smi."""
-    query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
-    answer = subprocess.run(query, capture_output=True, text=True, check=True).stdout
-    return [int(line) for line in answer.split()]
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("data", type=Path)
-    parser.add_argument("--backend", default="nccl", choices=("nccl", "gloo"))
-    parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--trials", type=int, default=40)
-    parser.add_argument("--at-once", type=int, default=8)
-    parser.add_argument("--seconds", type=float, default=float("inf"))
-    args = parser.parse_args()
-    deadline = time.monotonic() + args.seconds
-    over_nccl = args.backend == "nccl"
-    warm_up("cuda" if over_nccl else "cpu")
-    assert not torch.cuda.is_initialized()
-    args.folder.mkdir(parents=True, exist_ok=True)
-    before = gpu_memory_used() if over_nccl else []
-    trials = Trials(args.folder, args.data, args.ranks, over_nccl)
-    for stage in range(min(4, -(-args.trials // len(KINDS)))):
-        trials.expected(stage)
-
-    def work(number: int) -> dict[str, Any] | None:
-        return run_trial(trials, number) if time.monotonic() < deadline else None
-
-    failed = 0
-    with ThreadPoolExecutor(args.at_once) as pool:
-        for outcome in pool.map(work, range(args.trials)):
-            if outcome:
-                failed += bool(outcome["problem"])
-                print(json.dumps(outcome), flush=True)
-    time.sleep(1)
-    left = gpu_memory_used() if over_nccl else []
-    print(json.dumps({"failed": failed, "memory_before": before, "memory_after": left}), flush=True)
-    shutil.rmtree(args.folder, ignore_errors=True)
-    return 1 if failed or any(b > a + 64 for a, b in zip(before, left, strict=True)) else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

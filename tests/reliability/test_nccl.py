@@ -1,4 +1,4 @@
-"""Trials of `nccl_faults.py`: every one must end as docs/reliability.md promises."""
+"""Trials of `nccl_trials.py`: every one must end as docs/reliability.md promises."""
 
 import json
 import os
@@ -30,7 +30,7 @@ def test_every_fault_ends_as_promised(tmp_path: Path, data: Path, backend: str) 
         options[-1] = "8"
     else:
         environment["CUDA_VISIBLE_DEVICES"] = ""
-    command = [sys.executable, "-m", "tests.reliability.nccl_faults", str(tmp_path / "runs")]
+    command = [sys.executable, "-m", "tests.reliability.nccl_trials", str(tmp_path / "runs")]
     done = subprocess.run(
         [*command, str(data), *options], cwd=ROOT, env=environment, capture_output=True, text=True
     )

@@ -16,7 +16,7 @@ _PINNING = 1.5e9  # bytes/s of one rank, measured (docs/performance.md)
 
 
 def measure(host: Host) -> Iterator[Row]:
-    """Train one step on the first of `LENGTHS` that fits by the plan; say why longer ones do not."""
+    """Train one step on the first of `LENGTHS` that fits by the plan; say why others do not."""
     for tokens in LENGTHS:
         stretch = f"model.route.stretch={max(16, 128 * tokens // LENGTHS[0])}"
         offload = "train.activation_offload=true"

@@ -82,9 +82,10 @@ def measure(host: Host) -> Iterator[Row]:
 
 
 def run_case(host: Host, case: Case, steps: int) -> Row:
-    """Train for `steps` steps, and describe the run; the last step is traced."""
-    traced = f"train.profile=[{steps},{steps + 1}]"
-    settings = host.settings(case.name, *case.settings, f"train.steps={steps}", traced)
+    """Train for `steps` steps, and describe the run; the last of several steps is traced."""
+    settings = host.settings(case.name, *case.settings, f"train.steps={steps}")
+    if steps > 1:
+        settings.append(f"train.profile=[{steps},{steps + 1}]")
     launcher = "deepspeed" if case.stage == 3 else "torchrun"
     ended = train(host, launcher, case.ranks, case.name, settings)
     return describe(host, case, ended, steps) | predict(host, case)
