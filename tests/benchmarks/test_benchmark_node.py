@@ -9,7 +9,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tensorlm.benchmarks.node.evaluation import describe
 from tensorlm.benchmarks.node.host import Host
+from tensorlm.benchmarks.node.launch import Ended
 from tensorlm.benchmarks.node.longest import why_not
 from tensorlm.benchmarks.node.trace import Exchanges, read_exchanges, summarize
 from tensorlm.benchmarks.node.training import FEWEST_STEPS, MOST_STEPS, Case, cases, num_steps
@@ -90,3 +92,25 @@ def test_no_trace_or_half_a_trace_has_no_exchanges(tmp_path: Path) -> None:
     assert read_exchanges(tmp_path) == Exchanges(0.0, 0.0, 0.0)
     trace.write_text(trace.read_text()[:-3])
     assert read_exchanges(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    ("output", "result"),
+    [
+        ("Perplexity\nlength  loss\n 2,048  8.33\nreport: x", "2,048 8.33"),
+        ("note\nexported to  x", "exported to x"),
+        ("length ", "length"),
+        ("", ""),
+    ],
+)
+def test_result_of_an_evaluation_is_its_first_length_or_the_last_line(
+    output: str, result: str
+) -> None:
+    assert describe("evaluate", 2, Ended(0, 1.0, output))["result"] == result
+
+
+def test_outcome_is_the_exit_code_with_the_error() -> None:
+    assert Ended(0, 1.0, "done").outcome == "0"
+    assert Ended(2, 1.0, "a\nerror: x: y\nTraceback").outcome == "2: error: x: y"
+    assert Ended(1, 1.0, "").outcome == "1"
+    assert Ended(None, 1.0, "step 1").outcome == "out of time"

@@ -18,8 +18,7 @@ STARTERS = {
 }  # fmt: skip
 _SMALL = (
     "model.num_layers=2", "model.hidden_size=512", "model.intermediate_size=1024",
-    "model.num_heads=4", "model.num_kv_heads=2", "model.vocab_size=4096", "data.seq_len=2048",
-    "checkpoint.every=1", "train.mlp_chunk=0",
+    "model.num_heads=4", "model.num_kv_heads=2", "model.vocab_size=4096", "train.mlp_chunk=0",
 )  # fmt: skip
 _LIMIT = 120.0
 
@@ -32,8 +31,10 @@ def measure(host: Host) -> Iterator[Row]:
         is_killed = "killed" in name
         folder = f"starter-{name.replace(', ', '-').replace(' ', '-')}"
         steps = 40 if is_killed else 3
-        sizes = [*_SMALL, f"train.rows_per_step={host.ranks}", f"train.steps={steps}"]
-        settings = host.settings(folder, *sizes)
+        settings = host.settings(
+            folder, *(() if host.tiny else _SMALL), f"data.seq_len={host.length(32_768)}",
+            f"train.rows_per_step={host.ranks}", f"train.steps={steps}", "checkpoint.every=1",
+        )  # fmt: skip
         if is_killed:
             threading.Thread(target=kill_rank, args=(host, folder), daemon=True).start()
         try:
