@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 def cross_problems(config: "Config") -> Iterator[str]:
     """The contradictions between sections, and between the settings of a section."""
     yield from _memory_problems(config)
+    yield from _float8_problems(config)
     yield from _schedule_problems(config)
     yield from _evaluation_problems(config)
     yield from _phase_problems(config)
@@ -31,6 +32,34 @@ def _memory_problems(config: "Config") -> Iterator[str]:
         yield "train.activation_offload: needs train.recompute = block or selective, got none"
     if train.attention == "triton" and (reason := why_slow(config.model)):
         yield f"model.route: {reason} (or set train.attention = auto, which is slow)"
+
+
+def _float8_problems(config: "Config") -> Iterator[str]:
+    """What keeps `train.linear` from running in float8: cuBLAS needs multiples of 16."""
+    model, train = config.model, config.train
+    if train.linear == "bf16":
+        return
+    if train.dtype != "bf16":
+        yield f"train.linear: must be bf16 if train.dtype = fp32, got {train.linear}"
+    heads = " if multiplied by the head size"
+    sizes = {
+        "model.hidden_size": (model.hidden_size, ""),
+        "model.intermediate_size": (model.intermediate_size, ""),
+        "model.num_heads": (model.num_heads * model.head_size, heads),
+        "model.num_kv_heads": (model.num_kv_heads * model.head_size, heads),
+        "train.mlp_chunk": (train.mlp_chunk, ""),
+    }
+    for number, phase in enumerate(config.phases):
+        is_last = number == len(train.earlier_stages)
+        where = "data.seq_len" if is_last else f"train.earlier_stages.{number}.seq_len"
+        tokens = phase.seq_len * phase.micro_batch // config.parallel.sp
+        sizes[where] = (tokens, " if multiplied by micro_batch and divided by sp")
+    for key, (size, how) in sizes.items():
+        if size % 16:
+            yield (
+                f"{key}: must be a multiple of 16{how} for train.linear = {train.linear}, got "
+                f"{size} (or set train.linear = bf16)"
+            )
 
 
 def _schedule_problems(config: "Config") -> Iterator[str]:

@@ -27,6 +27,7 @@ from .model import ModelConfig
 from .section import Section, raise_all
 
 FusedLayers = Literal["auto", "liger", "torch"]
+LinearFormat = Literal["bf16", "float8_tensorwise", "float8_rowwise"]
 Recompute = Literal["none", "selective", "block", "auto"]
 
 
@@ -138,8 +139,12 @@ class TrainConfig(Section):
     """implementation of the attention operators: auto (triton on GPUs, else blocked), dense,
     blocked or triton"""
     fused_layers: FusedLayers = "auto"
-    """implementation of RMSNorm and SwiGLU: auto (Liger's kernels on GPUs if installed), liger or
-    torch"""
+    """implementation of RMSNorm, SwiGLU and the loss: auto (on GPUs, Liger's kernels if installed,
+    and a kernel for the loss), liger or torch"""
+    linear: LinearFormat = "bf16"
+    """number format of the layers' matrix products in training: bf16 (that of dtype),
+    float8_tensorwise (one scale per tensor) or float8_rowwise (one per row); weights, embedding,
+    output head and evaluation do not change"""
     recompute: Recompute = "none"
     """what the backward pass recomputes: none; selective (norms and SwiGLU's activation: results of
     attention and matrix products are kept); block (everything: only layers' inputs are kept); or

@@ -18,8 +18,9 @@ from fold_parallel import (
 from fold_parallel.window import depth_in_document
 from tensor_attention import Backend, Rotary
 from tensor_attention.routed import Keep
-from tensorlm.config import ModelConfig
+from tensorlm.config import LinearFormat, ModelConfig
 
+from .float8 import apply_linears
 from .random_choice import random_blocks
 
 
@@ -42,8 +43,16 @@ class KeptChoice:
 class Attention(nn.Module):
     """Grouped-query attention to a window, a folded sequence, chosen blocks or the whole past."""
 
-    def __init__(self, config: ModelConfig, layer: int, grid: Grid, backend: Backend) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        layer: int,
+        grid: Grid,
+        backend: Backend,
+        linear: LinearFormat = "bf16",
+    ) -> None:
         super().__init__()
+        self.linear = linear
         self.grid = grid
         self.backend = backend
         self.layer = layer
@@ -63,10 +72,12 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, doc_start: Tensor, rotary: Rotary, kept: KeptChoice | None = None
     ) -> Tensor:
-        q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))
-        k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))
-        v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))
-        return self.o_proj(self.attend(q, k, v, doc_start, rotary, kept).flatten(-2))
+        projections = apply_linears(x, (self.q_proj, self.k_proj, self.v_proj), self.linear)
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in projections)
+        del projections
+        out = self.attend(q, k, v, doc_start, rotary, kept).flatten(-2)
+        del q, k, v
+        return apply_linears(out, (self.o_proj,), self.linear)[0]
 
     def attend(
         self,

@@ -8,9 +8,10 @@ from torch import Tensor, nn
 
 from tensor_attention import Rotary, rotary_frequencies
 from tensor_attention import rotary_table as table_of
-from tensorlm.config import ModelConfig
+from tensorlm.config import LinearFormat, ModelConfig
 
 from . import fused
+from .float8 import apply_linears
 from .tiled_mlp import tiled_swiglu
 
 
@@ -35,10 +36,15 @@ class SwiGLU(nn.Module):
     """down(silu(gate(x)) * up(x)), `chunk` tokens at a time (0: all at once)."""
 
     def __init__(
-        self, config: ModelConfig, chunk: int = 0, fused_layers: fused.FusedLayers = "auto"
+        self,
+        config: ModelConfig,
+        chunk: int = 0,
+        fused_layers: fused.FusedLayers = "auto",
+        linear: LinearFormat = "bf16",
     ) -> None:
         super().__init__()
         self.chunk = chunk
+        self.linear = linear
         self.fused_layers = fused_layers
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
@@ -47,8 +53,12 @@ class SwiGLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.is_tiled(x):
             gate, up, down = self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight
-            return tiled_swiglu(x, gate, up, down, self.chunk, self._multiply)
-        return self.down_proj(self._multiply(self.gate_proj(x), self.up_proj(x)))
+            linear: LinearFormat = self.linear if torch.is_grad_enabled() else "bf16"
+            return tiled_swiglu(x, gate, up, down, self.chunk, self._multiply, linear)
+        gated, upped = apply_linears(x, (self.gate_proj, self.up_proj), self.linear)
+        hidden = self._multiply(gated, upped)
+        del gated, upped
+        return apply_linears(hidden, (self.down_proj,), self.linear)[0]
 
     def is_tiled(self, x: Tensor) -> bool:
         """Whether x [..., C] is processed in tiles of tokens."""

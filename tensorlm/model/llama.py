@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fold_parallel import Grid
 from tensor_attention import Backend, Rotary
-from tensorlm.config import FusedLayers, ModelConfig, Recompute, TrainConfig
+from tensorlm.config import FusedLayers, LinearFormat, ModelConfig, Recompute, TrainConfig
 
 from .attention import Attention, KeptChoice
 from .fused import check_layers
@@ -48,6 +48,7 @@ def create_llama(
                 loss_chunk=train.loss_chunk,
                 mlp_chunk=train.mlp_chunk,
                 fused_layers=train.fused_layers,
+                linear=train.linear,
             )
     finally:
         torch.set_default_dtype(before)
@@ -64,13 +65,14 @@ class Block(nn.Module):
         attention: Backend,
         mlp_chunk: int = 0,
         fused_layers: FusedLayers = "auto",
+        linear: LinearFormat = "bf16",
     ) -> None:
         super().__init__()
         size, eps = config.hidden_size, config.rms_norm_eps
         self.input_layernorm = RMSNorm(size, eps, fused_layers)
-        self.self_attn = Attention(config, layer, grid, attention)
+        self.self_attn = Attention(config, layer, grid, attention, linear)
         self.post_attention_layernorm = RMSNorm(size, eps, fused_layers)
-        self.mlp = SwiGLU(config, mlp_chunk, fused_layers)
+        self.mlp = SwiGLU(config, mlp_chunk, fused_layers, linear)
 
     def forward(
         self, x: Tensor, doc_start: Tensor, rotary: Rotary, kept: KeptChoice | None = None
@@ -100,6 +102,7 @@ class Llama(nn.Module):
         loss_chunk: int = 2048,
         mlp_chunk: int = 0,
         fused_layers: FusedLayers = "auto",
+        linear: LinearFormat = "bf16",
     ) -> None:
         super().__init__()
         self.config = config
@@ -109,11 +112,11 @@ class Llama(nn.Module):
         self.loss_chunk = loss_chunk
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
-            Block(config, i, grid, attention, mlp_chunk, fused_layers)
+            Block(config, i, grid, attention, mlp_chunk, fused_layers, linear)
             for i in range(config.num_layers)
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, fused_layers)
-        self.lm_head = OutputHead(config.hidden_size, config.vocab_size)
+        self.lm_head = OutputHead(config.hidden_size, config.vocab_size, fused_layers)
         if config.tie_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
 

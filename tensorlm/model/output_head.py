@@ -7,6 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tensorlm.batch import IGNORED
+from tensorlm.config import FusedLayers
+
+from .sums import add_product
 
 Reduction = Literal["sum", "none"]
 
@@ -17,8 +20,11 @@ class OutputHead(nn.Linear):
     The loss is computed in the module that owns the weight, where ZeRO-3 has gathered it.
     """
 
-    def __init__(self, hidden_size: int, vocab_size: int) -> None:
+    def __init__(
+        self, hidden_size: int, vocab_size: int, fused_layers: FusedLayers = "auto"
+    ) -> None:
         super().__init__(hidden_size, vocab_size, bias=False)
+        self.fused_layers = fused_layers
 
     def forward(
         self,
@@ -45,10 +51,16 @@ class OutputHead(nn.Linear):
         flat, flat_labels = hidden.flatten(0, -2), labels.flatten()
         chunk = chunk or flat_labels.numel()
         if reduction == "sum" and torch.is_grad_enabled():
-            return _SummedLoss.apply(flat, self.weight, flat_labels, chunk)
+            is_fused = runs_loss_kernel(self.fused_layers, flat.is_cuda)
+            return _SummedLoss.apply(flat, self.weight, flat_labels, chunk, is_fused)
         parts = zip(flat.split(chunk), flat_labels.split(chunk), strict=True)
         losses = torch.cat([_losses(h, self.weight, y)[0] for h, y in parts]).view_as(labels)
         return losses if reduction == "none" else losses.sum(dtype=torch.float64)
+
+
+def runs_loss_kernel(fused_layers: FusedLayers, on_gpu: bool) -> bool:
+    """Whether losses and gradients of logits are computed by one kernel (`loss_kernel.py`)."""
+    return on_gpu and fused_layers != "torch"
 
 
 class _SummedLoss(torch.autograd.Function):
@@ -58,14 +70,16 @@ class _SummedLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int, is_fused: bool
+    ) -> Tensor:
         total = hidden.new_zeros((), dtype=torch.float64)
         dhidden = torch.empty_like(hidden)
         wide = torch.promote_types(weight.dtype, torch.float32)
         dweight = torch.zeros_like(weight, dtype=wide)
         parts = zip(hidden.split(chunk), labels.split(chunk), dhidden.split(chunk), strict=True)
         for part, label, dpart in parts:
-            total += _add_chunk(part, weight, label, dpart, dweight)
+            total += _add_chunk(part, weight, label, dpart, dweight, is_fused)
         ctx.gradients = dhidden, dweight, chunk
         return total
 
@@ -75,21 +89,28 @@ class _SummedLoss(torch.autograd.Function):
         (dhidden, dweight, chunk), ctx.gradients = ctx.gradients, None
         for part in dhidden.split(chunk):
             part.copy_(part.to(dweight.dtype) * scale)
-        return dhidden, dweight.mul_(scale).to(dhidden.dtype), None, None
+        return dhidden, dweight.mul_(scale).to(dhidden.dtype), None, None, None
 
 
 def _add_chunk(
-    hidden: Tensor, weight: Tensor, labels: Tensor, dhidden: Tensor, dweight: Tensor
-) -> Tensor:
+    hidden: Tensor, weight: Tensor, labels: Tensor, dhidden: Tensor, dweight: Tensor,
+    is_fused: bool,
+) -> Tensor:  # fmt: skip
     """Summed loss of one chunk [n]; writes `dhidden` [n, C] and adds to `dweight` [V, C].
 
     A separate function, so that its [n, V] tensors are freed before the next chunk.
     """
-    losses, log_p = _losses(hidden, weight, labels)
-    dlogits = _logit_gradients(log_p, labels).to(weight.dtype)
-    del log_p
+    if is_fused:
+        from .loss_kernel import losses_and_gradients  # needs Triton
+
+        dlogits = F.linear(hidden, weight)
+        losses = losses_and_gradients(dlogits, labels, IGNORED)
+    else:
+        losses, log_p = _losses(hidden, weight, labels)
+        dlogits = _logit_gradients(log_p, labels).to(weight.dtype)
+        del log_p
     torch.mm(dlogits, weight, out=dhidden)
-    dweight += dlogits.t() @ hidden
+    add_product(dweight, dlogits.t(), hidden)
     return losses.sum(dtype=torch.float64)
 
 

@@ -27,6 +27,7 @@ from .attention import KeptChoice
 # Operators of `kernels/tensor_attention/gpu`; attention in plain PyTorch is recomputed.
 ATTENTION = frozenset(f"tensor_attention::{name}" for name in ("chain", "hop", "routed_hop"))
 PRODUCT = "aten::mm"
+FLOAT8 = "tensorlm::float8_products"  # several products at once
 
 Results = deque[Any]  # tensors, or tuples of them, in the order of their operators
 
@@ -76,10 +77,10 @@ class _Selection(TorchDispatchMode):
         self.results = results
         self._left = kept_products
 
-    def selects(self, operator: Any) -> bool:
+    def selects(self, operator: Any, args: tuple[Any, ...]) -> bool:
         name = operator.name() if isinstance(operator, torch._ops.OpOverload) else ""
-        if name == PRODUCT:
-            self._left -= 1
+        if name in (PRODUCT, FLOAT8):
+            self._left -= len(args[1]) if name == FLOAT8 else 1
             return self._left >= 0
         return name in ATTENTION
 
@@ -89,7 +90,7 @@ class _Keeping(_Selection):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
-        if self.selects(func):
+        if self.selects(func, args):
             # Aliases: autograd is about to attach the graph, which leads back here, to `out`.
             self.results.append(tree_map_only(Tensor, Tensor.detach, out))
         return out
@@ -99,4 +100,4 @@ class _Reusing(_Selection):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        return self.results.popleft() if self.selects(func) else func(*args, **(kwargs or {}))
+        return self.results.popleft() if self.selects(func, args) else func(*args, **(kwargs or {}))

@@ -11,12 +11,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tensorlm.config import LinearFormat
+
+from . import float8
+from .keep import KeepInputs, kept_inputs
+from .sums import add_product
+
 Multiply = Callable[[Tensor, Tensor], Tensor]
 
 
 def tiled_swiglu(
-    x: Tensor, gate: Tensor, up: Tensor, down: Tensor, chunk: int, multiply: Multiply
-) -> Tensor:
+    x: Tensor, gate: Tensor, up: Tensor, down: Tensor, chunk: int, multiply: Multiply,
+    linear: LinearFormat = "bf16",
+) -> Tensor:  # fmt: skip
     """down(multiply(gate(x), up(x))), `chunk` tokens at a time in forward and backward.
 
     Args:
@@ -25,58 +32,47 @@ def tiled_swiglu(
         down: [C, I] weight.
         chunk: tokens per tile.
         multiply: silu(first) * second, differentiable.
+        linear: number format of the products.
 
     Returns:
         [..., C] in the dtype of x.
     """
-    kept = _KeepInputs.apply(x, gate, up, down)
-    # Inside a tuple autograd does not see it, and computes no gradient for it.
-    return _TiledSwiGLU.apply(x, gate, up, down, chunk, multiply, (kept,))
-
-
-class _KeepInputs(torch.autograd.Function):
-    """Saves the inputs before the tiles are computed.
-
-    The recomputation of a block stops once its last saved tensor is known. If the function that
-    uses the inputs saved them, it would compute all tiles first, for nothing.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Tensor) -> Tensor:
-        ctx.save_for_backward(*inputs)
-        return inputs[0].new_empty(0)
-
-    @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> None:
-        raise AssertionError("nothing depends on the output")
+    kept = KeepInputs.apply(x, gate, up, down)
+    return _TiledSwiGLU.apply(x, gate, up, down, chunk, multiply, linear, (kept,))
 
 
 class _TiledSwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, gate: Tensor, up: Tensor, down: Tensor, chunk: int,
-        multiply: Multiply, kept: tuple[Tensor],
+        multiply: Multiply, linear: LinearFormat, kept: tuple[Tensor],
     ) -> Tensor:  # fmt: skip
-        # Keep the tensor, not only its grad_fn: before torch 2.13 that drops its saved tensors.
-        ctx.kept, ctx.chunk, ctx.multiply = kept[0], chunk, multiply
+        ctx.kept, ctx.chunk, ctx.multiply, ctx.linear = kept[0], chunk, multiply, linear
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
         tiles = (tensor.flatten(0, -2).split(chunk) for tensor in (x, out))
         for part, target in zip(*tiles, strict=True):
+            if linear != "bf16":
+                hidden = multiply(*float8.products(part, (gate, up), linear))
+                target.copy_(float8.products(hidden, (down,), linear)[0])
+                continue
             hidden = multiply(F.linear(part, gate), F.linear(part, up))
             torch.mm(hidden, down.t(), out=target)
         return out
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        x, *weights = ctx.kept.grad_fn.saved_tensors
+        x, *weights = kept_inputs(ctx.kept)
         dx = torch.empty_like(x, memory_format=torch.contiguous_format)
         wide = torch.promote_types(x.dtype, torch.float32)
         sums = [torch.zeros_like(weight, dtype=wide) for weight in weights]
         tiles = (tensor.flatten(0, -2).split(ctx.chunk) for tensor in (x, dx, dout))
         for part, dpart, dtile in zip(*tiles, strict=True):
-            _add_gradients(part, dpart, dtile, weights, sums, ctx.multiply)
+            if ctx.linear == "bf16":
+                _add_gradients(part, dpart, dtile, weights, sums, ctx.multiply)
+            else:
+                _add_in_float8(part, dpart, dtile, weights, sums, ctx.multiply, ctx.linear)
         gradients = (total.to(x.dtype) for total in sums)
-        return dx, *gradients, None, None, None
+        return dx, *gradients, None, None, None, None
 
 
 def _add_gradients(
@@ -89,8 +85,27 @@ def _add_gradients(
     gated, upped = (F.linear(x, weight).requires_grad_() for weight in (gate, up))
     with torch.enable_grad():
         hidden = multiply(gated, upped)
-    sums[2] += dout.t() @ hidden
+    add_product(sums[2], dout.t(), hidden)
     dgated, dupped = torch.autograd.grad(hidden, (gated, upped), dout @ down)
-    sums[0] += dgated.t() @ x
-    sums[1] += dupped.t() @ x
+    add_product(sums[0], dgated.t(), x)
+    add_product(sums[1], dupped.t(), x)
     torch.addmm(dgated @ gate, dupped, up, out=dx)
+
+
+def _add_in_float8(
+    x: Tensor, dx: Tensor, dout: Tensor, weights: list[Tensor], sums: list[Tensor],
+    multiply: Multiply, linear: LinearFormat,
+) -> None:  # fmt: skip
+    """`_add_gradients` with products in float8."""
+    gate, up, down = weights
+    gated, upped = (part.requires_grad_() for part in float8.products(x, (gate, up), linear))
+    with torch.enable_grad():
+        hidden = multiply(gated, upped)
+    dhidden, (ddown,) = float8.gradients(hidden.detach(), (down,), (dout,), linear)
+    sums[2] += ddown
+    dhiddens = torch.autograd.grad(hidden, (gated, upped), dhidden)
+    del gated, upped, hidden, dhidden, ddown
+    dpart, (dgate, dup) = float8.gradients(x, (gate, up), dhiddens, linear)
+    sums[0] += dgate
+    sums[1] += dup
+    dx.copy_(dpart)

@@ -109,7 +109,8 @@ def mlp_peak(job: Job, operator: OperatorMemory, reduction: int) -> int:
     With PyTorch's operations: six of its tensors at once; then five with the gradient of `down`;
     then four while that is reduced. Liger overwrites gate and up with gradients, so it needs fewer.
     At the end: the gradient of gate and two gradients of the input. In tiles: seven tensors of one
-    tile (Liger: four) and float32 gradients of all three weights.
+    tile (Liger: four) and float32 gradients of all three weights. Float8 adds what
+    `float8_peaks` lists.
     """
     norms = saved_by_first_norm(job) + saved_by_norm(job)
     waiting = norms + operator.saved + hidden_state(job)
@@ -118,15 +119,36 @@ def mlp_peak(job: Job, operator: OperatorMemory, reduction: int) -> int:
     if is_tiled(job):
         tile = (4 if job.runs_liger else 7) * mlp_width(job, job.config.train.mlp_chunk)
         sums = 3 * FP32 * weight
-        inside = sums + max(tile, 3 * matrix)
+        inside = sums + max(tile, 3 * matrix, *float8_peaks(job, job.config.train.mlp_chunk))
         return waiting + hidden_state(job) + max(inside, 3 * matrix + reduction)
     width, most, beside = mlp_width(job, job.tokens), 6, 5
     if job.runs_liger:
         most, beside = 4, 4
     return waiting + max(
         most * width, beside * width + matrix, (beside - 1) * width + matrix + reduction,
-        width + matrix + 2 * hidden_state(job),
+        width + matrix + 2 * hidden_state(job), *float8_peaks(job, job.tokens),
+        hidden_state(job) + 2 * matrix + reduction if job.runs_float8 else 0,
     )  # fmt: skip
+
+
+def float8_peaks(job: Job, tokens: int) -> tuple[int, ...]:
+    """Peaks of the backward of SwiGLU's products in float8, of `tokens` tokens.
+
+    In down: gate, up, their product and its gradient (PyTorch's operations: silu(gate) too), the
+    product transposed in float8, the output's gradient in float8 in both orders, and the weight's
+    gradient. Then in up: the gradients of gate and up, one of them in float8 in both orders; the
+    input transposed, its gradient and the part of up; the gradients of both weights.
+    """
+    if not job.runs_float8:
+        return ()
+    width, model = mlp_width(job, tokens), job.config.model
+    hidden = job.itemsize * model.hidden_size * tokens
+    matrix = job.itemsize * model.hidden_size * model.intermediate_size
+    before = 4 if job.runs_liger else 5
+    return (
+        before * width + width // 2 + hidden + matrix,
+        3 * width + 5 * hidden // 2 + 2 * matrix,
+    )
 
 
 def norm_peak(job: Job, operator: OperatorMemory) -> int:
@@ -182,11 +204,17 @@ def head_peak(job: Job) -> int:
     """Peak of the output head: what the last norm saved, and the head with its gradients.
 
     Gradients of the weight in float32, and of the hidden states. In addition, for one chunk of
-    tokens: float32 logits and their softmax, or the gradients of logits and weight.
+    tokens: float32 logits and their softmax, or the gradients of logits and weight. On a GPU one
+    kernel overwrites the logits with their gradients, and the weight's gradient is added directly
+    unless it is float32.
     """
     chunk = min(job.config.train.loss_chunk, job.tokens)
     logits = job.config.model.vocab_size * chunk
-    beside = max(2 * FP32 * logits, job.itemsize * (logits + job.table))
+    if job.runs_loss_kernel:
+        product = job.table if job.itemsize == FP32 else 0
+        beside = job.itemsize * (logits + product) + FP32 * chunk
+    else:
+        beside = max(2 * FP32 * logits, job.itemsize * (logits + job.table))
     return saved_by_norm(job) + hidden_state(job) + FP32 * job.table + beside
 
 

@@ -10,6 +10,7 @@ from functools import cached_property
 
 from tensorlm.config import Config, LayerKind, PhaseConfig, Recompute
 from tensorlm.model.fused import runs_liger
+from tensorlm.model.output_head import runs_loss_kernel
 
 FP32 = 4  # bytes of a float32
 
@@ -104,6 +105,16 @@ class Job:
     def runs_liger(self) -> bool:
         """Whether norms and SwiGLU run Liger's kernels; "auto" depends on this installation."""
         return runs_liger(self.config.train.fused_layers, self.platform.is_gpu)
+
+    @property
+    def runs_float8(self) -> bool:
+        """Whether the layers' matrix products run in float8."""
+        return self.config.train.linear != "bf16"
+
+    @property
+    def runs_loss_kernel(self) -> bool:
+        """Whether one kernel computes the losses and the gradients of logits."""
+        return runs_loss_kernel(self.config.train.fused_layers, self.platform.is_gpu)
 
     @property
     def offloads_activations(self) -> bool:

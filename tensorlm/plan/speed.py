@@ -22,6 +22,7 @@ from .exchange import Machine, project
 from .gpus import (
     BANDWIDTH_SHARE,
     CHOICE_SHARE,
+    FLOAT8_SHARE,
     FOLDED_SHARE,
     FULL_SHARE,
     HOST_BANDWIDTH,
@@ -41,8 +42,9 @@ BACKWARD_PER_FORWARD = 2.5
 # SwiGLU's width, and of the vocabulary (forward plus backward). Keys: whether Liger runs.
 HIDDEN_TRAFFIC = {False: (2 * 36 + 12, 2 * 92 + 30), True: (2 * 4 + 12, 2 * 6 + 30)}
 MLP_TRAFFIC = {False: (10, 18), True: (6, 10)}
-LOGIT_TRAFFIC = 30
-HEAD_GRADIENT_TRAFFIC = 12  # per element of the head's weight and chunk of tokens
+LOGIT_TRAFFIC = {False: 30, True: 8}  # keys: whether the loss kernel runs
+# Per element of the head's weight and chunk of tokens; the product itself adds it.
+HEAD_GRADIENT_TRAFFIC = 8
 # Bytes per parameter of the update, the norm and clipping. With bf16 moments more than half of them
 # are for the noise of stochastic rounding: counted in adamw.py, not yet timed. Then the same for
 # torch's AdamW on the CPU.
@@ -79,7 +81,7 @@ def step_time(job: Job, gpu: Gpu) -> StepTime:
     seconds = [_attention_seconds(job, kind, gpu) for kind in job.kinds]
     linear = linear_flops_per_token(model) * tokens
     parts = {
-        "products": 3 * linear / (gpu.flops * MATMUL_SHARE),
+        "products": 3 * tokens * _product_seconds(job, gpu),
         "attention": sum(map(sum, seconds)) + choice / (gpu.flops * CHOICE_SHARE),
         "other_operations": _traffic(job) * tokens / (gpu.bandwidth * BANDWIDTH_SHARE),
         "recomputation": _recomputation(job, gpu),
@@ -94,6 +96,19 @@ def step_time(job: Job, gpu: Gpu) -> StepTime:
         model_flops=(3.0 * (linear + attention) + choice) * job.gpus,
         peak_flops=gpu.flops * job.gpus,
     )
+
+
+def _product_seconds(job: Job, gpu: Gpu) -> float:
+    """Seconds of one token's products with weights in the forward pass."""
+    model = job.config.model
+    head = 2 * model.hidden_size * model.vocab_size
+    layers = linear_flops_per_token(model) - head
+    return head / (gpu.flops * MATMUL_SHARE) + layers / (gpu.flops * _layer_share(job))
+
+
+def _layer_share(job: Job) -> float:
+    """FLOP/s of products with the weights of layers, as a share of the peak."""
+    return FLOAT8_SHARE.get(job.config.train.linear, MATMUL_SHARE)
 
 
 def _attention_flops(job: Job, kind: LayerKind) -> float:
@@ -143,7 +158,7 @@ def _traffic(job: Job) -> float:
     """Bytes per token of all operations other than matrix products, forward and backward."""
     model = job.config.model
     gradient = HEAD_GRADIENT_TRAFFIC * job.table / min(job.config.train.loss_chunk, job.tokens)
-    head = LOGIT_TRAFFIC * model.vocab_size + gradient
+    head = LOGIT_TRAFFIC[job.runs_loss_kernel] * model.vocab_size + gradient
     return job.itemsize / 2 * (sum(_layer_traffic(job)) * model.num_layers + head)
 
 
@@ -162,7 +177,7 @@ def _recomputation(job: Job, gpu: Gpu) -> float:
     """Seconds of recomputation: products, attention and the rest of the forward pass."""
     model, tokens = job.config.model, job.micro_batches * job.tokens
     products = recomputed_linear_flops_per_token(model, job.recompute, act.is_tiled(job))
-    seconds = products * tokens / (gpu.flops * MATMUL_SHARE)
+    seconds = products * tokens / (gpu.flops * _layer_share(job))
     if job.recomputes:
         traffic = job.itemsize / 2 * model.num_layers * _layer_traffic(job)[0] * tokens
         seconds += traffic / (gpu.bandwidth * BANDWIDTH_SHARE)

@@ -23,6 +23,7 @@ from tensorlm.config import Config, attention_in_words, why_slow
 from tensorlm.data.loader import open_rows
 from tensorlm.data.prefetch import Prefetch
 from tensorlm.data.verify import check_data
+from tensorlm.model.float8 import check_linear
 from tensorlm.model.flops import num_parameters, peak_flops
 from tensorlm.model.fused import runs_liger
 from tensorlm.runtime.commit import git_commit
@@ -196,6 +197,7 @@ def start(config: Config, launch: LaunchEnv, before: int | None = None) -> Run:
         raise UserError("train.attention: triton needs a GPU (auto, blocked and dense do not)")
     if config.train.fused_layers == "liger" and device.type == "cpu":
         raise UserError("train.fused_layers: liger needs a GPU (auto and torch do not)")
+    check_linear(config.train.linear, device)
     config = choose_recompute(config, launch, device)
     grid = create_grid(config.parallel.sp, EXCHANGE_LIMIT)
     watchdog.enter("resume", 0)

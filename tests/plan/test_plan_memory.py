@@ -3,6 +3,7 @@
 import dataclasses
 from functools import cache
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -150,6 +151,26 @@ def test_block(changes: dict[str, Any], layers: str, dtype: str, recompute: str)
     assert kept == (saved if recompute == "none" else kept_too)
 
 
+@pytest.mark.parametrize("recompute", ["none", "block", "selective"])
+@pytest.mark.parametrize("linear", ["float8_tensorwise", "float8_rowwise"])
+@pytest.mark.parametrize("layers", ["torch", "liger"])
+@pytest.mark.parametrize("chunk", [0, 256])
+def test_block_in_float8(chunk: int, layers: str, linear: str, recompute: str) -> None:
+    config = small(
+        train__dtype="bf16", train__recompute=recompute, train__fused_layers=layers,
+        train__linear=linear, train__mlp_chunk=chunk, data__seq_len=2048,
+    )  # fmt: skip
+    job = job_of(config)
+    operator = operator_memory(job, config.model.layer_kind(0))
+    kept, peak = counted.block(config)
+    results = activations.kept_results(job, operator) if recompute != "none" else 0
+    scales = 4 * (job.tokens + job.config.model.intermediate_size) * 4
+    predicted = activations.block_peak(job, operator) + results
+    assert predicted == pytest.approx(peak, abs=SCALARS + 2 * 4 * job.tokens + scales)
+    saved = activations.saved_by_block(job, operator) if recompute == "none" else results
+    assert kept == saved
+
+
 def test_each_part_of_a_block_is_the_peak_of_one_case() -> None:
     peaks = []
     for changes in BLOCKS[:3]:
@@ -233,19 +254,23 @@ HEADS = [(512, 512, 512), (4096, 512, 128), (8192, 64, 16)]  # vocabulary, token
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("layers", ["torch", "liger"])
 @pytest.mark.parametrize(("vocabulary", "tokens", "chunk"), HEADS)
-def test_head(vocabulary: int, tokens: int, chunk: int, dtype: str) -> None:
+def test_head(vocabulary: int, tokens: int, chunk: int, layers: str, dtype: str) -> None:
     config = small(
         model__vocab_size=vocabulary, model__fold="[16]", data__seq_len=tokens,
-        train__loss_chunk=chunk, train__dtype=dtype,
+        train__loss_chunk=chunk, train__dtype=dtype, train__fused_layers=layers,
     )  # fmt: skip
     job = job_of(config)
+    kernel = patch.object(Job, "runs_loss_kernel", layers == "liger")
+    plain = patch.object(Job, "runs_liger", False)  # the norm is PyTorch's in either case
     # In float32 the norm keeps its input itself, which is here before the count begins.
     given = activations.hidden_state(job) if dtype == "fp32" else 0
     forward, backward = (peak + given for peak in counted.head(config))
-    assert activations.head_peak(job) == pytest.approx(forward, rel=0.001)
-    in_head = activations.head_gradient(job, 0)
-    in_norm = activations.norm_workspace(job) + given
+    with kernel, plain:
+        assert activations.head_peak(job) == pytest.approx(forward, rel=0.001)
+        in_head = activations.head_gradient(job, 0)
+        in_norm = activations.norm_workspace(job) + given
     assert max(in_head, in_norm) == pytest.approx(backward, rel=0.001)
 
 

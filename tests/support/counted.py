@@ -4,7 +4,7 @@ import contextlib
 import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 from unittest.mock import patch
 
@@ -34,7 +34,7 @@ from tensorlm.benchmarks.accounting import PeakMemory
 from tensorlm.config import Config, load_config
 from tensorlm.evaluation.model import EvaluatedModel
 from tensorlm.hf.cache_tensorlm import FoldCache
-from tensorlm.model import Block, create_llama
+from tensorlm.model import Block, create_llama, float8_cast, loss_kernel, output_head
 from tensorlm.model.attention import Attention
 from tensorlm.model.layers import RMSNorm, rotary_table
 from tensorlm.model.output_head import OutputHead
@@ -71,6 +71,18 @@ class _Silent:
         return lambda *args, **options: None
 
 
+def _unrounded(
+    x: Tensor, dtype: torch.dtype, rows: Tensor | None, columns: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """The results of the kernel that casts to float8, uninitialized."""
+    sizes = tuple(x.shape), tuple(reversed(x.shape))
+    first, second = (
+        None if scale is None else x.new_empty(size, dtype=dtype)
+        for scale, size in zip((rows, columns), sizes, strict=True)
+    )
+    return first, second
+
+
 @contextmanager
 def silent_kernels() -> Iterator[None]:
     """The operator as on a Hopper GPU, Liger's layers, no kernels: results are arbitrary."""
@@ -96,6 +108,7 @@ def silent_kernels() -> Iterator[None]:
             stack.enter_context(patch.object(module, name, _Silent()))
         for module in (triton_launch, triton_tiles, routed_launch, routed_tiles):
             stack.enter_context(patch.object(module, "is_interpreted", lambda: False))
+        stack.enter_context(patch.object(float8_cast, "_round", _unrounded))
         capability = patch.object(torch.cuda, "get_device_capability", lambda device: (9, 0))
         stack.enter_context(capability)
         yield
@@ -239,7 +252,9 @@ def block(config: Config) -> tuple[int, int]:
     grid, rows, dtype = create_grid(1), config.train.micro_batch, _dtype(config)
     with silent_kernels(), PeakMemory() as memory:
         train = config.train
-        layer = Block(config.model, 0, grid, "triton", train.mlp_chunk, train.fused_layers)
+        layer = Block(
+            config.model, 0, grid, "triton", train.mlp_chunk, train.fused_layers, train.linear
+        )
         layer.to(dtype)
         for parameter in layer.parameters():
             parameter.grad = torch.zeros_like(parameter)
@@ -256,12 +271,31 @@ def block(config: Config) -> tuple[int, int]:
         return kept, memory.peak - before
 
 
+@contextmanager
+def silent_loss_kernel() -> Iterator[None]:
+    """The head's kernel and sums of products as on a GPU, without what they compute."""
+
+    def add(total: Tensor, left: Tensor, right: Tensor) -> None:
+        if left.dtype == torch.float32:
+            total += left @ right
+
+    with (
+        patch.object(output_head, "runs_loss_kernel", lambda *_: True),
+        patch.object(loss_kernel, "_loss_kernel", _Silent()),
+        patch.object(output_head, "add_product", add),
+    ):
+        yield
+
+
 def head(config: Config) -> tuple[int, int]:
     """Peaks of the last norm and the output head, forward and backward."""
     model, dtype = config.model, _dtype(config)
-    with PeakMemory() as memory:
+    is_fused = config.train.fused_layers == "liger"
+    with silent_loss_kernel() if is_fused else nullcontext(), PeakMemory() as memory:
         norm = RMSNorm(model.hidden_size, model.rms_norm_eps).to(dtype)
-        output = OutputHead(model.hidden_size, model.vocab_size).to(dtype)
+        output = OutputHead(model.hidden_size, model.vocab_size, config.train.fused_layers).to(
+            dtype
+        )
         for parameter in (norm.weight, output.weight):
             parameter.grad = torch.zeros_like(parameter)
         x = _leaf(1, config.data.seq_len, model.hidden_size, dtype=dtype)

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from tensorlm.config import Config, load_config
 from tensorlm.runtime.launch_env import LaunchEnv
 from tensorlm.runtime.preemption import StopRequest
-from tensorlm.train import engine
+from tensorlm.train import engine, loop
 from tensorlm.train.loop import train
 from tests.support.distributed import run_distributed
 
@@ -70,3 +70,38 @@ def losses_and_norms(run_dir: Path) -> list[float]:
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
     return [record[key] for key in ("train/loss", "train/grad_norm") for record in records]
+
+
+def train_in_float8(config: Path, folder: Path) -> None:
+    rank, size = dist.get_rank(), dist.get_world_size()
+    launch = LaunchEnv(rank, size, rank, size, "127.0.0.1", 0)
+    common = ["train.steps=3", "checkpoint.every=3", "train.dtype=bf16", *FLOAT8]
+    with (
+        patch.object(engine, "deepspeed_config", partition_everything),
+        patch.object(loop, "check_linear"),  # PyTorch multiplies float8 on CPUs too, slowly
+    ):
+        for name, settings in IN_FLOAT8.items():
+            chosen = [*common, *settings, f"run.dir={folder / name}"]
+            assert train(load_config(config, chosen), launch, StopRequest()) == 0
+
+
+FLOAT8 = ["train.linear=float8_rowwise"]
+IN_FLOAT8 = {
+    "1": ["zero.stage=1"],
+    "1, block": ["zero.stage=1", "train.recompute=block"],
+    "3": ["zero.stage=3"],
+    "3, selective": ["zero.stage=3", "train.recompute=selective", "train.activation_offload=true"],
+    "2, tiled, sp": ["zero.stage=2", "train.recompute=block", "train.mlp_chunk=32",
+                     "parallel.sp=2"],
+    "1, bf16": ["zero.stage=1", "train.linear=bf16"],
+}  # fmt: skip
+
+
+def test_float8_trains_under_every_zero_stage(tmp_path: Path, config: Path) -> None:
+    run_distributed(train_in_float8, 2, config, tmp_path, time_limit=120)
+    runs = {name: losses_and_norms(tmp_path / name) for name in IN_FLOAT8}
+    assert len(runs["1"]) == 6
+    assert runs["1, block"] == runs["1"] != runs["1, bf16"]
+    assert runs["3, selective"] == runs["3"]
+    for run in runs.values():
+        assert run == pytest.approx(runs["1"], rel=0.02)
