@@ -29,7 +29,10 @@ def _memory_problems(config: "Config") -> Iterator[str]:
     if zero.stage == 0 and zero.offload_optimizer:
         yield "zero.offload_optimizer: needs zero.stage = 1, 2 or 3"
     if train.activation_offload and train.recompute == "none":
-        yield "train.activation_offload: needs train.recompute = block or selective, got none"
+        yield (
+            "train.activation_offload: needs train.recompute = block, attention or selective, got "
+            "none"
+        )
     if train.attention == "triton" and (reason := why_slow(config.model)):
         yield f"model.route: {reason} (or set train.attention = auto, which is slow)"
 

@@ -28,7 +28,7 @@ from .section import Section, raise_all
 
 FusedLayers = Literal["auto", "liger", "torch"]
 LinearFormat = Literal["bf16", "float8_tensorwise", "float8_rowwise"]
-Recompute = Literal["none", "selective", "block", "auto"]
+Recompute = Literal["none", "selective", "attention", "block", "auto"]
 
 
 class SourceConfig(Section):
@@ -147,10 +147,11 @@ class TrainConfig(Section):
     output head and evaluation do not change"""
     recompute: Recompute = "none"
     """what the backward pass recomputes: none; selective (norms and SwiGLU's activation: results of
-    attention and matrix products are kept); block (everything: only layers' inputs are kept); or
+    attention and matrix products are kept); attention (all but attention, or
+    but the chosen blocks of a routed layer); block (everything: only layers' inputs are kept); or
     auto (the first of these that fits the GPU by the plan's prediction)"""
     activation_offload: bool = False
-    """keep the layers' inputs in host memory; needs recompute = block or selective"""
+    """keep the layers' inputs in host memory; needs a recompute other than none"""
     mlp_chunk: NonNegativeInt = 0
     """tokens that pass through SwiGLU at a time, to bound its memory (0: all)"""
     loss_chunk: PositiveInt = 2048

@@ -109,12 +109,18 @@ def recomputed_flops(
     """FLOPs of recomputation in the backward pass; other arguments as in `train_flops`.
 
     With "block", each layer is recomputed except for its last product and the choice of blocks,
-    which is kept; tiling the MLP adds nothing. Otherwise, only the first two products of a tiled
-    MLP are recomputed. Attention counts as kept by "selective", which holds for the GPU's kernels.
+    which is kept; tiling the MLP adds nothing. "attention" recomputes only the windows of routed
+    layers, if attention runs on the GPU's kernels. Otherwise, only the first two products of a tiled MLP are recomputed.
     """
     is_tiled = 0 < mlp_chunk < depth.numel()
     linear = recomputed_linear_flops_per_token(config, recompute, is_tiled)
-    attention = attention_flops(config, depth) if recompute == "block" else 0
+    attention = 0
+    if recompute == "block":
+        attention = attention_flops(config, depth)
+    elif recompute == "attention" and "routed" in config.layer_kinds:
+        pairs = layer_pairs(config, "window", depth)
+        attention = 4 * config.num_heads * config.head_size * pairs
+        attention *= config.layer_kinds.count("routed")
     return linear * depth.numel() + attention
 
 
@@ -123,7 +129,7 @@ def recomputed_linear_flops_per_token(
 ) -> int:
     """The part of `recomputed_flops` in matrix products with weights, for one token."""
     product = 2 * config.num_layers * config.hidden_size * config.intermediate_size
-    if recompute != "block":
+    if recompute not in ("block", "attention"):
         return 2 * product if is_tiled else 0
     head = 2 * config.hidden_size * config.vocab_size
     return linear_flops_per_token(config) - head - product

@@ -148,7 +148,10 @@ class Llama(nn.Module):
         with offload.saving() if offload else nullcontext():
             for block in self.layers:
                 assert isinstance(block, Block)
-                x = run_block(block, recompute, block.kept_products(x), x, doc_start, rotary)
+                x = run_block(
+                    block, recompute, block.kept_products(x), block.self_attn.kind,
+                    x, doc_start, rotary,
+                )  # fmt: skip
         x = self.norm(x)
         if labels is None:
             return self.lm_head(x)

@@ -5,8 +5,10 @@
 * "selective": also the results of its attention operator and of its matrix products. Backward
   recomputes the rest: norms, SiLU(gate) * up, and for shared rows the exchanges. The products of a
   tiled SwiGLU are recomputed, as they always are.
+* "attention": also the results of its attention operator, but of no matrix product. A routed layer
+  keeps those of its blocks, and recomputes its window, which takes less time for each byte.
 
-All three give the same bits: recomputation repeats the same operations on the same inputs.
+All give the same bits: recomputation repeats the same operations on the same inputs.
 """
 
 from collections import deque
@@ -20,12 +22,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from tensor_attention import Rotary
-from tensorlm.config import Recompute
+from tensorlm.config import LayerKind, Recompute
 
 from .attention import KeptChoice
 
 # Operators of `kernels/tensor_attention/gpu`; attention in plain PyTorch is recomputed.
 ATTENTION = frozenset(f"tensor_attention::{name}" for name in ("chain", "hop", "routed_hop"))
+BLOCKS = frozenset(["tensor_attention::routed_hop"])
 PRODUCT = "aten::mm"
 FLOAT8 = "tensorlm::float8_products"  # several products at once
 
@@ -33,7 +36,7 @@ Results = deque[Any]  # tensors, or tuples of them, in the order of their operat
 
 
 def run_block(
-    block: nn.Module, recompute: Recompute, kept_products: int,
+    block: nn.Module, recompute: Recompute, kept_products: int, kind: LayerKind,
     x: Tensor, doc_start: Tensor, rotary: Rotary,
 ) -> Tensor:  # fmt: skip
     """Apply a `Block` to x [B, T, C], so that its backward recomputes what `recompute` says.
@@ -41,7 +44,8 @@ def run_block(
     Args:
         block: the block.
         recompute: see the top of this file; "auto" must have been resolved.
-        kept_products: the first products whose results "selective" keeps.
+        kept_products: number of first products whose results "selective" keeps.
+        kind: kind of its attention.
         x, doc_start, rotary: inputs of the block.
     """
     match recompute:
@@ -51,7 +55,10 @@ def run_block(
         case "block":
             contexts = recomputation.noop_context_fn
         case "selective":
-            contexts = partial(_keeping_results, kept_products)
+            contexts = partial(_keeping_results, ATTENTION, kept_products)
+        case "attention":
+            operators = BLOCKS if kind == "routed" else ATTENTION
+            contexts = partial(_keeping_results, operators, 0)
         case "auto":
             raise AssertionError("train.recompute = auto must be resolved before training")
     return recomputation.checkpoint(
@@ -59,10 +66,15 @@ def run_block(
     )
 
 
-def _keeping_results(kept_products: int) -> tuple[TorchDispatchMode, TorchDispatchMode]:
+def _keeping_results(
+    operators: frozenset[str], kept_products: int
+) -> tuple[TorchDispatchMode, TorchDispatchMode]:
     """Contexts of a forward pass and its recomputation."""
     results: Results = deque()
-    return _Keeping(results, kept_products), _Reusing(results, kept_products)
+    return (
+        _Keeping(results, operators, kept_products),
+        _Reusing(results, operators, kept_products),
+    )
 
 
 class _Selection(TorchDispatchMode):
@@ -72,9 +84,10 @@ class _Selection(TorchDispatchMode):
     that only the recomputation runs, such as those by which ZeRO stage 3 gathers weights.
     """
 
-    def __init__(self, results: Results, kept_products: int) -> None:
+    def __init__(self, results: Results, operators: frozenset[str], kept_products: int) -> None:
         super().__init__()
         self.results = results
+        self.operators = operators
         self._left = kept_products
 
     def selects(self, operator: Any, args: tuple[Any, ...]) -> bool:
@@ -82,7 +95,7 @@ class _Selection(TorchDispatchMode):
         if name in (PRODUCT, FLOAT8):
             self._left -= len(args[1]) if name == FLOAT8 else 1
             return self._left >= 0
-        return name in ATTENTION
+        return name in self.operators
 
 
 class _Keeping(_Selection):

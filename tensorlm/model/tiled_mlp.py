@@ -62,6 +62,7 @@ class _TiledSwiGLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         x, *weights = kept_inputs(ctx.kept)
+        ctx.kept = None  # frees x with this call, not with the whole graph
         dx = torch.empty_like(x, memory_format=torch.contiguous_format)
         wide = torch.promote_types(x.dtype, torch.float32)
         sums = [torch.zeros_like(weight, dtype=wide) for weight in weights]

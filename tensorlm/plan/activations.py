@@ -92,10 +92,13 @@ def kept_by_block(job: Job, operator: OperatorMemory) -> int:
 
 
 def kept_results(job: Job, operator: OperatorMemory) -> int:
-    """What selective recomputation keeps besides a block's input (`model/recompute.py`).
+    """What recomputation keeps besides a block's input (`model/recompute.py`).
 
+    "attention": the results of attention, of a routed layer only those of its blocks. "selective":
     q, k, v, the results of attention and of o, and of gate and up unless SwiGLU is tiled.
     """
+    if job.recompute == "attention":
+        return operator.results if operator.last_result is None else operator.last_result
     if job.recompute != "selective":
         return 0
     q, k, _, _ = sizes(job)

@@ -11,8 +11,9 @@ GIB = 2**30
 # bandwidth (kernels/README.md); a layer's products are smaller, and its other kernels less simple.
 MATMUL_SHARE = 0.70
 BANDWIDTH_SHARE = 0.80
-# FLOP/s of a layer's products in float8, casts included, as a share of the bf16 peak.
-FLOAT8_SHARE = {"float8_tensorwise": 1.0, "float8_rowwise": 1.0}
+# FLOP/s of a layer's products in float8, casts included, as a share of the bf16 peak: one H200,
+# Llama-8B's layers, 32,768 tokens (docs/performance.md).
+FLOAT8_SHARE = {"float8_tensorwise": 1.19, "float8_rowwise": 1.14}
 LINK_SHARE = 0.80
 SWAP_SHARE = 0.44  # of NVLink, packing included: two H200 (docs/sequence_parallelism.md)
 

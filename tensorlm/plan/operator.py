@@ -27,7 +27,8 @@ class OperatorMemory(NamedTuple):
         backward: what backward adds at its peak, including the incoming gradient.
         forward: peak of a forward pass that saves nothing, including q, k, v.
         kept: the part of `saved` that recomputation keeps too: the choice of a routed layer.
-        results: what the operator's kernels return, which selective recomputation keeps.
+        results: what the operator's kernels return, which "selective" keeps.
+        last_result: the part of `results` that "attention" keeps; None: all.
     """
 
     saved: int
@@ -35,6 +36,7 @@ class OperatorMemory(NamedTuple):
     forward: int
     kept: int = 0
     results: int = 0
+    last_result: int | None = None
 
 
 def operator_memory(job: Job, kind: LayerKind) -> OperatorMemory:
@@ -96,7 +98,7 @@ def routed(job: Job) -> OperatorMemory:
         # The same for the window, with the gradients of the routed hop, whose results are freed.
         2 * (q + 2 * k) + lse + window_q + window_k - choice - token,
     )
-    return OperatorMemory(saved, backward, forward, kept=choice, results=2 * (q + lse))
+    return OperatorMemory(saved, backward, forward, choice, 2 * (q + lse), q + lse)
 
 
 class _FirstHop(NamedTuple):
@@ -165,7 +167,7 @@ def shared_routed(job: Job) -> OperatorMemory:
         4 * row_k + hop.backward - (2 * lse + choice + row + z),
     )
     results = round((hop.longer + 1) * (q + lse))
-    return OperatorMemory(round(saved), round(backward), round(forward), choice, results)
+    return OperatorMemory(round(saved), round(backward), round(forward), choice, results, q + lse)
 
 
 def kept_choice(job: Job) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 from tensorlm.config import Config
 
 from .planning import Plan, is_legal, make_plan
+from .recompute import ORDER
 
 MAX_PROPOSALS = 5
 GAIN = 0.03  # minimum share of the cost that a proposal must save
@@ -89,7 +90,7 @@ def _options(plan: Plan) -> dict[str, list[Any]]:
     else:
         gpus = [plan.gpus * n for n in (2, 4, 8)]
     options: dict[str, list[Any]] = {
-        "train.recompute": [r for r in ("none", "selective", "block") if r != train.recompute],
+        "train.recompute": [r for r in ORDER if r != train.recompute],
         "train.mlp_chunk": sorted({0, tokens // 8, tokens // 4} - {train.mlp_chunk}),
         "train.activation_offload": [not train.activation_offload],
         "optim.state_dtype": ["bf16"] if config.optim.state_dtype == "fp32" else [],

@@ -5,7 +5,7 @@ from tensorlm.config import Config, Recompute
 from .job import plan_jobs
 from .memory import gpu_memory
 
-ORDER: tuple[Recompute, ...] = ("none", "selective", "block")  # fastest first
+ORDER: tuple[Recompute, ...] = ("none", "selective", "attention", "block")  # fastest first
 
 
 def resolve_recompute(config: Config, gpus: int, memory: float) -> Config:

@@ -181,8 +181,12 @@ def _recomputation(job: Job, gpu: Gpu) -> float:
     if job.recomputes:
         traffic = job.itemsize / 2 * model.num_layers * _layer_traffic(job)[0] * tokens
         seconds += traffic / (gpu.bandwidth * BANDWIDTH_SHARE)
+    repeated: list[LayerKind] = []
     if job.recompute == "block":
-        seconds += sum(_attention_seconds(job, kind, gpu)[0] for kind in job.kinds)
+        repeated = list(job.kinds)
+    elif job.recompute == "attention":
+        repeated = ["window" for kind in job.kinds if kind == "routed"]
+    seconds += sum(_attention_seconds(job, kind, gpu)[0] for kind in repeated)
     return seconds
 
 

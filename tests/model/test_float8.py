@@ -124,6 +124,7 @@ def test_recomputation_changes_no_bit(linear: LinearFormat, mlp_chunk: int) -> N
     expected = gradients(linear, mlp_chunk=mlp_chunk)
     for options in (
         {"recompute": "block"},
+        {"recompute": "attention"},
         {"recompute": "selective"},
         {"recompute": "selective", "activation_offload": True},
     ):
@@ -134,7 +135,7 @@ def test_recomputation_changes_no_bit(linear: LinearFormat, mlp_chunk: int) -> N
     assert found[0].item() == pytest.approx(plain[0].item(), rel=1e-3)
 
 
-@pytest.mark.parametrize("recompute", ["block", "selective"])
+@pytest.mark.parametrize("recompute", ["block", "attention", "selective"])
 def test_recomputation_does_not_repeat_the_last_product(
     recompute: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -150,7 +151,7 @@ def test_recomputation_does_not_repeat_the_last_product(
     plain = len(multiplied)
     gradients("float8_rowwise", recompute=recompute)
     assert plain == 4 * 7 * 3  # layers, weights, products
-    repeated = {"block": 4 * 6, "selective": 0}[recompute]
+    repeated = {"block": 4 * 6, "attention": 4 * 6, "selective": 0}[recompute]
     assert len(multiplied) == 2 * plain + repeated
 
 

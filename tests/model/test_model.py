@@ -11,7 +11,7 @@ from tensorlm.batch import IGNORED
 from tensorlm.config import ModelConfig, Recompute, RopeScaling
 from tensorlm.model import Llama
 from tensorlm.model.output_head import OutputHead
-from tensorlm.model.recompute import ATTENTION, PRODUCT
+from tensorlm.model.recompute import ATTENTION, BLOCKS, PRODUCT
 
 
 def small(**changes: object) -> ModelConfig:
@@ -75,7 +75,7 @@ def test_packed_documents_give_what_they_give_alone(fold: tuple[int, ...]) -> No
     torch.testing.assert_close(packed[:, 37:], model(second), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("recompute", ["block", "selective"])
+@pytest.mark.parametrize("recompute", ["block", "attention", "selective"])
 @pytest.mark.parametrize("mlp_chunk", [0, 24])
 def test_recomputation_changes_no_bit_of_a_gradient(recompute: Recompute, mlp_chunk: int) -> None:
     tokens, labels = torch.randint(97, (1, 64)), torch.randint(97, (1, 64))
@@ -119,7 +119,11 @@ def test_selective_recomputation_runs_no_product_and_no_kernel_of_attention_agai
     assert sum(counts["block"].of(name) for name in ATTENTION) >= config.num_layers
     # Of each block's seven products, six.
     assert counts["block"].of(PRODUCT) == counts["none"].of(PRODUCT) + 6 * config.num_layers
-    for recompute in ("block", "selective"):
+    assert counts["attention"].of(PRODUCT) == counts["block"].of(PRODUCT)
+    kept = BLOCKS if layers == "routed" else ATTENTION
+    assert sum(counts["attention"].of(name) for name in kept) == 0
+    assert counts["attention"].of("tensor_attention::hop") == 2 * (layers == "routed")
+    for recompute in ("block", "attention", "selective"):
         for found, plain in zip(gradients[recompute], gradients["none"], strict=True):
             assert found is not None
             assert plain is not None

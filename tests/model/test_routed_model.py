@@ -116,7 +116,7 @@ def test_saving_memory_changes_no_gradient(
         torch.testing.assert_close(ours, plain, rtol=1e-11, atol=1e-13)
 
 
-@pytest.mark.parametrize("recompute", ["none", "block", "selective"])
+@pytest.mark.parametrize("recompute", ["none", "block", "attention", "selective"])
 def test_a_layer_chooses_once_in_forward_and_backward(recompute: Recompute) -> None:
     model = build(KINDS["all four"], recompute=recompute)
     with patch.object(routed, "_choice", wraps=routed._choice) as choose:

@@ -129,7 +129,7 @@ BLOCKS: list[dict[str, Any]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("recompute", ["none", "block", "selective"])
+@pytest.mark.parametrize("recompute", ["none", "block", "attention", "selective"])
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 @pytest.mark.parametrize("layers", ["torch", "liger"])
 @pytest.mark.parametrize("changes", BLOCKS, ids=str)
@@ -151,7 +151,7 @@ def test_block(changes: dict[str, Any], layers: str, dtype: str, recompute: str)
     assert kept == (saved if recompute == "none" else kept_too)
 
 
-@pytest.mark.parametrize("recompute", ["none", "block", "selective"])
+@pytest.mark.parametrize("recompute", ["none", "block", "attention", "selective"])
 @pytest.mark.parametrize("linear", ["float8_tensorwise", "float8_rowwise"])
 @pytest.mark.parametrize("layers", ["torch", "liger"])
 @pytest.mark.parametrize("chunk", [0, 256])
