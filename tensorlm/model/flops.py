@@ -109,8 +109,9 @@ def recomputed_flops(
     """FLOPs of recomputation in the backward pass; other arguments as in `train_flops`.
 
     With "block", each layer is recomputed except for its last product and the choice of blocks,
-    which is kept; tiling the MLP adds nothing. "attention" recomputes only the windows of routed
-    layers, if attention runs on the GPU's kernels. Otherwise, only the first two products of a tiled MLP are recomputed.
+    which is kept; tiling the MLP adds nothing. With "attention", of attention only the windows of
+    routed layers are recomputed, if it runs on the GPU's kernels. Otherwise, only the first two
+    products of a tiled MLP are recomputed.
     """
     is_tiled = 0 < mlp_chunk < depth.numel()
     linear = recomputed_linear_flops_per_token(config, recompute, is_tiled)
