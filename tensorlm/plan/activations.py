@@ -159,7 +159,7 @@ def norm_peak(job: Job, operator: OperatorMemory) -> int:
     and the residual's gradient.
     """
     waiting = saved_by_first_norm(job) + operator.saved + hidden_state(job)
-    return waiting + norm_workspace(job) + held_by_tiles(job)
+    return waiting + norm_workspace(job)
 
 
 def attention_peak(job: Job, operator: OperatorMemory) -> int:
@@ -167,12 +167,7 @@ def attention_peak(job: Job, operator: OperatorMemory) -> int:
     gradient.
     """
     waiting = saved_by_first_norm(job) + operator.saved + hidden_state(job)
-    return waiting + operator.backward + held_by_tiles(job)
-
-
-def held_by_tiles(job: Job) -> int:
-    """Input of a tiled SwiGLU, kept until the whole backward is done if it is not recomputed."""
-    return hidden_state(job) if is_tiled(job) and not job.recomputes else 0
+    return waiting + operator.backward
 
 
 def block_peak(job: Job, operator: OperatorMemory, reduction: int = 0) -> int:

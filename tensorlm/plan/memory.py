@@ -195,7 +195,6 @@ def _block(
             "shared_gradient": act.shared_gradient(job),
             "gathered_weights": state.gathered_weights(job, job.block),
             "saved_activations": act.saved_activations(job, operators, before),
-            "held_by_tiles": (layers - left) * act.held_by_tiles(job),
             "block_peak": max(
                 act.block_peak(job, operators[kind], reduction) for kind in job.kinds[:left]
             ),
