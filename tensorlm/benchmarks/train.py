@@ -23,6 +23,7 @@ from tensorlm.config import Config
 from tensorlm.hf.export_folder import hf_config
 from tensorlm.model import Block, create_llama
 from tensorlm.model.attention import Attention, KeptChoice
+from tensorlm.model.float8 import apply_linears
 from tensorlm.model.flops import num_parameters, peak_flops, train_flops
 from tensorlm.plan.planning import longest
 
@@ -62,8 +63,9 @@ class SdpaAttention(nn.Module):
     def forward(
         self, x: Tensor, doc_start: Tensor, rotary: Rotary, kept: KeptChoice | None = None
     ) -> Tensor:
-        projections = (self.attention.q_proj, self.attention.k_proj, self.attention.v_proj)
-        q, k, v = (f(x).unflatten(-1, (-1, self.attention.head_dim)) for f in projections)
+        own = self.attention
+        projections = apply_linears(x, (own.q_proj, own.k_proj, own.v_proj), own.linear)
+        q, k, v = (part.unflatten(-1, (-1, own.head_dim)) for part in projections)
         position = torch.arange(x.shape[1], device=x.device)
         q, k = apply_rotary(q, rotary, position), apply_rotary(k, rotary, position)
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION) if x.is_cuda else nullcontext():
@@ -71,7 +73,7 @@ class SdpaAttention(nn.Module):
                 q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
                 is_causal=True, enable_gqa=True,
             )  # fmt: skip
-        return self.attention.o_proj(out.transpose(1, 2).flatten(-2))
+        return apply_linears(out.transpose(1, 2).flatten(-2), (own.o_proj,), own.linear)[0]
 
 
 def measure(

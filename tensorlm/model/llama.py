@@ -70,6 +70,7 @@ class Block(nn.Module):
         super().__init__()
         size, eps = config.hidden_size, config.rms_norm_eps
         self.input_layernorm = RMSNorm(size, eps, fused_layers)
+        self.kind = config.layer_kind(layer)
         self.self_attn = Attention(config, layer, grid, attention, linear)
         self.post_attention_layernorm = RMSNorm(size, eps, fused_layers)
         self.mlp = SwiGLU(config, mlp_chunk, fused_layers, linear)
@@ -149,9 +150,8 @@ class Llama(nn.Module):
             for block in self.layers:
                 assert isinstance(block, Block)
                 x = run_block(
-                    block, recompute, block.kept_products(x), block.self_attn.kind,
-                    x, doc_start, rotary,
-                )  # fmt: skip
+                    block, recompute, block.kept_products(x), block.kind, x, doc_start, rotary
+                )
         x = self.norm(x)
         if labels is None:
             return self.lm_head(x)

@@ -262,7 +262,7 @@ def block(config: Config) -> tuple[int, int]:
         doc_start = torch.zeros(rows, config.data.seq_len, dtype=torch.int32)
         x = _leaf(rows, config.data.seq_len, config.model.hidden_size, dtype=dtype)
         before = memory.live
-        kept_products, kind = layer.kept_products(x), layer.self_attn.kind
+        kept_products, kind = layer.kept_products(x), layer.kind
         y = run_block(layer, train.recompute, kept_products, kind, x, doc_start, rotary)
         kept = memory.live - before - y.nbytes
         total = _Sum.apply(y)
