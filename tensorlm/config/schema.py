@@ -147,11 +147,11 @@ class TrainConfig(Section):
     output head and evaluation do not change"""
     recompute: Recompute = "none"
     """what the backward pass recomputes: none; selective (norms and SwiGLU's activation: results of
-    attention and matrix products are kept); attention (all but attention, or
-    but the chosen blocks of a routed layer); block (everything: only layers' inputs are kept); or
-    auto (the first of these that fits the GPU by the plan's prediction)"""
+    attention and matrix products are kept); attention (everything but attention, in routed layers
+    everything but the attention to chosen blocks); block (everything: only layers' inputs are
+    kept); or auto (the first of these that fits the GPU by the plan's prediction)"""
     activation_offload: bool = False
-    """keep the layers' inputs in host memory; needs a recompute other than none"""
+    """keep the layers' inputs in host memory; needs recompute = selective, attention or block"""
     mlp_chunk: NonNegativeInt = 0
     """tokens that pass through SwiGLU at a time, to bound its memory (0: all)"""
     loss_chunk: PositiveInt = 2048
