@@ -271,9 +271,11 @@ def describe_run(run: Run) -> list[str]:
     name = torch.cuda.get_device_name(run.device) if is_gpu else "CPU"
     num = num_parameters(run.engine.module)
     layers = "Liger" if runs_liger(config.train.fused_layers, is_gpu) else "torch"
+    products = "" if config.train.linear == "bf16" else f", products in {config.train.linear}"
     return [
         f"run {config.run.dir}: {begin}, {config.train.steps} steps, commit {git_commit()}",
-        f"model: {num:,} parameters, {attention}, {config.train.dtype}, norms and MLPs by {layers}",
+        f"model: {num:,} parameters, {attention}, {config.train.dtype}{products}, "
+        f"norms and MLPs by {layers}",
         *_notes_on_speed(config, is_gpu),
         *run.rows.describe(),
         "steps: "
