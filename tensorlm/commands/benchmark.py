@@ -15,6 +15,7 @@ from tensorlm.runtime.arguments import (
     LOCAL_RANK,
     Option,
     Options,
+    Parser,
     add_options,
     add_settings,
     parse_args,
@@ -34,9 +35,7 @@ class Benchmark(NamedTuple):
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, benchmark in BENCHMARKS.items():
         sentence = f"{benchmark.text[0].upper()}{benchmark.text[1:]}."

@@ -13,7 +13,14 @@ import shlex
 from pathlib import Path
 
 from tensorlm.config import Config, load_config, parse_config
-from tensorlm.runtime.arguments import Option, Options, add_options, add_settings, parse_args
+from tensorlm.runtime.arguments import (
+    Option,
+    Options,
+    Parser,
+    add_options,
+    add_settings,
+    parse_args,
+)
 from tensorlm.runtime.errors import UserError
 from tensorlm.runtime.exit import run_launcher
 
@@ -58,9 +65,7 @@ COMMANDS: dict[str, tuple[str, Options]] = {
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, (text, options) in COMMANDS.items():
         command = commands.add_parser(name, help=text)

@@ -16,6 +16,7 @@ from tensorlm.config import load_config
 from tensorlm.runtime.arguments import (
     LOCAL_RANK,
     Option,
+    Parser,
     add_options,
     add_settings,
     parse_args,
@@ -55,9 +56,7 @@ OPTIONS = {
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_settings(parser, "TOML file of the run (required, except with --compare)", required=False)
     add_options(parser.add_mutually_exclusive_group(), MODELS)
     add_options(parser, {**OPTIONS, **LOCAL_RANK})

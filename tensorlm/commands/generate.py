@@ -10,7 +10,7 @@ import os
 import sys
 from pathlib import Path
 
-from tensorlm.runtime.arguments import Option, add_options, parse_args
+from tensorlm.runtime.arguments import Option, Parser, add_options, parse_args
 from tensorlm.runtime.errors import UserError
 from tensorlm.runtime.exit import run_launcher
 
@@ -35,7 +35,7 @@ OPTIONS = {
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     add_options(parser, OPTIONS)
     args = parse_args(parser)
     check_arguments(args)

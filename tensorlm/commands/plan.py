@@ -4,8 +4,6 @@ The prediction needs no GPU and builds no model. docs/planning.md explains the f
 compare with measurements.
 """
 
-import argparse
-
 from tensorlm.config import load_config
 from tensorlm.plan.gpus import find_gpu
 from tensorlm.plan.planning import make_plan
@@ -14,6 +12,7 @@ from tensorlm.plan.report import format_plan, plan_json
 from tensorlm.runtime.arguments import (
     JSON,
     Option,
+    Parser,
     add_options,
     add_settings,
     parse_args,
@@ -24,7 +23,7 @@ from tensorlm.runtime.exit import run_launcher
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     add_settings(parser)
     options = {
         "--gpus N": Option("number of GPUs, one rank each", type=int, required=True),

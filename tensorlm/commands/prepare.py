@@ -24,7 +24,7 @@ from tensorlm.data.prepare.readers import LONGEST_DOCUMENT
 from tensorlm.data.shards import open_shards, verify_shards
 from tensorlm.data.tokenizer.tokenizers import check_tokenizer, load_tokenizer
 from tensorlm.data.tokenizer.training import check_new_tokenizer, train_tokenizer
-from tensorlm.runtime.arguments import Option, Options, add_options, check_plot, parse_args
+from tensorlm.runtime.arguments import Option, Options, Parser, add_options, check_plot, parse_args
 from tensorlm.runtime.errors import UserError
 from tensorlm.runtime.exit import run_launcher
 from tensorlm.runtime.launch_env import launched_world_size
@@ -133,9 +133,7 @@ COMMANDS: dict[str, tuple[str, Options]] = {
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, (text, options) in COMMANDS.items():
         add_options(commands.add_parser(name, help=text), options)

@@ -4,16 +4,21 @@ Run the same command again to continue from the newest intact checkpoint. The co
 under deepspeed, torchrun, srun, mpirun and plain python.
 """
 
-import argparse
-
-from tensorlm.runtime.arguments import LOCAL_RANK, Option, add_options, add_settings, parse_args
+from tensorlm.runtime.arguments import (
+    LOCAL_RANK,
+    Option,
+    Parser,
+    add_options,
+    add_settings,
+    parse_args,
+)
 from tensorlm.runtime.errors import EXIT_DONE, EXIT_PREEMPTED
 from tensorlm.runtime.exit import run_launcher
 from tensorlm.runtime.preemption import StopRequest
 
 
 def main(stop: StopRequest) -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     add_settings(parser)
     options = {
         "--replay STEP": Option(

@@ -1,12 +1,35 @@
 """Command-line parsing and checks that several commands share."""
 
 import argparse
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
-from .errors import UserError
+from .errors import EXIT_USER_ERROR, UserError
 from .strict_json import json_text
+
+# Argparse's messages, and ours.
+_WORDS = {
+    r"^argument ([^:]+): invalid int value: '(.*)'$": r"\1: must be an integer, got \2",
+    r"^argument ([^:]+): invalid float value: '(.*)'$": r"\1: must be a number, got \2",
+    r"^argument ([^:]+): invalid choice: '(.*)' \((?:choose from )?(.*)\)$": (
+        r"\1: must be one of \3, got \2"
+    ),
+    r"^argument ([^:]+): expected .*$": r"\1: must have a value, got none",
+    r"^argument ([^:]+): not allowed with argument (.*)$": r"\1: must not be given with \2",
+    r"^the following arguments are required: (.*)$": r"\1: missing (see --help)",
+    r"^(unrecognized arguments: .*)$": r"\1 (see --help)",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports a mistake on one line, like every other error of a command."""
+
+    def error(self, message: str) -> NoReturn:
+        for theirs, ours in _WORDS.items():
+            message = re.sub(theirs, ours, message)
+        self.exit(EXIT_USER_ERROR, f"error: {message}\n")
 
 
 class Option(NamedTuple):

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tensorlm.runtime.arguments import Option, add_options, parse_args
+from tensorlm.runtime.arguments import Option, Parser, add_options, parse_args
 from tensorlm.runtime.errors import EXIT_BROKEN_PIPE, EXIT_USER_ERROR
 from tests.support.forked import run_forked
 from tests.support.launching import ROOT
@@ -83,3 +83,27 @@ def test_a_reader_that_has_left_is_no_error(size: int) -> None:
     os.close(theirs)
     assert result.returncode == EXIT_BROKEN_PIPE
     assert result.stderr == b""
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["--gpus", "x"], "--gpus: must be an integer, got x"),
+        (["--gpus", "1", "--share", "all"], "--share: must be a number, got all"),
+        (["--gpus", "1", "--kind", "c"], "--kind: must be one of 'a', 'b', got c"),
+        (["--gpus"], "--gpus: must have a value, got none"),
+        ([], "--gpus: missing (see --help)"),
+        (["--gpus", "1", "--old"], "unrecognized arguments: --old (see --help)"),
+    ],
+)
+def test_a_wrong_option_is_one_line(
+    capsys: pytest.CaptureFixture[str], words: list[str], line: str
+) -> None:
+    parser = Parser()
+    kind = Option("a kind", choices=("a", "b"))
+    gpus = Option("number of GPUs", type=int, required=True)
+    add_options(parser, {"--gpus N": gpus, "--share X": Option("a share", 0.5), "--kind": kind})
+    with pytest.raises(SystemExit) as left:
+        parser.parse_args(words)
+    assert left.value.code == 2
+    assert capsys.readouterr().err == f"error: {line}\n"
