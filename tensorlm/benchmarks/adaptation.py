@@ -18,6 +18,8 @@ from tensorlm.evaluation.results import Cell, Report, read_report
 from tensorlm.model.flops import attention_flops, choice_flops, layer_pairs
 from tensorlm.runtime.errors import UserError
 
+from .markdown import table_head, table_row
+
 TEXTS = ("code", "books")
 LLAMA_8B = {
     "num_layers": 32, "num_heads": 32, "num_kv_heads": 8, "hidden_size": 4096,
@@ -140,7 +142,7 @@ def format_table(variants: Sequence[Variant], worst: str = "window", best: str =
     if ends:
         head.append("gap closed, " + " / ".join(texts))
     head += [f"{task} " + " / ".join(f"{n:,}" for n in lengths) for task in tasks]
-    rows = [head, ["---"] * len(head)]
+    lines = [table_head(head)]
     for variant in variants:
         row = [variant.name, " / ".join(f"{variant.keys.get(n, 0):,.0f}" for n in lengths)]
         row.append(f"1 / {1 / variant.flops:.0f}" if variant.flops < 1 else "1")
@@ -151,8 +153,8 @@ def format_table(variants: Sequence[Variant], worst: str = "window", best: str =
             gaps = [_gaps(variant, *ends, text, lengths[0]) for text in texts]
             row.append(_cells(gaps, 0, 100, " %"))
         row += [_cells([[s.found.get((t, n)) for s in own] for n in lengths], 2) for t in tasks]
-        rows.append(row)
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+        lines.append(table_row(row))
+    return "\n".join(lines)
 
 
 def _cells(

@@ -45,23 +45,25 @@ def check_linear(linear: LinearFormat, device: torch.device) -> None:
     )
 
 
+def format_now(linear: LinearFormat) -> LinearFormat:
+    """`linear` where gradients are needed; else bf16, so that evaluation is an exported model's."""
+    return linear if torch.is_grad_enabled() else "bf16"
+
+
 def apply_linears(
     x: Tensor, layers: Sequence[nn.Linear], linear: LinearFormat
 ) -> tuple[Tensor, ...]:
     """Apply several linear layers without bias to the same input.
 
-    Products run in float8 only where gradients are needed: evaluation uses bf16 like an exported
-    model.
-
     Args:
         x: [..., K].
         layers: weights [N, K].
-        linear: number format of the products.
+        linear: number format of the products in training; see `format_now`.
 
     Returns:
         [..., N] for each layer.
     """
-    if linear == "bf16" or not torch.is_grad_enabled():
+    if format_now(linear) == "bf16":
         return tuple(layer(x) for layer in layers)
     weights = [layer.weight for layer in layers]
     kept = KeepInputs.apply(x, *weights)

@@ -11,7 +11,7 @@ from tensor_attention import rotary_table as table_of
 from tensorlm.config import LinearFormat, ModelConfig
 
 from . import fused
-from .float8 import apply_linears
+from .float8 import apply_linears, format_now
 from .tiled_mlp import tiled_swiglu
 
 
@@ -53,7 +53,7 @@ class SwiGLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.is_tiled(x):
             gate, up, down = self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight
-            linear: LinearFormat = self.linear if torch.is_grad_enabled() else "bf16"
+            linear = format_now(self.linear)
             return tiled_swiglu(x, gate, up, down, self.chunk, self._multiply, linear)
         gated, upped = apply_linears(x, (self.gate_proj, self.up_proj), self.linear)
         hidden = self._multiply(gated, upped)

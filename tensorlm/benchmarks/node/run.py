@@ -9,6 +9,7 @@ import torch
 
 from tensorlm.runtime.arguments import write_json
 
+from ..markdown import table_head, table_row
 from . import evaluation, longest, starters, training
 from .host import Host
 from .training import Row
@@ -38,18 +39,14 @@ def measure(host: Host, parts: Sequence[str], file: Path | None) -> None:
             write_json(file, results)
             if list(row) != head:
                 head = list(row)
-                print(format_line(head) + "\n" + format_line(["---"] * len(head)))
-            print(format_line([format_value(value) for value in row.values()]), flush=True)
+                print(table_head(head))
+            print(table_row([format_value(value) for value in row.values()]), flush=True)
 
 
 def describe(host: Host) -> str:
     """The machine and the versions of what was measured."""
     name = torch.cuda.get_device_name() if host.on_gpu else f"CPU ranks ({platform.machine()})"
     return f"{host.ranks} x {name}, torch {torch.__version__}"
-
-
-def format_line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 def format_value(value: Any) -> str:
