@@ -12,13 +12,15 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 out=runs/adapt
-gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
+# Memory of the GPU in GiB, or 0.
+gpu=$(python -c 'import torch.cuda as c
+print(c.get_device_properties(0).total_memory >> 30 if c.is_available() else 0)')
 read -ra held_out <<<"${HELD_OUT:-sympy networkx sklearn}"
 read -ra books <<<"${BOOKS:-}"
 export TOKENIZERS_PARALLELISM=true PYTHONUNBUFFERED=1
 
 # On a CPU: fewer variants, shorter rows, fewer steps. Evaluation uses 4 times the trained length.
-if [ "$gpus" -gt 0 ]; then
+if [ "$gpu" -gt 0 ]; then
   variants=${VARIANTS:-full window window_2048 strided hybrid routed_random routed routed_24}
   size=() window=() route=() code_bytes=0 trained=8192 predicted=1048576
   tasks=${TASKS:-'["passkey","niah"]'}
@@ -35,6 +37,28 @@ fi
 run() {
   printf '\n\033[1m$ %s\033[0m\n' "$*"
   "$@"
+}
+
+# Losses on each text, and retrieval, of the run in $dir.
+evaluate() {
+  for text in "${texts[@]}"; do
+    run python launcher/evaluate.py --config $config --output $dir/$text \
+      --lengths $trained,$((4 * trained)) --tasks ppl "${settings[@]}" \
+      eval.text=$out/texts/$text/held_out.jsonl eval.max_tokens=$predicted
+  done
+  [ -z "$tasks" ] || grep -q '^choice = "random"' $config || # it cannot generate
+    run python launcher/evaluate.py --config $config --output $dir/needles \
+      --lengths $trained,$((4 * trained)) "${settings[@]}" "eval.tasks=$tasks" \
+      "eval.text=$out/texts/${texts[-1]}/held_out.jsonl"
+}
+
+# Wait for the evaluation in the background; the script ends if it failed.
+pending='' log=''
+finish() {
+  [ -z "$pending" ] || wait "$pending" || {
+    tail -n 3 "$log" && exit 1
+  }
+  pending=''
 }
 
 mkdir -p $out
@@ -76,17 +100,19 @@ for seed in ${SEEDS:-0}; do
     [ -e $dir/step-00000000 ] ||
       run python launcher/convert.py import --config $config --hf "$model" "${settings[@]}"
     run python launcher/train.py --config $config "${settings[@]}"
-    for text in "${texts[@]}"; do
-      run python launcher/evaluate.py --config $config --output $dir/$text \
-        --lengths $trained,$((4 * trained)) --tasks ppl "${settings[@]}" \
-        eval.text=$out/texts/$text/held_out.jsonl eval.max_tokens=$predicted
-    done
-    [ -z "$tasks" ] || grep -q '^choice = "random"' $config ||  # it cannot generate
-      run python launcher/evaluate.py --config $config --output $dir/needles \
-        --lengths $trained,$((4 * trained)) "${settings[@]}" "eval.tasks=$tasks" \
-        "eval.text=$out/texts/${texts[-1]}/held_out.jsonl"
+    finish
+    # Generation leaves a GPU mostly idle, so the next variant is trained meanwhile if both fit.
+    if [ "$gpu" -ge 40 ]; then
+      log=$dir/evaluation.log
+      evaluate >$log 2>&1 &
+      pending=$!
+      echo "evaluation in the background: $log"
+    else
+      evaluate
+    fi
   done
 done
+finish
 
 # The last variant (not routed_random) answers a prompt under plain transformers.
 rm -rf $out/hf
