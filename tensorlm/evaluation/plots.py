@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from .names import label
-from .recall_summary import recall_by_distance, recall_lengths
+from .recall_summary import layer_recall_of_others, recall_by_distance, recall_lengths
 from .results import Cell, LengthResult, Mean, Report, same_tokens
 
 FIGURES = ("ratio", "perplexity", "positions", "attribution", "recall", "passkey", "niah", "ruler")
@@ -176,17 +176,21 @@ def _context_gain(reports: list[Report]) -> Figure:
 
 
 def _recall(reports: list[Report]) -> Figure:
-    """Recall by layer, and by distance over all layers, at each report's longest length."""
+    """Recall by layer, and by distance over all layers, at each report's longest length.
+
+    Without the document's first block: it is always open, and would hide what the choice does.
+    """
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     by_layer, by_distance = figure.subplots(1, 2, sharey=True)
     edges: set[int] = set()
     for report, color in zip(reports, cycle(_COLORS), strict=False):
         length = recall_lengths(report)[-1]
         layers = [found for found in report.recall if found.length == length]
-        bins = recall_by_distance(report, length)[1:]
+        others = [layer_recall_of_others(found) for found in layers]
+        bins = recall_by_distance(report, length)
         for name, style in (("chosen", "o-"), ("best", "--"), ("random", ":")):
             text = f"{label(report)}, {_short(length)}: {name}"
-            shares = [getattr(found, name) for found in layers]
+            shares = [getattr(found, name) for found in others]
             by_layer.plot(
                 [r.layer for r in layers], shares, style, color=color, label=text, markersize=4
             )
@@ -194,8 +198,8 @@ def _recall(reports: list[Report]) -> Figure:
             by_distance.plot(stops, shares, style, color=color, markersize=4)
         edges |= {found.stop for found in bins}
     for axes, text in (
-        (by_layer, "Share of attention beyond the window in open blocks"),
-        (by_distance, "By distance, without the document's first block"),
+        (by_layer, "Share of attention in open blocks, except the first block"),
+        (by_distance, "The same by distance"),
     ):
         axes.set_title(text, loc="left", fontsize=11)
         axes.grid(alpha=0.3)

@@ -9,7 +9,7 @@ from torch.utils.tensorboard import SummaryWriter
 from .names import with_short_names
 from .page import markdown, page
 from .plots import FIGURES, figures
-from .recall_summary import recall_lengths, recall_of_all
+from .recall_summary import recall_lengths, recall_of_all, recall_of_others
 from .results import Report
 from .summary import headlines
 from .tables import make_tables, mean_by_length
@@ -48,10 +48,14 @@ def log_to_tensorboard(writer: SummaryWriter, report: Report, step: int) -> None
     for gains in report.attribution:
         writer.add_scalar(f"eval/gain/{gains.length}", gains.total.gain.mean, step)
     for length in recall_lengths(report):
-        found = recall_of_all(report, length)
-        for name in ("chosen", "best", "random"):
-            tag = "eval/recall" if name == "chosen" else f"eval/recall_{name}"
-            writer.add_scalar(f"{tag}/{length}", getattr(found, name), step)
+        for found, part in (
+            (recall_of_all(report, length), ""),
+            (recall_of_others(report, length), "_without_first"),
+        ):
+            for name in ("chosen", "best", "random"):
+                kind = "" if name == "chosen" else f"_{name}"
+                tag = f"eval/recall{kind}{part}/{length}"
+                writer.add_scalar(tag, getattr(found, name), step)
     for name in ("passkey", "niah"):
         for length, accuracy in mean_by_length(report, name).items():
             writer.add_scalar(f"eval/{name}/{length}", accuracy, step)

@@ -5,7 +5,13 @@ from dataclasses import dataclass, replace
 from tensorlm.config.evaluation import RULER_TASKS
 
 from .names import label
-from .recall_summary import recall_by_distance, recall_lengths
+from .recall_summary import (
+    layer_recall_of_others,
+    recall_by_distance,
+    recall_lengths,
+    recall_of_all,
+    recall_of_others,
+)
 from .results import Mean, Report, same_tokens
 
 _NONE = "-"  # cell that was not measured or is unknown
@@ -129,19 +135,25 @@ def _context_gain_table(reports: list[Report]) -> Table:
 def _recall_table(reports: list[Report]) -> Table:
     rows = [
         [
-            label(report), f"{length:,}",
-            f"{found.start:,} - {found.stop:,}" if found.stop else "all",
+            label(report), f"{length:,}", blocks,
             *(f"{share:.1%}" for share in (found.mass, found.chosen, found.best, found.random)),
         ]
         for report in reports
         for length in recall_lengths(report)
-        for found in recall_by_distance(report, length)
+        for blocks, found in (
+            ("all", recall_of_all(report, length)),
+            ("all but the first block", recall_of_others(report, length)),
+            *(
+                (f"{found.start:,} - {found.stop:,}", found)
+                for found in recall_by_distance(report, length)
+            ),
+        )
     ]  # fmt: skip
     text = (
         "The attention that routed layers would give to tokens beyond the window if all blocks "
         "were open, and the share of it in open blocks (chosen). Best: the best choice of the "
         "same number of blocks. Random: the first block and random others. The first block of a "
-        "document is always open; rows of single distances do not include it."
+        "document is always open; only the row of all distances includes it."
     )
     header = ["length", "distance", "of all attention", "chosen", "best", "random"]
     return Table("Recall of the choice", text, header, rows, ("recall",))
@@ -150,18 +162,20 @@ def _recall_table(reports: list[Report]) -> Table:
 def _recall_by_layer_table(reports: list[Report]) -> Table:
     rows = [
         [
-            label(report), f"{r.layer}", f"{r.length:,}", f"{r.beyond:.1%}", f"{r.chosen:.1%}",
-            f"{r.best:.1%}", f"{r.random:.1%}", f"{r.first:.1%}", f"{r.opened:.1f}",
+            label(report), f"{r.layer}", f"{r.length:,}", f"{r.beyond:.1%}", f"{r.first:.1%}",
+            f"{others.chosen:.1%}", f"{others.best:.1%}", f"{others.random:.1%}", f"{r.opened:.1f}",
         ]
         for report in reports
         for r in report.recall
         if r.length == recall_lengths(report)[-1]
+        for others in (layer_recall_of_others(r),)
     ]  # fmt: skip
     text = (
         "The same for each routed layer (from 0), at the longest length. First: the share in the "
-        "first block alone. Open: the mean number of blocks read per query and key head."
+        "document's first block. Chosen, best and random: in the other blocks alone. Open: the "
+        "mean number of blocks read per query and key head."
     )
-    header = ["layer", "length", "of all attention", "chosen", "best", "random", "first", "open"]
+    header = ["layer", "length", "of all attention", "first", "chosen", "best", "random", "open"]
     return Table("Recall of the choice by layer", text, header, rows)
 
 

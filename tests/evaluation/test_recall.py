@@ -20,12 +20,17 @@ from tensorlm.evaluation.model import (
     open_hugging_face_model,
     open_random_model,
 )
-from tensorlm.evaluation.recall import measure_recall
-from tensorlm.evaluation.recall_summary import recall_by_distance
-from tensorlm.evaluation.results import Recall
+from tensorlm.evaluation.recall import measure_recall, watching_projections
+from tensorlm.evaluation.recall_summary import (
+    layer_recall_of_others,
+    recall_by_distance,
+    recall_of_others,
+)
+from tensorlm.evaluation.results import Recall, Report
 from tensorlm.evaluation.run import evaluate
 from tensorlm.evaluation.text import Spans, held_out_documents
 from tensorlm.hf.export_folder import export_checkpoint
+from tensorlm.model.layers import rotary_table as model_rotary_table
 from tests.evaluation.solver import save_untrained
 from tests.support.distributed import run_distributed
 from tests.support.launching import TINY
@@ -65,11 +70,17 @@ def weights_of_everything(
 
 
 def one_by_one(
-    q: Tensor, k: Tensor, documents: list[int], queries: range, edges: list[int], route: RouteConfig
+    q: Tensor,
+    k: Tensor,
+    documents: list[int],
+    queries: range,
+    edges: list[int],
+    route: RouteConfig,
+    rotary: Rotary | None = None,
 ) -> tuple[np.ndarray, int]:
     """`choice_masses` by loops over queries, blocks and all sets of random blocks."""
     doc_start = doc_start_of(documents).expand(q.shape[0], -1)
-    rotary = rotary_table(q.shape[1], q.shape[3])
+    rotary = rotary or rotary_table(q.shape[1], q.shape[3])
     weights = weights_of_everything(q, k, doc_start, rotary, route).unflatten(1, (k.shape[2], -1))
     choice = choose_blocks(
         q, k, window=5, block=route.block, top_k=route.top_k, pool=route.pool,
@@ -204,6 +215,43 @@ def test_layers_and_distances_add_up_in_a_model(tmp_path: Path, data: Path) -> N
         assert recall.opened == pytest.approx(9.2)  # of queries 76 to 95
 
 
+def test_recall_without_the_first_block_is_that_of_float64_one_by_one(
+    tmp_path: Path, data: Path
+) -> None:
+    settings = ("model.window=5", "model.route={block=4, top_k=2, stretch=2, open_tile=3}")
+    model, windows = random_model(tmp_path, data, Grid(), *settings), spans(2, 48)
+    layers = model.routed_layers
+    shape, found = model.shape, measure_recall(model, windows, 48, 12)
+    assert shape.route is not None
+    cos, sin = (x.double() for x in model_rotary_table(shape, 48, model.device))
+    tables = np.zeros((len(layers), 5, 4))
+    for window in torch.from_numpy(windows.tokens):
+        seen: dict[int, tuple[Tensor, Tensor]] = {}
+        with watching_projections(
+            model.network, layers, lambda layer, *pair, seen=seen: seen.update({layer: pair})
+        ):
+            model.losses(window[None])
+        for i, layer in enumerate(layers):
+            q, k = (x.double().unflatten(-1, (-1, shape.head_size)) for x in seen[layer])
+            tables[i] += one_by_one(
+                q, k, [48], range(36, 48), [5, 10, 20, 40, 48], shape.route, Rotary(cos, sin)
+            )[0]  # fmt: skip
+    for recall, (first, *bins) in zip(found, tables, strict=True):
+        others = sum(bins)
+        ours = layer_recall_of_others(recall)
+        np.testing.assert_allclose(
+            [ours.chosen, ours.best, ours.random], others[1:] / others[0], rtol=1e-5
+        )
+        assert ours.mass == pytest.approx(others[0] / (24 * shape.num_heads), rel=1e-5)
+        # The first block, always open, hides what the choice does.
+        assert recall.chosen > ours.chosen + 0.01 < 1
+        assert first[1] == first[0]
+    report = Report(name="a", step=0, trained_length=48, facts={}, recall=found)
+    others = tables[:, 1:].sum((0, 1))
+    every = recall_of_others(report, 48)
+    assert every.chosen == pytest.approx(others[1] / others[0], rel=1e-5)
+
+
 def test_the_last_tokens_of_each_span_are_measured_at_every_length(
     tmp_path: Path, data: Path
 ) -> None:
@@ -247,7 +295,7 @@ def test_a_report_has_it_of_a_checkpoint_and_of_its_folder(tmp_path: Path, data:
     assert note == "recall at 16 tokens was not measured: no token is beyond the window of 16"
     assert [(cost.what, cost.length) for cost in report.costs] == [("recall", 64), ("recall", 128)]
     bins = recall_by_distance(report, 128)
-    assert [(r.start, r.stop) for r in bins] == [(0, 0), (16, 32), (32, 64), (64, 128)]
+    assert [(r.start, r.stop) for r in bins] == [(16, 32), (32, 64), (64, 128)]
 
     checkpoint = select_checkpoint(Path(config.run.dir), 0)
     export_checkpoint(checkpoint, config, tmp_path / "hf", "fp32", tokenizer)

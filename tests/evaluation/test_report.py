@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
@@ -86,7 +87,7 @@ def test_page_is_whole_without_any_other_file(tmp_path: Path) -> None:
         "| 8,192 | all | 25.0% | 62.5% | 75.0% | 25.0% |" in text
     )  # (0.125 * 25 + 0.375 * 75) / 0.5
     assert "| 8,192 | 1,024 - 8,192 | 25.0% | 50.0% | 75.0% | 25.0% |" in text
-    assert "| 2 | 8,192 | 37.5% | 75.0% | 75.0% | 25.0% | 50.0% | 17.0 |" in text
+    assert "| 2 | 8,192 | 37.5% | 50.0% | 50.0% | 75.0% | 25.0% | 17.0 |" in text
     assert "| 8,192 | 2.00 | 2.0000 | 7.389 | 7.000 - 7.700 |" in text
 
 
@@ -158,6 +159,16 @@ def test_folders_of_one_name_are_models_of_their_own(tmp_path: Path) -> None:
     assert read_report(tmp_path / "report.json").name == "/x/big/hf"
 
 
+def test_recall_is_given_with_and_without_the_first_block() -> None:
+    report = make_report("a", (4096, 8192))
+    table = format_report([report])
+    assert re.search(r"8,192 +all +25.0% +62.5% +75.0% +25.0%", table)
+    assert re.search(r"8,192 +all but the first block +25.0% +50.0% +75.0% +25.0%", table)
+    by_layer, _ = figures([report])["recall"].axes
+    shares = [np.asarray(line.get_ydata()).tolist() for line in by_layer.lines]
+    assert shares == [[0.5, 0.5], [0.75, 0.75], [0.25, 0.25]]  # chosen, best, random
+
+
 def test_perplexity_curve_marks_every_trained_length() -> None:
     reports = [make_report("a", (4096, 8192)), make_report("b", (4096, 8192))]
     reports[1] = reports[1].model_copy(update={"trained_length": 8192})
@@ -178,6 +189,8 @@ def test_tensorboard_has_the_scalars_and_figures(tmp_path: Path) -> None:
     )
     assert events.Scalars("eval/recall/8192")[0].value == pytest.approx(0.625)
     assert events.Scalars("eval/recall_best/4096")[0].value == pytest.approx(0.75)
+    assert events.Scalars("eval/recall_without_first/8192")[0].value == pytest.approx(0.5)
+    assert events.Scalars("eval/recall_random_without_first/8192")[0].value == pytest.approx(0.25)
     assert {"eval/recall", "eval/needle", "eval/perplexity", "eval/attribution"} <= set(
         events.Tags()["images"]
     )
