@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from tensorlm.config import Config, ModelConfig
+from tensorlm.config import Config, ModelConfig, parse_config
 from tensorlm.runtime.errors import UserError
 
 from .manifest import Checkpoint
@@ -49,6 +49,30 @@ def check_model(checkpoint: Checkpoint, config: Config) -> None:
         raise UserError(f"{checkpoint.folder}: must be a checkpoint of a run") from None
     if differences:
         raise UserError(*(f"{checkpoint.folder}: {line}" for line in differences))
+
+
+def config_to_read(checkpoint: Checkpoint, config: Config) -> Config:
+    """The configuration of a checkpoint, for evaluation or export, with the stretch of `config`.
+
+    A model reads contexts longer than its training rows better with a larger stretch, which keeps
+    distances within those of training. All other settings of `[model]` must be the checkpoint's.
+
+    Raises:
+        UserError: one line for each setting that differs.
+    """
+    trained = parse_config(checkpoint.manifest["config"], str(checkpoint.folder))
+    if trained.model.route is None or config.model.route is None:
+        check_model(checkpoint, config)
+        return trained
+    check_model(checkpoint, _with_stretch(config, trained.model.route.stretch))
+    return _with_stretch(trained, config.model.route.stretch)
+
+
+def _with_stretch(config: Config, stretch: int) -> Config:
+    assert config.model.route is not None
+    route = config.model.route.model_copy(update={"stretch": stretch})
+    model = config.model.model_copy(update={"route": route})
+    return config.model_copy(update={"model": model})
 
 
 def model_differences(trained: dict[str, Any], config: Config) -> list[str]:

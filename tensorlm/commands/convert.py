@@ -12,7 +12,7 @@ import argparse
 import shlex
 from pathlib import Path
 
-from tensorlm.config import Config, load_config, parse_config
+from tensorlm.config import Config, load_config
 from tensorlm.runtime.arguments import (
     Option,
     Options,
@@ -84,7 +84,7 @@ def main() -> int:
 
 
 def export(args: argparse.Namespace, config: Config) -> int:
-    from tensorlm.checkpoint import check_model, select_checkpoint
+    from tensorlm.checkpoint import config_to_read, select_checkpoint
     from tensorlm.checkpoint.publish import was_imported
     from tensorlm.hf import hub
     from tensorlm.hf.export_folder import check_new_folder, export_checkpoint
@@ -102,8 +102,7 @@ def export(args: argparse.Namespace, config: Config) -> int:
     check_new_folder(args.output)  # early: verifying a large checkpoint takes minutes
     run_dir = Path(config.run.dir)
     checkpoint = select_checkpoint(run_dir, args.checkpoint)
-    trained = parse_config(checkpoint.manifest["config"], str(checkpoint.folder))
-    check_model(checkpoint, config)
+    trained = config_to_read(checkpoint, config)
     imported = imported_folder(run_dir)
     data_tokenizer = Path(config.data.path) / "tokenizer"
     sha256 = checkpoint.manifest.get("tokenizer_sha256")  # None for imported weights

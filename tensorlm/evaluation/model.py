@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fold_parallel import Grid
-from tensorlm.checkpoint import check_model, load_weights, select_checkpoint
-from tensorlm.config import Config, ModelConfig, parse_config
+from tensorlm.checkpoint import config_to_read, load_weights, select_checkpoint
+from tensorlm.config import Config, ModelConfig
 from tensorlm.data.tokenizer.tokenizers import check_tokenizer, largest_text_id, load_tokenizer
 from tensorlm.hf.export_folder import DTYPES
 from tensorlm.hf.llama_config import model_settings
@@ -187,8 +187,7 @@ def open_checkpoint_model(
             or it was trained with a tokenizer other than that of `data.path`.
     """
     checkpoint = select_checkpoint(Path(config.run.dir), step, grid.rank, grid.world_size)
-    trained = parse_config(checkpoint.manifest["config"], str(checkpoint.folder))
-    check_model(checkpoint, config)
+    trained = config_to_read(checkpoint, config)
     sha256 = checkpoint.manifest.get("tokenizer_sha256")  # None for imported weights
     if sha256:
         fix = f"set data.path to the data of {checkpoint.folder.parent}"
