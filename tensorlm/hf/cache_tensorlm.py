@@ -4,7 +4,7 @@ Shape letters: B batch, Q new tokens, T all tokens, K key/value heads, H query h
 N slots (`routing.py`).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -38,25 +38,45 @@ class GrowingBuffer:
 
     def append(self, new: Tensor) -> Tensor:
         """Add [B, Q, ...]; returns a view of the kept and the new rows."""
-        if self.keep is not None:
-            self.start = max(self.start, self.stop - self.keep)
-        size = self.stop - self.start + new.shape[1]
-        if new.requires_grad or (self.buffer is not None and self.buffer.requires_grad):
+        if new.requires_grad or self.requires_grad:
+            self._forget()
             parts = [new] if self.buffer is None else [self.buffer[:, self.start : self.stop], new]
-            self.buffer, self.start, self.stop = torch.cat(parts, dim=1), 0, size
+            self.buffer, self.start = torch.cat(parts, dim=1), 0
+            self.stop = self.buffer.shape[1]
             return self.buffer
         if self.keep is not None and new.shape[1] > max(self.keep, _SPARE_MINIMUM):
+            self._forget()
             return self._append_many(new, self.keep)
+        rows = self.reserve(new.shape, new.dtype, new.device)
+        rows[:, rows.shape[1] - new.shape[1] :] = new
+        return rows
+
+    def reserve(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Make room for [B, Q, ...]; returns a view of the kept rows and of this room.
+
+        Only if no gradient flows through the rows.
+        """
+        self._forget()
+        size = self.stop - self.start + shape[1]
         if self.buffer is None or self.start + size > self.buffer.shape[1] or self._is_frozen():
             room = size + max(_SPARE_MINIMUM, size // _SPARE_FRACTION)
             room = self.expected if self.expected >= size else room
-            buffer = new.new_empty(new.shape[0], room, *new.shape[2:])
+            buffer = torch.empty(shape[0], room, *shape[2:], dtype=dtype, device=device)
             if self.buffer is not None:
-                buffer[:, : size - new.shape[1]] = self.buffer[:, self.start : self.stop]
+                buffer[:, : size - shape[1]] = self.buffer[:, self.start : self.stop]
             self.buffer, self.start = buffer, 0
         self.stop = self.start + size
-        self.buffer[:, self.stop - new.shape[1] : self.stop] = new
         return self.buffer[:, self.start : self.stop]
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether a gradient flows through the rows."""
+        return self.buffer is not None and self.buffer.requires_grad
+
+    def _forget(self) -> None:
+        """Drop all rows but the last `keep`."""
+        if self.keep is not None:
+            self.start = max(self.start, self.stop - self.keep)
 
     def _append_many(self, new: Tensor, keep: int) -> Tensor:
         """`append` for more rows than `keep`, such as those of a prompt: stores only the last."""
@@ -127,6 +147,16 @@ class FoldLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         self.num_tokens += key_states.shape[1]
         return self.key_rows.append(key_states), self.value_rows.append(value_states)
+
+    def reserve(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        """Like `update`, but a kernel writes the last Q rows."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.num_tokens += key_states.shape[1]
+        return (
+            self.key_rows.reserve(key_states.shape, key_states.dtype, key_states.device),
+            self.value_rows.reserve(value_states.shape, value_states.dtype, value_states.device),
+        )
 
     def update_state(self, index: int, z: Tensor) -> Tensor:
         """Add the new tokens' z [B, Q, H, D] after hop `index` + 1; returns z of all tokens."""

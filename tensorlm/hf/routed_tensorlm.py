@@ -42,6 +42,12 @@ except ImportError:
     )
     from .routing import block_starts, pooled_keys  # type: ignore[import-not-found, no-redef]
 
+try:
+    from tensor_attention.gpu.decode import decode_token, supports
+    from tensor_attention.gpu.decode_prepare import prepare_token
+except ImportError:
+    decode_token = None  # type: ignore[assignment]
+
 # Maximum number of new tokens for which gathering is faster than tiles of tokens (an estimate).
 _GATHER_UP_TO = 16
 
@@ -131,6 +137,8 @@ def _attend_one(
     assert documents.blocks is not None
     with torch.no_grad():
         pooled = _pooled(k, documents.blocks, route, memory)
+        if uses_decode_kernels(q, k, v, documents, route, memory):
+            return _decode(q, k, v, pooled, documents, route, scale, memory)
         choice = choose_step(q, pooled, documents.step, route.top_k)
     queries, (near_k, k) = rotate_step(q, k, documents.step)
     near_k = memory.near_rows.append(near_k)
@@ -139,6 +147,42 @@ def _attend_one(
     return attend_step(
         queries, (near_k, k), v, choices, documents.step, block=route.block, scale=scale
     )
+
+
+def uses_decode_kernels(
+    q: Tensor, k: Tensor, v: Tensor, documents: Documents, route: Route, memory: RoutedLayer
+) -> bool:
+    """Whether kernels decode this token: on a GPU, if no gradient is needed."""
+    return (
+        decode_token is not None
+        and q.is_cuda
+        and not torch.compiler.is_compiling()
+        and not any(x.requires_grad for x in (q, k, v))
+        and not any(rows.requires_grad for rows in memory.all_rows())
+        and supports(q, v, documents.step, route.top_k, route.block, route.pool)
+    )
+
+
+def _decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pooled: Tensor,
+    documents: Documents,
+    route: Route,
+    scale: float,
+    memory: RoutedLayer,
+) -> Tensor:
+    """`_attend_one` by two kernels, which write the token to the memory."""
+    near = memory.near_rows.reserve(k.shape, k.dtype, k.device)
+    keys, values = memory.reserve(k, v)
+    turned, scores = prepare_token(q, k, v, pooled, documents.step, near, keys, values)
+    shape = (k.shape[0], 1, k.shape[2], route.top_k + 1)
+    choices = memory.choice_rows.reserve(shape, torch.int32, k.device)
+    return decode_token(
+        turned, scores, near, keys, values, choices, documents.step, block=route.block,
+        top_k=route.top_k, scale=scale,
+    )  # fmt: skip
 
 
 def _needs_gather(q: Tensor) -> bool:

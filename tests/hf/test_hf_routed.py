@@ -285,6 +285,29 @@ def test_a_new_token_needs_few_operations() -> None:
 
 
 @torch.no_grad()
+def test_kernels_decode_what_the_operations_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU, kernels run in Triton's interpreter."""
+    pytest.importorskip("triton")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    route = {"block": 16, "top_k": 2, "stretch": 4, "open_tile": 16, "pool": 8}
+    model = folded_model(window=16, route=route, num_hidden_layers=1).to(device)
+    tokens = torch.randint(256, (2, 130), device=device)
+    expected = model(tokens, use_cache=False).logits
+    calls: list[int] = []
+
+    def always(*_: Any) -> bool:
+        calls.append(1)
+        return True
+
+    monkeypatch.setattr(routed_tensorlm, "uses_decode_kernels", always)
+    cache = FoldCache(model.config)
+    outs = [model(tokens[:, :126], past_key_values=cache).logits]
+    outs += [model(token, past_key_values=cache).logits for token in tokens[:, 126:].split(1, 1)]
+    assert len(calls) == 4
+    assert relative_error(torch.cat(outs, dim=1), expected) < 1e-5
+
+
+@torch.no_grad()
 def prompt_bytes(num_layers: int, length: int) -> tuple[int, int]:
     """Bytes of the cache of a prompt read at once, and what the pass needs beside it."""
     model = folded_model(window=8, route=ROUTE, num_hidden_layers=num_layers)
