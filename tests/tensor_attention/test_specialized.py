@@ -10,12 +10,16 @@ from tensor_attention.gpu import launch, tiles
 from tensor_attention.gpu.backward_query import QueryGradients, backward_queries
 from tensor_attention.gpu.forward import hop_forward
 from tensor_attention.gpu.launch import Hop, Tiles
+from tensor_attention.gpu.routed_choice import mean_keys, summed_queries, write_choice
+from tensor_attention.gpu.routed_launch import starts_of
+from tensor_attention.gpu.routed_tiles import choice_ring
 from tensor_attention.gpu.tiles import (
     backward_query_ring,
     backward_query_tiles,
     forward_ring,
     forward_tiles,
 )
+from tensor_attention.routing import num_parts
 from tests.tensor_attention.cases import poisoned_memory, rotary_table
 
 pytest.importorskip("triton")
@@ -142,3 +146,61 @@ def test_other_hops_take_the_general_kernels(
 def test_the_interpreter_runs_the_general_kernels() -> None:
     if not HOPPER:
         assert forward_ring(window_hop(1, 600, 8, 2, 512)) is None
+
+
+def choice_inputs(
+    batch: int, num_tokens: int, heads: int, key_heads: int, size: int, mean: int, kind: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and document starts; `quarters` have many equal scores, `ones` only such."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(n: int) -> Tensor:
+        shape = (batch, num_tokens, n, size)
+        if kind == "quarters":
+            return torch.randint(-8, 9, shape, generator=generator) / 4
+        return torch.ones(shape) if kind == "ones" else torch.randn(shape, generator=generator)
+
+    q, k = (draw(n).to("cuda", torch.bfloat16) for n in (heads, key_heads))
+    begins = torch.rand(batch, num_tokens, generator=generator) * mean < 1
+    token = torch.arange(num_tokens).expand(batch, -1)
+    starts = (token * begins).cummax(1).values if mean else torch.zeros_like(token)
+    return q, k, starts.to("cuda", torch.int32)
+
+
+@pytest.mark.gpu
+@needs_hopper
+@pytest.mark.parametrize("kind", ["normal", "quarters", "ones"])
+@pytest.mark.parametrize(
+    ("shape", "route"),
+    [
+        ((1, 9001, 8, 2, 128, 0), (256, 64, 16, 16, 0)),
+        ((2, 5000, 4, 1, 128, 900), (64, 64, 5, 16, 0)),
+        ((1, 9001, 3, 3, 64, 0), (128, 32, 32, 8, 4096)),
+        ((1, 6000, 8, 2, 128, 0), (128, 32, 1, 32, 1000)),
+        ((1, 7001, 8, 2, 128, 3000), (128, 128, 3, 32, 0)),
+        ((1, 70, 4, 1, 64, 0), (32, 32, 2, 16, 0)),
+        ((1, 1, 4, 1, 128, 0), (64, 64, 16, 16, 0)),
+    ],
+)
+def test_choice_equals_that_of_the_general_kernel(
+    shape: tuple[int, int, int, int, int, int], route: tuple[int, int, int, int, int], kind: str
+) -> None:
+    from tensor_attention.gpu.specialized_choice import specialized_choice
+
+    q, k, starts = choice_inputs(*shape, kind)
+    window, block, top_k, pool, first = route
+    q = summed_queries(q[:, first:].contiguous(), k.shape[2])
+    means = mean_keys(k, starts, block, num_parts(block, pool))
+    starts = starts_of(starts, first, q.shape[1])
+    general, ours, again = (
+        torch.full((*q.shape[:3], top_k + 1), -7, dtype=torch.int32, device="cuda")
+        for _ in range(3)
+    )
+    write_choice(q, means, starts, general, window, block, first)
+    ring = choice_ring(q, top_k, means.shape[2])
+    assert ring is not None
+    for out in (ours, again):
+        with poisoned_memory():
+            specialized_choice(q, means, starts, out, window, block, first, ring)
+    assert torch.equal(ours, again)
+    assert torch.equal(ours.sort(-1).values, general.sort(-1).values)

@@ -18,7 +18,7 @@ from ..routing import num_parts
 from .common import MASKED, dot, load_rotated, load_tile, store_tile
 from .launch import padded, precision_of, tma_rows
 from .routed_launch import starts_of
-from .routed_tiles import choice_launch
+from .routed_tiles import choice_launch, choice_ring
 
 _SIZES = ["num_tokens", "num_slots", "num_blocks", "window", "num_rows", "first", "first_token"]
 
@@ -260,6 +260,42 @@ def summed_queries(q: Tensor, num_key_heads: int) -> Tensor:
     return out
 
 
+def mean_keys(k: Tensor, doc_start: Tensor, block: int, parts: int) -> Tensor:
+    """[B, K, P, N, D]: means of keys k [B, T, K, D] over the P parts of each slot's block."""
+    batch, num_keys, key_heads, size = k.shape
+    num_slots = triton.cdiv(num_keys, block)
+    means = k.new_empty(batch, key_heads, parts, num_slots, size)
+    with torch.cuda.device_of(k):
+        pooled_key_kernel[(num_slots, key_heads, batch)](
+            k, doc_start, means, num_keys, num_slots,
+            K=key_heads, D=size, BLOCK=block, PARTS=parts, BLOCK_D=padded(size), num_warps=4,
+        )  # fmt: skip
+    return means
+
+
+def write_choice(
+    q: Tensor, means: Tensor, starts: Tensor, choice: Tensor, window: int, block: int, first: int
+) -> None:
+    """Write the choice [B, Q, K, top_k + 1] of summed queries q [B, Q, K, D], in any order.
+
+    means [B, K, P, N, D] are for the whole row, starts [B, Q] for the queries.
+    """
+    batch, num_tokens, key_heads, size = q.shape
+    parts, num_slots = means.shape[2:4]
+    top_k = choice.shape[3] - 1
+    launch = choice_launch(q, top_k)
+    num_blocks = triton.cdiv(num_tokens, launch.tokens)
+    rows = tma_rows(means.view(1, -1, 1, size), launch.slots) if launch.tma else means
+    with torch.cuda.device_of(q):
+        choose_kernel[(batch * num_blocks * key_heads,)](
+            q, rows, starts, choice, num_tokens, num_slots, num_blocks,
+            window, first, K=key_heads, D=size, BLOCK=block, PARTS=parts, TOP=top_k,
+            KEEP=max(2, triton.next_power_of_2(top_k)), TMA=launch.tma,
+            BLOCK_M=launch.tokens, BLOCK_N=launch.slots, BLOCK_D=padded(size),
+            PRECISION=precision_of(q.dtype), num_warps=launch.warps, num_stages=launch.stages,
+        )  # fmt: skip
+
+
 def choose(
     q: Tensor, k: Tensor, doc_start: Tensor, window: int, block: int, top_k: int, pool: int,
     first: int,
@@ -268,29 +304,19 @@ def choose(
 
     All tensors are contiguous; k [B, T, K, D] and doc_start [B, T] are for the whole row.
     """
-    batch, num_keys, key_heads, size = k.shape
-    num_tokens, num_slots = q.shape[1], triton.cdiv(num_keys, block)
-    query_starts = starts_of(doc_start, first, num_tokens)
+    batch, num_tokens = q.shape[:2]
+    key_heads = k.shape[2]
+    starts = starts_of(doc_start, first, num_tokens)
     q = summed_queries(q, key_heads)
-    parts = num_parts(block, pool)
-    means = k.new_empty(batch, key_heads, parts, num_slots, size)
+    means = mean_keys(k, doc_start, block, num_parts(block, pool))
     choice = torch.empty(
         batch, num_tokens, key_heads, top_k + 1, dtype=torch.int32, device=q.device
     )
-    launch = choice_launch(q, top_k)
-    num_blocks = triton.cdiv(num_tokens, launch.tokens)
-    programs = batch * num_blocks * key_heads
-    rows = tma_rows(means.view(1, -1, 1, size), launch.slots) if launch.tma else means
-    with torch.cuda.device_of(q):
-        pooled_key_kernel[(num_slots, key_heads, batch)](
-            k, doc_start, means, num_keys, num_slots,
-            K=key_heads, D=size, BLOCK=block, PARTS=parts, BLOCK_D=padded(size), num_warps=4,
-        )  # fmt: skip
-        choose_kernel[(programs,)](
-            q, rows, query_starts, choice, num_tokens, num_slots, num_blocks,
-            window, first, K=key_heads, D=size, BLOCK=block, PARTS=parts, TOP=top_k,
-            KEEP=max(2, triton.next_power_of_2(top_k)), TMA=launch.tma,
-            BLOCK_M=launch.tokens, BLOCK_N=launch.slots, BLOCK_D=padded(size),
-            PRECISION=precision_of(q.dtype), num_warps=launch.warps, num_stages=launch.stages,
-        )  # fmt: skip
+    ring = choice_ring(q, top_k, means.shape[2])
+    if ring is None:
+        write_choice(q, means, starts, choice, window, block, first)
+    else:
+        from .specialized_choice import specialized_choice
+
+        specialized_choice(q, means, starts, choice, window, block, first, ring)
     return choice

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .launch import is_interpreted, padded
 from .routed_launch import TILE, Routed, can_tma
+from .tiles import has_gluon
 
 
 class Launch(NamedTuple):
@@ -62,3 +63,34 @@ def choice_launch(q: Tensor, top_k: int) -> ChoiceLaunch:
     if q.dtype == torch.float32 or padded(q.shape[3]) > 128:
         return ChoiceLaunch(32, 32, 4, 1, False)
     return ChoiceLaunch(64, 64, 4, 3, tma) if top_k <= 32 else ChoiceLaunch(64, 128, 8, 2, tma)
+
+
+class ChoiceRing(NamedTuple):
+    """Launch of the warp-specialized choice kernel.
+
+    Groups of 64 tokens, slots of the ring, parts of a tile of slots that one of them holds, and
+    parts of a block that its lower bound uses.
+    """
+
+    groups: int
+    stages: int
+    together: int
+    bound: int
+
+
+def choice_ring(q: Tensor, top_k: int, parts: int) -> ChoiceRing | None:
+    """Launch of the warp-specialized choice kernel; None if it does not support the choice."""
+    supported = (
+        can_tma(q)
+        and has_gluon()
+        and not is_interpreted()
+        and torch.cuda.get_device_capability(q.device)[0] == 9
+        and q.dtype in (torch.bfloat16, torch.float16)
+        and q.shape[3] in (64, 128)
+        and top_k <= 32
+        and parts <= 4  # with 8, registers are spilled
+    )
+    if not supported:
+        return None
+    together = 2 if parts % 2 == 0 else 1
+    return ChoiceRing(2, 8 // together, together, parts)

@@ -33,7 +33,7 @@ class RingTiles(NamedTuple):
 
 
 @cache
-def _has_gluon() -> bool:
+def has_gluon() -> bool:
     """Whether this version of Triton supports the warp-specialized kernels (Gluon)."""
     try:
         from . import specialized  # noqa: F401
@@ -59,7 +59,7 @@ def _supports_ring(hop: Hop) -> bool:
         and hop.shared % 4 == 0
         and hop.allows_tma
         and torch.cuda.get_device_capability(hop.q.device)[0] == 9
-        and _has_gluon()
+        and has_gluon()
     )
 
 
