@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .attention_methods import HEAD_DIM, HEADS, KEY_HEADS, methods
-from .routed_inputs import Route, agreeing_queries
+from .routed_inputs import MEASURED_UNION, Route, agreeing_queries, union_of_neighbors
 
 
 class Measurement(NamedTuple):
@@ -89,6 +89,7 @@ def measure(
     routes: Sequence[Route],
     doc_start: Tensor | None = None,
     full_limit: int = 0,
+    union: float = MEASURED_UNION,
 ) -> list[Measurement]:
     """Measure every method at one length.
 
@@ -98,14 +99,17 @@ def measure(
         routes: settings of routed attention.
         doc_start: [1, T] document starts for tensorized and routed attention (None: one document).
         full_limit: longest length at which full attention is measured, NaN beyond (0: no limit).
+        union: number of blocks that 16 neighboring tokens open, relative to one token's choice.
     """
     q, k, v = (
         torch.randn(1, length, h, HEAD_DIM, device="cuda", dtype=torch.bfloat16).requires_grad_()
         for h in (HEADS, KEY_HEADS, KEY_HEADS)
     )
     if routes and length > 2 * routes[0].window:
-        agreeing = agreeing_queries(k.detach(), HEADS, routes[0])
+        agreeing = agreeing_queries(k.detach(), HEADS, routes[0], union)
         q = agreeing.requires_grad_()
+        reached = [f"{union_of_neighbors(q.detach(), k.detach(), r):.2f}" for r in routes]
+        print(f"{length} tokens, union of 16 neighbors for each route: {', '.join(reached)}")
     cotangent = torch.randn_like(q)
     rows = []
     for name, run, (flops, moved) in methods(length, folds, routes, doc_start):

@@ -2,8 +2,9 @@
 
 For each tile of neighboring tokens, a routed hop reads the union of their choices. Independent
 random queries do not agree, so their union is several times that of a real model. Here queries are
-a slow signal plus noise, mixed so that 16 neighbors open as many blocks as measured on
-SmolLM2-135M (kernels/README.md): 2.3 times one token's choice.
+a slow signal plus noise, mixed so that 16 neighbors open a given number of blocks. By default, it
+is 2.3 times one token's choice, as measured on SmolLM2-135M before blocks had parts
+(kernels/README.md).
 """
 
 from typing import NamedTuple
@@ -36,10 +37,16 @@ class Route(NamedTuple):
         return float((near + far.clamp(max=(self.top_k + 1) * self.block)).mean())
 
 
-def agreeing_queries(k: Tensor, heads: int, route: Route) -> Tensor:
-    """[1, T, H, D]: queries whose neighbors agree as in a trained model, for keys k [1, T, K, D].
+def agreeing_queries(k: Tensor, heads: int, route: Route, union: float = MEASURED_UNION) -> Tensor:
+    """[1, T, H, D]: queries whose neighbors open `union` times one token's blocks.
 
     Bisection finds the share of the slow signal; `union_of_neighbors` measures the result.
+
+    Args:
+        k: keys [1, T, K, D].
+        heads: H.
+        route: settings with which the tokens choose.
+        union: between 1 and `NEIGHBORS`; values out of reach yield the nearest possible union.
     """
     generator = torch.Generator(device=k.device).manual_seed(1)
     length, size = k.shape[1], k.shape[3]
@@ -57,7 +64,7 @@ def agreeing_queries(k: Tensor, heads: int, route: Route) -> Tensor:
     for _ in range(10):
         share = (low + high) / 2
         q = (share * slow + (1 - share**2) ** 0.5 * noise).to(k.dtype)[None]
-        if union_of_neighbors(q, k, route) > MEASURED_UNION:
+        if union_of_neighbors(q, k, route) > union:
             low = share
         else:
             high = share

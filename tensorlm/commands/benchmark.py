@@ -72,6 +72,11 @@ BENCHMARKS = {
             "--stretch TOKENS": Option(
                 "routed attention: tokens per rotary position beyond the window", 16
             ),
+            "--union RATIO": Option(
+                "routed attention: number of blocks that 16 neighboring tokens open, relative to "
+                "one token's choice",
+                2.3,
+            ),
             "--full-limit TOKENS": Option(
                 "longest length at which full attention is timed (default: 131072; 0: no limit)",
                 131072,

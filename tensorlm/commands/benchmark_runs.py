@@ -24,13 +24,16 @@ def attention(args: argparse.Namespace) -> int:
 
     import torch
 
+    from tensorlm.benchmarks.routed_inputs import NEIGHBORS, Route
+
+    if not 1 <= args.union <= NEIGHBORS:
+        raise UserError(f"--union: must be from 1 to {NEIGHBORS}, got {args.union:g}")
     if not torch.cuda.is_available():
         raise UserError("benchmark attention: needs a CUDA device")
     import triton
 
     from tensorlm.benchmarks import attention as bench
     from tensorlm.benchmarks.attention_methods import WINDOW
-    from tensorlm.benchmarks.routed_inputs import Route
 
     routes = [Route(WINDOW, block, top_k, args.stretch) for top_k, block in sizes]
     ceilings = bench.measure_ceilings()
@@ -42,7 +45,7 @@ def attention(args: argparse.Namespace) -> int:
     rows = []
     for length in lengths:
         documents = bench.random_documents(length, args.documents) if args.documents else None
-        measured = bench.measure(length, folds, routes, documents, args.full_limit)
+        measured = bench.measure(length, folds, routes, documents, args.full_limit, args.union)
         rows += measured
         print(bench.format_table(measured, ceilings) + "\n", flush=True)
         write_json(args.json, [row._asdict() for row in rows])

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tensorlm.benchmarks import decode, train
+from tensorlm.benchmarks.routed_inputs import Route, agreeing_queries, union_of_neighbors
 from tensorlm.benchmarks.train_methods import METHODS, open_ratio, shape_of
 from tensorlm.commands import benchmark
 from tensorlm.config import Config, ModelConfig, load_config
@@ -71,6 +72,14 @@ def test_a_method_is_the_same_shape_with_its_kind_of_layers(config: Path, tiny: 
         assert set(shape.layer_kinds) == {method}
         assert shape.window_size == (0 if method == "full" else 16)
     assert shape_of(mixed.model, "tensorized") == mixed.model
+
+
+@pytest.mark.parametrize("union", [2.0, 3.5])
+def test_neighbors_of_the_attention_benchmark_open_as_many_blocks_as_asked(union: float) -> None:
+    route = Route(window=64, block=16, top_k=4, stretch=1)
+    k = torch.randn(1, 1024, 1, 16, generator=torch.Generator().manual_seed(0))
+    q = agreeing_queries(k, 2, route, union)
+    assert union_of_neighbors(q, k, route) == pytest.approx(union, rel=0.03)
 
 
 def test_open_blocks_of_a_tile_are_counted() -> None:
