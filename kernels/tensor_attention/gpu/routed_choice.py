@@ -18,7 +18,7 @@ from ..routing import num_parts
 from .common import MASKED, dot, load_rotated, load_tile, store_tile
 from .launch import padded, precision_of, tma_rows
 from .routed_launch import starts_of
-from .routed_tiles import choice_launch, choice_ring
+from .routed_tiles import choice_launch, has_choice_ring
 
 _SIZES = ["num_tokens", "num_slots", "num_blocks", "window", "num_rows", "first", "first_token"]
 
@@ -312,11 +312,10 @@ def choose(
     choice = torch.empty(
         batch, num_tokens, key_heads, top_k + 1, dtype=torch.int32, device=q.device
     )
-    ring = choice_ring(q, top_k, means.shape[2])
-    if ring is None:
-        write_choice(q, means, starts, choice, window, block, first)
-    else:
+    if has_choice_ring(q, top_k, means.shape[2]):
         from .specialized_choice import specialized_choice
 
-        specialized_choice(q, means, starts, choice, window, block, first, ring)
+        specialized_choice(q, means, starts, choice, window, block, first)
+    else:
+        write_choice(q, means, starts, choice, window, block, first)
     return choice

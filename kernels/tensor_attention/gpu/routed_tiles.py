@@ -65,32 +65,15 @@ def choice_launch(q: Tensor, top_k: int) -> ChoiceLaunch:
     return ChoiceLaunch(64, 64, 4, 3, tma) if top_k <= 32 else ChoiceLaunch(64, 128, 8, 2, tma)
 
 
-class ChoiceRing(NamedTuple):
-    """Launch of the warp-specialized choice kernel.
-
-    Groups of 64 tokens, slots of the ring, parts of a tile of slots that one of them holds, and
-    parts of a block that its lower bound uses.
-    """
-
-    groups: int
-    stages: int
-    together: int
-    bound: int
-
-
-def choice_ring(q: Tensor, top_k: int, parts: int) -> ChoiceRing | None:
-    """Launch of the warp-specialized choice kernel; None if it does not support the choice."""
-    supported = (
-        can_tma(q)
-        and has_gluon()
-        and not is_interpreted()
+def has_choice_ring(q: Tensor, top_k: int, parts: int) -> bool:
+    """Whether the warp-specialized choice kernel supports the choice."""
+    return (
+        not is_interpreted()
+        and can_tma(q)
         and torch.cuda.get_device_capability(q.device)[0] == 9
+        and has_gluon()
         and q.dtype in (torch.bfloat16, torch.float16)
         and q.shape[3] in (64, 128)
         and top_k <= 32
         and parts <= 4  # with 8, registers are spilled
     )
-    if not supported:
-        return None
-    together = 2 if parts % 2 == 0 else 1
-    return ChoiceRing(2, 8 // together, together, parts)

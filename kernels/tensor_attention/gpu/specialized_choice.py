@@ -3,7 +3,7 @@
 """The choice of blocks on Hopper, warp-specialized (Gluon); the same choice as `routed_choice`.
 
 One program per multiprocessor processes many tiles of tokens of one key head. A producer warp loads
-the means of 64 slots at a time into a ring, for warp groups of 64 tokens each. Both passes of
+the means of 64 slots at a time into a ring, for two warp groups of 64 tokens each. Both passes of
 `routed_choice` are here. The second appends scores that reach the bound to a list of candidates per
 token, in global memory that stays in the L2 cache. Its places are counted by a product with a
 triangular matrix. The best are kept at the end of a tile, or when a list is almost full.
@@ -22,19 +22,27 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from .routed_tiles import ChoiceRing
-from .specialized import PRODUCER_REGISTERS, ROWS, advance, barrier, load_tiles, place, release
+from .specialized import (
+    GROUPS,
+    PRODUCER_REGISTERS,
+    REGISTERS,
+    ROWS,
+    advance,
+    barrier,
+    load_tiles,
+    place,
+    release,
+)
+from .specialized_candidates import CAPACITY, keep_best
 
 SIZES = ["num_tokens", "num_slots", "num_blocks", "num_tiles", "window", "first_token"]
 SLOTS = gl.constexpr(64)  # slots per tile of scores
-CAPACITY = gl.constexpr(128)  # candidates that a token's list can hold
+TOKENS = gl.constexpr(GROUPS.value * ROWS.value)  # tokens per tile
 # Places of a list are counted in floats from 1024 on, whose bits are FIRST_PLACE << PLACE_BITS.
 ZERO_PLACE = gl.constexpr(1024.0)
 FIRST_PLACE = gl.constexpr(0x44800000 >> 13)
 PLACE_BITS = gl.constexpr(13)
-CHUNK = gl.constexpr(32)  # candidates compared at a time
 MASKED = gl.constexpr(-1.0e30)
-LAST = gl.constexpr(2147483647)
 
 
 @gluon.jit
@@ -51,13 +59,11 @@ def far_slots(doc_start, token, num_tokens, window, first_token, BLOCK: gl.const
 @gluon.jit
 def slot_tiles(
     doc_start, block, num_tokens, num_slots, window, first_token,
-    BLOCK: gl.constexpr, TOKENS: gl.constexpr, WARPS: gl.constexpr,
+    BLOCK: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
     """First slot of a tile of tokens, its tiles of slots, and how many of these need no mask."""
     LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
-    # An extent must be a power of two: further lanes repeat the first token.
-    lane = gl.arange(0, TOKENS if TOKENS != 192 else 256, layout=LAYOUT)
-    token = block * TOKENS + gl.where(lane < TOKENS, lane, 0)
+    token = block * TOKENS + gl.arange(0, TOKENS, layout=LAYOUT)
     has_far, lowest, highest = far_slots(doc_start, token, num_tokens, window, first_token, BLOCK)
     begin = gl.min(gl.where(has_far, lowest + 1, num_slots), 0)
     count = (gl.maximum(gl.max(highest, 0) + 1 - begin, 0) + SLOTS - 1) // SLOTS
@@ -72,7 +78,7 @@ def slot_tiles(
 def produce(
     means, ring, doc_start, sizes,
     K: gl.constexpr, D: gl.constexpr, BLOCK: gl.constexpr, PARTS: gl.constexpr,
-    BOUND: gl.constexpr, TOGETHER: gl.constexpr, TOKENS: gl.constexpr, STAGES: gl.constexpr,
+    TOGETHER: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Load the means of all tiles of this program twice, as slots of the ring become empty."""
     memory, full, empty = ring
@@ -83,12 +89,12 @@ def produce(
         head, block, batch = place(tile, num_blocks, K)
         begin, count, _ = slot_tiles(
             doc_start + batch.to(gl.int64) * num_tokens, block, num_tokens, num_slots,
-            window, first_token, BLOCK, TOKENS, 1,
+            window, first_token, BLOCK, 1,
         )  # fmt: skip
         row = (batch * K + head) * (PARTS * num_slots) + begin
-        for second in gl.static_range(2):
+        for _ in gl.static_range(2):
             for i in range(0, count):
-                for part in gl.static_range(0, PARTS if second else BOUND, TOGETHER):
+                for part in gl.static_range(0, PARTS, TOGETHER):
                     mbarrier.wait(empty.index(slot), phase)
                     mbarrier.expect(full.index(slot), TOGETHER * SLOTS * D * 2)
                     for j in gl.static_range(TOGETHER):
@@ -136,62 +142,9 @@ def mask_slots(score, slot, lowest, highest):
 
 
 @gluon.jit
-def load_candidates(lists, row, column, here):
-    """Scores and slots of candidates; -inf where not `here`."""
-    at = lists + row[:, None] + column[None, :]
-    slots = (at + ROWS * CAPACITY).to(gl.pointer_type(gl.int32), bitcast=True)
-    score = gl.load(at, mask=here, other=float("-inf"))
-    return score, gl.load(slots, mask=here, other=LAST)
-
-
-@gluon.jit
-def exchange(kept, ids, score, slot):
-    """Replace the worst kept scores by better new ones, the best first; ties: upto slots first.
-
-    kept, ids [64, KEEP]: scores and slots kept so far. score, slot [64, CHUNK]: candidates, whose
-    slots ascend and are above all kept slots of the row.
-    """
-    best = gl.max(score, 1)
-    worst = gl.min(kept, 1)
-    while gl.max((best > worst).to(gl.int32), 0) > 0:
-        enters = best > worst
-        entering = gl.min(gl.where(score == best[:, None], slot, LAST), 1)
-        leaving = gl.max(gl.where(kept == worst[:, None], ids, -LAST), 1)
-        here = enters[:, None] & (ids == leaving[:, None])
-        kept = gl.where(here, best[:, None], kept)
-        ids = gl.where(here, entering[:, None], ids)
-        score = gl.where(enters[:, None] & (slot == entering[:, None]), float("-inf"), score)
-        best = gl.max(score, 1)
-        worst = gl.min(kept, 1)
-    return kept, ids
-
-
-@gluon.jit
-def keep_best(
-    kept, ids, lists, count, taken,
-    KEEP: gl.constexpr, KEPT: gl.constexpr,
-):  # fmt: skip
-    """Take the first `taken` candidates into empty places, and exchange the others."""
-    barrier()  # all warps have written their candidates
-    count = gl.convert_layout(count, gl.SliceLayout(1, KEPT))
-    row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, KEPT)) * CAPACITY
-    column = gl.arange(0, KEEP, layout=gl.SliceLayout(0, KEPT))
-    here = column[None, :] < gl.minimum(count, taken)[:, None]
-    first_score, first_slot = load_candidates(lists, row, column, here)
-    kept = gl.where(here, first_score, kept)
-    ids = gl.where(here, first_slot, ids)
-    for start in range(taken, gl.max(count, 0), CHUNK):
-        later = start + gl.arange(0, CHUNK, layout=gl.SliceLayout(0, KEPT))
-        score, slot = load_candidates(lists, row, later, later[None, :] < count[:, None])
-        kept, ids = exchange(kept, ids, score, slot)
-    barrier()  # all warps have read the candidates
-    return kept, ids
-
-
-@gluon.jit
 def load_queries(
     q, tile, num_tiles, which, num_tokens, num_blocks,
-    K: gl.constexpr, D: gl.constexpr, TOKENS: gl.constexpr,
+    K: gl.constexpr, D: gl.constexpr,
 ):  # fmt: skip
     """The summed queries [64, D] of a warp group in a tile."""
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [32 // (D // 8), D // 8], [4, 1], [1, 0])
@@ -208,14 +161,12 @@ def load_queries(
 def consume(
     which, q, ring, upto, doc_start, choice, scratch, sizes,
     K: gl.constexpr, D: gl.constexpr, BLOCK: gl.constexpr, PARTS: gl.constexpr, TOP: gl.constexpr,
-    KEEP: gl.constexpr, BOUND: gl.constexpr, TOGETHER: gl.constexpr, GROUPS: gl.constexpr,
-    STAGES: gl.constexpr,
+    KEEP: gl.constexpr, TOGETHER: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Choose for one warp group's 64 tokens of each tile. `scratch` holds its candidates."""
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, SLOTS, 16])
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, SCORES, 2)
     KEPT: gl.constexpr = gl.BlockedLayout([1, 4], [8, 4], [4, 1], [1, 0])
-    TOKENS: gl.constexpr = GROUPS * ROWS
     num_tokens, num_slots, num_blocks, num_tiles, window, first_token = sizes
     lists = scratch + (gl.program_id(0) * GROUPS + which) * (2 * ROWS * CAPACITY)
     zero = gl.zeros([ROWS, SLOTS], gl.float32, SCORES)
@@ -226,14 +177,12 @@ def consume(
     kept_row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, KEPT))
     slot = 0
     phase = 0
-    loaded = load_queries(
-        q, gl.program_id(0), num_tiles, which, num_tokens, num_blocks, K, D, TOKENS
-    )
+    loaded = load_queries(q, gl.program_id(0), num_tiles, which, num_tokens, num_blocks, K, D)
     for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
         head, block, batch = place(tile, num_blocks, K)
         starts = doc_start + batch.to(gl.int64) * num_tokens
         begin, num_chunks, unmasked = slot_tiles(
-            starts, block, num_tokens, num_slots, window, first_token, BLOCK, TOKENS, 4
+            starts, block, num_tokens, num_slots, window, first_token, BLOCK, 4
         )
         token = block * TOKENS + which * ROWS
         _, lowest, highest = far_slots(starts, token + row, num_tokens, window, first_token, BLOCK)
@@ -242,7 +191,7 @@ def consume(
         # A bound that at least TOP scores reach: the TOP-th largest of the maxima of 64 groups.
         largest = gl.full([ROWS, SLOTS], float("-inf"), gl.float32, SCORES)
         for i in range(0, num_chunks):
-            best, slot, phase = best_scores(b_q, ring, slot, phase, zero, BOUND, TOGETHER, STAGES)
+            best, slot, phase = best_scores(b_q, ring, slot, phase, zero, PARTS, TOGETHER, STAGES)
             if i >= unmasked:
                 best = mask_slots(best, begin + i * SLOTS + column, lowest, highest)
             largest = gl.maximum(largest, best)
@@ -278,7 +227,7 @@ def consume(
                 total = gl.zeros_like(total) + ZERO_PLACE
                 taken = 0
         loaded = load_queries(
-            q, tile + gl.num_programs(0), num_tiles, which, num_tokens, num_blocks, K, D, TOKENS
+            q, tile + gl.num_programs(0), num_tiles, which, num_tokens, num_blocks, K, D
         )
         count = (total - ZERO_PLACE).to(gl.int32)
         kept, ids = keep_best(kept, ids, lists, count, taken, KEEP, KEPT)
@@ -296,9 +245,7 @@ def consume(
 
 
 @gluon.jit
-def new_memory(
-    means, D: gl.constexpr, TOGETHER: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr
-):  # fmt: skip
+def new_memory(means, D: gl.constexpr, TOGETHER: gl.constexpr, STAGES: gl.constexpr):
     """The ring of slots with its barriers, and the triangular matrix of `consume`."""
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     memory = gl.allocate_shared_memory(means.dtype, [STAGES, TOGETHER * SLOTS, D], means.layout)
@@ -320,49 +267,29 @@ def specialized_choice_kernel(
     q, means, doc_start, choice, scratch,
     num_tokens, num_slots, num_blocks, num_tiles, window, first_token,
     K: gl.constexpr, D: gl.constexpr, BLOCK: gl.constexpr, PARTS: gl.constexpr, TOP: gl.constexpr,
-    KEEP: gl.constexpr, BOUND: gl.constexpr, TOGETHER: gl.constexpr, GROUPS: gl.constexpr,
-    STAGES: gl.constexpr,
-    REGISTERS: gl.constexpr,
+    KEEP: gl.constexpr, TOGETHER: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """choice [B, Q, K, TOP + 1] int32, in any order; arguments as of `routed_choice`."""
-    ring, upto = new_memory(means, D, TOGETHER, GROUPS, STAGES)
+    ring, upto = new_memory(means, D, TOGETHER, STAGES)
     fence_async_shared()
     barrier()
     sizes = (num_tokens, num_slots, num_blocks, num_tiles, window, first_token)
-    if GROUPS == 2:
-        gl.warp_specialize(
-            [
-                (consume, (0, q, ring, upto, doc_start, choice, scratch, sizes,
-                           K, D, BLOCK, PARTS, TOP, KEEP, BOUND, TOGETHER, GROUPS, STAGES)),
-                (consume, (1, q, ring, upto, doc_start, choice, scratch, sizes,
-                           K, D, BLOCK, PARTS, TOP, KEEP, BOUND, TOGETHER, GROUPS, STAGES)),
-                (produce, (means, ring, doc_start, sizes,
-                           K, D, BLOCK, PARTS, BOUND, TOGETHER, GROUPS * ROWS, STAGES)),
-            ],
-            [4, 1],
-            [REGISTERS, PRODUCER_REGISTERS],
-        )  # fmt: skip
-    else:
-        gl.warp_specialize(
-            [
-                (consume, (0, q, ring, upto, doc_start, choice, scratch, sizes,
-                           K, D, BLOCK, PARTS, TOP, KEEP, BOUND, TOGETHER, GROUPS, STAGES)),
-                (consume, (1, q, ring, upto, doc_start, choice, scratch, sizes,
-                           K, D, BLOCK, PARTS, TOP, KEEP, BOUND, TOGETHER, GROUPS, STAGES)),
-                (consume, (2, q, ring, upto, doc_start, choice, scratch, sizes,
-                           K, D, BLOCK, PARTS, TOP, KEEP, BOUND, TOGETHER, GROUPS, STAGES)),
-                (produce, (means, ring, doc_start, sizes,
-                           K, D, BLOCK, PARTS, BOUND, TOGETHER, GROUPS * ROWS, STAGES)),
-            ],
-            [4, 4, 1],
-            [REGISTERS, REGISTERS, PRODUCER_REGISTERS],
-        )  # fmt: skip
+    gl.warp_specialize(
+        [
+            (consume, (0, q, ring, upto, doc_start, choice, scratch, sizes,
+                       K, D, BLOCK, PARTS, TOP, KEEP, TOGETHER, STAGES)),
+            (consume, (1, q, ring, upto, doc_start, choice, scratch, sizes,
+                       K, D, BLOCK, PARTS, TOP, KEEP, TOGETHER, STAGES)),
+            (produce, (means, ring, doc_start, sizes, K, D, BLOCK, PARTS, TOGETHER, STAGES)),
+        ],
+        [4, 1],
+        [REGISTERS, PRODUCER_REGISTERS],
+    )  # fmt: skip
 
 
 def specialized_choice(
-    q: Tensor, means: Tensor, starts: Tensor, choice: Tensor, window: int, block: int, first: int,
-    ring: ChoiceRing,
-) -> None:  # fmt: skip
+    q: Tensor, means: Tensor, starts: Tensor, choice: Tensor, window: int, block: int, first: int
+) -> None:
     """Write the choice [B, Q, K, top_k + 1] of summed queries q [B, Q, K, D], in any order.
 
     means [B, K, P, N, D] are for the whole row, starts [B, Q] for the queries.
@@ -370,11 +297,12 @@ def specialized_choice(
     batch, num_tokens, heads, size = q.shape
     parts, num_slots = means.shape[2:4]
     top_k = choice.shape[3] - 1
-    num_blocks = triton.cdiv(num_tokens, ring.groups * ROWS.value)
+    together = 2 if parts % 2 == 0 else 1
+    num_blocks = triton.cdiv(num_tokens, TOKENS.value)
     num_tiles = batch * num_blocks * heads
     processors = torch.cuda.get_device_properties(q.device).multi_processor_count
     programs = min(num_tiles, processors)
-    places = programs * ring.groups * 2 * ROWS.value * CAPACITY.value
+    places = programs * TOKENS.value * 2 * CAPACITY.value
     scratch = torch.empty(places, dtype=torch.float32, device=q.device)
     layout = gl.NVMMASharedLayout(128, 16, 2)
     tiles = TensorDescriptor(
@@ -385,7 +313,6 @@ def specialized_choice(
             q, tiles, starts, choice, scratch,
             num_tokens, num_slots, num_blocks, num_tiles, window, first,
             K=heads, D=size, BLOCK=block, PARTS=parts, TOP=top_k,
-            KEEP=max(2, triton.next_power_of_2(top_k)), BOUND=ring.bound, TOGETHER=ring.together,
-            GROUPS=ring.groups, STAGES=ring.stages,
-            REGISTERS=240 if ring.groups == 2 else 160, num_warps=4,
+            KEEP=max(2, triton.next_power_of_2(top_k)), TOGETHER=together,
+            STAGES=8 // together, num_warps=4,
         )  # fmt: skip
