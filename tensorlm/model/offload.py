@@ -14,6 +14,22 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+# PyTorch's pinned memory comes in powers of two: of a larger tensor up to half would be wasted.
+# Smaller ones may share a page with others, which cannot be pinned twice.
+EXACT_FROM = 64 << 20  # bytes
+
+
+def host_buffer(tensor: Tensor) -> Tensor:
+    """An empty tensor like `tensor` in host memory; pinned, so that copies run beside kernels."""
+    if not tensor.is_cuda or tensor.nbytes < EXACT_FROM:
+        return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+    buffer = torch.empty(tensor.shape, dtype=tensor.dtype)
+    runtime = torch.cuda.cudart()
+    torch.cuda.check_error(runtime.cudaHostRegister(buffer.data_ptr(), buffer.nbytes, 0))
+    release = weakref.finalize(buffer, runtime.cudaHostUnregister, buffer.data_ptr())
+    release.atexit = False
+    return buffer
+
 
 class _HiddenState:
     """One saved tensor: in host memory, and on its device while it is needed there."""
@@ -82,7 +98,7 @@ class HostOffload:
             buffer = self.free_buffers.pop()
             if buffer.shape == tensor.shape and buffer.dtype == tensor.dtype:
                 return buffer
-        return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+        return host_buffer(tensor)
 
     @contextmanager
     def _copying(self, state: _HiddenState) -> Iterator[None]:

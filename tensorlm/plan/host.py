@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from tensorlm.model.offload import EXACT_FROM
+
 from . import activations as act
 from .job import FP32, Job
 from .state import moment_bytes
@@ -63,8 +65,11 @@ def offloaded_optimizer(job: Job) -> int:
 
 
 def offloaded_activations(job: Job) -> int:
-    """The hidden states that all blocks keep."""
-    return job.layers * pinned(act.hidden_state(job)) if job.offloads_activations else 0
+    """The hidden states that all blocks keep, pinned as in `model.offload.host_buffer`."""
+    if not job.offloads_activations:
+        return 0
+    size = act.hidden_state(job)
+    return job.layers * (size if size >= EXACT_FROM else pinned(size))
 
 
 def checkpoint_copy(job: Job) -> int:

@@ -11,9 +11,9 @@ import pytest
 
 from tensorlm.benchmarks.node.evaluation import describe
 from tensorlm.benchmarks.node.host import Host
-from tensorlm.benchmarks.node.launch import Ended
+from tensorlm.benchmarks.node.launch import Ended, launcher_command
 from tensorlm.benchmarks.node.longest import why_not
-from tensorlm.benchmarks.node.trace import Exchanges, read_exchanges, summarize
+from tensorlm.benchmarks.node.trace import Exchanges, read_exchanges, summarize, which
 from tensorlm.benchmarks.node.training import FEWEST_STEPS, MOST_STEPS, Case, cases, num_steps
 from tests.support.launching import ROOT, launch_environment
 
@@ -76,11 +76,36 @@ def test_longest_row_is_rejected_for_lack_of_memory(tmp_path: Path) -> None:
 
 def test_exchanges_are_told_apart_and_overlap_is_not_exposed() -> None:
     kernels = [
-        ("gemm", 0.0, 40.0), ("ncclDevKernel_SendRecv(x)", 30.0, 50.0),
-        ("ncclDevKernel_ReduceScatter_Sum_f32_RING_LL", 60.0, 80.0), ("gemm", 70.0, 100.0),
+        ("compute", 0.0, 40.0), ("rows", 30.0, 50.0), ("zero", 60.0, 80.0),
+        ("compute", 70.0, 100.0),
     ]  # fmt: skip
     assert summarize(kernels) == Exchanges(zero=0.2, rows=0.2, exposed=0.2)
     assert summarize([]) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "kind"),
+    [
+        ("gemm", None, "compute"),
+        ("ncclDevKernel_SendRecv(x)", "Byte", "rows"),
+        ("ncclDevKernel_AllGather_RING_LL(x)", "Byte", "rows"),
+        ("ncclDevKernel_AllGather_RING_LL(x)", "BFloat16", "zero"),
+        ("ncclDevKernel_ReduceScatter_Sum_f32_RING_LL", None, "zero"),
+    ],
+)
+def test_gathers_of_rows_are_not_those_of_zero(name: str, dtype: str | None, kind: str) -> None:
+    assert which({"name": name, "args": {"dtype": dtype} if dtype else {}}) == kind
+
+
+def test_launchers_keep_to_visible_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6")
+    command = launcher_command("deepspeed", 2)
+    assert command is not None
+    assert command[command.index("--include") + 1] == "localhost:4,5"
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    command = launcher_command("deepspeed", 2)
+    assert command is not None
+    assert command[command.index("--num_gpus") + 1] == "2"
 
 
 def test_no_trace_or_half_a_trace_has_no_exchanges(tmp_path: Path) -> None:

@@ -259,6 +259,8 @@ def test_host_memory_by_hand() -> None:
     planned = job(*overrides)
     parts = host.host_memory(planned).parts
     assert parts["offloaded_activations"] == 32 * 2**28
+    longer = host.host_memory(job(*overrides, "data.seq_len=49152")).parts
+    assert longer["offloaded_activations"] == 32 * 3 * 2**27  # pinned without rounding
     assert parts["checkpoint_copy"] == 12 * planned.shard
     assert parts["offloaded_optimizer"] == 0
     assert host.pinned(2**28 + 1) == 2**29

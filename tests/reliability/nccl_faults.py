@@ -32,6 +32,7 @@ class Trials:
 
     def __init__(self, folder: Path, data: Path, ranks: int, over_nccl: bool) -> None:
         self.folder, self.data, self.ranks, self.over_nccl = folder, data, ranks, over_nccl
+        self.pids: set[int] = set()  # of all ranks so far
         self._expected: dict[int, Any] = {}
 
     def config(self, name: str, stage: int, *more: str) -> Config:
@@ -45,7 +46,9 @@ class Trials:
         """Start a run; forking is for one thread at a time."""
         with _forking:
             port = rendezvous_port() if self.over_nccl else None
-            return Job(config, ranks or self.ranks, prepare, port=port)
+            job = Job(config, ranks or self.ranks, prepare, port=port)
+            self.pids |= set(job.pids)
+            return job
 
     def finish(self, config: Config, ranks: int = 0) -> None:
         """Train to the end, undisturbed."""

@@ -54,6 +54,21 @@ def gpu_memory_used() -> list[int]:
     return [int(line) for line in answer.split()]
 
 
+def gpu_holders(ranks: set[int]) -> list[int]:
+    """Those of `ranks` (process ids) that still hold GPU memory after 10 s; all have ended.
+
+    Other processes may use the GPUs at the same time, so the memory in use does not tell.
+    """
+    query = ["nvidia-smi", "--query-compute-apps=pid", "--format=csv,noheader"]
+    deadline = time.monotonic() + 10
+    while True:
+        answer = subprocess.run(query, capture_output=True, text=True, check=True).stdout
+        holders = ranks & {int(line) for line in answer.split() if line.isdigit()}
+        if not holders or time.monotonic() > deadline:
+            return sorted(holders)
+        time.sleep(0.5)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
@@ -83,11 +98,12 @@ def main() -> int:
             if outcome:
                 failed += bool(outcome["problem"])
                 print(json.dumps(outcome), flush=True)
-    time.sleep(1)
-    left = gpu_memory_used() if over_nccl else []
-    print(json.dumps({"failed": failed, "memory_before": before, "memory_after": left}), flush=True)
+    holders = gpu_holders(trials.pids) if over_nccl else []
+    after = gpu_memory_used() if over_nccl else []
+    print(json.dumps({"failed": failed, "ranks_on_gpus": holders, "memory_before": before,
+                      "memory_after": after}), flush=True)  # fmt: skip
     shutil.rmtree(args.folder, ignore_errors=True)
-    return 1 if failed or any(b > a + 64 for a, b in zip(before, left, strict=True)) else 0
+    return 1 if failed or holders else 0
 
 
 if __name__ == "__main__":

@@ -50,7 +50,10 @@ def launcher_command(launcher: str, ranks: int, *options: str) -> list[str] | No
         case "deepspeed":
             module = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet"]
             port = ["--master_port", str(free_port())]
-            return [*module, "--num_gpus", str(ranks), *port, *options]
+            # With --num_gpus, deepspeed ignores CUDA_VISIBLE_DEVICES.
+            gpus = ",".join(visible_gpus()[:ranks])
+            number = ["--include", f"localhost:{gpus}"] if gpus else ["--num_gpus", str(ranks)]
+            return [*module, *number, *port, *options]
         case "mpirun" if found:
             root = ["--allow-run-as-root"] if os.geteuid() == 0 else []
             bind = ["--oversubscribe", "--bind-to", "none"]
@@ -58,6 +61,11 @@ def launcher_command(launcher: str, ranks: int, *options: str) -> list[str] | No
         case "srun" if found:
             return [found, f"--ntasks={ranks}", *options, sys.executable]
     return None
+
+
+def visible_gpus() -> list[str]:
+    """The GPUs that CUDA_VISIBLE_DEVICES lists; empty if it is not set."""
+    return [gpu for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu]
 
 
 def run_command(
@@ -112,7 +120,7 @@ def train(
     if command is None:
         raise FileNotFoundError(launcher)
     program = ["launcher/train.py", "--config", str(CONFIG), *settings]
-    gpus = "0" if ranks == 1 else None
+    gpus = (visible_gpus() or ["0"])[0] if ranks == 1 else None
     return run_command(
         host, [*command, *program], host.folder / f"{name}.log", gpus=gpus, limit=limit
     )

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 Interval = tuple[float, float]
 
@@ -28,19 +28,25 @@ def read_exchanges(run_dir: Path) -> Exchanges | None:
     except ValueError:  # none, or the run was ended while it wrote the trace
         return None
     kernels = [event for event in events if event.get("cat") == "kernel"]
-    return summarize((event["name"], event["ts"], event["ts"] + event["dur"]) for event in kernels)
+    return summarize((which(event), event["ts"], event["ts"] + event["dur"]) for event in kernels)
+
+
+def which(kernel: dict[str, Any]) -> str:
+    """What a kernel of a trace does: "zero", "rows" or "compute"."""
+    if not kernel["name"].startswith("nccl"):
+        return "compute"
+    # Shared rows travel as bytes: all-to-alls, which NCCL sends as pairs, and gathers.
+    is_rows = "SendRecv" in kernel["name"] or kernel.get("args", {}).get("dtype") == "Byte"
+    return "rows" if is_rows else "zero"
 
 
 def summarize(kernels: Iterable[tuple[str, float, float]]) -> Exchanges | None:
-    """Exchanges of kernels (name, start, end); None if there are no kernels."""
+    """Exchanges of kernels (what they do, start, end); None if there are no kernels."""
     zero: list[Interval] = []
     rows: list[Interval] = []
     compute: list[Interval] = []
-    for name, start, end in kernels:
-        is_nccl = name.startswith("nccl")
-        # Only the exchanges of shared rows are all-to-alls, which NCCL sends as pairs.
-        kind = rows if is_nccl and "SendRecv" in name else zero if is_nccl else compute
-        kind.append((start, end))
+    for kind, start, end in kernels:
+        {"zero": zero, "rows": rows, "compute": compute}[kind].append((start, end))
     everything = union([*zero, *rows, *compute])
     if not everything:
         return None
