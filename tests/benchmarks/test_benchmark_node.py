@@ -14,7 +14,16 @@ from tensorlm.benchmarks.node.host import Host
 from tensorlm.benchmarks.node.launch import Ended, launcher_command
 from tensorlm.benchmarks.node.longest import why_not
 from tensorlm.benchmarks.node.trace import Exchanges, read_exchanges, summarize, which
-from tensorlm.benchmarks.node.training import FEWEST_STEPS, MOST_STEPS, Case, cases, num_steps
+from tensorlm.benchmarks.node.training import (
+    FEWEST_STEPS,
+    MOST_STEPS,
+    START_SECONDS,
+    Case,
+    cases,
+    describe_phase,
+    num_steps,
+    split,
+)
 from tests.support.launching import ROOT, launch_environment
 
 GIB = 2**30
@@ -56,20 +65,44 @@ def test_stopped_command_reports_what_it_has_measured(tmp_path: Path) -> None:
 def test_every_case_is_a_legal_run(tmp_path: Path, ranks: int) -> None:
     here = host(tmp_path, ranks)
     for case in cases(here):
-        settings = here.settings(case.name, *case.settings, "train.steps=4")
+        settings = here.settings(case.name, *case.settings(case.fewest))
         here.config(settings).check_ranks(case.ranks)
     assert [case.ranks for case in cases(here)].count(1) == 1
 
 
 def test_number_of_steps_follows_the_time() -> None:
-    assert num_steps(0, 4.0) == FEWEST_STEPS
-    assert num_steps(45 + 4 * 10.5, 4.0) == 10
-    assert num_steps(10_000, 4.0) == MOST_STEPS
-    assert num_steps(10_000, None) == FEWEST_STEPS
+    start = START_SECONDS
+    assert num_steps(0, [4.0]) == [FEWEST_STEPS]
+    assert num_steps(start + 4 * 10.5, [4.0]) == [10]
+    assert num_steps(10_000, [4.0]) == [MOST_STEPS]
+    assert num_steps(10_000, [None]) == [FEWEST_STEPS]
+    # the first phase first, then what is left for the second
+    fewest = FEWEST_STEPS * (4.0 + 16.0)
+    assert num_steps(start + fewest + 4 * 2, [4.0, 16.0]) == [FEWEST_STEPS + 2, FEWEST_STEPS]
+    most = (MOST_STEPS - FEWEST_STEPS) * 4.0
+    assert num_steps(start + fewest + most + 16, [4.0, 16.0]) == [MOST_STEPS, FEWEST_STEPS + 1]
+
+
+def test_phases_are_described_apart() -> None:
+    case = Case(2, 1, 1, (10, 40))
+    rows = [{"step": step} for step in range(1, 6)]
+    assert split(rows, [3, 4]) == [rows[:3], rows[3:]]
+
+    def record(speed: float, memory: float) -> dict[str, float]:
+        return {"perf/tokens_per_second": speed, "perf/mfu": 0.5, "perf/memory_gib": memory,
+                "train/loss": speed}  # fmt: skip
+
+    records = [record(1.0, 7.0), record(10.0, 8.0), record(20.0, 8.0), record(2.0, 9.0)]
+    traced = describe_phase(case, 10, 4, records, Exchanges(0.1, 0.2, 0.3))
+    assert (traced["s/step"], traced["GiB"], traced["exposed"]) == (2 * 10 / 15.0, 9.0, 0.3)
+    other = describe_phase(case, 40, 4, records, None)
+    assert (other["tokens/s/GPU"], other["steps"]) == (5.0, "4 of 4")
+    assert other["loss"] == "1.000 -> 2.000"
+    assert describe_phase(case, 40, 4, [], None)["s/step"] is None
 
 
 def test_longest_row_is_rejected_for_lack_of_memory(tmp_path: Path) -> None:
-    case = Case(2, 3, 2, 1_048_576, ("train.activation_offload=true", "model.route.stretch=128"))
+    case = Case(2, 3, 2, (1_048_576,), ("train.activation_offload=true", "model.route.stretch=128"))
     assert why_not(host(tmp_path, 2), case) == "needs 264 GiB of host memory, of 256"
     assert why_not(host(tmp_path, 2, 300 * GIB), case) is None
 

@@ -59,7 +59,7 @@ def launcher_command(launcher: str, ranks: int, *options: str) -> list[str] | No
             bind = ["--oversubscribe", "--bind-to", "none"]
             return [found, *root, *bind, "-np", str(ranks), *options, sys.executable]
         case "srun" if found:
-            return [found, f"--ntasks={ranks}", *options, sys.executable]
+            return [found, "--nodes=1", f"--ntasks={ranks}", *options, sys.executable]
     return None
 
 
@@ -88,6 +88,8 @@ def run_command(
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     if gpus is not None:
         environment["CUDA_VISIBLE_DEVICES"] = gpus
+    if Path(command[0]).name == "srun":  # which, unlike the others, lets no rank choose a port
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     if not host.on_gpu:
         environment |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     log.parent.mkdir(parents=True, exist_ok=True)

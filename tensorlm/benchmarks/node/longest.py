@@ -20,17 +20,18 @@ def measure(host: Host) -> Iterator[Row]:
     for tokens in LENGTHS:
         stretch = f"model.route.stretch={max(16, 128 * tokens // LENGTHS[0])}"
         offload = "train.activation_offload=true"
-        case = Case(host.ranks, 3, host.ranks, host.length(tokens), (offload, stretch))
+        case = Case(host.ranks, 3, host.ranks, (host.length(tokens),), (offload, stretch))
         problem = why_not(host, case)
         if problem is None:
-            yield run_case(host, case, 1)
+            yield from run_case(host, case, [1])
             return
-        yield {"run": case.words, "exit": problem}
+        yield {"run": case.words(case.lengths[0]), "exit": problem}
 
 
 def why_not(host: Host, case: Case) -> str | None:
     """Why the plan rejects a case, or None if it fits into memory and into the time left."""
-    job = plan_jobs(host.config(host.settings(case.name, *case.settings)), case.ranks, CUDA)[-1]
+    config = host.config(host.settings(case.name, *case.settings([1])))
+    job = plan_jobs(config, case.ranks, CUDA)[-1]
     needed, available = host_memory(job).needed * case.ranks, host.host_memory
     if needed > available:
         return f"needs {needed / GIB:.0f} GiB of host memory, of {available / GIB:.0f}"

@@ -1,7 +1,8 @@
 """Part `train`: real runs of Llama-8B on all GPUs and on one, beside the plan's predictions."""
 
+import itertools
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from tensorlm.plan.gpus import GIB
@@ -12,30 +13,34 @@ from tensorlm.train.metrics import read_metrics
 
 from .host import Host
 from .launch import Ended, train
-from .trace import read_exchanges
+from .trace import Exchanges, read_exchanges
 
 Row = dict[str, Any]
-MOST_STEPS, FEWEST_STEPS = 20, 4
+MOST_STEPS, FEWEST_STEPS = 20, 3  # of a phase
 START_SECONDS = 45.0  # imports, weights, the first step's kernels
 _SHARE = 0.75  # of the time left that the remaining runs of this part may plan to use
 
 
 class Case(NamedTuple):
-    """One run: ranks, ZeRO stage, ranks that share a row, tokens of a row, other settings."""
+    """One run: ranks, ZeRO stage, ranks that share a row, tokens of a row by phase, settings.
+
+    A start takes as long as several steps, so a run trains rows of every length in turn.
+    """
 
     ranks: int
     stage: int
     sp: int
-    tokens: int
+    lengths: tuple[int, ...]
     more: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
-        return f"train-{self.ranks}-zero{self.stage}-sp{self.sp}-{self.tokens}"
+        lengths = "-".join(map(str, self.lengths))
+        return f"train-{self.ranks}-zero{self.stage}-sp{self.sp}-{lengths}"
 
-    @property
-    def words(self) -> str:
-        rows = f"{self.rows} x {self.tokens:,} tokens"
+    def words(self, tokens: int) -> str:
+        """A phase in words."""
+        rows = f"{self.rows} x {tokens:,} tokens"
         return f"{self.ranks} GPU: ZeRO-{self.stage}, {rows}, sp {self.sp}"
 
     @property
@@ -43,93 +48,137 @@ class Case(NamedTuple):
         """Rows of a step: one for each group of ranks that shares rows."""
         return self.ranks // self.sp
 
-    @property
-    def settings(self) -> list[str]:
+    def settings(self, steps: Sequence[int]) -> list[str]:
+        """The settings of a run with so many steps in each phase."""
+        phases = [
+            f"{{steps={number},seq_len={tokens},rows_per_step={self.rows}}}"
+            for number, tokens in zip(steps, self.lengths, strict=True)
+        ]
         return [
-            f"parallel.sp={self.sp}", f"zero.stage={self.stage}", f"data.seq_len={self.tokens}",
-            f"train.rows_per_step={self.rows}", *self.more,
+            f"parallel.sp={self.sp}", f"zero.stage={self.stage}", f"train.steps={sum(steps)}",
+            f"data.seq_len={self.lengths[-1]}", f"train.rows_per_step={self.rows}",
+            f"train.earlier_stages=[{','.join(phases[:-1])}]", *self.more,
         ]  # fmt: skip
+
+    @property
+    def fewest(self) -> list[int]:
+        """The smallest number of steps of each phase."""
+        return [FEWEST_STEPS] * len(self.lengths)
 
 
 def cases(host: Host) -> list[Case]:
-    """The runs, most important first."""
+    """The runs, most important first; one GPU has as many tokens as each GPU of the others."""
     short, long = host.length(32_768), host.length(131_072)
-    one = Case(1, 1, 1, short)
     if host.ranks == 1:
-        return [one]
+        return [Case(1, 1, 1, (short,))]
     everyone = host.ranks
     return [
-        one,
-        Case(everyone, 1, 1, short),
-        Case(everyone, 3, everyone, long),
-        Case(everyone, 3, 1, short),
-        Case(everyone, 1, 1, long),
+        Case(1, 1, 1, tuple(sorted({short, long // everyone}))),
+        Case(everyone, 1, 1, (short, long)),
+        Case(everyone, 3, everyone, (long,)),
+        Case(everyone, 3, 1, (short, long)),
+        Case(everyone, 1, everyone, (long,)),
     ]
 
 
 def measure(host: Host) -> Iterator[Row]:
-    """Run every case for which time is left; its number of steps follows the time."""
+    """Run every case for which time is left; its number of steps follows the time.
+
+    A row's efficiency is its speed per GPU, relative to one GPU with as many tokens.
+    """
     todo = cases(host)
-    alone: float | None = None
+    alone: dict[float, float] = {}
     for number, case in enumerate(todo):
         seconds = host.seconds_left * _SHARE / (len(todo) - number)
         if not seconds:
             return
-        row = run_case(host, case, num_steps(seconds, predict(host, case)["predicted s"]))
-        speed = row["tokens/s/GPU"]
-        alone = speed if case.ranks == 1 else alone
-        yield row | {"vs 1 GPU": speed / alone if speed and alone else None}
+        steps = num_steps(seconds, [row["predicted s"] for row in predict(host, case)])
+        for tokens, row in zip(case.lengths, run_case(host, case, steps), strict=True):
+            speed, own = row["tokens/s/GPU"], tokens / case.sp
+            if case.ranks == 1 and speed:
+                alone[own] = speed
+            yield row | {"vs 1 GPU": speed / alone[own] if speed and own in alone else None}
 
 
-def run_case(host: Host, case: Case, steps: int) -> Row:
-    """Train for `steps` steps, and describe the run; the last of several steps is traced."""
-    settings = host.settings(case.name, *case.settings, f"train.steps={steps}")
-    if steps > 1:
-        settings.append(f"train.profile=[{steps},{steps + 1}]")
+def run_case(host: Host, case: Case, steps: Sequence[int]) -> list[Row]:
+    """Train `steps` steps of each phase, and describe each; the first one's last is traced."""
+    settings = host.settings(case.name, *case.settings(steps))
+    if steps[0] > 1:
+        settings.append(f"train.profile=[{steps[0]},{steps[0] + 1}]")
     launcher = "deepspeed" if case.stage == 3 else "torchrun"
     ended = train(host, launcher, case.ranks, case.name, settings)
-    return describe(host, case, ended, steps) | predict(host, case)
+    rows = zip(describe(host, case, ended, steps), predict(host, case), strict=True)
+    return [measured | predicted for measured, predicted in rows]
 
 
-def num_steps(seconds: float, step_seconds: float | None) -> int:
-    """Number of steps that fit into `seconds`, start included, within bounds."""
-    fitting = int((seconds - START_SECONDS) / step_seconds) if step_seconds else FEWEST_STEPS
-    return max(FEWEST_STEPS, min(MOST_STEPS, fitting))
+def num_steps(seconds: float, step_seconds: Sequence[float | None]) -> list[int]:
+    """Steps of each phase that fit into `seconds`, start included; the first phase's first."""
+    steps = [FEWEST_STEPS] * len(step_seconds)
+    left = seconds - START_SECONDS - FEWEST_STEPS * sum(filter(None, step_seconds))
+    for phase, each in enumerate(step_seconds):
+        more = max(0, min(MOST_STEPS - FEWEST_STEPS, int(left / each))) if each else 0
+        steps[phase] += more
+        left -= more * (each or 0.0)
+    return steps
 
 
-def predict(host: Host, case: Case) -> Row:
-    """What the plan predicts for this run."""
-    job = plan_jobs(host.config(host.settings(case.name, *case.settings)), case.ranks, CUDA)[-1]
-    sheet = host.sheet
-    return {
-        "predicted GiB": gpu_memory(job).allocated / GIB,
-        "predicted s": step_time(job, sheet).seconds if sheet else None,
-    }
+def predict(host: Host, case: Case) -> list[Row]:
+    """What the plan predicts for each phase; memory is the peak of the run so far."""
+    config = host.config(host.settings(case.name, *case.settings(case.fewest)))
+    sheet, peak, rows = host.sheet, 0, []
+    for job in plan_jobs(config, case.ranks, CUDA):
+        peak = max(peak, gpu_memory(job).allocated)
+        seconds = step_time(job, sheet).seconds if sheet else None
+        rows.append({"predicted GiB": peak / GIB, "predicted s": seconds})
+    return rows
 
 
-def describe(host: Host, case: Case, ended: Ended, steps: int) -> Row:
-    """One row of the table; the medians leave out the first step and the traced one."""
+def describe(host: Host, case: Case, ended: Ended, steps: Sequence[int]) -> list[Row]:
+    """One row of the table for each phase.
+
+    Medians leave out a phase's first step, and the traced one.
+    """
     records = read_metrics(host.folder / case.name)
-    timed = records[1 : steps - 1] or records[1:] or records
-    median = {
-        key: statistics.median(record[f"perf/{key}"] for record in timed) if timed else None
-        for key in ("tokens_per_second", "mfu", "memory_gib")
-    }
-    speed = median["tokens_per_second"]
-    losses = [record["train/loss"] for record in records]
     exchanges = read_exchanges(host.folder / case.name)
-    tokens = case.tokens * case.rows
+    step_seconds = sum(
+        tokens * case.rows / record["perf/tokens_per_second"]
+        for tokens, phase in zip(case.lengths, split(records, steps), strict=True)
+        for record in phase
+    )
+    return [
+        describe_phase(case, tokens, number, phase, exchanges if index == 0 else None)
+        | {"start s": ended.seconds - step_seconds, "exit": ended.outcome}
+        for index, (tokens, number, phase) in enumerate(
+            zip(case.lengths, steps, split(records, steps), strict=True)
+        )
+    ]
+
+
+def split(records: list[Row], steps: Sequence[int]) -> list[list[Row]]:
+    """The records of each phase."""
+    ends = list(itertools.accumulate(steps))
+    return [records[end - number : end] for end, number in zip(ends, steps, strict=True)]
+
+
+def describe_phase(
+    case: Case, tokens: int, steps: int, records: list[Row], exchanges: Exchanges | None
+) -> Row:
+    """The part of a row that one phase's records tell."""
+    timed = records[1 : steps - 1 if exchanges else steps] or records[1:] or records
+    speed, mfu = (
+        statistics.median(record[f"perf/{key}"] for record in timed) if timed else None
+        for key in ("tokens_per_second", "mfu")
+    )
+    losses = [record["train/loss"] for record in records]
     return {
-        "run": case.words,
+        "run": case.words(tokens),
         "steps": f"{len(records)} of {steps}",
         "loss": f"{losses[0]:.3f} -> {losses[-1]:.3f}" if losses else None,
-        "s/step": tokens / speed if speed else None,
+        "s/step": tokens * case.rows / speed if speed else None,
         "tokens/s/GPU": speed / case.ranks if speed else None,
-        "MFU": median["mfu"],
-        "GiB": median["memory_gib"],
+        "MFU": mfu,
+        "GiB": records[-1]["perf/memory_gib"] if records else None,
         "exchanges: zero": exchanges and exchanges.zero,
         "rows": exchanges and exchanges.rows,
         "exposed": exchanges and exchanges.exposed,
-        "start s": ended.seconds - sum(tokens / r["perf/tokens_per_second"] for r in records),
-        "exit": ended.outcome,
-    }  # fmt: skip
+    }
