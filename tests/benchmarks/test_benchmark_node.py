@@ -16,14 +16,14 @@ from tensorlm.benchmarks.node.longest import why_not
 from tensorlm.benchmarks.node.trace import Exchanges, read_exchanges, summarize, which
 from tensorlm.benchmarks.node.training import (
     FEWEST_STEPS,
-    MOST_STEPS,
     START_SECONDS,
     Case,
     cases,
     describe_phase,
-    num_steps,
+    share_out,
     split,
 )
+from tensorlm.data.prepare.resume import output_locked
 from tests.support.launching import ROOT, launch_environment
 
 GIB = 2**30
@@ -71,16 +71,28 @@ def test_every_case_is_a_legal_run(tmp_path: Path, ranks: int) -> None:
 
 
 def test_number_of_steps_follows_the_time() -> None:
+    todo = [Case(1, 1, 1, (1, 2)), Case(2, 1, 1, (1, 4)), Case(2, 3, 2, (4,))]
+    each = [[4.0, 8.0], [4.0, 16.0], [8.0]]
+    fewest = [[4, 2], [4, 2], [4]]
     start = START_SECONDS
-    assert num_steps(0, [4.0]) == [FEWEST_STEPS]
-    assert num_steps(start + 4 * 10.5, [4.0]) == [10]
-    assert num_steps(10_000, [4.0]) == [MOST_STEPS]
-    assert num_steps(10_000, [None]) == [FEWEST_STEPS]
-    # the first phase first, then what is left for the second
-    fewest = FEWEST_STEPS * (4.0 + 16.0)
-    assert num_steps(start + fewest + 4 * 2, [4.0, 16.0]) == [FEWEST_STEPS + 2, FEWEST_STEPS]
-    most = (MOST_STEPS - FEWEST_STEPS) * 4.0
-    assert num_steps(start + fewest + most + 16, [4.0, 16.0]) == [MOST_STEPS, FEWEST_STEPS + 1]
+    needed = [start + 32, start + 48, start + 32]
+    assert share_out(0, todo, each) == [[], [], []]
+    assert share_out(needed[0] + 39, todo, each) == [[6, 5], [], []]
+    # a case that does not fit leaves its time to later ones
+    assert share_out(needed[0] + needed[2], todo, each) == [[4, 2], [], [4]]
+    assert share_out(sum(needed), todo, each) == fewest
+    # first phases first, in order: 2 steps more alone, and 3 on two GPUs
+    assert share_out(sum(needed) + 2 * 4 + 3 * 4, todo, each) == [[6, 2], [7, 2], [4]]
+    assert share_out(10_000, todo, each) == [[6, 6], [20, 20], [20]]
+    assert share_out(10_000, todo[:1], [[0.0, 0.0]]) == [[4, 2]]  # unknown
+
+
+def test_finished_data_is_used_while_another_call_holds_it(tmp_path: Path) -> None:
+    here = host(tmp_path, 1, tiny=True)
+    (tmp_path / "data.complete").touch()
+    with output_locked(tmp_path / "data"):
+        here.prepare_data()
+    assert not (tmp_path / "texts.jsonl").exists()
 
 
 def test_phases_are_described_apart() -> None:

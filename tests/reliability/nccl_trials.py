@@ -86,8 +86,9 @@ def main() -> int:
     args.folder.mkdir(parents=True, exist_ok=True)
     before = gpu_memory_used() if over_nccl else []
     trials = Trials(args.folder, args.data, args.ranks, over_nccl)
-    for stage in range(min(4, -(-args.trials // len(KINDS)))):
-        trials.expected(stage)
+    stages = range(min(4, -(-args.trials // len(KINDS))))
+    with ThreadPoolExecutor(args.at_once) as pool:
+        list(pool.map(trials.expected, stages))
 
     def work(number: int) -> dict[str, Any] | None:
         return run_trial(trials, number) if time.monotonic() < deadline else None

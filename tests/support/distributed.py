@@ -25,16 +25,21 @@ def run_distributed(
 ) -> list[Any]:
     """Call `fn(*args)` on `world_size` ranks of a new default group; their results in rank order.
 
-    On gloo, ranks are forked, with one thread each; `fn` may be a closure. On nccl they are
-    spawned, rank r on device r (modulo their number), `fn` must be importable, and the time limit
-    is five times as long: kernels are compiled. Results travel through torch.save.
+    On gloo, ranks are forked, with one thread each; `fn` may be a closure. On nccl they are forked
+    from a server that has imported torch and has never used a GPU, rank r on device r (modulo their
+    number), `fn` must be importable, and the time limit is five times as long: kernels are
+    compiled. Results travel through torch.save.
 
     Raises:
         RuntimeError: with rank and traceback, if any rank raised or died.
         TimeoutError: naming the ranks that had not ended, after `time_limit` seconds.
     """
     time_limit *= 5 if backend == "nccl" else 1
-    context: Any = multiprocessing.get_context("fork" if backend == "gloo" else "spawn")
+    context: Any = multiprocessing.get_context("fork" if backend == "gloo" else "forkserver")
+    if backend != "gloo":
+        # Asking a GPU whether it is there would make CUDA unusable in the server's children.
+        os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
+        context.set_forkserver_preload([__name__, "triton"])
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         ranks: list[BaseProcess] = [

@@ -86,8 +86,14 @@ class Host:
         return self.folder / "long.txt"
 
     def prepare_data(self) -> None:
-        """Encode the source of this Python's packages, unless done before."""
+        """Encode the source of this Python's packages, unless done before.
+
+        Then several parts can be measured at the same time: encoding locks its output.
+        """
         texts, tokenizer = self.folder / "texts.jsonl", self.folder / "tokenizer"
+        complete = self.folder / "data.complete"
+        if complete.exists():
+            return
         size = 400_000 if self.tiny else 24_000_000
         self.folder.mkdir(parents=True, exist_ok=True)
         if not texts.exists():
@@ -103,6 +109,7 @@ class Host:
             [str(texts)], tokenizer, self.folder / "data", shard_bytes=size // 24,
             workers=min(16, os.cpu_count() or 1),
         )  # fmt: skip
+        complete.touch()
 
 
 def cut_documents(num_chars: int) -> Iterator[str]:

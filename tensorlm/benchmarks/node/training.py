@@ -1,6 +1,7 @@
 """Part `train`: real runs of Llama-8B on all GPUs and on one, beside the plan's predictions."""
 
 import itertools
+import operator
 import statistics
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -16,9 +17,9 @@ from .launch import Ended, train
 from .trace import Exchanges, read_exchanges
 
 Row = dict[str, Any]
-MOST_STEPS, FEWEST_STEPS = 20, 3  # of a phase
+MOST_STEPS, MOST_ALONE = 20, 6  # of a phase, on several GPUs and on one
+FEWEST_STEPS, FEWEST_LATER = 4, 2  # of the first phase, one of which is traced, and of later ones
 START_SECONDS = 45.0  # imports, weights, the first step's kernels
-_SHARE = 0.75  # of the time left that the remaining runs of this part may plan to use
 
 
 class Case(NamedTuple):
@@ -63,7 +64,12 @@ class Case(NamedTuple):
     @property
     def fewest(self) -> list[int]:
         """The smallest number of steps of each phase."""
-        return [FEWEST_STEPS] * len(self.lengths)
+        return [FEWEST_STEPS, *[FEWEST_LATER] * len(self.lengths[1:])]
+
+    @property
+    def most(self) -> int:
+        """The largest number of steps of a phase."""
+        return MOST_STEPS if self.ranks > 1 else MOST_ALONE
 
 
 def cases(host: Host) -> list[Case]:
@@ -76,7 +82,7 @@ def cases(host: Host) -> list[Case]:
         Case(1, 1, 1, tuple(sorted({short, long // everyone}))),
         Case(everyone, 1, 1, (short, long)),
         Case(everyone, 3, everyone, (long,)),
-        Case(everyone, 3, 1, (short, long)),
+        Case(everyone, 3, 1, (short,)),
         Case(everyone, 1, everyone, (long,)),
     ]
 
@@ -87,12 +93,13 @@ def measure(host: Host) -> Iterator[Row]:
     A row's efficiency is its speed per GPU, relative to one GPU with as many tokens.
     """
     todo = cases(host)
+    seconds = [[row["predicted s"] or 0.0 for row in predict(host, case)] for case in todo]
     alone: dict[float, float] = {}
     for number, case in enumerate(todo):
-        seconds = host.seconds_left * _SHARE / (len(todo) - number)
-        if not seconds:
-            return
-        steps = num_steps(seconds, [row["predicted s"] for row in predict(host, case)])
+        steps = share_out(host.seconds_left, todo[number:], seconds[number:])[0]
+        if not steps:
+            yield {"run": case.words(case.lengths[-1]), "exit": "not run: too little time left"}
+            continue
         for tokens, row in zip(case.lengths, run_case(host, case, steps), strict=True):
             speed, own = row["tokens/s/GPU"], tokens / case.sp
             if case.ranks == 1 and speed:
@@ -111,15 +118,28 @@ def run_case(host: Host, case: Case, steps: Sequence[int]) -> list[Row]:
     return [measured | predicted for measured, predicted in rows]
 
 
-def num_steps(seconds: float, step_seconds: Sequence[float | None]) -> list[int]:
-    """Steps of each phase that fit into `seconds`, start included; the first phase's first."""
-    steps = [FEWEST_STEPS] * len(step_seconds)
-    left = seconds - START_SECONDS - FEWEST_STEPS * sum(filter(None, step_seconds))
-    for phase, each in enumerate(step_seconds):
-        more = max(0, min(MOST_STEPS - FEWEST_STEPS, int(left / each))) if each else 0
-        steps[phase] += more
-        left -= more * (each or 0.0)
-    return steps
+def share_out(
+    seconds: float, todo: Sequence[Case], step_seconds: Sequence[Sequence[float]]
+) -> list[list[int]]:
+    """Steps of each phase of every case; none for cases that `seconds` do not suffice for.
+
+    First, cases get their fewest steps, in order. What is left goes to first phases, in order, and
+    then to later phases.
+    """
+    plan: list[list[int]] = []
+    for case, each in zip(todo, step_seconds, strict=True):
+        needed = START_SECONDS + sum(map(operator.mul, case.fewest, each))
+        fits = needed <= seconds
+        plan.append(case.fewest if fits else [])
+        seconds -= needed if fits else 0.0
+    runs = [run for run in zip(plan, todo, step_seconds, strict=True) if run[0]]
+    for phase in range(max((len(steps) for steps in plan), default=0)):
+        for steps, case, each in runs:
+            if phase < len(steps) and each[phase]:
+                more = min(case.most - steps[phase], int(seconds / each[phase]))
+                steps[phase] += more
+                seconds -= more * each[phase]
+    return plan
 
 
 def predict(host: Host, case: Case) -> list[Row]:
