@@ -200,7 +200,7 @@ BENCHMARKS = {
                 "time limit in seconds; what has been measured by then is reported", 570.0
             ),
             "--ranks N": Option("number of GPUs to use (0: all)", 0),
-            "--host-memory GIB": Option("host memory in GiB (0: that of this machine)", 0.0),
+            "--host-memory GIB": Option("host memory in GiB (0: what the system reports)", 0.0),
             "--tiny": Option("use a tiny model and short rows, to try the command", default=False),
             **JSON,
         },
