@@ -7,53 +7,26 @@ Example for sp, on the 4 GPUs of one machine:
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 from tensorlm.plan.exchange import Machine
-from tensorlm.runtime.arguments import (
-    JSON,
-    LOCAL_RANK,
-    Option,
-    Options,
-    Parser,
-    add_options,
-    add_settings,
-    parse_args,
-)
+from tensorlm.runtime.arguments import JSON, LOCAL_RANK, Command, Option, Settings, parse_command
 from tensorlm.runtime.exit import run_launcher
 
-from . import benchmark_runs as runs
-
-
-class Benchmark(NamedTuple):
-    """A sub-command: its description, code and options; `config` describes `--config`, if any."""
-
-    text: str
-    run: Callable[[argparse.Namespace], int]
-    options: Options
-    config: str = ""
+from . import benchmark_runs
 
 
 def main() -> int:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name, benchmark in BENCHMARKS.items():
-        sentence = f"{benchmark.text[0].upper()}{benchmark.text[1:]}."
-        command = commands.add_parser(name, help=benchmark.text, description=sentence)
-        if benchmark.config:
-            add_settings(command, benchmark.config)
-        add_options(command, benchmark.options)
-    args = parse_args(parser)
-    return BENCHMARKS[args.command].run(args)
+    args = parse_command(__doc__, COMMANDS, repeats_help=True)
+    measure: Callable[[argparse.Namespace], int] = getattr(benchmark_runs, args.command)
+    return measure(args)
 
 
 _MACHINE = Machine()  # the machine of docs/sequence_parallelism.md
 _REPEATS = "number of timed repeats"
 
-BENCHMARKS = {
-    "attention": Benchmark(
+COMMANDS = {
+    "attention": Command(
         "time tensorized and routed attention against full attention and a window, on one GPU",
-        runs.attention,
         {
             "--lengths LIST": Option(
                 "lengths in tokens, separated by commas (default: 4096, doubled up to 131072)",
@@ -82,16 +55,14 @@ BENCHMARKS = {
                 131072,
             ),
             "--documents MEAN": Option(
-                "use packed documents of this mean length in tokens (default: one document)",
-                type=int,
+                "use packed documents of this mean length in tokens (default: one document)"
             ),
             **JSON,
-            "--plot FILE.png": Option("plot time against length into this file", type=Path),
+            "--plot FILE.png": Option("plot time against length into this file"),
         },
     ),
-    "train": Benchmark(
+    "train": Command(
         "time forward and backward of a model against full attention and Hugging Face's Llama",
-        runs.train,
         {
             "--lengths LIST": Option(
                 "lengths of the document in tokens, separated by commas", "32768,131072"
@@ -106,15 +77,12 @@ BENCHMARKS = {
                 "also find the longest document that fits with each method", default=False
             ),
             **JSON,
-            "--plot FILE.png": Option(
-                "plot speed and memory against length into this file", type=Path
-            ),
+            "--plot FILE.png": Option("plot speed and memory against length into this file"),
         },
-        "TOML file of the run, for its shape, fold, dtype and memory settings",
+        Settings("TOML file of the run, for its shape, fold, dtype and memory settings"),
     ),
-    "decode": Benchmark(
+    "decode": Command(
         "time generated tokens after long prompts, and compare with Hugging Face's Llama",
-        runs.decode,
         {
             "--lengths LIST": Option(
                 "prompt lengths in tokens, separated by commas", "32768,131072"
@@ -125,23 +93,21 @@ BENCHMARKS = {
             "--new-tokens N": Option("number of generated tokens to time", 64),
             **JSON,
         },
-        "TOML file of the run, for its shape, layers and dtype",
+        Settings("TOML file of the run, for its shape, layers and dtype"),
     ),
-    "data": Benchmark(
+    "data": Command(
         "time preparing, planning and serving data, with one process on any machine",
-        runs.data,
         {
             "--documents N": Option("number of documents to plan into rows", 10_000_000),
             "--tokenizer DIR": Option(
-                "folder of the tokenizer (default: one trained for the benchmark)", type=Path
+                "folder of the tokenizer (default: one trained for the benchmark)"
             ),
             "--max-bytes BYTES": Option("bytes of text to encode", 20_000_000),
         },
     ),
-    "sp": Benchmark(
+    "sp": Command(
         "time one layer whose rows are shared by the ranks of this job (under deepspeed, torchrun "
         "or srun), and project the time to 8 ... 1,024 GPUs",
-        runs.sp,
         {
             "--repeats N": Option(_REPEATS, 10),
             **JSON,
@@ -166,35 +132,30 @@ BENCHMARKS = {
             ),
             **LOCAL_RANK,
         },
-        "TOML file of the run",
+        Settings(),
     ),
-    "memory": Benchmark(
+    "memory": Command(
         "compare the memory and time that launcher/plan.py predicts with those of real steps",
-        runs.memory,
         {
             "--points FILE": Option(
-                "TOML file with [[points]] to measure (default: built-in points for this machine)",
-                type=Path,
+                "TOML file with [[points]] to measure (default: built-in points for this machine)"
             ),
             **JSON,
             "--seconds SECONDS": Option("time limit in seconds for all points together", 570.0),
             "--each SECONDS": Option("time limit in seconds for one point", 180.0),
             "--one": Option(argparse.SUPPRESS),  # a point, in its own process
-            "--answer": Option(argparse.SUPPRESS, type=Path),
+            "--answer FILE": Option(argparse.SUPPRESS),
         },
     ),
-    "node": Benchmark(
+    "node": Command(
         "train, start, and evaluate Llama-8B on all GPUs of this host, within a time limit",
-        runs.node,
         {
             "--parts LIST": Option(
                 "what to measure, in this order, separated by commas",
                 "train,starters,longest,evaluation",
             ),
             "--folder DIR": Option(
-                "folder for data and runs; another call uses its data again",
-                Path("runs/node"),
-                type=Path,
+                "folder for data and runs; another call uses its data again", Path("runs/node")
             ),
             "--limit SECONDS": Option(
                 "time limit in seconds; what has been measured by then is reported", 570.0
@@ -205,28 +166,24 @@ BENCHMARKS = {
             **JSON,
         },
     ),
-    "adaptation": Benchmark(
+    "adaptation": Command(
         "compare the cost and quality of adapted models (make adapt)",
-        runs.adaptation,
         {
             "runs RUN": Option(
                 "folders of the runs; each contains reports of launcher/evaluate.py in code/, "
                 "books/ and needles/; runs NAME, NAME-1, ... are seeds of one variant",
-                type=Path,
                 nargs="+",
             )
         },
     ),
-    "conversion": Benchmark(
+    "conversion": Command(
         "import and export a model of a given shape, and report the peak memory of both",
-        runs.conversion,
         {
             "--config FILE": Option(
-                "TOML file of the run, for the shape of the model", type=Path, required=True
+                "TOML file of the run, for the shape of the model", required=True
             ),
             "--folder DIR": Option(
                 "new folder for temporary files, 6 bytes per parameter; removed at the end",
-                type=Path,
                 required=True,
             ),
         },

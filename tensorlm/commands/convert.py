@@ -13,25 +13,16 @@ import shlex
 from pathlib import Path
 
 from tensorlm.config import Config, load_config
-from tensorlm.runtime.arguments import (
-    Option,
-    Options,
-    Parser,
-    add_options,
-    add_settings,
-    parse_args,
-)
+from tensorlm.runtime.arguments import Command, Option, Settings, parse_command
 from tensorlm.runtime.errors import UserError
 from tensorlm.runtime.exit import run_launcher
 
-COMMANDS: dict[str, tuple[str, Options]] = {
-    "export": (
+COMMANDS = {
+    "export": Command(
         "write a checkpoint as a Hugging Face folder",
         {
-            "--output DIR": Option("new folder to write", type=Path, required=True),
-            "--checkpoint STEP": Option(
-                "step of the checkpoint to export (default: the newest)", type=int
-            ),
+            "--output DIR": Option("new folder to write", required=True),
+            "--checkpoint STEP": Option("step of the checkpoint to export (default: the newest)"),
             "--dtype": Option("dtype of the exported weights", "bf16", choices=("bf16", "fp32")),
             "--rounding": Option(
                 "how weights are rounded to bf16 (default: stochastic if rounding to nearest would "
@@ -40,8 +31,7 @@ COMMANDS: dict[str, tuple[str, Options]] = {
             ),
             "--tokenizer DIR": Option(
                 "folder of the tokenizer to include (default: that of the data set or of the "
-                "imported folder)",
-                type=Path,
+                "imported folder)"
             ),
             "--push-to-hub OWNER/NAME": Option(
                 "also upload the folder to this repository of the Hugging Face Hub; a new "
@@ -49,30 +39,24 @@ COMMANDS: dict[str, tuple[str, Options]] = {
             ),
             "--public": Option("with --push-to-hub: make a new repository public", default=False),
         },
+        Settings("TOML file of the run (required)", required=False),
     ),
-    "import": (
+    "import": Command(
         "write a Hugging Face Llama folder as checkpoint 0 of a run",
         {
-            "--hf DIR": Option("Hugging Face folder with Llama weights", type=Path, required=True),
+            "--hf DIR": Option("Hugging Face folder with Llama weights", required=True),
             "--write-config FILE": Option(
                 "write a configuration to this file instead of importing weights; [model] is taken "
-                "from the folder, other sections from --config (default: values to start from)",
-                type=Path,
+                "from the folder, other sections from --config (default: values to start from)"
             ),
         },
+        Settings("TOML file of the run (required, except with --write-config)", required=False),
     ),
 }
 
 
 def main() -> int:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name, (text, options) in COMMANDS.items():
-        command = commands.add_parser(name, help=text)
-        unless = " (required, except with --write-config)" if name == "import" else " (required)"
-        add_settings(command, f"TOML file of the run{unless}", required=False)
-        add_options(command, options)
-    args = parse_args(parser)
+    args = parse_command(__doc__, COMMANDS)
     if args.command == "import":
         _check_folder(args.hf)
         if args.write_config:

@@ -9,34 +9,22 @@ An evaluation writes report.json, report.md, report.html and the plots into RUN/
 scalars into the run's TensorBoard.
 """
 
-import argparse
 from pathlib import Path
 
 from tensorlm.config import load_config
-from tensorlm.runtime.arguments import (
-    LOCAL_RANK,
-    Option,
-    Parser,
-    add_options,
-    add_settings,
-    parse_args,
-    parse_lengths,
-)
+from tensorlm.runtime.arguments import LOCAL_RANK, Option, Settings, parse, parse_lengths
 from tensorlm.runtime.errors import UserError
 from tensorlm.runtime.exit import run_launcher
 
 MODELS = {
-    "--checkpoint STEP": Option(
-        "step of the checkpoint to evaluate (default: the newest)", type=int
-    ),
-    "--hf DIR": Option("evaluate this Hugging Face folder instead of a checkpoint", type=Path),
+    "--checkpoint STEP": Option("step of the checkpoint to evaluate (default: the newest)"),
+    "--hf DIR": Option("evaluate this Hugging Face folder instead of a checkpoint"),
     "--random-weights": Option(
         "evaluate without a checkpoint, to measure only time and memory", default=False
     ),
     "--compare DIR": Option(
         "join the reports below these folders instead of evaluating: lengths of one model become "
         "one report, several models appear side by side",
-        type=Path,
         nargs="+",
     ),
 }
@@ -50,17 +38,14 @@ OPTIONS = {
         "layers), passkey, niah (needles), ruler (default: eval.tasks)"
     ),
     "--output DIR": Option(
-        "folder for the report (default: below RUN/eval; required with --compare)", type=Path
+        "folder for the report (default: below RUN/eval; required with --compare)"
     ),
 }
 
 
 def main() -> int:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_settings(parser, "TOML file of the run (required, except with --compare)", required=False)
-    add_options(parser.add_mutually_exclusive_group(), MODELS)
-    add_options(parser, {**OPTIONS, **LOCAL_RANK})
-    args = parse_args(parser)
+    settings = Settings("TOML file of the run (required, except with --compare)", required=False)
+    args = parse(__doc__, {**OPTIONS, **LOCAL_RANK}, settings, MODELS)
     if args.compare:
         return _compare(args.compare, args.output)
     if not args.config:

@@ -8,14 +8,13 @@ import argparse
 import math
 import os
 import sys
-from pathlib import Path
 
-from tensorlm.runtime.arguments import Option, Parser, add_options, parse_args
+from tensorlm.runtime.arguments import Option, parse
 from tensorlm.runtime.errors import UserError
 from tensorlm.runtime.exit import run_launcher
 
 OPTIONS = {
-    "--model DIR": Option("exported folder to load", type=Path, required=True),
+    "--model DIR": Option("exported folder to load", required=True),
     "--prompt TEXT": Option("text to continue (-: read it from standard input)", required=True),
     "--max-new-tokens N": Option("maximum number of tokens to generate", 128),
     "--temperature T": Option(
@@ -28,16 +27,13 @@ OPTIONS = {
     ),
     "--seed N": Option("seed of the sampling; used only if the temperature is above 0", 0),
     "--prefill-chunk TOKENS": Option(
-        "read the prompt in pieces of this many tokens, to save memory (default: in one piece)",
-        type=int,
+        "read the prompt in pieces of this many tokens, to save memory (default: in one piece)"
     ),
 }
 
 
 def main() -> int:
-    parser = Parser(description=__doc__)
-    add_options(parser, OPTIONS)
-    args = parse_args(parser)
+    args = parse(__doc__, OPTIONS)
     check_arguments(args)
     prompt = read_prompt(args.prompt)
 

@@ -9,28 +9,17 @@ from tensorlm.plan.gpus import find_gpu
 from tensorlm.plan.planning import make_plan
 from tensorlm.plan.proposals import propose
 from tensorlm.plan.report import format_plan, plan_json
-from tensorlm.runtime.arguments import (
-    JSON,
-    Option,
-    Parser,
-    add_options,
-    add_settings,
-    parse_args,
-    write_json,
-)
+from tensorlm.runtime.arguments import JSON, Option, Settings, parse, write_json
 from tensorlm.runtime.errors import UserError
 from tensorlm.runtime.exit import run_launcher
 
 
 def main() -> int:
-    parser = Parser(description=__doc__)
-    add_settings(parser)
     options = {
-        "--gpus N": Option("number of GPUs, one rank each", type=int, required=True),
+        "--gpus N": Option("number of GPUs, one rank each", required=True),
         "--gpu GPU": Option("kind of GPU: a100, h100, h200, b200, or its memory in GiB", "h100"),
     }
-    add_options(parser, {**options, **JSON})
-    args = parse_args(parser)
+    args = parse(__doc__, {**options, **JSON}, Settings())
     config, gpu = load_config(args.config, args.overrides), find_gpu(args.gpu)
     if args.gpus < 1:
         raise UserError(f"--gpus: must be at least 1, got {args.gpus}")

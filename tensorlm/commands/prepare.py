@@ -24,7 +24,7 @@ from tensorlm.data.prepare.readers import LONGEST_DOCUMENT
 from tensorlm.data.shards import open_shards, verify_shards
 from tensorlm.data.tokenizer.tokenizers import check_tokenizer, load_tokenizer
 from tensorlm.data.tokenizer.training import check_new_tokenizer, train_tokenizer
-from tensorlm.runtime.arguments import Option, Options, Parser, add_options, check_plot, parse_args
+from tensorlm.runtime.arguments import Command, Option, check_plot, parse_command
 from tensorlm.runtime.errors import UserError
 from tensorlm.runtime.exit import run_launcher
 from tensorlm.runtime.launch_env import launched_world_size
@@ -39,8 +39,7 @@ SOURCE = {
     ),
     "--exclude GLOB": Option("files of --input to skip (default: none)", [], nargs="*"),
     "--text-field NAME": Option(
-        "field that holds the text (default: text); meta.text is the field text inside meta",
-        "text",
+        "field that holds the text (default: text); meta.text is the field text inside meta", "text"
     ),
     "--max-bytes BYTES": Option(
         "stop after this many bytes of input (default: 0, which reads all)", 0
@@ -51,30 +50,25 @@ SOURCE = {
         LONGEST_DOCUMENT,
     ),
 }
-DATA = {"data DATA": Option("folder of the data set", type=Path)}
-COMMANDS: dict[str, tuple[str, Options]] = {
-    "tokenizer": (
+DATA = {"data DATA": Option("folder of the data set")}
+COMMANDS = {
+    "tokenizer": Command(
         "train a sentencepiece BPE tokenizer",
         {
             **SOURCE,
-            "--vocab-size N": Option("number of pieces in the vocabulary", type=int, required=True),
-            "--output DIR": Option(
-                "folder to write; must not contain a tokenizer", type=Path, required=True
-            ),
+            "--vocab-size N": Option("number of pieces in the vocabulary", required=True),
+            "--output DIR": Option("folder to write; must not contain a tokenizer", required=True),
         },
     ),
-    "encode": (
+    "encode": Command(
         "encode documents into token shards",
         {
             **SOURCE,
             "--tokenizer PATH": Option(
-                "tokenizer: a Hugging Face folder or a sentencepiece BPE .model file",
-                type=Path,
-                required=True,
+                "tokenizer: a Hugging Face folder or a sentencepiece BPE .model file", required=True
             ),
             "--output DIR": Option(
                 "folder of the data set to write; an interrupted call continues there",
-                type=Path,
                 required=True,
             ),
             "--holdout SHARE": Option(
@@ -82,8 +76,7 @@ COMMANDS: dict[str, tuple[str, Options]] = {
                 0.01,
             ),
             "--workers N": Option(
-                "number of processes (default: 0, which means one per core, or one per MPI rank)",
-                0,
+                "number of processes (default: 0, which means one per core, or one per MPI rank)", 0
             ),
             "--shard-bytes BYTES": Option(
                 f"approximate bytes of input per shard (default: {SHARD_BYTES:,}; more for many "
@@ -92,7 +85,7 @@ COMMANDS: dict[str, tuple[str, Options]] = {
             ),
         },
     ),
-    "packages": (
+    "packages": Command(
         "write the source of installed Python packages as long documents",
         {
             "--text GLOB": Option(
@@ -108,13 +101,12 @@ COMMANDS: dict[str, tuple[str, Options]] = {
             "--output DIR": Option(
                 "folder for train.jsonl (with repeated passages, and facts that are asked for "
                 "later) and held_out.jsonl",
-                type=Path,
                 required=True,
             ),
         },
     ),
-    "verify": ("check every byte of a data set and its tokenizer", DATA),
-    "inspect": (
+    "verify": Command("check every byte of a data set and its tokenizer", DATA),
+    "inspect": Command(
         "show counts, document lengths and samples of a data set",
         {
             **DATA,
@@ -123,22 +115,16 @@ COMMANDS: dict[str, tuple[str, Options]] = {
                 "row lengths for which to show how full packed rows are (default: 8192 32768 "
                 "131072)",
                 [8192, 32768, 131072],
-                type=int,
                 nargs="+",
             ),
-            "--plot FILE.png": Option("plot document lengths into this file", type=Path),
+            "--plot FILE.png": Option("plot document lengths into this file"),
         },
     ),
 }
 
 
 def main() -> int:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name, (text, options) in COMMANDS.items():
-        add_options(commands.add_parser(name, help=text), options)
-    args = parse_args(parser)
-
+    args = parse_command(__doc__, COMMANDS)
     _check(args)
     if args.command == "tokenizer":
         check_new_tokenizer(args.output)  # early: training takes minutes

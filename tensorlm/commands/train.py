@@ -4,36 +4,24 @@ Run the same command again to continue from the newest intact checkpoint. The co
 under deepspeed, torchrun, srun, mpirun and plain python.
 """
 
-from tensorlm.runtime.arguments import (
-    LOCAL_RANK,
-    Option,
-    Parser,
-    add_options,
-    add_settings,
-    parse_args,
-)
+from tensorlm.runtime.arguments import LOCAL_RANK, Option, Settings, parse
 from tensorlm.runtime.errors import EXIT_DONE, EXIT_PREEMPTED
 from tensorlm.runtime.exit import run_launcher
 from tensorlm.runtime.preemption import StopRequest
 
 
 def main(stop: StopRequest) -> int:
-    parser = Parser(description=__doc__)
-    add_settings(parser)
     options = {
         "--replay STEP": Option(
             "recompute this step from the checkpoint before it, compare it with the recorded loss, "
-            "and write nothing",
-            type=int,
+            "and write nothing"
         ),
         "--dry-run RANKS": Option(
             "check all settings, data and checkpoints for this number of ranks, and exit without "
-            "training",
-            type=int,
+            "training"
         ),
     }
-    add_options(parser, {**options, **LOCAL_RANK})
-    args = parse_args(parser)
+    args = parse(__doc__, {**options, **LOCAL_RANK}, Settings())
     # Importing torch takes seconds, and signals must be handled before that.
     from tensorlm.config import load_config
     from tensorlm.runtime.launch_env import (

@@ -35,24 +35,85 @@ class Parser(argparse.ArgumentParser):
 class Option(NamedTuple):
     """An argument of a command: its help, and what argparse needs to know.
 
-    The type is that of the default unless given; False makes a switch. A default that the help does
-    not mention is added to it.
+    The type is that of the default, or else that of the metavar (`_TYPES`); False makes a switch. A
+    default that the help does not mention is added to it.
     """
 
     help: str
     default: Any = None
-    type: Callable[[str], Any] | None = None
     required: bool = False
     nargs: str | None = None
     choices: Sequence[str] | None = None
 
 
+class Settings(NamedTuple):
+    """`--config` with its help, and settings that replace those of its file."""
+
+    help: str = "TOML file of the run"
+    required: bool = True
+
+
 Options = Mapping[str, Option]
 _FORMS = {int: ",", float: "g"}
+_TYPES: dict[str, Callable[[str], Any]] = {
+    **dict.fromkeys(("DATA", "DIR", "FILE", "FILE.png", "PATH", "RUN"), Path),
+    **dict.fromkeys(("MEAN", "N", "RANKS", "STEP", "TOKENS"), int),
+}
 
-JSON: Options = {"--json FILE": Option("also write every number to this file", type=Path)}
+JSON: Options = {"--json FILE": Option("also write every number to this file")}
 # The deepspeed launcher adds this option to the command line of each rank.
 LOCAL_RANK: Options = {"--local_rank": Option(argparse.SUPPRESS)}
+
+
+class Command(NamedTuple):
+    """A sub-command: its help, its options, and its settings, if any."""
+
+    help: str
+    options: Options
+    settings: Settings | None = None
+
+
+def parse(
+    description: str | None,
+    options: Options,
+    settings: Settings | None = None,
+    alternatives: Options | None = None,
+) -> argparse.Namespace:
+    """Parse the arguments of this process; at most one of `alternatives` may be given."""
+    parser = _parser(description)
+    _add_settings(parser, settings)
+    if alternatives:
+        add_options(parser.add_mutually_exclusive_group(), alternatives)
+    add_options(parser, options)
+    return parse_args(parser)
+
+
+def parse_command(
+    description: str | None, commands: Mapping[str, Command], *, repeats_help: bool = False
+) -> argparse.Namespace:
+    """Parse the arguments of this process, first its sub-command; `command` is the name.
+
+    Args:
+        description: help above the list of sub-commands.
+        commands: the sub-commands by name.
+        repeats_help: whether the help of a sub-command begins with its line in the list.
+    """
+    parser = _parser(description)
+    parsers = parser.add_subparsers(dest="command", required=True)
+    for name, command in commands.items():
+        text = command.help
+        sentence = f"{text[0].upper()}{text[1:]}." if repeats_help else None
+        of_command = parsers.add_parser(name, help=text, description=sentence)
+        _add_settings(of_command, command.settings)
+        add_options(of_command, command.options)
+    return parse_args(parser)
+
+
+def _parser(description: str | None) -> Parser:
+    """A parser that keeps the line ends of a description with examples, which are indented."""
+    has_examples = "\n  " in (description or "")
+    form = argparse.RawDescriptionHelpFormatter if has_examples else argparse.HelpFormatter
+    return Parser(description=description, formatter_class=form)
 
 
 def add_options(parser: argparse._ActionsContainer, options: Options) -> None:
@@ -66,19 +127,19 @@ def add_options(parser: argparse._ActionsContainer, options: Options) -> None:
         if default not in (None, []) and "default: " not in text:
             shown = f"{default:{_FORMS.get(type(default), '')}}"
             text += f" (default: {shown})"
+        kind = _TYPES.get(metavar) if isinstance(default, list | None) else type(default)
         given: dict[str, Any] = {"metavar": metavar or None, "required": option.required or None}
-        kind = option.type or (None if isinstance(default, list | None) else type(default))
         given |= {"type": kind, "nargs": option.nargs, "choices": option.choices}
         given = {key: value for key, value in given.items() if value is not None}
         parser.add_argument(name, help=text, default=default, **given)
 
 
-def add_settings(
-    parser: argparse.ArgumentParser, text: str = "TOML file of the run", *, required: bool = True
-) -> None:
-    """Add `--config`, described by `text`, and settings that replace those of its file."""
+def _add_settings(parser: argparse.ArgumentParser, settings: Settings | None) -> None:
+    if settings is None:
+        return
     replacing = "settings that replace those of the file, such as train.steps=100"
-    add_options(parser, {"--config FILE": Option(text, required=required)})
+    required = settings.required
+    parser.add_argument("--config", metavar="FILE", help=settings.help, required=required)
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help=replacing)
 
 

@@ -4,6 +4,7 @@ import argparse
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -29,21 +30,24 @@ def test_settings_may_stand_anywhere_behind_their_command(monkeypatch: pytest.Mo
     assert (args.dtype, args.overrides) == ("bf16", ["a.b=1", "c.d=2", "e.f=3"])
 
 
-def test_type_and_shown_default_of_an_option_are_those_of_its_default() -> None:
+def test_type_and_shown_default_of_an_option_are_those_of_its_default_or_metavar() -> None:
     parser = argparse.ArgumentParser()
     options = {
         "--bytes N": Option("bytes to read", 20_000),
         "--share S": Option("share (0: none; default: 0.5)", 0.5),
         "--all": Option("read all", default=False),
         "--files FILE": Option("files to skip", [], nargs="*"),
+        "--rows N": Option("rows to read (default: all)"),
         "folder DIR": Option("where to read"),
     }
     add_options(parser, options)
-    args = parser.parse_args(["--bytes", "7", "--all", "x"])
-    assert vars(args) == {"bytes": 7, "share": 0.5, "all": True, "files": [], "folder": "x"}
+    args = parser.parse_args(["--bytes", "7", "--all", "--rows", "2", "x"])
+    assert vars(args) == {
+        "bytes": 7, "share": 0.5, "all": True, "files": [], "rows": 2, "folder": Path("x"),
+    }  # fmt: skip
     text = parser.format_help()
     assert "bytes to read (default: 20,000)" in text
-    assert text.count("default:") == 2
+    assert text.count("default:") == 3
 
 
 @pytest.mark.parametrize("words", [("convert", "a.b=1", "--strange"), ("other", "a.b=1")])
