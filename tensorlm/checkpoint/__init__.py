@@ -5,23 +5,3 @@ from .load import check_names, load_slices, load_weights, newest_checkpoint, sel
 from .manifest import Checkpoint, list_steps, manifest_text, open_checkpoint, step_folder
 from .saver import Saver, check_disk_space
 from .slices import STATE, ParameterSlice
-
-__all__ = [
-    "STATE",
-    "Checkpoint",
-    "ParameterSlice",
-    "Saver",
-    "check_disk_space",
-    "check_names",
-    "check_resumable",
-    "config_to_read",
-    "list_steps",
-    "load_slices",
-    "load_weights",
-    "manifest_text",
-    "model_differences",
-    "newest_checkpoint",
-    "open_checkpoint",
-    "select_checkpoint",
-    "step_folder",
-]

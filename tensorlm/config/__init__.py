@@ -17,31 +17,3 @@ from .schema import (
     TrainConfig,
 )
 from .section import Section, raise_all
-
-__all__ = [
-    "SETTINGS",
-    "CheckpointConfig",
-    "Config",
-    "DataConfig",
-    "FusedLayers",
-    "GuardsConfig",
-    "LayerKind",
-    "LinearFormat",
-    "ModelConfig",
-    "OptimConfig",
-    "PhaseConfig",
-    "Recompute",
-    "RopeScaling",
-    "RouteConfig",
-    "Section",
-    "TrainConfig",
-    "apply_override",
-    "attention_in_words",
-    "config_toml",
-    "layers_in_words",
-    "load_config",
-    "parse_config",
-    "raise_all",
-    "read_tree",
-    "why_slow",
-]

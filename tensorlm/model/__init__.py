@@ -2,5 +2,3 @@
 
 from .initial_weights import WeightInit
 from .llama import Block, Llama, create_llama
-
-__all__ = ["Block", "Llama", "WeightInit", "create_llama"]
