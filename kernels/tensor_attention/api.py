@@ -11,18 +11,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from . import blocked, dense
-from .checks import (
-    check_axis,
-    check_bias,
-    check_choice,
-    check_heads,
-    check_rotary,
-    check_scale,
-    check_state,
-    per_token,
-    steps_per_token,
-)
+from . import blocked, checks, dense
 from .fold import (
     Axis,
     HopInputs,
@@ -63,14 +52,14 @@ def hop(
     Raises:
         ValueError: the arguments do not match, or the backend does not support them.
     """
-    check_heads(q, k, values, "values", of_queries=True)
-    check_axis(stride, length)
-    check_rotary(rotary, -(-q.shape[1] // stride), q)
-    check_bias("bias", bias, [q.shape[2]], q)
-    check_state(state, q, values)
-    check_scale(scale)
-    reach = steps_per_token("reach", reach, q)
-    ahead = None if ahead is None else steps_per_token("ahead", ahead, q)
+    checks.check_heads(q, k, values, "values", of_queries=True)
+    checks.check_axis(stride, length)
+    checks.check_rotary(rotary, -(-q.shape[1] // stride), q)
+    checks.check_bias("bias", bias, [q.shape[2]], q)
+    checks.check_state(state, q, values)
+    checks.check_scale(scale)
+    reach = checks.steps_per_token("reach", reach, q)
+    ahead = None if ahead is None else checks.steps_per_token("ahead", ahead, q)
     # A longer axis has no more steps: every token is alone on its line or reads all of it.
     stride, length = (min(size, max(1, q.shape[1])) for size in (stride, length))
     backend = chosen_backend(backend, q, k, values, ahead is not None)
@@ -118,7 +107,7 @@ def tensor_attention(
     Raises:
         ValueError: the arguments do not match, or the backend does not support them.
     """
-    check_choice("mode", mode, get_args(Mode))
+    checks.check_choice("mode", mode, get_args(Mode))
     if mode == "distance" and not causal:
         raise ValueError('causal must be True in mode = "distance", got False (use mode = "fold")')
     if mode == "fold" and hop_bias is not None:
@@ -167,15 +156,15 @@ def check_operator(
     Raises:
         ValueError: the arguments do not match.
     """
-    check_heads(q, k, v, "v", of_queries=False)
-    check_rotary(rotary, positions, q)
-    check_bias("hop_bias", hop_bias, [len(fold), q.shape[2]], q)
-    check_scale(scale)
-    check_choice("backend", backend, get_args(Backend))
+    checks.check_heads(q, k, v, "v", of_queries=False)
+    checks.check_rotary(rotary, positions, q)
+    checks.check_bias("hop_bias", hop_bias, [len(fold), q.shape[2]], q)
+    checks.check_scale(scale)
+    checks.check_choice("backend", backend, get_args(Backend))
     validate_fold(fold)
     if doc_start is None:
         return torch.zeros(q.shape[:2], dtype=torch.int32, device=q.device)
-    return per_token("doc_start", doc_start, q)
+    return checks.per_token("doc_start", doc_start, q)
 
 
 def chosen_backend(backend: Backend, q: Tensor, k: Tensor, values: Tensor, ahead: bool) -> Backend:
@@ -184,7 +173,7 @@ def chosen_backend(backend: Backend, q: Tensor, k: Tensor, values: Tensor, ahead
     Raises:
         ValueError: the backend is unknown.
     """
-    check_choice("backend", backend, get_args(Backend))
+    checks.check_choice("backend", backend, get_args(Backend))
     if not q.shape[0] or not q.shape[1]:
         return "dense"
     if backend != "auto":

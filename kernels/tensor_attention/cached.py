@@ -9,7 +9,7 @@ project, because exported Hugging Face folders contain it.
 import torch
 from torch import Tensor
 
-from .fold import FLOOR, MASKED, Rotary, State, apply_rotary, full_precision
+from .fold import FLOOR, MASKED, HopInputs, Rotary, State, apply_rotary, full_precision
 
 # Queries whose entries are gathered at a time: bounds the memory for a chunk of a long prompt.
 _QUERY_CHUNK = 64
@@ -50,30 +50,22 @@ def hop_cached(
         positions = torch.arange(first, first + q[:, rows].shape[1], device=q.device)
         parts.append(
             _hop_rows(
-                q[:, rows], k, values, positions, reach[:, rows], stride=stride, length=length,
-                bias=bias, state=state_rows, rotary=rotary, scale=scale,
+                HopInputs(
+                    q[:, rows], k, values, stride, length, reach[:, rows], bias, state_rows, rotary,
+                    scale,
+                ),
+                positions,
             )
         )  # fmt: skip
     return torch.cat([z for z, _ in parts], dim=1), torch.cat([lse for _, lse in parts], dim=1)
 
 
-def _hop_rows(
-    q: Tensor,
-    k: Tensor,
-    values: Tensor,
-    positions: Tensor,
-    reach: Tensor,
-    *,
-    stride: int,
-    length: int,
-    bias: Tensor | None,
-    state: State | None,
-    rotary: Rotary | None,
-    scale: float | None,
-) -> State:
-    num_tokens, num_heads, head_dim = k.shape[1], q.shape[2], q.shape[3]
+def _hop_rows(inputs: HopInputs, positions: Tensor) -> State:
+    """The hop of queries at `positions` [Q]; `inputs.q` and `inputs.reach` are theirs alone."""
+    q, k, values, stride, length, reach, bias, state, rotary, _, _ = inputs
+    num_tokens, num_heads = k.shape[1], q.shape[2]
     work = torch.promote_types(q.dtype, torch.float32)
-    scale = head_dim**-0.5 if scale is None else scale
+    scale = inputs.score_scale
     nearest = 0 if state is None else 1
     steps = torch.arange(nearest, min(length, (num_tokens - 1) // stride + 1), device=q.device)
     visited = positions[:, None] - steps * stride  # [Q, N]

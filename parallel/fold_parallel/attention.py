@@ -13,15 +13,9 @@ from torch import Tensor
 from tensor_attention import Rotary, fold_axes, hop, tensor_attention
 from tensor_attention.api import Backend, check_operator
 
+from . import swap
 from .collectives import start_halo
 from .grid import Grid, check_sizes
-from .swap import (
-    columns_to_rows,
-    heads_to_tokens,
-    rows_to_columns,
-    start_rows_to_columns,
-    tokens_to_heads,
-)
 from .window import depth_in_document, first_hop
 
 
@@ -84,12 +78,12 @@ def sharded_tensor_attention(
 
     # Start both exchanges before hop 1, and wait only for the halo.
     halo = start_halo((k, v), fold[0] - 1, grid.sp_group)
-    swap = start_rows_to_columns((q, k, depth), fold[0], grid.swap_group)
-    columns = None if overlap else swap.wait()
+    swapping = swap.start_rows_to_columns((q, k, depth), fold[0], grid.swap_group)
+    columns = None if overlap else swapping.wait()
     z, lse = first_hop(q, k, v, depth, halo, fold[0], grid, rotary, scale, backend)
     # In this order, backward sends the gradients of z first, and those of q, k during hop 1.
-    q, k, depth = columns or swap.wait()
-    z, lse = rows_to_columns((z, lse), fold[0], grid.swap_group, left_out=fold[0])
+    q, k, depth = columns or swapping.wait()
+    z, lse = swap.rows_to_columns((z, lse), fold[0], grid.swap_group, left_out=fold[0])
     for i, axis in enumerate(fold_axes(fold, seq_len)[1:]):
         z, lse = hop(
             q, k, z, stride=axis.stride // grid.sp, length=axis.length,
@@ -97,7 +91,7 @@ def sharded_tensor_attention(
             bias=None if hop_bias is None else hop_bias[i],
             rotary=rotary, scale=scale, backend=backend,
         )  # fmt: skip
-    (z,) = columns_to_rows((z,), fold[0], grid.swap_group)
+    (z,) = swap.columns_to_rows((z,), fold[0], grid.swap_group)
     return z
 
 
@@ -120,9 +114,9 @@ def _full_attention(
     k, v = (x.repeat_interleave(repeats, dim=2) if repeats > 1 else x for x in (k, v))
     doc_start = doc_start.long().clamp(0, doc_start.shape[1] * grid.sp).to(torch.int32)
     everywhere = doc_start[..., None].expand(-1, -1, grid.sp)
-    q, k, v, doc_start = tokens_to_heads((q, k, v, everywhere), grid.swap_group)
+    q, k, v, doc_start = swap.tokens_to_heads((q, k, v, everywhere), grid.swap_group)
     out = tensor_attention(
         q, k, v, [], doc_start=doc_start[..., 0], rotary=rotary, scale=scale, backend=backend
     )
-    (out,) = heads_to_tokens((out,), grid.swap_group)
+    (out,) = swap.heads_to_tokens((out,), grid.swap_group)
     return out

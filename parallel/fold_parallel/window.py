@@ -83,7 +83,7 @@ def first_hop(
     multiples of `length`, blocks of `length` tokens are those of the whole row. The outputs of
     these tokens, the first of z and lse [B, length + T/P, ...], are not used.
     """
-    before_k, before_v = _landed(halo, k, v)
+    before_k, before_v = halo.wait() or (k[:, :0], v[:, :0])  # empty for a window of one token
     k, v = _behind(k, before_k, length), _behind(v, before_v, length)
     q = torch.cat((q.new_zeros(q.shape[0], length, *q.shape[2:]), q), dim=1)
     reach = F.pad(depth, (length, 0))
@@ -92,12 +92,6 @@ def first_hop(
     return hop(
         q, k, v, stride=1, length=length, reach=reach, rotary=rotary, scale=scale, backend=backend
     )
-
-
-def _landed(halo: Halo, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """The keys and values of the halo; empty for a window of one token."""
-    landed = halo.wait()
-    return (landed[0], landed[1]) if landed else (k[:, :0], v[:, :0])
 
 
 def _behind(x: Tensor, before: Tensor, length: int) -> Tensor:
