@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -70,21 +69,20 @@ def write_random_llama(config: Config, folder: Path) -> dict[str, str]:
     """Write a Llama folder with bf16 weights, in files of about 1 GB; returns all sha256s."""
     folder.mkdir()
     with torch.device("meta"):
-        shapes = {n: p.shape for n, p in Llama(config.model).named_parameters()}
-    names = [hf_name(name) for name in shapes if not name.endswith("hop_bias")]
-    sizes = [shape for name, shape in shapes.items() if not name.endswith("hop_bias")]
+        parameters = dict(Llama(config.model).named_parameters())
+    shapes = {hf_name(n): p.shape for n, p in parameters.items() if not n.endswith("hop_bias")}
     model = config.model.model_copy(update={"fold": ()})
     write_json(folder / "config.json", hf_config(model, config.data.seq_len, "bf16"))
     block = torch.randn(1 << 22, generator=torch.Generator().manual_seed(0))
     weight_map: dict[str, str] = {}
     sha256s: dict[str, str] = {}
     held: dict[str, Tensor] = {}
-    for index, (name, shape) in enumerate(zip(names, sizes, strict=True)):
+    for index, (name, shape) in enumerate(shapes.items()):
         repeats = -(-shape.numel() // block.numel())
         values = (block * (1 + index / 64)).to(torch.bfloat16).repeat(repeats)
         held[name] = values[: shape.numel()].view(shape).clone()
         sha256s[name] = _sha256(held[name])
-        if sum(t.nbytes for t in held.values()) >= _FILE_BYTES or index == len(names) - 1:
+        if sum(t.nbytes for t in held.values()) >= _FILE_BYTES or index == len(shapes) - 1:
             file = f"model-{len(set(weight_map.values())) + 1:05d}.safetensors"
             save_file(held, folder / file)
             weight_map |= dict.fromkeys(held, file)
@@ -96,14 +94,12 @@ def write_random_llama(config: Config, folder: Path) -> dict[str, str]:
 
 def weight_sha256s(folder: Path) -> dict[str, str]:
     """sha256 of every weight in a folder's safetensors files."""
-    return {name: _sha256(tensor) for name, tensor in _weights(folder)}
-
-
-def _weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    sha256s = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
             for name in file.keys():  # noqa: SIM118 (not a dict)
-                yield name, file.get_tensor(name)
+                sha256s[name] = _sha256(file.get_tensor(name))
+    return sha256s
 
 
 def _sha256(tensor: Tensor) -> str:

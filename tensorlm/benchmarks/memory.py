@@ -11,7 +11,7 @@ import resource
 import statistics
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -36,8 +36,7 @@ CPU = Platform(is_gpu=False, fused_adam=False, library_workspace=0)
 _LEARNING_RATE = 1e-5
 
 
-@dataclass(frozen=True)
-class Measurement:
+class Measurement(NamedTuple):
     """Bytes and seconds of one point; predictions are of `allocated` and `seconds`."""
 
     device: str

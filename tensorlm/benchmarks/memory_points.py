@@ -9,9 +9,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import Field, ValidationError
 
@@ -120,8 +119,7 @@ def point_config(point: Point) -> Config:
     return load_config(path if path.exists() else ROOT / path, point.settings)
 
 
-@dataclass(frozen=True)
-class Outcome:
+class Outcome(NamedTuple):
     """The result of one process, or the reason why there is none."""
 
     name: str

@@ -7,8 +7,7 @@ repeats, of the slowest rank; all ranks start each repeat together.
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -28,8 +27,7 @@ LAYER, ATTENTION = "decoder layer", "its attention"
 SERIAL, SWAP = "attention, swap of q and k before hop 1", "swap of q and k alone"
 
 
-@dataclass(frozen=True)
-class LayerCost:
+class LayerCost(NamedTuple):
     """Times of one layer, and the bytes sent to other ranks per token of the row."""
 
     ranks: str

@@ -139,17 +139,21 @@ def load_slices(checkpoint: Checkpoint, slices: Iterable[ParameterSlice]) -> Non
     Raises:
         UserError: names or shapes are not those of this model.
     """
-    shapes = checkpoint.shapes
-    keys = STATE if checkpoint.has_adam_state() else ("master",)
+    shapes, has_moments = checkpoint.shapes, checkpoint.manifest.get("adam_state", True)
     for piece in slices:
-        found = shapes.get(piece.name)
-        if found != tuple(piece.shape):
-            raise UserError(
-                f"{checkpoint.folder}: {piece.name} must have the model's shape "
-                f"{tuple(piece.shape)}, got {found or 'no such parameter'}"
-            )
-        for key in keys:
+        _check_shape(checkpoint, piece.name, piece.shape, shapes)
+        for key in STATE if has_moments else ("master",):  # imported weights have none
             piece.state[key].copy_(checkpoint.read(piece.name, key, piece.start, piece.stop))
+
+
+def _check_shape(
+    checkpoint: Checkpoint, name: str, shape: tuple[int, ...], found: dict[str, tuple[int, ...]]
+) -> None:
+    if found.get(name) != tuple(shape):
+        raise UserError(
+            f"{checkpoint.folder}: {name} must have the model's shape {tuple(shape)}, got "
+            f"{found.get(name) or 'no such parameter'}"
+        )
 
 
 def check_names(checkpoint: Checkpoint, names: Iterable[str]) -> None:
@@ -174,10 +178,6 @@ def load_weights(checkpoint: Checkpoint, model: nn.Module) -> None:
     check_names(checkpoint, (name for name, _ in model.named_parameters()))
     shapes = checkpoint.shapes
     for name, parameter in model.named_parameters():
-        if shapes.get(name) != tuple(parameter.shape):
-            raise UserError(
-                f"{checkpoint.folder}: {name} must have the model's shape "
-                f"{tuple(parameter.shape)}, got {shapes.get(name) or 'no such parameter'}"
-            )
+        _check_shape(checkpoint, name, parameter.shape, shapes)
         with torch.no_grad():
             parameter.copy_(checkpoint.read_parameter(name))

@@ -128,10 +128,6 @@ class Checkpoint:
                     bad.append(f"{entry['name']}: checksum differs")
         return bad
 
-    def has_adam_state(self) -> bool:
-        """False for imported weights, which start with fresh moments."""
-        return bool(self.manifest.get("adam_state", True))
-
     def read(self, name: str, key: str, start: int, stop: int) -> Tensor:
         """Read elements [start, stop) of flattened parameter `name` from all files that hold them.
 

@@ -23,15 +23,8 @@ from tensorlm.runtime import disk
 from tensorlm.runtime.errors import UserError
 from tensorlm.runtime.ranks import EXCHANGE_LIMIT, gather_json
 
+from . import publish
 from .manifest import list_steps, step_folder
-from .publish import (
-    describe_os_error,
-    note,
-    publish,
-    remove,
-    write_manifest,
-    write_tensors,
-)
 from .slices import ParameterSlice
 
 _Result = TypeVar("_Result")
@@ -148,15 +141,15 @@ class Saver:
 
         def write_slices() -> dict[str, Any]:
             path = temporary / name
-            size, sha256 = write_tensors(path, tensors, lambda _: self._progress("save"))
+            size, sha256 = publish.write_tensors(path, tensors, lambda _: self._progress("save"))
             return {"name": name, "bytes": size, "sha256": sha256, **layout}
 
         def seal() -> None:
-            write_manifest(temporary, {"step": step, **info, "files": entries})
-            publish(temporary, target)
+            publish.write_manifest(temporary, {"step": step, **info, "files": entries})
+            publish.publish(temporary, target)
             seconds = time.perf_counter() - started
             num_bytes, blocked = sum(e["bytes"] for e in entries), stall or seconds
-            note(self._run_dir, step, num_bytes, blocked, seconds)
+            publish.note(self._run_dir, step, num_bytes, blocked, seconds)
             print(
                 f"checkpoint {step}: {num_bytes / 2**20:,.1f} MiB, published after "
                 f"{seconds:.2f} s, training was blocked for {blocked:.2f} s",
@@ -185,7 +178,8 @@ class Saver:
         try:
             outcome: dict[str, Any] = {"result": action()}
         except OSError as error:
-            outcome = {"error": f"rank {self._rank}: {describe_os_error(error, self._run_dir)}"}
+            problem = publish.describe_os_error(error, self._run_dir)
+            outcome = {"error": f"rank {self._rank}: {problem}"}
         except Exception as error:  # the other ranks must learn of it, or they would wait forever
             traceback.print_exc()
             outcome = {"error": f"rank {self._rank}: {type(error).__name__}: {error}"}
@@ -213,11 +207,11 @@ class Saver:
             for old in older:
                 # Keep imported weights (step 0): nothing else in the run can recreate them.
                 if 0 < old < oldest and not (every and old % every == 0):
-                    remove(step_folder(self._run_dir, old))
+                    publish.remove(step_folder(self._run_dir, old))
         except OSError as error:
             print(
                 "warning: an old checkpoint could not be removed: "
-                f"{describe_os_error(error, self._run_dir)}",
+                f"{publish.describe_os_error(error, self._run_dir)}",
                 flush=True,
             )
 

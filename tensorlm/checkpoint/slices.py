@@ -1,6 +1,6 @@
 """One rank's part of a checkpoint: slices of flattened parameters with their Adam state."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -8,8 +8,7 @@ ADAM_STATE = ("exp_avg", "exp_avg_sq")
 STATE = ("master", *ADAM_STATE)
 
 
-@dataclass(frozen=True)
-class ParameterSlice:
+class ParameterSlice(NamedTuple):
     """This rank's range [start, stop) of one flattened parameter, as live views."""
 
     name: str

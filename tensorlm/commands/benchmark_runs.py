@@ -7,7 +7,6 @@ loses nothing.
 import argparse
 import json
 import os
-from dataclasses import asdict
 
 from tensorlm.config import load_config
 from tensorlm.plan.exchange import Machine
@@ -143,7 +142,7 @@ def sp(args: argparse.Namespace) -> int:
             print(bench.format_cost(cost, config), end="\n\n")
         print(format_projection(projections, config, machine))
         projected = [projection._asdict() for projection in projections]
-        write_json(args.json, {"measured": cost and asdict(cost), "projected": projected})
+        write_json(args.json, {"measured": cost and cost._asdict(), "projected": projected})
     return 0
 
 
@@ -155,7 +154,7 @@ def memory(args: argparse.Namespace) -> int:
 
         point = bench.Point.model_validate_json(args.one)
         measurement = measure(bench.point_config(point), read_launch_env(), point.steps)
-        args.answer.write_text(json.dumps(asdict(measurement)))
+        args.answer.write_text(json.dumps(measurement._asdict()))
         return 0
     check_positive(args, "seconds", "each")
     if args.points is None:
@@ -167,7 +166,7 @@ def memory(args: argparse.Namespace) -> int:
     outcomes = []
     print(bench.TABLE_HEAD, flush=True)
     for outcome in bench.measure_points(points, args.seconds, args.each):
-        outcomes.append(asdict(outcome))
+        outcomes.append(outcome._asdict())
         print(bench.format_outcome(outcome), flush=True)
         write_json(args.json, outcomes)
     return 0

@@ -24,20 +24,16 @@ def main(stop: StopRequest) -> int:
     args = parse(__doc__, {**options, **LOCAL_RANK}, Settings())
     # Importing torch takes seconds, and signals must be handled before that.
     from tensorlm.config import load_config
-    from tensorlm.runtime.launch_env import (
-        launched_world_size,
-        read_launch_env,
-        restarts_failed_ranks,
-    )
+    from tensorlm.runtime import launch_env
 
-    ranks = launched_world_size() if args.dry_run is None else args.dry_run
+    ranks = launch_env.launched_world_size() if args.dry_run is None else args.dry_run
     config = load_config(args.config, args.overrides, ranks)
     if args.dry_run is not None:
         from tensorlm.train.dry_run import check_run
 
         print("\n".join(check_run(config, args.dry_run)))
         return 0
-    launch = read_launch_env()
+    launch = launch_env.read_launch_env()
 
     from tensorlm.train.loop import train
     from tensorlm.train.replay import replay
@@ -45,7 +41,7 @@ def main(stop: StopRequest) -> int:
     if args.replay is not None:
         return replay(config, launch, args.replay)
     code = train(config, launch, stop)
-    if code == EXIT_PREEMPTED and restarts_failed_ranks():
+    if code == EXIT_PREEMPTED and launch_env.restarts_failed_ranks():
         if launch.rank == 0:
             print("exit code 0 instead of 75: torchrun would restart the run otherwise", flush=True)
         return EXIT_DONE

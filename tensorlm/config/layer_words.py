@@ -29,12 +29,8 @@ def layers_in_words(
     if len(counts) == 1:
         return names[kinds[0]]
     first, *rest = counts
-    return ", ".join(
-        [
-            names[first],
-            *(f"{names[kind]} in {counts[kind]} of {len(kinds)} layers" for kind in rest),
-        ]
-    )
+    others = (f"{names[kind]} in {counts[kind]} of {len(kinds)} layers" for kind in rest)
+    return ", ".join([names[first], *others])
 
 
 def _route_in_words(window: int, route: Mapping[str, Any]) -> str:

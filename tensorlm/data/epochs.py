@@ -7,8 +7,8 @@ called a phase.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 
@@ -17,8 +17,7 @@ from .packing import Int, Pieces, RowPlan, pack, plan_rows, shuffled
 _ROWS, _DOCUMENTS = 0, 1  # what is permuted: part of the key of a permutation
 
 
-@dataclass(frozen=True)
-class Stretch:
+class Stretch(NamedTuple):
     """What one phase takes from one epoch: the first `num_rows` rows of its shuffled plan."""
 
     phase: int

@@ -73,9 +73,8 @@ def sample_documents(data: Path, split: str, count: int, width: int = 160) -> li
 
 def plot_lengths(folders: list[Path], path: Path) -> None:
     """Write a histogram of document lengths, weighted by tokens, as a PNG."""
-    lengths_figure({str(folder): Corpus(folder).lengths for folder in folders}).savefig(
-        path, dpi=120
-    )
+    figure = lengths_figure({str(folder): Corpus(folder).lengths for folder in folders})
+    figure.savefig(path, dpi=120)
 
 
 def lengths_figure(lengths_of: dict[str, NDArray[np.int64]]) -> Any:

@@ -9,10 +9,9 @@ import hashlib
 import itertools
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -32,8 +31,7 @@ from .tokenizer.tokenizers import check_tokenizer, tokenizer_sha256
 _WORD = (1 << 64) - 1
 
 
-@dataclass(frozen=True)
-class RowPhase:
+class RowPhase(NamedTuple):
     """A phase: `num_rows` rows of one length; None for the last phase, which has no fixed end."""
 
     seq_len: int
@@ -192,13 +190,9 @@ class PackedRows:
             low, high = np.searchsorted(ends, [first, stop - 1], side="right")
             end = int(ends[low - 1]) if low else 0
             pieces = pieces[low : high + 1]
-        columns = (
-            pieces.start,
-            pieces.length,
-            corpus.shard_of(pieces.document),
-            corpus.begins[pieces.document],
-            corpus.lengths[pieces.document],
-        )
+        document = pieces.document
+        of_document = (corpus.shard_of(document), corpus.begins[document], corpus.lengths[document])
+        columns = (pieces.start, pieces.length, *of_document)
         # Rows have few pieces: plain integers are faster here than small arrays.
         for start, length, shard, at, whole in zip(*(c.tolist() for c in columns), strict=True):
             begin, end = end, end + length

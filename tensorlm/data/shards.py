@@ -152,11 +152,8 @@ def _read_index(folder: Path) -> tuple[list[Path], str]:
         index = json.loads(_read(path))
         fingerprint = index.pop("sha256")
         headers: dict[str, str] = index["headers"]
-        is_whole = (index["format"], index["version"], seal(index)) == (
-            FORMAT,
-            VERSION,
-            fingerprint,
-        )
+        found = (index["format"], index["version"], seal(index))
+        is_whole = found == (FORMAT, VERSION, fingerprint)
         digests = {folder / name: str(digest) for name, digest in headers.items()}
     except (ValueError, KeyError, TypeError, AttributeError):
         is_whole = False

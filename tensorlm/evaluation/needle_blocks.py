@@ -1,7 +1,6 @@
 """Whether the needle's blocks were open to the tokens that had to copy it, per routed layer."""
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,8 +12,7 @@ from .model import EvaluatedModel
 from .results import NeedleBlocks
 
 
-@dataclass(frozen=True)
-class Needle:
+class Needle(NamedTuple):
     """Indices of a prompt's tokens that contain the hidden answer, and its number of tokens."""
 
     tokens: list[int]
@@ -62,13 +60,12 @@ def open_shares(cache: Any, needle: Needle, prompt_length: int) -> NDArray[np.fl
         known = total - choice.shape[1]  # first token whose choice was kept
         part = choice[:, first - before - known : queries.stop - known]
         starts = torch.zeros(1, queries.stop, dtype=torch.int32, device=choice.device)
-        opened = opened_blocks(part, starts, route.block, route.open_tile, first, len(queries))[
-            0
-        ]  # [K, Q, N]
+        (opened,) = opened_blocks(part, starts, route.block, route.open_tile, first, len(queries))
         token = torch.tensor(needle.tokens, device=choice.device)
         query = torch.arange(queries.start, queries.stop, device=choice.device)
         near = token > query[:, None] - route.window  # [Q, tokens]
-        shares.append(float((near | opened[..., token // route.block]).double().mean()))
+        near = near | opened[..., token // route.block]  # [K, Q, tokens]
+        shares.append(float(near.double().mean()))
     return np.array(shares)
 
 

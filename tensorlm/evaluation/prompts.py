@@ -7,12 +7,11 @@ documents). The same seed, task, length and index give the same bytes in every p
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from random import Random
+from typing import NamedTuple
 
 
-@dataclass(frozen=True)
-class Prompt:
+class Prompt(NamedTuple):
     """A text to continue, and the strings that the continuation should contain."""
 
     text: str
@@ -28,8 +27,7 @@ Build = Callable[[Random, int], Prompt]
 Encode = Callable[[str], list[int]]
 
 
-@dataclass(frozen=True)
-class Task:
+class Task(NamedTuple):
     """A task: makes and scores its prompts.
 
     Attributes:

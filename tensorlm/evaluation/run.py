@@ -10,6 +10,7 @@ import torch
 from tensorlm.config.evaluation import GENERATION_TASKS, EvalConfig
 from tensorlm.runtime.commit import git_commit
 
+from . import results
 from .context_gain import context_gain, near_losses
 from .describe import weights_digest
 from .limits import Limits
@@ -18,23 +19,13 @@ from .needle_blocks import needle_blocks
 from .perplexity import Losses, compare_lengths, measure_length
 from .prompts import Task
 from .recall import measure_recall
-from .results import (
-    Cell,
-    Example,
-    LengthResult,
-    NeedleBlocks,
-    Recall,
-    Report,
-    TaskScore,
-    without_base,
-)
 from .retrieval import needle_task, passkey_task
 from .ruler import VERSION, ruler_tasks
 from .scoring import Scores, score_tasks
 from .text import Documents, Prose, choose_spans, make_prose
 
 
-def evaluate(settings: EvalConfig, model: EvaluatedModel, documents: Documents) -> Report:
+def evaluate(settings: EvalConfig, model: EvaluatedModel, documents: Documents) -> results.Report:
     """Run the tasks of `settings`; collective, with the same results on all ranks.
 
     Lengths that need too much memory are skipped and listed in `problems`.
@@ -68,7 +59,7 @@ def evaluate(settings: EvalConfig, model: EvaluatedModel, documents: Documents) 
         "settings": settings.model_dump(mode="json"),
         **model.facts,
     }
-    return Report(
+    return results.Report(
         name=model.name,
         step=model.step,
         trained_length=model.trained_length,
@@ -90,8 +81,8 @@ class _Evaluation:
         self.settings, self.model = settings, model
         self.lengths = sorted(settings.lengths or (model.trained_length,))
         self.limits = Limits(model.device)
-        self.examples: list[Example] = []
-        self.needle_blocks: list[NeedleBlocks] = []
+        self.examples: list[results.Example] = []
+        self.needle_blocks: list[results.NeedleBlocks] = []
         self.notes: list[str] = []
 
     def perplexity(self, documents: Documents) -> dict[str, Any]:
@@ -99,12 +90,12 @@ class _Evaluation:
         settings, model = self.settings, self.model
         longest = settings.span_length(self.lengths)
         spans = choose_spans(documents, longest, settings.max_tokens)
-        results: list[LengthResult] = []
+        measured: list[results.LengthResult] = []
         tables: dict[int, Losses] = {}
         for length in self.lengths:
             with self.limits.trying("ppl", length):
                 result, table = measure_length(model, spans, length, settings.slide, settings.seed)
-                results.append(result)
+                measured.append(result)
                 tables[length] = table
         owner, near, seed = spans.document, settings.near, settings.seed
         gains = []
@@ -115,12 +106,12 @@ class _Evaluation:
                 gains = [context_gain(table, tables[n], owner, n, near, seed) for n in longer]
         ratios = compare_lengths(tables, owner, model.trained_length, seed)
         if not ratios and any(length > model.trained_length for length in tables):
-            self.notes.append(without_base(model.trained_length))
-        return {"perplexity": results, "ratios": ratios, "attribution": gains}
+            self.notes.append(results.without_base(model.trained_length))
+        return {"perplexity": measured, "ratios": ratios, "attribution": gains}
 
-    def recall(self, documents: Documents) -> list[Recall]:
+    def recall(self, documents: Documents) -> list[results.Recall]:
         """Recall of the choice of each routed layer, at each length beyond the window."""
-        settings, model, found = self.settings, self.model, list[Recall]()
+        settings, model, found = self.settings, self.model, list[results.Recall]()
         if not model.routed_layers:
             self.notes.append("recall was not measured: the model has no routed layers")
             return found
@@ -137,7 +128,7 @@ class _Evaluation:
                 found += measure_recall(model, spans, length, settings.recall_queries)
         return found
 
-    def heat_map(self, name: str, make_task: Callable[[float], Task]) -> list[Cell]:
+    def heat_map(self, name: str, make_task: Callable[[float], Task]) -> list[results.Cell]:
         """Accuracy of `make_task(depth)` by length and depth."""
         num = self.settings.depths
         depths = [depth / (num - 1) for depth in range(num)] if num > 1 else [0.5]
@@ -153,13 +144,13 @@ class _Evaluation:
                 )  # fmt: skip
                 means = [found.mean(task) for task in range(len(depths))]
                 cells += [
-                    Cell(length=length, depth=depth, accuracy=accuracy, num_samples=count)
+                    results.Cell(length=length, depth=depth, accuracy=accuracy, num_samples=count)
                     for depth, (accuracy, count) in zip(depths, means, strict=True)
                     if count
                 ]
         return cells
 
-    def ruler(self, prose: Prose) -> list[TaskScore]:
+    def ruler(self, prose: Prose) -> list[results.TaskScore]:
         """Mean scores of the selected RULER tasks."""
         qa_files, num = [Path(file) for file in self.settings.qa], self.settings.samples
         scores = []
@@ -171,7 +162,7 @@ class _Evaluation:
                 if found is not None:
                     mean, count = found.mean(0)
                     scores.append(
-                        TaskScore(
+                        results.TaskScore(
                             task=task.name, length=length, score=mean, num_samples=count,
                             version=VERSION,
                         )

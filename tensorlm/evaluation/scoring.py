@@ -1,7 +1,6 @@
 """Scoring the model's answers to many prompts, which the ranks share."""
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,8 +14,7 @@ from .results import Example
 _EXAMPLES = 2  # number of prompts of each task to show in the report
 
 
-@dataclass(frozen=True)
-class Scores:
+class Scores(NamedTuple):
     """Scores of the prompts of all ranks, and examples from this rank.
 
     scores: [tasks, prompts], 0 if the prompt does not fit; fits: [tasks, prompts] bool.

@@ -1,6 +1,6 @@
 """The tables of a report, for its pages and for the terminal."""
 
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from tensorlm.config.evaluation import RULER_TASKS
 
@@ -17,8 +17,7 @@ from .results import Mean, Report, same_tokens
 _NONE = "-"  # cell that was not measured or is unknown
 
 
-@dataclass(frozen=True)
-class Table:
+class Table(NamedTuple):
     """One section of a report: title, text, numbers, and the figures above them."""
 
     title: str
@@ -57,7 +56,7 @@ def _with_needed_columns(table: Table, is_named: bool) -> Table:
     def kept(row: list[str]) -> list[str]:
         return [row[i] for i in columns]
 
-    return replace(table, header=kept(header), rows=[kept(row) for row in table.rows])
+    return table._replace(header=kept(header), rows=[kept(row) for row in table.rows])
 
 
 def _perplexity_table(reports: list[Report]) -> Table:

@@ -254,8 +254,7 @@ class FoldCache(Cache):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorder the sequences like the beams."""
-        super().reorder_cache(beam_idx)
-        self._map_last_document(lambda x: x.index_select(0, beam_idx.to(x.device)))
+        self.batch_select_indices(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these sequences of the batch, in this order."""

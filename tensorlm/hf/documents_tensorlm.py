@@ -104,11 +104,8 @@ def document_starts(
     is_token = torch.ones_like(begins)
     if signals.attention_mask is not None:
         changes, is_token = _number_changes(signals.attention_mask.to(device).long())
-        seen, begins, is_token = (
-            changes[:, :num_seen],
-            changes[:, num_seen:],
-            is_token[:, num_seen:],
-        )
+        seen, begins = changes[:, :num_seen], changes[:, num_seen:]
+        is_token = is_token[:, num_seen:]
         if num_seen:
             seen_index = torch.arange(num_seen, device=device)
             carried = carried.maximum(torch.where(seen, seen_index, 0).amax(1))

@@ -6,7 +6,7 @@ from pathlib import Path
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HTTPError
 
-from tensorlm.runtime.errors import UserError
+from tensorlm.runtime.errors import UserError, first_line
 
 _LOGIN = "run `hf auth login` or set HF_TOKEN, and check the network"
 
@@ -20,7 +20,7 @@ def create_repository(name: str, *, public: bool) -> None:
     try:
         HfApi().create_repo(name, private=not public, exist_ok=True)
     except (OSError, ValueError, HTTPError) as error:
-        raise UserError(f"--push-to-hub {name}: {_first_line(error)} ({_LOGIN})") from None
+        raise UserError(f"--push-to-hub {name}: {first_line(error)} ({_LOGIN})") from None
 
 
 def upload(folder: Path, name: str, message: str) -> str:
@@ -35,9 +35,5 @@ def upload(folder: Path, name: str, message: str) -> str:
         if isinstance(error, RuntimeError):  # of a large file: end its unfinished progress bar
             print(file=sys.stderr)
         again = f"{folder} is intact: continue with `hf upload {name} {folder}`"
-        raise UserError(f"--push-to-hub {name}: {_first_line(error)} ({again})") from None
+        raise UserError(f"--push-to-hub {name}: {first_line(error)} ({again})") from None
     return str(commit.commit_url)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

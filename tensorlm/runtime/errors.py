@@ -23,3 +23,8 @@ class MachineError(UserError):
     """A rank computes wrong results. Reported like a UserError, with another exit code."""
 
     exit_code = EXIT_INTERNAL
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message; the name of its class if it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

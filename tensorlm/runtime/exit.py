@@ -8,14 +8,8 @@ import time
 import traceback
 from collections.abc import Callable
 
-from .errors import (
-    EXIT_BROKEN_PIPE,
-    EXIT_CRASH,
-    EXIT_DONE,
-    EXIT_INTERRUPTED,
-    EXIT_PREEMPTED,
-    UserError,
-)
+from . import errors
+from .errors import UserError
 
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG)
 _PATIENCE_SECONDS = 2.0
@@ -45,7 +39,7 @@ def run_launcher(
     except Exception as caught:
         error = _user_error(caught)
         if isinstance(caught, BrokenPipeError) and _has_nobody_to_tell():
-            code = EXIT_BROKEN_PIPE
+            code = errors.EXIT_BROKEN_PIPE
         elif error is not None:
             _tell(error, is_told)
             code = error.exit_code
@@ -53,20 +47,20 @@ def run_launcher(
             # Another rank may have left, and the launcher may be about to end this one too.
             time.sleep(_PATIENCE_SECONDS)
             traceback.print_exc()
-            code = EXIT_CRASH
+            code = errors.EXIT_CRASH
         else:
             raise
     except KeyboardInterrupt:
         if _launched_rank() == 0:
             print("interrupted", file=sys.stderr, flush=True)
-        code = EXIT_INTERRUPTED
+        code = errors.EXIT_INTERRUPTED
     if leave_at_once:
         sys.stdout.flush()
         sys.stderr.flush()
-        if "mpi4py.MPI" in sys.modules and code in (None, EXIT_DONE, EXIT_PREEMPTED):
+        if "mpi4py.MPI" in sys.modules and code in (None, errors.EXIT_DONE, errors.EXIT_PREEMPTED):
             sys.modules["mpi4py.MPI"].Finalize()  # blocks until all ranks call it: not after errors
-        os._exit(code or EXIT_DONE)
-    sys.exit(code or EXIT_DONE)
+        os._exit(code or errors.EXIT_DONE)
+    sys.exit(code or errors.EXIT_DONE)
 
 
 def _check_arguments(words: list[str]) -> None:

@@ -7,8 +7,7 @@ with rounding to nearest, the moment would never change. So rounding is stochast
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,8 +18,7 @@ from tensorlm.runtime.stochastic_rounding import random_words, round_into
 CHUNK = 1 << 24
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(NamedTuple):
     """A range of a tensor that AdamW updates, and the parameter elements stored there.
 
     Elements [begin, begin + size) of the tensor are elements [first, first + size) of parameter

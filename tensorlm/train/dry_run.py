@@ -4,13 +4,7 @@ import contextlib
 import hashlib
 from pathlib import Path
 
-from tensorlm.checkpoint import (
-    Checkpoint,
-    check_resumable,
-    list_steps,
-    open_checkpoint,
-    step_folder,
-)
+from tensorlm import checkpoint
 from tensorlm.config import Config, config_toml
 from tensorlm.data.loader import open_rows
 from tensorlm.runtime.commit import git_commit
@@ -38,7 +32,7 @@ def check_run(config: Config, num_ranks: int) -> list[str]:
         raise UserError(f"run.dir: must be a folder, got the file {run_dir}")
     newest = _newest(run_dir)
     if newest:
-        check_resumable(newest, config, rows.fingerprint)
+        checkpoint.check_resumable(newest, config, rows.fingerprint)
     sp, end = config.parallel.sp, config.train.stop_at or config.train.steps
     return [
         f"run.dir = {config.run.dir}",
@@ -52,9 +46,9 @@ def check_run(config: Config, num_ranks: int) -> list[str]:
     ]
 
 
-def _newest(run_dir: Path) -> Checkpoint | None:
+def _newest(run_dir: Path) -> checkpoint.Checkpoint | None:
     """The newest checkpoint with a valid manifest; the run skips the others too."""
-    for step in list_steps(run_dir):
+    for step in checkpoint.list_steps(run_dir):
         with contextlib.suppress(UserError):
-            return open_checkpoint(step_folder(run_dir, step))
+            return checkpoint.open_checkpoint(checkpoint.step_folder(run_dir, step))
     return None

@@ -9,15 +9,7 @@ from typing import Any
 import torch
 
 from fold_parallel import create_grid
-from tensorlm.checkpoint import (
-    Checkpoint,
-    Saver,
-    check_disk_space,
-    check_names,
-    check_resumable,
-    load_slices,
-    newest_checkpoint,
-)
+from tensorlm import checkpoint
 from tensorlm.checkpoint.publish import sweep, was_imported
 from tensorlm.config import Config, attention_in_words, why_slow
 from tensorlm.data.loader import open_rows
@@ -65,7 +57,7 @@ def train(config: Config, launch: LaunchEnv, stop: StopRequest) -> int:
         check_held_out(config)
     run = start(config, launch)
     state, watchdog = run.state, run.guards.watchdog
-    saver = Saver(run.dir, config.checkpoint, state.step, watchdog.progress)
+    saver = checkpoint.Saver(run.dir, config.checkpoint, state.step, watchdog.progress)
     metrics = Metrics(config, state.step, git_commit()) if launch.rank == 0 else None
     if metrics:
         sweep(run.dir)
@@ -203,7 +195,7 @@ def start(config: Config, launch: LaunchEnv, before: int | None = None) -> Run:
     watchdog.enter("resume", 0)
     if config.data.verify:
         check_data(rows, launch.rank, launch.world_size, watchdog.progress)
-    found = newest_checkpoint(
+    found = checkpoint.newest_checkpoint(
         run_dir, launch.rank, launch.world_size, before=before, progress=watchdog.progress
     )
     seed = config.run.seed if found is None else None
@@ -223,16 +215,16 @@ def check_room(run: Run) -> None:
     slices = run.engine.parameter_slices()
     own_bytes = sum(4 * t.numel() for s in slices if s.is_owned for t in s.state.values())
     (num_bytes,) = sum_over_ranks(run.device, own_bytes)
-    check_disk_space(run.dir, int(num_bytes), run.config.checkpoint.keep_last)
+    checkpoint.check_disk_space(run.dir, int(num_bytes), run.config.checkpoint.keep_last)
 
 
-def resume(run: Run, found: Checkpoint) -> None:
+def resume(run: Run, found: checkpoint.Checkpoint) -> None:
     """Continue from a verified checkpoint.
 
     Raises:
         UserError: it belongs to another model or other data.
     """
-    check_resumable(found, run.config, run.rows.fingerprint)
+    checkpoint.check_resumable(found, run.config, run.rows.fingerprint)
     try:
         run.state = TrainState(**found.manifest["state"])
         # Earlier versions counted padding too.
@@ -242,8 +234,8 @@ def resume(run: Run, found: Checkpoint) -> None:
         adam_step = found.manifest["adam_step"]
     except (KeyError, TypeError) as error:
         raise UserError(f"{found.folder}: must be a checkpoint of a run ({error})") from None
-    check_names(found, (name for name, _ in run.engine.module.named_parameters()))
-    load_slices(found, run.engine.parameter_slices())
+    checkpoint.check_names(found, (name for name, _ in run.engine.module.named_parameters()))
+    checkpoint.load_slices(found, run.engine.parameter_slices())
     run.engine.refresh_weights(adam_step)
 
 

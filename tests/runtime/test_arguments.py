@@ -105,7 +105,7 @@ def test_a_wrong_option_is_one_line(
 ) -> None:
     parser = Parser()
     kind = Option("a kind", choices=("a", "b"))
-    gpus = Option("number of GPUs", type=int, required=True)
+    gpus = Option("number of GPUs", required=True)
     add_options(parser, {"--gpus N": gpus, "--share X": Option("a share", 0.5), "--kind": kind})
     with pytest.raises(SystemExit) as left:
         parser.parse_args(words)

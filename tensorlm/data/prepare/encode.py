@@ -11,9 +11,9 @@ import hashlib
 import itertools
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 from tqdm import tqdm
 
@@ -32,8 +32,7 @@ SHARD_BYTES = 1 << 26
 _BATCH_DOCUMENTS, _BATCH_CHARACTERS = 64, 1 << 21
 
 
-@dataclass(frozen=True)
-class ShardJob:
+class ShardJob(NamedTuple):
     """A shard to encode, and the settings for it."""
 
     output: Path

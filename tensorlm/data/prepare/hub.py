@@ -4,7 +4,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from tensorlm.runtime.errors import UserError
+from tensorlm.runtime.errors import UserError, first_line
 
 HUB = "hf:"
 
@@ -38,5 +38,4 @@ def open_dataset(source: str) -> Any:
             return datasets.load_from_disk(name)[split]
         return datasets.load_dataset(name, subset or None, split=split)
     except Exception as error:  # builders raise exceptions of any class
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{source}: cannot be loaded by datasets ({reason})") from None
+        raise UserError(f"{source}: cannot be loaded by datasets ({first_line(error)})") from None

@@ -2,15 +2,14 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from typing import NamedTuple
 
 import pyarrow as pa
 
 from tensorlm.runtime.errors import UserError
 
 
-@dataclass(frozen=True)
-class Advice:
+class Advice(NamedTuple):
     """Fixes for the user of an input, in terms of the command that reads it.
 
     field: choose another text field; skip: skip this file; larger: allow longer documents.
@@ -49,6 +48,6 @@ def problems_named(source: str, kind: str = "", advice: Advice = PREPARE) -> Ite
         fix = "fix it, or {skip}"
     else:
         return
-    for name, words in asdict(advice).items():
+    for name, words in advice._asdict().items():
         fix = fix.replace(f"{{{name}}}", words)
     raise UserError(f"{source}: {problem} ({fix})")

@@ -11,7 +11,6 @@ tables and binary files are rejected. Any other suffix is text.
 """
 
 from collections.abc import Collection, Iterator
-from dataclasses import replace
 
 from .input_errors import PREPARE, Advice
 from .readers import LONGEST_DOCUMENT, Part, extent_of, read_part
@@ -92,7 +91,7 @@ def adjust_shards(
         stop = extent if end.get(part.source) == part else min(part.stop, extent)
         if stop <= part.start:
             return None
-        return replace(part, stop=stop, num_bytes=round(num_bytes * (stop - part.start) / extent))
+        return part._replace(stop=stop, num_bytes=round(num_bytes * (stop - part.start) / extent))
 
     kept = [[now for part in shard if (now := adjusted(part))] for shard in shards]
     left = max_bytes - _num_bytes(kept)

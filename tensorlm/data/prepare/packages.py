@@ -8,10 +8,10 @@ import json
 import sys
 import sysconfig
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from random import Random
+from typing import NamedTuple
 
 from tensorlm.runtime import disk
 from tensorlm.runtime.errors import UserError
@@ -25,8 +25,7 @@ _MOST_HELD_OUT = 16  # documents per text, evenly spaced: evaluation encodes all
 _SHORTEST_FILE, _LONGEST_FILE = 300, 300_000  # characters; longer ones are mostly tables
 
 
-@dataclass(frozen=True)
-class LongText:
+class LongText(NamedTuple):
     """A package or book: its name and text."""
 
     name: str

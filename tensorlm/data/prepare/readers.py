@@ -5,35 +5,24 @@ import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from . import streams
 from .fields import inner_value, locate_column, not_text, value_of
 from .files import is_unicode, kind_of
 from .hub import open_dataset
 from .input_errors import PREPARE, Advice, InputError, problems_named
-from .streams import (
-    ArrayReader,
-    is_blank,
-    open_bytes,
-    read_line,
-    read_text,
-    skip_line,
-    starts_array,
-    too_long,
-)
 
 LONGEST_DOCUMENT = 1 << 28  # bytes; encoding needs about a hundred times as much memory
 _BATCH_ROWS = 256
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
     """A range [start, stop) of `source` that one worker reads: bytes of a JSONL file, rows of a
     table, or [0, 1) for a file that cannot be divided. `num_bytes` estimates the work."""
 
@@ -43,8 +32,7 @@ class Part:
     num_bytes: int
 
 
-@dataclass(frozen=True)
-class Reading:
+class Reading(NamedTuple):
     """Settings of reading documents.
 
     text_field: field (column) that holds the text; longest: maximum bytes of a document, or of a
@@ -129,30 +117,30 @@ def _checked(value: Any, text_field: str, longest: int) -> str:
     if not isinstance(value, str):
         raise not_text(value, text_field)
     if len(value) > longest:
-        raise too_long(longest)
+        raise streams.too_long(longest)
     if not is_unicode(value):
         raise InputError("contains an unpaired surrogate", "fix or remove the record")
     return value
 
 
 def _read_text(part: Part, reading: Reading) -> Values:
-    with open_bytes(part.source) as (file, position):
+    with streams.open_bytes(part.source) as (file, position):
         with _located("content"):
-            text = read_text(file, reading.longest)
+            text = streams.read_text(file, reading.longest)
         yield "content", text, position()
 
 
 def _read_jsonl(part: Part, reading: Reading) -> Values:
     """Read the records whose lines begin in [start, stop)."""
-    with open_bytes(part.source) as (file, _):
+    with streams.open_bytes(part.source) as (file, _):
         if part.start:
             file.seek(part.start - 1)
-            skip_line(file)
+            streams.skip_line(file)
         while (at := file.tell()) < part.stop:
             where = f"byte {at}"
             with _located(where):
-                line = read_line(file, reading.longest)
-                if is_blank(line):
+                line = streams.read_line(file, reading.longest)
+                if streams.is_blank(line):
                     continue
                 value = value_of(_parse(line), reading.text_field)
             yield where, value, at + len(line) - part.start
@@ -160,8 +148,8 @@ def _read_jsonl(part: Part, reading: Reading) -> Values:
 
 def _read_json(part: Part, reading: Reading) -> Values:
     """Read a JSON file from its beginning."""
-    with open_bytes(part.source) as (file, position):
-        records = _array_records if starts_array(file) else _line_records
+    with streams.open_bytes(part.source) as (file, position):
+        records = _array_records if streams.starts_array(file) else _line_records
         for where, record in records(file, reading.longest):
             with _located(where):
                 value = value_of(record, reading.text_field)
@@ -170,7 +158,7 @@ def _read_json(part: Part, reading: Reading) -> Values:
 
 def _array_records(file: io.BufferedReader, longest: int) -> Iterator[tuple[str, Any]]:
     with _located("content"), _json_errors():
-        for number, record in enumerate(ArrayReader(file, longest)):
+        for number, record in enumerate(streams.ArrayReader(file, longest)):
             yield f"record {number}", record
 
 
@@ -178,10 +166,10 @@ def _line_records(file: io.BufferedReader, longest: int) -> Iterator[tuple[str, 
     for number in itertools.count(1):
         where = f"line {number}"
         with _located(where):
-            line = read_line(file, longest)
+            line = streams.read_line(file, longest)
             if not line:
                 return
-            if is_blank(line):
+            if streams.is_blank(line):
                 continue
             record = _parse(line)
         yield where, record

@@ -18,17 +18,7 @@ from numpy.typing import NDArray
 from tensorlm.runtime import disk
 from tensorlm.runtime.errors import UserError
 
-from ..shards import (
-    FORMAT,
-    INDEX,
-    VERSION,
-    FileEntry,
-    ShardHeader,
-    check_files,
-    read_header,
-    seal,
-    shard_name,
-)
+from .. import shards
 
 
 def token_dtype(vocab_size: int) -> str:
@@ -59,7 +49,7 @@ def make_folder(path: Path) -> None:
         raise UserError(f"{path}: cannot be created ({error.strerror})") from None
 
 
-def write_atomically(path: Path, content: bytes) -> FileEntry:
+def write_atomically(path: Path, content: bytes) -> shards.FileEntry:
     """Write a small file atomically.
 
     Raises:
@@ -67,7 +57,7 @@ def write_atomically(path: Path, content: bytes) -> FileEntry:
     """
     with _errors_named(path):
         size, sha256 = disk.replace_file(path, content)
-    return FileEntry(bytes=size, sha256=sha256)
+    return shards.FileEntry(bytes=size, sha256=sha256)
 
 
 class ShardWriter:
@@ -87,7 +77,7 @@ class ShardWriter:
         eos_id: int,
         tokenizer_sha256: str,
     ) -> None:
-        self._path = folder / f"{shard_name(number)}.json"
+        self._path = folder / f"{shards.shard_name(number)}.json"
         self._header: dict[str, Any] = {
             "dtype": token_dtype(vocab_size),
             "vocab_size": vocab_size,
@@ -136,10 +126,10 @@ class ShardWriter:
             size, sha256 = self._tokens.publish()
         ends = self._path.with_suffix(".ends")
         files = {
-            self._tokens.path.name: FileEntry(bytes=size, sha256=sha256),
+            self._tokens.path.name: shards.FileEntry(bytes=size, sha256=sha256),
             ends.name: write_atomically(ends, np.array(self._ends, dtype=np.uint64).tobytes()),
         }
-        header = ShardHeader(
+        header = shards.ShardHeader(
             **self._header,
             max_id=self._max_id,
             num_tokens=self._num_tokens,
@@ -161,13 +151,13 @@ def write_index(folder: Path, num_shards: int) -> None:
     """
     digests = {}
     for number in range(num_shards):
-        path = folder / f"{shard_name(number)}.json"
-        check_files(path, read_header(path))
+        path = folder / f"{shards.shard_name(number)}.json"
+        shards.check_files(path, shards.read_header(path))
         digests[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
-    index: dict[str, Any] = {"format": FORMAT, "version": VERSION, "headers": digests}
-    index["sha256"] = seal(index)
+    index: dict[str, Any] = {"format": shards.FORMAT, "version": shards.VERSION, "headers": digests}
+    index["sha256"] = shards.seal(index)
     content = json.dumps(index, indent=1).encode()
-    path = folder / INDEX
+    path = folder / shards.INDEX
     if not path.is_file() or path.read_bytes() != content:
         disk.sync_folder(folder)
         write_atomically(path, content)

@@ -13,7 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from tensorlm.runtime.errors import UserError
+from tensorlm.runtime.errors import UserError, first_line
 
 from ..prepare.shard_writer import make_folder, write_atomically
 from .sentencepiece_models import huggingface_files
@@ -79,8 +79,7 @@ def tokenizer_files(source: Path) -> dict[str, bytes]:
             "tokenizer, or pass a Hugging Face folder with a tokenizer.json)"
         ) from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        reason_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{source}: the tokenizer cannot be loaded ({reason_line})") from None
+        raise UserError(f"{source}: the tokenizer cannot be loaded ({first_line(error)})") from None
     return files
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from tensorlm.runtime.errors import UserError
+from tensorlm.runtime.errors import UserError, first_line
 
 from .files import read_files, tokenizer_files
 from .hard_texts import file_ids, first_difference, hard_texts, transformers_ids
@@ -34,8 +34,7 @@ def read_tokenizer(folder: Path, named: Path) -> tuple[Tokenizer, Any]:
         reference = Tokenizer.from_buffer(files["tokenizer.json"])
         tokenizer = _read_by(PreTrainedTokenizerFast, files)
     except Exception as error:  # tokenizers raises bare Exception for a file it cannot parse
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{named}: the tokenizer cannot be loaded ({reason})") from None
+        raise UserError(f"{named}: the tokenizer cannot be loaded ({first_line(error)})") from None
     reference.no_truncation()
     reference.no_padding()
     if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
@@ -76,8 +75,7 @@ def check_plain_reading(folder: Path, model_type: str, named: Path | None = None
     try:
         tokenizer = _read_by(AutoTokenizer, files | model)
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{named}: the tokenizer cannot be loaded ({reason})") from None
+        raise UserError(f"{named}: the tokenizer cannot be loaded ({first_line(error)})") from None
     _check_equal(Tokenizer.from_buffer(files["tokenizer.json"]), tokenizer, named)
 
 

@@ -1,10 +1,9 @@
 """RULER's question answering: paragraphs with the answer among many without it."""
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, NamedTuple
 
 from tensorlm.runtime.errors import UserError
 
@@ -20,8 +19,7 @@ _QUESTION = (
 )
 
 
-@dataclass(frozen=True)
-class Question:
+class Question(NamedTuple):
     """A question. gold: paragraphs with the answer; near: others of its article, used first."""
 
     text: str

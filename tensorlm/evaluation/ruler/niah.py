@@ -1,10 +1,9 @@
 """RULER's needle tasks: one or several of 'the special magic numbers for X' in a haystack."""
 
 import uuid
-from dataclasses import dataclass
 from functools import cache, partial
 from random import Random
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import wonderwords
 
@@ -29,8 +28,7 @@ _DEPTHS = [round(100 * i / 39) for i in range(40)]  # depths of needles in prose
 Kind = Literal["words", "numbers", "uuids"]
 
 
-@dataclass(frozen=True)
-class Niah:
+class Niah(NamedTuple):
     """One variant: `haystack` is repeated noise, prose, or other needles."""
 
     name: str
