@@ -21,7 +21,7 @@ def hop(inputs: HopInputs) -> State:
 
     Products and softmax are in float32 or wider. z is rounded once, to the dtype of `values`.
     """
-    q, k, values, stride, length, reach, bias, state, rotary, _, ahead = inputs
+    q, k, values, stride, length, _, bias, state, rotary, _, ahead = inputs
     num_tokens = q.shape[1]
     if rotary is not None:
         q, k = rotate_along(q, rotary, stride), rotate_along(k, rotary, stride)
@@ -32,8 +32,7 @@ def hop(inputs: HopInputs) -> State:
     q_blocks = _to_blocks(q.to(work), stride, block)
     k_window = _window(_to_blocks(k.to(work), stride, block), before, after)
     v_window = _window(_to_blocks(values.to(work), stride, block), before, after)
-    nearest = 0 if state is None else 1
-    allowed = _allowed(reach, ahead, stride, length, block, before, after, nearest)
+    allowed = _allowed(inputs, block, before, after)
     scores = _grouped_matmul(q_blocks * inputs.score_scale, k_window.transpose(-1, -2))
     if bias is not None:
         scores = scores + bias.to(work)[:, None, None]
@@ -100,20 +99,12 @@ def _grouped_matmul(x: Tensor, y: Tensor) -> Tensor:
     return product.unflatten(-2, (group, rows)).flatten(-4, -3)
 
 
-def _allowed(
-    reach: Tensor,
-    ahead: Tensor | None,
-    stride: int,
-    length: int,
-    block: int,
-    before: int,
-    after: int,
-    nearest: int,
-) -> Tensor:
+def _allowed(inputs: HopInputs, block: int, before: int, after: int) -> Tensor:
     """[B, S, N, 1, L, W] bool: whether each query attends to each token of its window."""
-    num_tokens = reach.shape[1]
-    line_step = torch.arange(num_tokens, device=reach.device) // stride
-    reach = torch.minimum(reach, line_step)  # not into the padding before the row
+    stride, length, ahead = inputs.stride, inputs.length, inputs.ahead
+    num_tokens, nearest = inputs.q.shape[1], 0 if inputs.state is None else 1
+    line_step = torch.arange(num_tokens, device=inputs.reach.device) // stride
+    reach = torch.minimum(inputs.reach, line_step)  # not into the padding before the row
     slots = torch.arange((before + 1 + after) * block, device=reach.device)
     queries = torch.arange(block, device=reach.device) + before * block
     steps = queries[:, None] - slots[None, :]  # [L, W]

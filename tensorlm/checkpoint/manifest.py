@@ -110,12 +110,8 @@ class Checkpoint:
         """
         entries, bad = self.manifest["files"][part::num_parts], []
         total = sum(entry["bytes"] for entry in entries)
-        with byte_bar(total, f"verify {self.folder.name}", is_shown=part == 0) as show:
-
-            def moved(num_bytes: int) -> None:
-                show(num_bytes)
-                progress()
-
+        title, is_shown = f"verify {self.folder.name}", part == 0
+        with byte_bar(total, title, is_shown=is_shown, progress=progress) as moved:
             for entry in entries:
                 try:
                     size, sha256 = disk.file_sha256(self.folder / entry["name"], moved)

@@ -88,12 +88,5 @@ def usage() -> str:
     """Help text: all commands, one line each."""
     width = max(map(len, COMMANDS))
     lines = [f"  {name:<{width}}  {command.help}" for name, command in COMMANDS.items()]
-    return "\n".join(
-        [
-            "usage: tensorlm NAME [arguments]",
-            "",
-            *lines,
-            "",
-            "Run `tensorlm NAME --help` for the arguments of a command.",
-        ]
-    )
+    help_of_one = "Run `tensorlm NAME --help` for the arguments of a command."
+    return "\n".join(["usage: tensorlm NAME [arguments]", "", *lines, "", help_of_one])

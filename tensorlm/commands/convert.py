@@ -70,17 +70,11 @@ def main() -> int:
 def export(args: argparse.Namespace, config: Config) -> int:
     from tensorlm.checkpoint import config_to_read, select_checkpoint
     from tensorlm.checkpoint.publish import was_imported
-    from tensorlm.hf import hub
+    from tensorlm.hf import hub, rounding
     from tensorlm.hf.export_folder import check_new_folder, export_checkpoint
     from tensorlm.hf.export_tokenizer import describe_prompts
     from tensorlm.hf.import_folder import imported_folder
     from tensorlm.hf.imported_tokenizer import describe_another_tokenizer
-    from tensorlm.hf.rounding import (
-        choose_rounding,
-        describe_rounding,
-        imported_start,
-        share_put_back,
-    )
     from tensorlm.hf.streamed_loss import describe_losses
 
     check_new_folder(args.output)  # early: verifying a large checkpoint takes minutes
@@ -94,17 +88,17 @@ def export(args: argparse.Namespace, config: Config) -> int:
     if args.push_to_hub:  # before the export, since the Hub may refuse
         hub.create_repository(args.push_to_hub, public=args.public)
     rounds = args.dtype == "bf16" and checkpoint.step > 0 and was_imported(run_dir)
-    start = imported_start(checkpoint) if rounds else None
-    put_back = share_put_back(checkpoint, start) if start else None
-    rounding = args.rounding or choose_rounding(put_back)
+    start = rounding.imported_start(checkpoint) if rounds else None
+    put_back = rounding.share_put_back(checkpoint, start) if start else None
+    how = args.rounding or rounding.choose_rounding(put_back)
     export_checkpoint(
         checkpoint, trained, args.output, args.dtype, tokenizer, imported=imported,
-        rounding=rounding,
+        rounding=how,
     )  # fmt: skip
     print(f"{args.output}: step {checkpoint.step} of {run_dir}, {args.dtype}", flush=True)
     if rounds:
-        print(describe_rounding(put_back, rounding, is_asked=args.rounding is not None))
-        print(describe_losses(checkpoint, trained.model, Path(config.data.path), rounding))
+        print(rounding.describe_rounding(put_back, how, is_asked=args.rounding is not None))
+        print(describe_losses(checkpoint, trained.model, Path(config.data.path), how))
     if tokenizer is None:
         print("note: no tokenizer was exported (pass --tokenizer DIR to include one)")
     else:

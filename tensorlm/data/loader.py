@@ -29,6 +29,8 @@ from .shards import Corpus
 from .tokenizer.tokenizers import check_tokenizer, tokenizer_sha256
 
 _WORD = (1 << 64) - 1
+# Tokens, labels and document starts.
+_Row = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int32]]
 
 
 class RowPhase(NamedTuple):
@@ -128,8 +130,8 @@ class PackedRows:
             _new(shape, dtype, pin) for dtype in (torch.int64, torch.int64, torch.int32)
         )
         digest, row_tokens = 0, []
-        for index, *row in zip(indices, a, b, c, strict=True):
-            row_tokens.append(self._fill(index, first, *row))
+        for index, row in zip(indices, zip(a, b, c, strict=True), strict=True):
+            row_tokens.append(self._fill(index, first, row))
             digest += _digest(index, first, row[0], row[2])
         return Batch(ids, labels, doc_start, tuple(row_tokens), first, digest & _WORD)
 
@@ -169,18 +171,12 @@ class PackedRows:
         row = self._row_of_source(source, index, phase)
         return source, *self.sources[source].locate(phase, row)
 
-    def _fill(
-        self,
-        index: int,
-        first: int,
-        tokens: NDArray[np.int64],
-        labels: NDArray[np.int64],
-        doc_start: NDArray[np.int32],
-    ) -> int:
-        """Write tokens first ... first + len(tokens) of a row; returns where the padding begins.
+    def _fill(self, index: int, first: int, target: _Row) -> int:
+        """Write tokens first ... first + len(target[0]) of a row; returns where padding begins.
 
-        In the padding, `tokens` is 0, `labels` is IGNORED, and each token is its own document.
+        In the padding, tokens are 0, labels are IGNORED, and each token is its own document.
         """
+        tokens, labels, doc_start = target
         source, plan, row = self._locate(index)
         corpus, stop = self.corpora[source], first + len(tokens)
         pieces = plan.pieces[plan.row_first[row] : plan.row_first[row + 1]]

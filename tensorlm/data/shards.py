@@ -231,13 +231,9 @@ def verify_files(
     """
     total = sum(entry.bytes for _, entry in files)
     with (
-        byte_bar(total, title, is_shown=is_shown) as show,
+        byte_bar(total, title, is_shown=is_shown, progress=progress) as moved,
         ThreadPoolExecutor(_HASH_THREADS) as threads,
     ):
-
-        def moved(num_bytes: int) -> None:
-            show(num_bytes)
-            progress()
 
         def problem(file: tuple[Path, FileEntry]) -> str:
             path, entry = file

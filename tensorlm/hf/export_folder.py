@@ -6,7 +6,7 @@ Our parameter names are Llama's without the leading `model.`.
 import itertools
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -228,30 +228,21 @@ def _write_shards(
         for index, names in enumerate(groups):
             file = f"model-{index + 1:05d}-of-{len(groups):05d}.safetensors"
             file = file if len(groups) > 1 else "model.safetensors"
-            part = {name: shapes[name] for name in names}
-            _write_shard(checkpoint, folder / file, part, dtype, rounding, moved)
-            weight_map |= {hf_name(name): file for name in names}
+            pieces = _pieces(checkpoint, {name: shapes[name] for name in names}, dtype, rounding)
+            named = {hf_name(name): shapes[name] for name in names}
+            write_safetensors(folder / file, named, dtype, pieces, moved, metadata={"format": "pt"})
+            weight_map |= dict.fromkeys(named, file)
     if len(groups) > 1:
         metadata = {"total_size": numel * dtype.itemsize, "total_parameters": numel}
         index_path = folder / "model.safetensors.index.json"
         write_json(index_path, {"metadata": metadata, "weight_map": weight_map})
 
 
-def _write_shard(
-    checkpoint: Checkpoint,
-    path: Path,
-    shapes: dict[str, torch.Size],
-    dtype: torch.dtype,
-    rounding: Rounding,
-    progress: Callable[[int], object],
-) -> None:
-    """Write one safetensors file, with only a chunk of a tensor in memory."""
-
-    def pieces() -> Iterator[Tensor]:
-        for name, shape in shapes.items():
-            for start in range(0, shape.numel(), _CHUNK):
-                part = checkpoint.read(name, "master", start, min(start + _CHUNK, shape.numel()))
-                yield round_part(part, dtype, rounding, name, start)
-
-    named = {hf_name(name): shape for name, shape in shapes.items()}
-    write_safetensors(path, named, dtype, pieces(), progress, metadata={"format": "pt"})
+def _pieces(
+    checkpoint: Checkpoint, shapes: dict[str, torch.Size], dtype: torch.dtype, rounding: Rounding
+) -> Iterator[Tensor]:
+    """The parameters' elements in `dtype`, with only a chunk of a tensor in memory."""
+    for name, shape in shapes.items():
+        for start in range(0, shape.numel(), _CHUNK):
+            part = checkpoint.read(name, "master", start, min(start + _CHUNK, shape.numel()))
+            yield round_part(part, dtype, rounding, name, start)

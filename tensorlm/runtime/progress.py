@@ -39,13 +39,20 @@ class _Lines:
 
 
 @contextlib.contextmanager
-def byte_bar(total: int, title: str, *, is_shown: bool = True) -> Iterator[Callable[[int], object]]:
+def byte_bar(
+    total: int, title: str, *, is_shown: bool = True, progress: Callable[[], object] = lambda: None
+) -> Iterator[Callable[[int], object]]:
     """Byte bar; yields the function to call with the number of bytes just moved.
 
-    Those numbers may include headers that `total` does not count.
+    Those numbers may include headers that `total` does not count. `progress` is called each time.
     """
     with progress_bar(total, "B", title, is_shown=is_shown, delay=DELAY_SECONDS) as bar:
-        yield lambda num_bytes: bar.update(min(num_bytes, total - bar.n))
+
+        def moved(num_bytes: int) -> None:
+            bar.update(min(num_bytes, total - bar.n))
+            progress()
+
+        yield moved
 
 
 def format_duration(seconds: float) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tensorlm.data.prepare.shard_writer import ShardWriter, token_dtype, write_index
+from tensorlm.data.prepare.shard_writer import ShardWriter, Vocabulary, token_dtype, write_index
 from tensorlm.data.shards import Corpus, open_shards, seal, verify_shards
 from tensorlm.runtime.errors import UserError
 from tests.support.documents import write_split
@@ -44,7 +44,7 @@ def test_a_writer_that_fails_leaves_nothing(tmp_path: Path) -> None:
     options: dict[str, Any] = {"bos_id": 1, "eos_id": 2, "tokenizer_sha256": "tokenizer"}
 
     def write() -> None:
-        with ShardWriter(tmp_path, 0, vocab_size=12, **options) as shard:
+        with ShardWriter(tmp_path, 0, Vocabulary(vocab_size=12, **options)) as shard:
             shard.add([np.arange(12)])
             shard.add([np.arange(5), np.arange(13)])
 
@@ -154,7 +154,7 @@ def rewritten(**options: Any) -> Callable[[Path], None]:
 
     def damage(folder: Path) -> None:
         values = {"vocab_size": 1000, "bos_id": 1, "eos_id": 2, "tokenizer_sha256": "tokenizer"}
-        with ShardWriter(folder, 1, **{**values, **options}) as shard:
+        with ShardWriter(folder, 1, Vocabulary(**{**values, **options})) as shard:
             shard.add([np.arange(7)])
         write_index(folder, 2)
 

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tensorlm.data.loader import PackedRows, RowPhase
-from tensorlm.data.prepare.shard_writer import ShardWriter, write_index
+from tensorlm.data.prepare.shard_writer import ShardWriter, Vocabulary, write_index
 from tensorlm.data.shards import Corpus
 
 
@@ -20,9 +20,7 @@ def write_split(
     """Write a split that holds `shards`, each a list of documents (arrays of ids)."""
     folder.mkdir(parents=True, exist_ok=True)
     for number, documents in enumerate(shards):
-        with ShardWriter(
-            folder, number, vocab_size=vocab_size, bos_id=1, eos_id=2, tokenizer_sha256=tokenizer
-        ) as shard:
+        with ShardWriter(folder, number, Vocabulary(vocab_size, 1, 2, tokenizer)) as shard:
             shard.add(documents, num_bytes=3 * sum(map(len, documents)))
     write_index(folder, len(shards))
     return folder

@@ -25,7 +25,7 @@ from ..tokenizer.reading import check_plain_reading
 from ..tokenizer.tokenizers import DocumentEncoder, copy_tokenizer, tokenizer_sha256
 from .readers import LONGEST_DOCUMENT, Part, read_part
 from .resume import Settings, begin, output_locked
-from .shard_writer import ShardWriter, write_index
+from .shard_writer import ShardWriter, Vocabulary, write_index
 from .workers import Progress, Ranks, run_tasks
 
 SHARD_BYTES = 1 << 26
@@ -142,18 +142,12 @@ def _load_encoder(folder: Path, _: str, named: Path) -> DocumentEncoder:
 def encode_shard(job: ShardJob, progress: Progress) -> None:
     """Encode one shard for each split."""
     encoder, settings = _encoder_of(job), job.settings
+    vocabulary = Vocabulary(
+        encoder.vocab_size, encoder.bos_id, encoder.eos_id, settings.tokenizer_sha256
+    )
     with contextlib.ExitStack() as stack:
         writers = {
-            split: stack.enter_context(
-                ShardWriter(
-                    job.output / split,
-                    job.number,
-                    vocab_size=encoder.vocab_size,
-                    bos_id=encoder.bos_id,
-                    eos_id=encoder.eos_id,
-                    tokenizer_sha256=settings.tokenizer_sha256,
-                )
-            )
+            split: stack.enter_context(ShardWriter(job.output / split, job.number, vocabulary))
             for split in settings.splits
         }
         num_read = 0  # since the last report

@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -60,6 +60,15 @@ def write_atomically(path: Path, content: bytes) -> shards.FileEntry:
     return shards.FileEntry(bytes=size, sha256=sha256)
 
 
+class Vocabulary(NamedTuple):
+    """What a shard's header says about the tokenizer."""
+
+    vocab_size: int
+    bos_id: int
+    eos_id: int
+    tokenizer_sha256: str
+
+
 class ShardWriter:
     """Writes one shard of `folder` as documents arrive; a context that publishes or discards it.
 
@@ -67,24 +76,10 @@ class ShardWriter:
         UserError: a token id is outside the vocabulary, or a file cannot be written.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        number: int,
-        *,
-        vocab_size: int,
-        bos_id: int,
-        eos_id: int,
-        tokenizer_sha256: str,
-    ) -> None:
+    def __init__(self, folder: Path, number: int, vocabulary: Vocabulary) -> None:
         self._path = folder / f"{shards.shard_name(number)}.json"
-        self._header: dict[str, Any] = {
-            "dtype": token_dtype(vocab_size),
-            "vocab_size": vocab_size,
-            "bos_id": bos_id,
-            "eos_id": eos_id,
-            "tokenizer_sha256": tokenizer_sha256,
-        }
+        dtype = token_dtype(vocabulary.vocab_size)
+        self._header: dict[str, Any] = {"dtype": dtype, **vocabulary._asdict()}
         self._ends: list[int] = []
         self._num_tokens = self._num_bytes = self._max_id = 0
         path = self._path.with_suffix(".tokens")
