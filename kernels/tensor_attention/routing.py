@@ -29,14 +29,10 @@ def validate_route(
     """Raise ValueError unless the numbers are valid for a routed axis."""
     if not 1 <= block <= window:
         raise ValueError(f"block must be between 1 and the window of {window} tokens, got {block}")
-    if top_k < 1:
-        raise ValueError(f"top_k must be at least 1, got {top_k}")
-    if stretch < 1:
-        raise ValueError(f"stretch must be at least 1, got {stretch}")
-    if open_tile < 1:
-        raise ValueError(f"open_tile must be at least 1, got {open_tile}")
-    if pool < 1:
-        raise ValueError(f"pool must be at least 1, got {pool}")
+    numbers = {"top_k": top_k, "stretch": stretch, "open_tile": open_tile, "pool": pool}
+    for name, number in numbers.items():
+        if number < 1:
+            raise ValueError(f"{name} must be at least 1, got {number}")
 
 
 def num_parts(block: int, pool: int) -> int:

@@ -229,6 +229,11 @@ class GuardsConfig(Section):
     """seconds without progress after which the start, a resume, a save or an evaluation counts as
     hung"""
 
+    @property
+    def limits(self) -> dict[str, float]:
+        """The limits of a `Watchdog` in seconds, by the names of its arguments."""
+        return self.model_dump(include={"hang_seconds", "slow_phase_seconds"})
+
 
 class RunConfig(Section):
     """The run's folder and its seed."""

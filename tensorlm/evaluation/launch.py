@@ -88,13 +88,7 @@ def _watched(
     if launch.world_size == 1:
         yield
         return
-    watchdog = Watchdog(
-        output,
-        launch.rank,
-        launch.world_size,
-        hang_seconds=config.guards.hang_seconds,
-        slow_phase_seconds=config.guards.slow_phase_seconds,
-    )
+    watchdog = Watchdog(output, launch.rank, launch.world_size, **config.guards.limits)
     dist.barrier()  # until rank 0 has removed the reports of an earlier hang
     watchdog.enter("eval", model.step or 0)
     model.on_progress = watchdog.progress

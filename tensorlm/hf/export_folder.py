@@ -138,17 +138,13 @@ def hf_config(model: ModelConfig, seq_len: int, dtype: str) -> dict[str, Any]:
     if needs_code(model):
         from .configuration_tensorlm import AUTO_MAP  # slow to import
 
+        ours = model.model_dump(mode="json", exclude={"route": {"choice"}})
+        names = ("fold", "full_every", "hop_bias_init", "window", "route", "route_every", "layers")
         config |= {
             "architectures": ["TensorLMForCausalLM"],
             "model_type": "tensorlm",
             "auto_map": AUTO_MAP,
-            "fold": list(model.fold),
-            "full_every": model.full_every,
-            "hop_bias_init": model.hop_bias_init,
-            "window": model.window,
-            "route": None if model.route is None else model.route.model_dump(exclude={"choice"}),
-            "route_every": model.route_every,
-            "layers": list(model.layers),
+            **{name: ours[name] for name in names},
         }
     return config
 

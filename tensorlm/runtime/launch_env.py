@@ -9,14 +9,14 @@ import os
 import socket
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from .errors import UserError
 
 
 @dataclass(frozen=True)
 class LaunchEnv:
-    """Place of this process in the job."""
+    """Place of this process in the job; fields are named like the variables."""
 
     rank: int
     world_size: int
@@ -27,14 +27,7 @@ class LaunchEnv:
 
     def export(self) -> None:
         """Set the variables that torch.distributed and DeepSpeed read."""
-        os.environ.update(
-            RANK=str(self.rank),
-            WORLD_SIZE=str(self.world_size),
-            LOCAL_RANK=str(self.local_rank),
-            LOCAL_WORLD_SIZE=str(self.local_world_size),
-            MASTER_ADDR=self.master_addr,
-            MASTER_PORT=str(self.master_port),
-        )
+        os.environ.update({name.upper(): str(value) for name, value in asdict(self).items()})
         if self.local_world_size == self.world_size and sys.platform == "linux":
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # one machine: stay unreachable
 

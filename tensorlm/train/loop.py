@@ -176,13 +176,7 @@ def start(config: Config, launch: LaunchEnv, before: int | None = None) -> Run:
     run_dir = Path(config.run.dir)
     # A replay may run beside the run itself: each watchdog must see only its own reports.
     reports = run_dir / (FOLDER if before is None else f"{FOLDER}-replay")
-    watchdog = Watchdog(
-        reports,
-        launch.rank,
-        launch.world_size,
-        hang_seconds=config.guards.hang_seconds,
-        slow_phase_seconds=config.guards.slow_phase_seconds,
-    )
+    watchdog = Watchdog(reports, launch.rank, launch.world_size, **config.guards.limits)
     rows = open_rows(config, "train")
     device = init_distributed(launch)
     if config.train.attention == "triton" and device.type == "cpu":

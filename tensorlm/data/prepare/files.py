@@ -27,9 +27,7 @@ _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 
 
 def find_files(
-    patterns: list[str],
-    exclude: list[str] | None = None,
-    advice: Advice = PREPARE,
+    patterns: list[str], exclude: list[str] | None = None, advice: Advice = PREPARE
 ) -> list[str]:
     """Find the files that match any glob pattern (`**` includes sub-folders), without `exclude`.
 

@@ -80,11 +80,7 @@ def read_part(
         count(part.num_bytes - done)
 
 
-def extent_of(
-    source: str,
-    text_field: str,
-    advice: Advice = PREPARE,
-) -> tuple[int, int, bool]:
+def extent_of(source: str, text_field: str, advice: Advice = PREPARE) -> tuple[int, int, bool]:
     """(bytes or rows, bytes, whether it can be divided) of a source.
 
     Raises:
