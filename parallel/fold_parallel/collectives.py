@@ -10,8 +10,7 @@ large tensor has a separate message, and is not packed or unpacked if it has the
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -26,8 +25,7 @@ ALIGNMENT = 16
 OWN_MESSAGE = 1 << 20
 
 
-@dataclass(frozen=True)
-class _Route:
+class _Route(NamedTuple):
     """Each rank sends to all ranks (`shift` 0), or to the rank `shift` places further."""
 
     group: dist.ProcessGroup
@@ -59,8 +57,7 @@ class _Route:
         return [message.numel() * (r == other) for r in range(dist.get_world_size(self.group))]
 
 
-@dataclass(frozen=True)
-class _GatherRoute:
+class _GatherRoute(NamedTuple):
     """Each rank sends one row of bytes to all ranks, and gets back gradients, one row from each."""
 
     group: dist.ProcessGroup

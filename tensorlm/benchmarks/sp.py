@@ -78,9 +78,6 @@ def measure(config: Config, launch: LaunchEnv, repeats: int) -> LayerCost:
     rotary = rotary_table(model, config.data.seq_len, device)
     fold = model.layer_fold(0)
 
-    def layer() -> tuple[Tensor, ...]:
-        return (block(x, doc_start, rotary),)
-
     def attention() -> tuple[Tensor, ...]:
         return (block.self_attn.attend(q, k, v, doc_start, rotary),)
 
@@ -92,7 +89,7 @@ def measure(config: Config, launch: LaunchEnv, repeats: int) -> LayerCost:
         return (out,)
 
     cases: dict[str, tuple[Callable[[], tuple[Tensor, ...]], Sequence[Tensor]]] = {
-        LAYER: (layer, [x, *block.parameters()]),
+        LAYER: (lambda: (block(x, doc_start, rotary),), [x, *block.parameters()]),
         ATTENTION: (attention, [q, k, v]),
     }
     if fold and grid.swap_group is not None:

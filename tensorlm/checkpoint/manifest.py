@@ -13,9 +13,8 @@ import os
 import re
 import stat
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
@@ -78,8 +77,7 @@ def manifest_text(content: dict[str, Any]) -> str:
     return json.dumps({**manifest, "sha256": seal}, indent=1)
 
 
-@dataclass(frozen=True)
-class Checkpoint:
+class Checkpoint(NamedTuple):
     """A published checkpoint whose manifest verified."""
 
     folder: Path

@@ -12,7 +12,7 @@ from tensorlm import __version__
 from tensorlm.runtime.errors import EXIT_DONE, EXIT_USER_ERROR
 
 
-class Command(NamedTuple):
+class Entry(NamedTuple):
     """A module of this package, and the arguments to insert before the user's.
 
     `usage`: the help text, if that of the module is about more than this command.
@@ -42,20 +42,20 @@ appear side by side.
   --output DIR  folder for the joint report"""
 
 COMMANDS = {
-    "prepare": Command("prepare", "encode documents into token shards; verify and inspect shards"),
-    "tokenizer": Command("prepare", "train a sentencepiece BPE tokenizer", ("tokenizer",)),
-    "plan": Command("plan", "predict the memory and time of a run, without a GPU"),
-    "train": Command("train", "start or continue a training run on the ranks of this job"),
-    "replay": Command(
+    "prepare": Entry("prepare", "encode documents into token shards; verify and inspect shards"),
+    "tokenizer": Entry("prepare", "train a sentencepiece BPE tokenizer", ("tokenizer",)),
+    "plan": Entry("plan", "predict the memory and time of a run, without a GPU"),
+    "train": Entry("train", "start or continue a training run on the ranks of this job"),
+    "replay": Entry(
         "train", "recompute one step and compare it with the log", ("--replay",), _REPLAY
     ),
-    "evaluate": Command(
+    "evaluate": Entry(
         "evaluate", "measure how well a checkpoint uses its context, and write a report"
     ),
-    "compare": Command("evaluate", "join evaluation reports into one", ("--compare",), _COMPARE),
-    "convert": Command("convert", "export a checkpoint to a Hugging Face folder, or import one"),
-    "benchmark": Command("benchmark", "measure speed and memory on this machine"),
-    "generate": Command("generate", "generate text with an exported folder"),
+    "compare": Entry("evaluate", "join evaluation reports into one", ("--compare",), _COMPARE),
+    "convert": Entry("convert", "export a checkpoint to a Hugging Face folder, or import one"),
+    "benchmark": Entry("benchmark", "measure speed and memory on this machine"),
+    "generate": Entry("generate", "generate text with an exported folder"),
 }
 
 

@@ -97,11 +97,6 @@ class GrowingBuffer:
             and not torch.is_inference_mode_enabled()
         )
 
-    def map_batch(self, change: Callable[[Tensor], Tensor]) -> None:
-        """Replace the sequences of the batch by a selection, made by `change`."""
-        if self.buffer is not None:
-            self.buffer = change(self.buffer)
-
 
 class FoldLayer(CacheLayerMixin):
     """The cache of one layer: keys, values and the state of each hop.
@@ -195,8 +190,10 @@ class FoldLayer(CacheLayerMixin):
         self._map_batch(lambda x: x.repeat_interleave(repeats, dim=0))
 
     def _map_batch(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Replace the sequences of the batch by a selection, made by `change`."""
         for rows in self.all_rows():
-            rows.map_batch(change)
+            if rows.buffer is not None:
+                rows.buffer = change(rows.buffer)
 
 
 class RoutedLayer(FoldLayer):
