@@ -21,7 +21,7 @@ export TOKENIZERS_PARALLELISM=true PYTHONUNBUFFERED=1
 
 # On a CPU: fewer variants, shorter rows, fewer steps. Evaluation uses 4 times the trained length.
 if [ "$gpu" -gt 0 ]; then
-  variants=${VARIANTS:-full window window_2048 strided hybrid routed_random routed routed_24}
+  variants=${VARIANTS:-full window window_2048 strided hybrid routed_random routed_wide routed routed_24}
   size=() window=() route=() code_bytes=0 trained=8192 predicted=1048576
   tasks=${TASKS:-'["passkey","niah"]'}
 else
