@@ -43,6 +43,7 @@ ZERO_PLACE = gl.constexpr(1024.0)
 FIRST_PLACE = gl.constexpr(0x44800000 >> 13)
 PLACE_BITS = gl.constexpr(13)
 MASKED = gl.constexpr(-1.0e30)
+SAMPLED_TILES = 16  # tiles of slots that the first pass visits at least, if there are as many
 
 
 @gluon.jit
@@ -78,9 +79,9 @@ def slot_tiles(
 def produce(
     means, ring, doc_start, sizes,
     K: gl.constexpr, D: gl.constexpr, BLOCK: gl.constexpr, PARTS: gl.constexpr,
-    TOGETHER: gl.constexpr, STAGES: gl.constexpr,
+    SAMPLE: gl.constexpr, TOGETHER: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Load the means of all tiles of this program twice, as slots of the ring become empty."""
+    """Load the means of both passes over all tiles, as slots of the ring become empty."""
     memory, full, empty = ring
     num_tokens, num_slots, num_blocks, num_tiles, window, first_token = sizes
     slot = 0
@@ -92,8 +93,9 @@ def produce(
             window, first_token, BLOCK, 1,
         )  # fmt: skip
         row = (batch * K + head) * (PARTS * num_slots) + begin
-        for _ in gl.static_range(2):
-            for i in range(0, count):
+        step = gl.maximum(count // SAMPLE, 1)
+        for second in gl.static_range(2):
+            for i in range(0, count, 1 if second else step):
                 for part in gl.static_range(0, PARTS, TOGETHER):
                     mbarrier.wait(empty.index(slot), phase)
                     mbarrier.expect(full.index(slot), TOGETHER * SLOTS * D * 2)
@@ -161,7 +163,7 @@ def load_queries(
 def consume(
     which, q, ring, upto, doc_start, choice, scratch, sizes,
     K: gl.constexpr, D: gl.constexpr, BLOCK: gl.constexpr, PARTS: gl.constexpr, TOP: gl.constexpr,
-    KEEP: gl.constexpr, TOGETHER: gl.constexpr, STAGES: gl.constexpr,
+    KEEP: gl.constexpr, SAMPLE: gl.constexpr, TOGETHER: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Choose for one warp group's 64 tokens of each tile. `scratch` holds its candidates."""
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, SLOTS, 16])
@@ -189,8 +191,9 @@ def consume(
         b_q = gl.convert_layout(loaded, OPERAND)
 
         # A bound that at least TOP scores reach: the TOP-th largest of the maxima of 64 groups.
+        # With fewer tiles of slots, the bound is lower: it is reached by more scores.
         largest = gl.full([ROWS, SLOTS], float("-inf"), gl.float32, SCORES)
-        for i in range(0, num_chunks):
+        for i in range(0, num_chunks, gl.maximum(num_chunks // SAMPLE, 1)):
             best, slot, phase = best_scores(b_q, ring, slot, phase, zero, PARTS, TOGETHER, STAGES)
             if i >= unmasked:
                 best = mask_slots(best, begin + i * SLOTS + column, lowest, highest)
@@ -267,7 +270,7 @@ def specialized_choice_kernel(
     q, means, doc_start, choice, scratch,
     num_tokens, num_slots, num_blocks, num_tiles, window, first_token,
     K: gl.constexpr, D: gl.constexpr, BLOCK: gl.constexpr, PARTS: gl.constexpr, TOP: gl.constexpr,
-    KEEP: gl.constexpr, TOGETHER: gl.constexpr, STAGES: gl.constexpr,
+    KEEP: gl.constexpr, SAMPLE: gl.constexpr, TOGETHER: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """choice [B, Q, K, TOP + 1] int32, in any order; arguments as of `routed_choice`."""
     ring, upto = new_memory(means, D, TOGETHER, STAGES)
@@ -277,10 +280,11 @@ def specialized_choice_kernel(
     gl.warp_specialize(
         [
             (consume, (0, q, ring, upto, doc_start, choice, scratch, sizes,
-                       K, D, BLOCK, PARTS, TOP, KEEP, TOGETHER, STAGES)),
+                       K, D, BLOCK, PARTS, TOP, KEEP, SAMPLE, TOGETHER, STAGES)),
             (consume, (1, q, ring, upto, doc_start, choice, scratch, sizes,
-                       K, D, BLOCK, PARTS, TOP, KEEP, TOGETHER, STAGES)),
-            (produce, (means, ring, doc_start, sizes, K, D, BLOCK, PARTS, TOGETHER, STAGES)),
+                       K, D, BLOCK, PARTS, TOP, KEEP, SAMPLE, TOGETHER, STAGES)),
+            (produce, (means, ring, doc_start, sizes,
+                       K, D, BLOCK, PARTS, SAMPLE, TOGETHER, STAGES)),
         ],
         [4, 1],
         [REGISTERS, PRODUCER_REGISTERS],
@@ -313,6 +317,6 @@ def specialized_choice(
             q, tiles, starts, choice, scratch,
             num_tokens, num_slots, num_blocks, num_tiles, window, first,
             K=heads, D=size, BLOCK=block, PARTS=parts, TOP=top_k,
-            KEEP=max(2, triton.next_power_of_2(top_k)), TOGETHER=together,
+            KEEP=max(2, triton.next_power_of_2(top_k)), SAMPLE=SAMPLED_TILES, TOGETHER=together,
             STAGES=8 // together, num_warps=4,
         )  # fmt: skip
