@@ -10,9 +10,11 @@ from tensor_attention.gpu import launch, tiles
 from tensor_attention.gpu.backward_query import QueryGradients, backward_queries
 from tensor_attention.gpu.forward import hop_forward
 from tensor_attention.gpu.launch import Hop, Tiles
-from tensor_attention.gpu.routed_choice import mean_keys, summed_queries, write_choice
-from tensor_attention.gpu.routed_launch import starts_of
-from tensor_attention.gpu.routed_tiles import has_choice_ring
+from tensor_attention.gpu.routed_choice import choose, mean_keys, summed_queries, write_choice
+from tensor_attention.gpu.routed_forward import routed_forward
+from tensor_attention.gpu.routed_launch import Routed, starts_of
+from tensor_attention.gpu.routed_lists import tile_lists
+from tensor_attention.gpu.routed_tiles import forward_launch, forward_stages, has_choice_ring
 from tensor_attention.gpu.tiles import (
     backward_query_ring,
     backward_query_tiles,
@@ -203,3 +205,41 @@ def test_choice_equals_that_of_the_general_kernel(
             specialized_choice(q, means, starts, out, window, block, first)
     assert torch.equal(ours, again)
     assert torch.equal(ours.sort(-1).values, general.sort(-1).values)
+
+
+@pytest.mark.gpu
+@needs_hopper
+@pytest.mark.parametrize("open_tile", [1, 16])
+@pytest.mark.parametrize(
+    ("shape", "top_k", "first"),
+    [
+        ((1, 5001, 8, 2, 128, 0), 16, 0),
+        ((2, 3000, 8, 2, 128, 700), 5, 0),
+        ((1, 4100, 4, 1, 128, 0), 32, 2048),
+        ((1, 90, 4, 1, 128, 40), 3, 0),
+    ],
+)
+def test_routed_forward_has_the_bits_of_the_general_kernel(
+    shape: tuple[int, int, int, int, int, int], top_k: int, first: int, open_tile: int
+) -> None:
+    q, k, starts = choice_inputs(*shape, "normal")
+    choice = choose(q, k, starts, 256, 64, top_k, 16, 0)[:, max(0, first - open_tile + 1) :]
+    q = q[:, first:].contiguous()
+    cos, sin = (x.float().cuda() for x in rotary_table(shape[1], 128))
+    v = torch.randn_like(k)
+    routed = Routed(
+        q, k, v, choice.contiguous(), starts, cos, sin, 256, 64, 16, open_tile, 128**-0.5, first
+    )
+    assert forward_stages(routed) is not None
+    z_before = torch.randn_like(q)
+    lse_before = torch.randn(q.shape[0], q.shape[2], q.shape[1], device="cuda")
+    lists = tile_lists(routed)
+    with poisoned_memory():
+        general, ours, again = (
+            (torch.empty_like(q), torch.empty_like(lse_before)) for _ in range(3)
+        )
+        routed_forward(routed, lists, z_before, lse_before, *general, forward_launch(routed))
+        routed_forward(routed, lists, z_before, lse_before, *ours)
+        routed_forward(routed, lists, z_before, lse_before, *again)
+    assert all(torch.equal(x, y) for x, y in zip(general, ours, strict=True))
+    assert all(torch.equal(x, y) for x, y in zip(again, ours, strict=True))

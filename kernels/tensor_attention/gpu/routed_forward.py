@@ -26,7 +26,7 @@ from .launch import tma_rows
 from .routed_choice import rotate_stretched
 from .routed_launch import Routed
 from .routed_lists import TileLists
-from .routed_tiles import forward_launch
+from .routed_tiles import Launch, forward_launch, forward_stages
 
 _SIZES = ["num_tokens", "num_keys", "first_token", "num_tiles", "window", "stretch"]
 
@@ -119,10 +119,21 @@ def routed_forward_kernel(
 
 
 def routed_forward(
-    routed: Routed, lists: TileLists, z_before: Tensor, lse_before: Tensor, z: Tensor, lse: Tensor
-) -> None:
-    """Write z [B, Q, H, E] and lse [B, H, Q] float32 of a hop that starts from a state."""
-    launch = forward_launch(routed)
+    routed: Routed, lists: TileLists, z_before: Tensor, lse_before: Tensor, z: Tensor, lse: Tensor,
+    launch: Launch | None = None,
+) -> None:  # fmt: skip
+    """Write z [B, Q, H, E] and lse [B, H, Q] float32 of a hop that starts from a state.
+
+    Args:
+        launch: parameters of the general kernel; None: the shape selects the kernel.
+    """
+    stages = forward_stages(routed) if launch is None else None
+    if stages is not None:
+        from .specialized_routed import specialized_routed
+
+        specialized_routed(routed, lists, z_before, lse_before, z, lse, stages)
+        return
+    launch = launch or forward_launch(routed)
     k = rotate_stretched(routed.k, routed.cos, routed.sin, routed.doc_start, routed.stretch)
     values = routed.values
     if launch.tma:

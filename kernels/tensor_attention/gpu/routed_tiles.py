@@ -22,6 +22,25 @@ def forward_launch(routed: Routed) -> Launch:
     return _launch(routed, 3)
 
 
+def forward_stages(routed: Routed) -> int | None:
+    """Slots of the warp-specialized forward kernel's ring; None if it does not support the hop."""
+    supported = (
+        not is_interpreted()
+        and routed.allows_tma
+        and _has_hopper(routed.q)
+        and routed.q.dtype == torch.bfloat16
+        and routed.cos is not None
+        and (routed.q.shape[3], routed.values.shape[3]) == (128, 128)
+        and (routed.group, routed.block) == (4, 64)
+    )
+    return 5 if supported else None
+
+
+def _has_hopper(x: Tensor) -> bool:
+    """Whether the warp-specialized kernels run on the device of `x`."""
+    return torch.cuda.get_device_capability(x.device)[0] == 9 and has_gluon()
+
+
 def backward_query_launch(routed: Routed) -> Launch:
     return _launch(routed, 2)
 
@@ -70,8 +89,7 @@ def has_choice_ring(q: Tensor, top_k: int, parts: int) -> bool:
     return (
         not is_interpreted()
         and can_tma(q)
-        and torch.cuda.get_device_capability(q.device)[0] == 9
-        and has_gluon()
+        and _has_hopper(q)
         and q.dtype in (torch.bfloat16, torch.float16)
         and q.shape[3] in (64, 128)
         and top_k <= 32
