@@ -10,11 +10,24 @@ from tensor_attention.gpu import launch, tiles
 from tensor_attention.gpu.backward_query import QueryGradients, backward_queries
 from tensor_attention.gpu.forward import hop_forward
 from tensor_attention.gpu.launch import Hop, Tiles
-from tensor_attention.gpu.routed_choice import choose, mean_keys, summed_queries, write_choice
+from tensor_attention.gpu.routed_backward import query_gradients
+from tensor_attention.gpu.routed_choice import (
+    choose,
+    mean_keys,
+    rotate_stretched,
+    summed_queries,
+    write_choice,
+)
 from tensor_attention.gpu.routed_forward import routed_forward
 from tensor_attention.gpu.routed_launch import Routed, starts_of
-from tensor_attention.gpu.routed_lists import tile_lists
-from tensor_attention.gpu.routed_tiles import forward_launch, forward_stages, has_choice_ring
+from tensor_attention.gpu.routed_lists import TileLists, tile_lists
+from tensor_attention.gpu.routed_tiles import (
+    backward_query_launch,
+    backward_query_stages,
+    forward_launch,
+    forward_stages,
+    has_choice_ring,
+)
 from tensor_attention.gpu.tiles import (
     backward_query_ring,
     backward_query_tiles,
@@ -207,39 +220,70 @@ def test_choice_equals_that_of_the_general_kernel(
     assert torch.equal(ours.sort(-1).values, general.sort(-1).values)
 
 
-@pytest.mark.gpu
-@needs_hopper
-@pytest.mark.parametrize("open_tile", [1, 16])
-@pytest.mark.parametrize(
-    ("shape", "top_k", "first"),
-    [
-        ((1, 5001, 8, 2, 128, 0), 16, 0),
-        ((2, 3000, 8, 2, 128, 700), 5, 0),
-        ((1, 4100, 4, 1, 128, 0), 32, 2048),
-        ((1, 90, 4, 1, 128, 40), 3, 0),
-    ],
-)
-def test_routed_forward_has_the_bits_of_the_general_kernel(
+ROUTES = [
+    ((1, 5001, 8, 2, 128, 0), 16, 0),
+    ((2, 3000, 8, 2, 128, 700), 5, 0),
+    ((1, 4100, 4, 1, 128, 0), 32, 2048),
+    ((1, 90, 4, 1, 128, 40), 3, 0),
+]  # shape of `choice_inputs`, top_k, first
+
+
+def routed_case(
     shape: tuple[int, int, int, int, int, int], top_k: int, first: int, open_tile: int
-) -> None:
+) -> tuple[Routed, TileLists, tuple[Tensor, Tensor]]:
+    """A random routed hop with its lists, and the state before it."""
     q, k, starts = choice_inputs(*shape, "normal")
     choice = choose(q, k, starts, 256, 64, top_k, 16, 0)[:, max(0, first - open_tile + 1) :]
     q = q[:, first:].contiguous()
-    cos, sin = (x.float().cuda() for x in rotary_table(shape[1], 128))
-    v = torch.randn_like(k)
+    cos, sin = (x.float().to(q.device) for x in rotary_table(shape[1], 128))
     routed = Routed(
-        q, k, v, choice.contiguous(), starts, cos, sin, 256, 64, 16, open_tile, 128**-0.5, first
-    )
+        q, k, torch.randn_like(k), choice.contiguous(), starts, cos, sin, 256, 64, 16, open_tile,
+        128**-0.5, first,
+    )  # fmt: skip
+    lse = torch.randn(q.shape[0], q.shape[2], q.shape[1], device=q.device)
+    return routed, tile_lists(routed), (torch.randn_like(q), lse)
+
+
+@pytest.mark.gpu
+@needs_hopper
+@pytest.mark.parametrize("open_tile", [1, 16])
+@pytest.mark.parametrize(("shape", "top_k", "first"), ROUTES)
+def test_routed_forward_has_the_bits_of_the_general_kernel(
+    shape: tuple[int, int, int, int, int, int], top_k: int, first: int, open_tile: int
+) -> None:
+    routed, lists, state = routed_case(shape, top_k, first, open_tile)
     assert forward_stages(routed) is not None
-    z_before = torch.randn_like(q)
-    lse_before = torch.randn(q.shape[0], q.shape[2], q.shape[1], device="cuda")
-    lists = tile_lists(routed)
+    runs = []
     with poisoned_memory():
-        general, ours, again = (
-            (torch.empty_like(q), torch.empty_like(lse_before)) for _ in range(3)
-        )
-        routed_forward(routed, lists, z_before, lse_before, *general, forward_launch(routed))
-        routed_forward(routed, lists, z_before, lse_before, *ours)
-        routed_forward(routed, lists, z_before, lse_before, *again)
-    assert all(torch.equal(x, y) for x, y in zip(general, ours, strict=True))
-    assert all(torch.equal(x, y) for x, y in zip(again, ours, strict=True))
+        for launch_of in (forward_launch, lambda _: None, lambda _: None):
+            z, lse = torch.empty_like(state[0]), torch.empty_like(state[1])
+            routed_forward(routed, lists, *state, z, lse, launch_of(routed))
+            runs.append((z, lse))
+    for other in runs[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(runs[0], other, strict=True))
+
+
+@pytest.mark.gpu
+@needs_hopper
+@pytest.mark.parametrize("open_tile", [1, 16])
+@pytest.mark.parametrize(("shape", "top_k", "first"), ROUTES)
+def test_routed_query_gradient_has_the_bits_of_the_general_kernel(
+    shape: tuple[int, int, int, int, int, int], top_k: int, first: int, open_tile: int
+) -> None:
+    routed, lists, (z, lse) = routed_case(shape, top_k, first, open_tile)
+    assert backward_query_stages(routed) is not None
+    state = (torch.empty_like(z), torch.empty_like(lse), z, lse)
+    routed_forward(routed, lists, z, lse, *state[:2])
+    k = rotate_stretched(routed.k, routed.cos, routed.sin, routed.doc_start, routed.stretch)
+    dz, dlse = torch.randn_like(z), torch.randn_like(lse) if open_tile == 1 else None
+    runs = []
+    with poisoned_memory():
+        for launch_of in (backward_query_launch, lambda _: None, lambda _: None):
+            outputs = (
+                torch.empty_like(z), torch.empty_like(lse), torch.empty_like(z),
+                torch.empty_like(lse),
+            )  # fmt: skip
+            query_gradients(routed, lists, k, state, dz, dlse, outputs, launch_of(routed))
+            runs.append(outputs)
+    for other in runs[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(runs[0], other, strict=True))

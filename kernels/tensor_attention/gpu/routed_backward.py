@@ -29,7 +29,12 @@ from .routed_choice import rotate_stretched, slot_start
 from .routed_forward import load_keys, query_rows
 from .routed_launch import TILE, Routed
 from .routed_lists import Readers, TileLists
-from .routed_tiles import backward_key_launch, backward_query_launch
+from .routed_tiles import (
+    Launch,
+    backward_key_launch,
+    backward_query_launch,
+    backward_query_stages,
+)
 
 _SIZES = [
     "num_tokens", "num_keys", "first_token", "num_tiles", "num_slots", "window", "stretch",
@@ -192,6 +197,43 @@ def routed_backward_key_kernel(
         )  # fmt: skip
 
 
+def query_gradients(
+    routed: Routed, lists: TileLists, k: Tensor, state: tuple[Tensor, Tensor, Tensor, Tensor],
+    dz: Tensor, dlse: Tensor | None, outputs: tuple[Tensor, Tensor, Tensor, Tensor],
+    launch: Launch | None = None,
+) -> None:  # fmt: skip
+    """Write the gradients of the queries and of the state.
+
+    Args:
+        routed, lists, dz, dlse: as in `routed_backward`.
+        k: [B, T, K, D], rotated.
+        state: z, lse, z_before, lse_before.
+        outputs: dq, delta, dz_before, dlse_before.
+        launch: parameters of the general kernel; None: the shape selects the kernel.
+    """
+    stages = backward_query_stages(routed) if launch is None else None
+    if stages is not None:
+        from .specialized_routed_query import specialized_routed_query
+
+        specialized_routed_query(routed, lists, k, state, dz, dlse, outputs, stages)
+        return
+    launch = launch or backward_query_launch(routed)
+    batch, num_tokens = routed.q.shape[:2]
+    programs = batch * k.shape[2] * routed.tiles
+    k_tiles, v_tiles = k, routed.values
+    if launch.tma:
+        k_tiles = tma_rows(k, routed.rows_of_block)
+        v_tiles = tma_rows(routed.values, routed.rows_of_block)
+    with torch.cuda.device_of(k):
+        routed_backward_query_kernel[(programs,)](
+            routed.q, k_tiles, v_tiles, routed.query_starts, lists.entries, lists.counts, *state,
+            routed.cos, routed.sin, dz, dlse, *outputs,
+            num_tokens, k.shape[1], routed.first, routed.tiles, routed.window, routed.stretch,
+            routed.score_scale, routed.scale, CAPACITY=routed.capacity, TMA=launch.tma,
+            num_warps=launch.warps, num_stages=launch.stages, **routed.constants(),
+        )  # fmt: skip
+
+
 def routed_backward(
     routed: Routed, lists: TileLists, readers: Readers, state: tuple[Tensor, Tensor],
     result: tuple[Tensor, Tensor], dz: Tensor, dlse: Tensor | None,
@@ -216,27 +258,16 @@ def routed_backward(
     )  # fmt: skip
     delta = torch.empty_like(lse)
     k_turned = rotate_stretched(k, routed.cos, routed.sin, routed.doc_start, routed.stretch)
-    query_starts = routed.query_starts
+    outputs = (grads.dq, delta, grads.dz_before, grads.dlse_before)
+    query_gradients(
+        routed, lists, k_turned, (z, lse, z_before, lse_before), dz, dlse, outputs
+    )  # fmt: skip
+
     batch, num_tokens = q.shape[:2]
     key_heads = k.shape[2]
-    launch = backward_query_launch(routed)
-    k_tiles, v_tiles = k_turned, values
-    if launch.tma:
-        k_tiles = tma_rows(k_turned, routed.rows_of_block)
-        v_tiles = tma_rows(values, routed.rows_of_block)
-    with torch.cuda.device_of(q):
-        routed_backward_query_kernel[(batch * key_heads * routed.tiles,)](
-            q, k_tiles, v_tiles, query_starts, lists.entries, lists.counts, z, lse,
-            z_before, lse_before, routed.cos, routed.sin, dz, dlse,
-            grads.dq, delta, grads.dz_before, grads.dlse_before,
-            num_tokens, k.shape[1], routed.first, routed.tiles, routed.window, routed.stretch,
-            routed.score_scale, routed.scale, CAPACITY=routed.capacity, TMA=launch.tma,
-            num_warps=launch.warps, num_stages=launch.stages, **routed.constants(),
-        )  # fmt: skip
-
     launch = backward_key_launch(routed)
     q_turned = rotate_stretched(
-        q, routed.cos, routed.sin, query_starts, routed.stretch, routed.first
+        q, routed.cos, routed.sin, routed.query_starts, routed.stretch, routed.first
     )
     q_tiles, dz_tiles, k_tiles, v_tiles = q_turned, dz, k_turned, values
     if launch.tma:

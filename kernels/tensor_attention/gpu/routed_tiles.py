@@ -24,7 +24,17 @@ def forward_launch(routed: Routed) -> Launch:
 
 def forward_stages(routed: Routed) -> int | None:
     """Slots of the warp-specialized forward kernel's ring; None if it does not support the hop."""
-    supported = (
+    return 5 if _supports_ring(routed) else None
+
+
+def backward_query_stages(routed: Routed) -> int | None:
+    """Slots of the warp-specialized kernel of dq; None if it does not support the hop."""
+    return 4 if _supports_ring(routed) else None
+
+
+def _supports_ring(routed: Routed) -> bool:
+    """Whether the warp-specialized kernels support the hop: the shape of most large models."""
+    return (
         not is_interpreted()
         and routed.allows_tma
         and _has_hopper(routed.q)
@@ -33,7 +43,6 @@ def forward_stages(routed: Routed) -> int | None:
         and (routed.q.shape[3], routed.values.shape[3]) == (128, 128)
         and (routed.group, routed.block) == (4, 64)
     )
-    return 5 if supported else None
 
 
 def _has_hopper(x: Tensor) -> bool:

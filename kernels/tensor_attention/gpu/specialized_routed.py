@@ -126,6 +126,21 @@ def skip_block(ring, slot, phase, STAGES: gl.constexpr):
 
 
 @gluon.jit
+def load_angles(
+    doc_start, cos, sin, token, batch, num_tokens, first_token, stretch,
+    D: gl.constexpr, LAYOUT: gl.constexpr,
+):  # fmt: skip
+    """Cosines and sines [64, D / 2] of the queries' stretched positions."""
+    exists = token < num_tokens
+    document = gl.load(doc_start + batch.to(gl.int64) * num_tokens + token, mask=exists, other=0)
+    position = (first_token + token - document) // stretch
+    column = gl.arange(0, D // 2, layout=gl.SliceLayout(0, LAYOUT))
+    angle = position.to(gl.int64)[:, None] * (D // 2) + column[None, :]
+    c = gl.load(cos + angle, mask=exists[:, None], other=0.0)
+    return c, gl.load(sin + angle, mask=exists[:, None], other=0.0)
+
+
+@gluon.jit
 def load_queries(
     q, doc_start, cos, sin, token, head, batch, num_tokens, first_token, stretch,
     H: gl.constexpr, D: gl.constexpr, LAYOUT: gl.constexpr,
@@ -133,15 +148,13 @@ def load_queries(
     """Both halves [64, D / 2] of the queries, rotated to stretched positions and rounded once."""
     exists = token < num_tokens
     column = gl.arange(0, D // 2, layout=gl.SliceLayout(0, LAYOUT))
-    row = batch.to(gl.int64) * num_tokens + token
-    at = ((row * H + head) * D)[:, None] + column[None, :]
+    vector = (batch.to(gl.int64) * num_tokens + token) * H + head
+    at = (vector * D)[:, None] + column[None, :]
     real = gl.load(q + at, mask=exists[:, None], other=0.0)
     imag = gl.load(q + at + D // 2, mask=exists[:, None], other=0.0)
-    document = gl.load(doc_start + row, mask=exists, other=0)
-    position = (first_token + token - document) // stretch
-    angle = position.to(gl.int64)[:, None] * (D // 2) + column[None, :]
-    c = gl.load(cos + angle, mask=exists[:, None], other=0.0)
-    s = gl.load(sin + angle, mask=exists[:, None], other=0.0)
+    c, s = load_angles(
+        doc_start, cos, sin, token, batch, num_tokens, first_token, stretch, D, LAYOUT
+    )
     return turn(real, imag, c, s)
 
 
