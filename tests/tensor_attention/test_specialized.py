@@ -184,6 +184,7 @@ def choice_inputs(
 
 @pytest.mark.gpu
 @needs_hopper
+@pytest.mark.parametrize("sample", [16, 1], ids=["all", "one tile bounds"])
 @pytest.mark.parametrize("kind", ["normal", "quarters", "ones"])
 @pytest.mark.parametrize(
     ("shape", "route"),
@@ -198,9 +199,10 @@ def choice_inputs(
     ],
 )
 def test_choice_equals_that_of_the_general_kernel(
-    shape: tuple[int, int, int, int, int, int], route: tuple[int, int, int, int, int], kind: str
-) -> None:
-    from tensor_attention.gpu.specialized_choice import specialized_choice
+    shape: tuple[int, int, int, int, int, int], route: tuple[int, int, int, int, int], kind: str,
+    sample: int, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    from tensor_attention.gpu import specialized_choice as module
 
     q, k, starts = choice_inputs(*shape, kind)
     window, block, top_k, pool, first = route
@@ -213,9 +215,10 @@ def test_choice_equals_that_of_the_general_kernel(
     )
     write_choice(q, means, starts, general, window, block, first)
     assert has_choice_ring(q, top_k, means.shape[2])
+    monkeypatch.setattr(module, "SAMPLED_TILES", sample)
     for out in (ours, again):
         with poisoned_memory():
-            specialized_choice(q, means, starts, out, window, block, first)
+            module.specialized_choice(q, means, starts, out, window, block, first)
     assert torch.equal(ours, again)
     assert torch.equal(ours.sort(-1).values, general.sort(-1).values)
 
