@@ -1,6 +1,6 @@
 # ruff: noqa: N803 - compile-time constants of Triton kernels are capitals
 # mypy: allow-untyped-defs, allow-incomplete-defs
-"""Shared by the warp-specialized kernels of the window hop: tiles of queries, a ring of keys.
+"""Shared by the warp-specialized kernels: tiles of queries, a ring of keys and values.
 
 One program per multiprocessor processes many tiles of queries. A producer warp loads the keys and
 values of each tile with TMA into a ring of slots in shared memory. Two warp groups of 64 rows each

@@ -43,7 +43,9 @@ ZERO_PLACE = gl.constexpr(1024.0)
 FIRST_PLACE = gl.constexpr(0x44800000 >> 13)
 PLACE_BITS = gl.constexpr(13)
 MASKED = gl.constexpr(-1.0e30)
-SAMPLED_TILES = 16  # tiles of slots that the first pass visits at least, if there are as many
+# The first pass visits at least so many tiles of slots, evenly spaced, if there are as many. Fewer
+# tiles take less time but yield a lower bound, and more candidates.
+SAMPLED_TILES = 16
 
 
 @gluon.jit
