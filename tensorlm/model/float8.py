@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from tensorlm.config import LinearFormat
 from tensorlm.runtime.errors import UserError
 
-from .float8_cast import Scaled, cast, cast_both, cast_transposed
+from .float8_cast import Scaled, cast, cast_both, cast_transposed, scale_of_all
 from .keep import KeepInputs, kept_inputs
 
 _FIRST_CAPABILITY = (8, 9)  # Ada; Hopper is (9, 0)
@@ -66,78 +66,119 @@ def apply_linears(
     if format_now(linear) == "bf16":
         return tuple(layer(x) for layer in layers)
     weights = [layer.weight for layer in layers]
-    kept = KeepInputs.apply(x, *weights)
-    outs = _Float8Linears.apply(linear, (kept,), x, *weights)
+    scales = []
+    if linear == "float8_tensorwise":
+        with torch.no_grad():
+            scales = [scales_of_all(x.flatten(0, -2), weights)]
+    kept = KeepInputs.apply(x, *weights, *scales)
+    outs = _Float8Linears.apply(linear, (kept,), (*scales,), x, *weights)
     return tuple(outs)
 
 
 class _Float8Linears(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, linear: LinearFormat, kept: tuple[Tensor], x: Tensor, *weights: Tensor
-    ) -> tuple[Tensor, ...]:
+        ctx: Any, linear: LinearFormat, kept: tuple[Tensor], scales: tuple[Tensor, ...],
+        x: Tensor, *weights: Tensor,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
         ctx.linear, ctx.kept = linear, kept[0]
-        return tuple(
-            out.view(*x.shape[:-1], -1) for out in products(x.flatten(0, -2), weights, linear)
-        )
+        outs = products(x.flatten(0, -2), weights, linear, *scales)
+        return tuple(out.view(*x.shape[:-1], -1) for out in outs)
 
     @staticmethod
     def backward(ctx: Any, *douts: Tensor) -> tuple[Tensor | None, ...]:
-        x, *weights = kept_inputs(ctx.kept)
+        x, *kept = kept_inputs(ctx.kept)
         ctx.kept = None  # frees x with this call, not with the whole graph
+        weights, scales = kept[: len(douts)], kept[len(douts) :]
         flat = [dout.flatten(0, -2) for dout in douts]
-        dx, dweights = gradients(x.flatten(0, -2), weights, flat, ctx.linear)
-        return None, None, dx.view_as(x), *dweights
+        dx, dweights = gradients(x.flatten(0, -2), weights, flat, ctx.linear, *scales)
+        return None, None, None, dx.view_as(x), *dweights
 
 
-def products(x: Tensor, weights: Sequence[Tensor], linear: LinearFormat) -> list[Tensor]:
+def scales_of_all(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    """`scale_of_all` of x and of each weight, [1 + number of weights]: a pass over each.
+
+    Backward needs them again, and so does recomputation.
+    """
+    scales: Tensor = torch.ops.tensorlm.float8_scales(x, list(weights))
+    return scales
+
+
+@torch.library.custom_op("tensorlm::float8_scales", mutates_args=())
+def _scales(x: Tensor, weights: list[Tensor]) -> Tensor:
+    """One operator, so that recomputation can keep its result."""
+    return torch.stack([scale_of_all(tensor) for tensor in (x, *weights)])
+
+
+@_scales.register_fake
+def _(x: Tensor, weights: list[Tensor]) -> Tensor:
+    return x.new_empty(1 + len(weights), dtype=torch.float32)
+
+
+def products(
+    x: Tensor, weights: Sequence[Tensor], linear: LinearFormat, scales: Tensor | None = None
+) -> list[Tensor]:
     """x W^T for each weight, not differentiable.
 
     Args:
         x: [T, K] bf16.
         weights: [N, K] bf16.
         linear: number format.
+        scales: `scales_of_all`, if known; not for "float8_rowwise".
 
     Returns:
         [T, N] bf16 for each weight.
     """
     outs: list[Tensor] = torch.ops.tensorlm.float8_products(
-        x, list(weights), linear == "float8_rowwise"
+        x, list(weights), linear == "float8_rowwise", scales
     )
     return outs
 
 
 @torch.library.custom_op("tensorlm::float8_products", mutates_args=())
-def _products(x: Tensor, weights: list[Tensor], by_row: bool) -> list[Tensor]:
+def _products(
+    x: Tensor, weights: list[Tensor], by_row: bool, scales: Tensor | None
+) -> list[Tensor]:
     """One operator, so that selective recomputation can keep its results."""
-    x8 = cast(x, by_row)
-    return [_multiply(x8, cast(weight, by_row), is_fast=True) for weight in weights]
+    of_x, *of_weights = _each(scales, len(weights))
+    x8 = cast(x, by_row, of_x)
+    return [
+        _multiply(x8, cast(weight, by_row, scale), is_fast=True)
+        for weight, scale in zip(weights, of_weights, strict=True)
+    ]
 
 
 @_products.register_fake
-def _(x: Tensor, weights: list[Tensor], by_row: bool) -> list[Tensor]:
+def _(x: Tensor, weights: list[Tensor], by_row: bool, scales: Tensor | None) -> list[Tensor]:
     return [x.new_empty(len(x), len(weight)) for weight in weights]
 
 
+def _each(scales: Tensor | None, num_weights: int) -> Sequence[Tensor | None]:
+    """The scale of x and of each weight, where known."""
+    return [None] * (1 + num_weights) if scales is None else scales.unbind()
+
+
 def gradients(
-    x: Tensor, weights: Sequence[Tensor], douts: Sequence[Tensor], linear: LinearFormat
-) -> tuple[Tensor, list[Tensor]]:
+    x: Tensor, weights: Sequence[Tensor], douts: Sequence[Tensor], linear: LinearFormat,
+    scales: Tensor | None = None,
+) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
     """Gradients of `products`.
 
     Args:
-        x, weights, linear: as in `products`.
+        x, weights, linear, scales: as in `products`.
         douts: [T, N] for each weight.
 
     Returns:
         The gradient of x [T, K], and of each weight [N, K], in bf16.
     """
     by_row = linear == "float8_rowwise"
-    columns = cast_transposed(x, by_row)
+    of_x, *of_weights = _each(scales, len(weights))
+    columns = cast_transposed(x, by_row, of_x)
     dx: Tensor | None = None
     dweights = []
-    for weight, dout in zip(weights, douts, strict=True):
+    for weight, scale, dout in zip(weights, of_weights, douts, strict=True):
         rows, transposed = cast_both(dout, by_row)
-        part = _multiply(rows, cast_transposed(weight, by_row))
+        part = _multiply(rows, cast_transposed(weight, by_row, scale))
         dx = part if dx is None else dx.add_(part)
         dweights.append(_multiply(transposed, columns))
         del rows, transposed, part

@@ -16,17 +16,27 @@ class Scaled(NamedTuple):
     scale: Tensor  # float32, [] or [m, 1]
 
 
-def cast(x: Tensor, by_row: bool) -> Scaled:
-    """x [m, k] in e4m3, with a scale for each row or for the whole."""
-    scale = _scale(x, 1 if by_row else None, E4M3)
+def scale_of_all(x: Tensor) -> Tensor:
+    """The factor [] that `cast` and `cast_transposed` need if they do not scale by row."""
+    return _scale(x, None, E4M3)
+
+
+def cast(x: Tensor, by_row: bool, scale: Tensor | None = None) -> Scaled:
+    """x [m, k] in e4m3, with a scale for each row or for the whole (`scale_of_all`, if known)."""
+    if scale is None:
+        scale = _scale(x, 1 if by_row else None, E4M3)
     data, _ = _round(x, E4M3, scale, None)
     assert data is not None
     return Scaled(data, scale.reciprocal())
 
 
-def cast_transposed(x: Tensor, by_row: bool) -> Scaled:
-    """The transpose [k, m] of x [m, k] in e4m3, with a scale for each of its rows or for all."""
-    scale = _scale(x, 0 if by_row else None, E4M3)
+def cast_transposed(x: Tensor, by_row: bool, scale: Tensor | None = None) -> Scaled:
+    """The transpose [k, m] of x [m, k] in e4m3, with a scale for each of its rows or for all.
+
+    `scale`: `scale_of_all`, if known.
+    """
+    if scale is None:
+        scale = _scale(x, 0 if by_row else None, E4M3)
     _, data = _round(x, E4M3, None, scale)
     assert data is not None
     return Scaled(data, _standing(scale.reciprocal()))

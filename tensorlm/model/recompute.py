@@ -8,6 +8,8 @@
 * "attention": also the results of its attention operator, but of no matrix product. A routed layer
   keeps those of its blocks, and recomputes its window, which takes less time for each byte.
 
+"selective" and "attention" also keep the scales of tensors that are cast to float8.
+
 All give the same bits: recomputation repeats the same operations on the same inputs.
 """
 
@@ -31,6 +33,7 @@ ATTENTION = frozenset(f"tensor_attention::{name}" for name in ("chain", "hop", "
 BLOCKS = frozenset(["tensor_attention::routed_hop"])
 PRODUCT = "aten::mm"
 FLOAT8 = "tensorlm::float8_products"  # several products at once
+SCALES = "tensorlm::float8_scales"
 
 Results = deque[Any]  # tensors, or tuples of them, in the order of their operators
 
@@ -95,7 +98,7 @@ class _Selection(TorchDispatchMode):
         if name in (PRODUCT, FLOAT8):
             self._left -= len(args[1]) if name == FLOAT8 else 1
             return self._left >= 0
-        return name in self.operators
+        return name == SCALES or name in self.operators
 
 
 class _Keeping(_Selection):

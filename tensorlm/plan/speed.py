@@ -45,10 +45,9 @@ MLP_TRAFFIC = {False: (10, 18), True: (6, 10)}
 LOGIT_TRAFFIC = {False: 30, True: 8}  # keys: whether the loss kernel runs
 # Per element of the head's weight and chunk of tokens; the product itself adds it.
 HEAD_GRADIENT_TRAFFIC = 8
-# Bytes per parameter of the update, the norm and clipping. With bf16 moments more than half of them
-# are for the noise of stochastic rounding: counted in adamw.py, not yet timed. Then the same for
-# torch's AdamW on the CPU.
-UPDATE_TRAFFIC = {"fp32": 70, "bf16": 330}
+# Bytes per parameter of the update, the norm and clipping; then the same for torch's AdamW on the
+# CPU.
+UPDATE_TRAFFIC = {"fp32": 70, "bf16": 62}
 HOST_UPDATE_TRAFFIC = 110
 
 

@@ -125,8 +125,11 @@ def update_workspace(job: Job) -> int:
 def adam_workspace(job: Job, elements: int) -> int:
     """AdamW's workspace: two float32 tensors if it is not fused.
 
-    With bf16 moments: four tensors of 4 bytes per element, for one parameter or chunk at a time.
+    With bf16 moments, on a CPU: four tensors of 4 bytes per element, for one parameter or chunk at
+    a time. On a GPU, one kernel updates without temporary tensors.
     """
+    if job.platform.is_gpu and job.config.optim.state_dtype == "bf16":
+        return 0
     if job.config.optim.state_dtype == "bf16":
         piece = -(-job.largest // job.gpus) if job.zero == 3 else job.largest
         return 4 * FP32 * min(elements, piece, _ADAM_CHUNK)

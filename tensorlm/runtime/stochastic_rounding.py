@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 _LOW_BITS = 0xFFFF  # the bits of a float32 that bfloat16 drops
-_FIRST, _SECOND = 0x85EBCA6B, 0xC2B2AE35  # MurmurHash3's finalizer (Appleby, 2011)
+FIRST, SECOND = 0x85EBCA6B, 0xC2B2AE35  # MurmurHash3's finalizer (Appleby, 2011)
 
 
 def random_words(key: str, first: int, count: int, device: torch.device) -> Tensor:
@@ -19,17 +19,23 @@ def random_words(key: str, first: int, count: int, device: torch.device) -> Tens
 
     They are a hash of index and key, so any element's bits can be computed without earlier ones.
     """
-    digest = hashlib.sha256(key.encode()).digest()
-    start, middle = (int.from_bytes(digest[at : at + 4]) for at in (0, 4))
+    start, middle = key_words(key, first)
     words = torch.arange(count, dtype=torch.int32, device=device)
-    words += _signed(first + start)
+    words += start
     words ^= (words >> 16).bitwise_and_(0xFFFF)  # shifts of int32 copy the sign
-    words *= _signed(_FIRST)
-    words ^= _signed(middle)
+    words *= _signed(FIRST)
+    words ^= middle
     words ^= (words >> 13).bitwise_and_(0x7FFFF)
-    words *= _signed(_SECOND)
+    words *= _signed(SECOND)
     words ^= (words >> 16).bitwise_and_(0xFFFF)
     return words
+
+
+def key_words(key: str, first: int) -> tuple[int, int]:
+    """What the hash adds to an element's index counted from `first`, and mixes in later (int32)."""
+    digest = hashlib.sha256(key.encode()).digest()
+    start, middle = (int.from_bytes(digest[at : at + 4]) for at in (0, 4))
+    return _signed(first + start), _signed(middle)
 
 
 def round_into(kept: Tensor, exact: Tensor, noise: Tensor) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tensorlm.runtime.stochastic_rounding import random_words, round_into
 
-# Elements updated at one time, which takes four temporary tensors of 4 bytes per element.
+# Elements updated at one time on a CPU, which takes four temporary tensors of 4 bytes per element.
 CHUNK = 1 << 24
 
 
@@ -76,34 +76,69 @@ class LowMemoryAdamW(torch.optim.Optimizer):
         state, grad = self.state[parameter], parameter.grad
         assert grad is not None
         tensors = (parameter, grad, state["exp_avg"], state["exp_avg_sq"])
-        parts = [tensor.view(-1).narrow(0, piece.begin, piece.size) for tensor in tensors]
+        weight, change, mean, square = (
+            tensor.view(-1).narrow(0, piece.begin, piece.size) for tensor in tensors
+        )
         step = int(state["step"])
         key, first = f"{self._seed} {step} {piece.name}", piece.first
-        chunks = (part.split(CHUNK) for part in parts)
-        for weight, change, mean, square in zip(*chunks, strict=True):
-            words = random_words(key, first, len(weight), weight.device)
-            _update(weight, change, mean, square, words, group, step)
-            first += len(weight)
+        by = _factors(group, step)
+        if parameter.is_cuda:
+            from .adamw_kernel import update  # needs Triton
+
+            return update(weight, change, mean, square, key, first, by)
+        chunks = (tensor.split(CHUNK) for tensor in (weight, change, mean, square))
+        for w, g, m, s in zip(*chunks, strict=True):
+            _update(w, g, m, s, key, first, by)
+            first += len(w)
+
+
+class Factors(NamedTuple):
+    """Numbers of one step of one parameter group."""
+
+    mean_step: float  # share of the gradient in the new first moment
+    square_kept: float  # share of the old second moment
+    square_step: float  # share of the squared gradient
+    square_scale: float  # divisor of the square root of the second moment
+    eps: float
+    weight_kept: float  # 1 - lr * weight decay
+    rate: float  # learning rate, corrected for the first steps
+
+
+def _factors(group: dict[str, Any], step: int) -> Factors:
+    beta1, beta2 = group["betas"]
+    return Factors(
+        mean_step=1 - beta1,
+        square_kept=beta2,
+        square_step=1 - beta2,
+        square_scale=(1 - beta2**step) ** 0.5,
+        eps=group["eps"],
+        weight_kept=1 - group["lr"] * group["weight_decay"],
+        rate=group["lr"] / (1 - beta1**step),
+    )
 
 
 def _update(
-    weight: Tensor,
-    grad: Tensor,
-    mean: Tensor,
-    square: Tensor,
-    words: Tensor,
-    group: dict[str, Any],
-    step: int,
-) -> None:
-    beta1, beta2 = group["betas"]
+    weight: Tensor, grad: Tensor, mean: Tensor, square: Tensor, key: str, first: int,
+    by: Factors,
+) -> None:  # fmt: skip
+    """Update elements of one parameter; `adamw_kernel.update` does the same on a GPU.
+
+    Args:
+        weight: [n] float32; overwritten, as are both moments.
+        grad: [n].
+        mean, square: [n] bf16.
+        key, first: as for `random_words`.
+        by: numbers of this step.
+    """
+    words = random_words(key, first, len(weight), weight.device)
     grad = grad.float()
-    new_mean = mean.float().lerp_(grad, 1 - beta1)
-    new_square = square.float().mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+    new_mean = mean.float().lerp_(grad, by.mean_step)
+    new_square = square.float().mul_(by.square_kept).addcmul_(grad, grad, value=by.square_step)
     round_into(mean, new_mean, words & 0xFFFF)
     round_into(square, new_square, (words >> 16).bitwise_and_(0xFFFF))
-    divisor = new_square.sqrt_().div_((1 - beta2**step) ** 0.5).add_(group["eps"])
-    weight.mul_(1 - group["lr"] * group["weight_decay"])
-    weight.addcdiv_(new_mean, divisor, value=-group["lr"] / (1 - beta1**step))
+    divisor = new_square.sqrt_().div_(by.square_scale).add_(by.eps)
+    weight.mul_(by.weight_kept)
+    weight.addcdiv_(new_mean, divisor, value=-by.rate)
 
 
 def new_state(

@@ -155,6 +155,26 @@ def test_recomputation_does_not_repeat_the_last_product(
     assert len(multiplied) == 2 * plain + repeated
 
 
+@pytest.mark.parametrize(
+    ("recompute", "times"), [("none", 1), ("selective", 1), ("attention", 1), ("block", 2)]
+)
+def test_scales_of_whole_tensors_are_computed_once(
+    recompute: str, times: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Backward uses those of forward; only "block" computes them again."""
+    sizes = []
+
+    def count(x: Tensor, dim: int | None, dtype: torch.dtype) -> Tensor:
+        sizes.append((dtype, x.shape))
+        return _scale(x, dim, dtype)
+
+    monkeypatch.setattr("tensorlm.model.float8_cast._scale", count)
+    gradients("float8_tensorwise", recompute=recompute)
+    inputs, weights = 4 * 4, 4 * 7  # four layers
+    assert sum(dtype == E4M3 for dtype, _ in sizes) == times * (inputs + weights)
+    assert sum(dtype == E5M2 for dtype, _ in sizes) == weights  # gradients of outputs
+
+
 def test_a_device_without_float8_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     check_linear("bf16", torch.device("cpu"))
     with pytest.raises(UserError, match=r"train.linear: float8_rowwise needs .*, got the CPU"):

@@ -50,6 +50,33 @@ def test_low_memory_adamw_is_adamw_with_rounded_moments(monkeypatch: pytest.Monk
     assert 1e-5 < (own - unrounded).abs().max() < 0.01 * (start - unrounded).abs().max()
 
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # else interpreted
+
+
+@pytest.mark.parametrize("betas", [(0.5, 0.75), (0.9, 0.999)])
+def test_kernel_updates_as_pytorch_does(betas: tuple[float, float]) -> None:
+    """Except where a sum of float32 differs in its last bit, even the rounding is the same."""
+    from tensorlm.train.adamw_kernel import update
+
+    generator = torch.Generator().manual_seed(0)
+    weight, grad, mean = torch.randn(3, 5000, generator=generator)
+    grad, mean = (grad * 8).round() / 8, (mean * 8).round() / 8
+    square = (torch.rand(5000, generator=generator) * 64).round() / 64
+    group: Any = {**SETTINGS, "betas": betas, "weight_decay": 0.1}
+    states = []
+    for apply, device in ((adamw._update, torch.device("cpu")), (update, DEVICE)):
+        tensors = (weight, grad, mean.bfloat16(), square.bfloat16())
+        w, g, m, s = (tensor.clone().to(device) for tensor in tensors)
+        for step, first in ((1, 0), (7, 2**32 - 5)):  # the second one after moments were rounded
+            apply(w, g, m, s, "0 1 layer", first, adamw._factors(group, step))
+        states.append([tensor.cpu() for tensor in (w, g, m, s)])
+    expected, found = states
+    torch.testing.assert_close(found[0], expected[0], rtol=3e-6, atol=1e-7)
+    for own, theirs in zip(found[2:], expected[2:], strict=True):
+        assert (own != theirs).float().mean() < 1e-3
+        torch.testing.assert_close(own, theirs, rtol=2**-7, atol=0)
+
+
 @pytest.mark.parametrize("beta2", [0.95, 0.999])
 def test_low_memory_adamw_follows_gradients_that_become_small(beta2: float) -> None:
     """Rounded to the nearest, a second moment of beta2 0.999 would stay where it was."""
