@@ -58,8 +58,12 @@ def _scale(x: Tensor, dim: int | None, dtype: torch.dtype) -> Tensor:
 
     Along `dim` ([m, 1] or [1, k]), rounded down to powers of two; for dim None of all of x ([]).
     """
-    # A norm needs no temporary tensor, as abs would.
-    largest = torch.linalg.vector_norm(x, torch.inf, dim, keepdim=dim is not None)
+    if dim is None and x.is_cuda and x.dtype == torch.bfloat16 and x.is_contiguous():
+        from .float8_kernel import largest_magnitude  # needs Triton
+
+        largest = largest_magnitude(x)
+    else:  # a norm needs no temporary tensor, as abs would
+        largest = torch.linalg.vector_norm(x, torch.inf, dim, keepdim=dim is not None)
     scale = torch.finfo(dtype).max / largest.float().clamp(min=_SMALLEST)
     return scale if dim is None else scale.log2().floor().exp2()
 

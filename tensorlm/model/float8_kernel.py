@@ -1,6 +1,6 @@
 # ruff: noqa: N803 - compile-time constants of Triton kernels are capitals
 # mypy: allow-untyped-defs, allow-incomplete-defs
-"""Triton kernel of `float8_cast`: reads a matrix once, writes it and its transpose in float8."""
+"""Triton kernels of `float8_cast`: largest magnitudes, and matrices with transposes in float8."""
 
 import torch
 import triton
@@ -8,6 +8,28 @@ import triton.language as tl
 from torch import Tensor
 
 _TILE = 128
+_BLOCK = 8192  # numbers that one program of `_largest_kernel` reads at a time
+_PROGRAMS = 1024  # at most
+
+
+def largest_magnitude(x: Tensor) -> Tensor:
+    """The infinity norm [] in float32 of x, in bf16 and contiguous; NaN if there is one."""
+    bits = torch.zeros((), dtype=torch.int32, device=x.device)
+    size = x.numel()
+    grid = (min(_PROGRAMS, triton.cdiv(size, _BLOCK)),)
+    _largest_kernel[grid](x.view(torch.int16), bits, size, BLOCK=_BLOCK, num_warps=8)
+    return bits.view(torch.float32)
+
+
+@triton.jit
+def _largest_kernel(x, bits, size, BLOCK: tl.constexpr):
+    # Without the sign, the order of bf16's bits is that of its numbers; those of a NaN are last.
+    largest = tl.zeros([BLOCK], tl.int16)
+    step = tl.num_programs(0).to(tl.int64) * BLOCK
+    for start in range(tl.program_id(0).to(tl.int64) * BLOCK, size, step):
+        at = start + tl.arange(0, BLOCK)
+        largest = tl.maximum(largest, tl.load(x + at, mask=at < size, other=0) & 0x7FFF)
+    tl.atomic_max(bits, tl.max(largest.to(tl.int32)) << 16)
 
 
 def round_matrix(

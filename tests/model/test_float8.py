@@ -85,6 +85,23 @@ def test_kernel_casts_as_pytorch_does(by_row: bool, dtype: torch.dtype) -> None:
                 assert torch.equal(ours.cpu().view(torch.uint8), plain.view(torch.uint8))
 
 
+@pytest.mark.parametrize("size", [1, 300, 8192 * 3 + 5])
+@pytest.mark.parametrize("special", [0.0, -0.0, 3e38, -torch.inf, torch.nan, -torch.nan, 1e-40])
+def test_kernel_finds_the_largest_magnitude(
+    size: int, special: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tensorlm.model import float8_kernel
+
+    monkeypatch.setattr(float8_kernel, "_PROGRAMS", 2)  # one reads two blocks
+    x = values(size, 1)[:, 0]
+    x = x * 1e-30 if special == 1e-40 else x  # then x is subnormal too
+    x[size // 2] = special
+    found = float8_kernel.largest_magnitude(x.to(DEVICE)).cpu()
+    expected = torch.linalg.vector_norm(x, torch.inf).float()
+    assert found.shape == ()
+    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+
+
 @formats
 def test_gradients_are_those_of_the_products_to_the_error_of_float8(linear: LinearFormat) -> None:
     layers = [nn.Linear(64, size, bias=False).bfloat16() for size in (48, 32)]
