@@ -75,7 +75,15 @@ def saved_by_mlp(job: Job) -> int:
 def saved_by_block(job: Job, operator: OperatorMemory) -> int:
     """What a block saves for its backward, except its input."""
     norms = saved_by_first_norm(job) + saved_by_norm(job)
-    return norms + operator.saved + saved_by_mlp(job)
+    return norms + operator.saved + saved_by_mlp(job) + kept_scales(job)
+
+
+def kept_scales(job: Job) -> int:
+    """A float32 for each input and weight whose products run in `float8_tensorwise`."""
+    if job.config.train.linear != "float8_tensorwise":
+        return 0
+    attention, mlp = (1 + 3) + (1 + 1), (1 + 2) + (1 + 1)  # q, k, v; o; gate, up; down
+    return FP32 * (attention + (0 if is_tiled(job) else mlp))
 
 
 def kept_by_block(job: Job, operator: OperatorMemory) -> int:
@@ -95,15 +103,17 @@ def kept_results(job: Job, operator: OperatorMemory) -> int:
     """What recomputation keeps besides a block's input (`model/recompute.py`).
 
     "attention": the results of attention, of a routed layer only those of its blocks. "selective":
-    q, k, v, the results of attention and of o, and of gate and up unless SwiGLU is tiled.
+    q, k, v, the results of attention and of o, and of gate and up unless SwiGLU is tiled. Both: the
+    scales of `kept_scales`.
     """
     if job.recompute == "attention":
-        return operator.results if operator.last_result is None else operator.last_result
+        results = operator.results if operator.last_result is None else operator.last_result
+        return results + kept_scales(job)
     if job.recompute != "selective":
         return 0
     q, k, _, _ = sizes(job)
     mlp = 0 if is_tiled(job) else 2 * mlp_width(job, job.tokens)
-    return q + 2 * k + operator.results + hidden_state(job) + mlp
+    return q + 2 * k + operator.results + hidden_state(job) + mlp + kept_scales(job)
 
 
 def mlp_peak(job: Job, operator: OperatorMemory, reduction: int) -> int:
