@@ -2,7 +2,8 @@
 
 All methods train the same decoder shape on one document of random tokens (in runs of equal ones),
 in the configuration's dtype. Memory settings (recomputation, offload, tiles, fused layers) are
-those of the configuration; `huggingface` recomputes its layers. The optimizer is left out:
+those of the configuration; `huggingface` recomputes its layers, and runs Liger's layers and loss
+unless `train.fused_layers` is "torch" or Liger is not installed. The optimizer is left out:
 its cost does not depend on the length, and with it fewer layers would fit.
 """
 
@@ -25,6 +26,7 @@ from tensorlm.model import Block, create_llama
 from tensorlm.model.attention import Attention, KeptChoice
 from tensorlm.model.float8 import apply_linears
 from tensorlm.model.flops import num_parameters, peak_flops, train_flops
+from tensorlm.model.fused import runs_liger
 from tensorlm.plan.planning import longest
 
 from .device import find_device, now, release_memory
@@ -116,6 +118,10 @@ def build(config: Config, method: str, longest: int, device: torch.device) -> nn
         shape = hf_config(shape_of(config.model, method), longest, "fp32")
         with device:
             theirs = LlamaForCausalLM(LlamaConfig(**shape, attn_implementation="sdpa")).to(dtype)
+        if runs_liger(config.train.fused_layers, device.type == "cuda"):
+            from liger_kernel.transformers import apply_liger_kernel_to_llama
+
+            apply_liger_kernel_to_llama(model=theirs)
         theirs.gradient_checkpointing_enable()
         return theirs.train()
     settings = config.train

@@ -161,8 +161,8 @@ def _loss(job: Job, operators: dict[LayerKind, OperatorMemory]) -> Snapshot:
 
 
 def _head_gradient(job: Job, operators: dict[LayerKind, OperatorMemory]) -> Snapshot:
-    """The first gradient is cast, or reduced at once if the bucket is too small for it."""
-    large = job.zero < 2 or job.table > job.limits.reduce_bucket
+    """The first gradient, which is reduced at once if the bucket is too small for it."""
+    large = job.table > job.limits.reduce_bucket
     reduction = state.reduction(job, job.table) if large else 0
     return Snapshot(
         "backward of the head",
@@ -182,8 +182,7 @@ def _block(
     """Backward of block `left` (from 1); `left - 1` blocks still follow."""
     layers = job.layers
     computed = job.table + (layers - left) * job.block
-    each = job.config.model.hidden_size * job.config.model.intermediate_size
-    reduction = state.reduction(job, reduced or (each if job.zero < 2 else 0))
+    reduction = state.reduction(job, reduced)
     is_reducing = " while gradients are reduced" if reduced else ""
     # Without recomputation, what this block has kept is part of its own peak.
     before = left if job.recomputes else left - 1

@@ -75,14 +75,13 @@ def offload_buffer(job: Job) -> int:
 
 
 def reduction(job: Job, elements: int) -> int:
-    """What reducing `elements` elements needs in addition to the bucket.
+    """What reducing `elements` elements needs in addition to the bucket; nothing below stage 2.
 
     Stage 3 orders them by rank in float32. Stage 2 orders them in w bytes and casts the result to
-    float32. A gradient larger than the bucket is cast alone, like every gradient at stage 1. On a
-    CPU, gloo scatters a copy.
+    float32. A gradient larger than the bucket is cast alone. On a CPU, gloo scatters a copy.
     """
     if job.zero < 2:
-        return FP32 * elements if accumulates_apart(job) else 0
+        return 0
     is_alone = elements > job.limits.reduce_bucket
     if job.zero == 3:
         return (FP32 if job.platform.is_gpu else 2 * FP32) * elements

@@ -146,6 +146,8 @@ class Engine:
                 dist_init_required=False,
             )
         self._adamw = adamw if self._stage == 0 else self._optimizer.optimizer
+        if hasattr(self._optimizer, "_update_hp_grad"):  # DeepSpeed's BF16_Optimizer: stage 1
+            self._optimizer._update_hp_grad = self._add_gradient
         if isinstance(adamw, LowMemoryAdamW):
             adamw.name_pieces(self._pieces())
 
@@ -184,6 +186,16 @@ class Engine:
             return self._unsharded_norm
         norm = self._engine.get_global_grad_norm()
         return float(norm) if self._engine.was_step_applied() else float("nan")
+
+    @torch.no_grad()
+    def _add_gradient(self, parameter: Any, group: int, index: int, clear_lp_grads: bool) -> None:
+        """Add a bf16 gradient to its float32 sum; DeepSpeed would cast it to float32 first."""
+        if parameter.grad is None:
+            return
+        total = self._optimizer.fp32_groups_gradients[group][index]
+        total.add_(parameter.grad.view(total.shape))
+        parameter._hp_grad = total
+        self._optimizer.fp32_groups_has_gradients[group][index] = True
 
     def _clip_unsharded(self, *_: Any) -> None:
         """Clip gradients before AdamW steps at stage 0, where DeepSpeed has no gradient norm."""
