@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from deepspeed.runtime import compiler
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 
 from fold_parallel import Grid
 from tensorlm.config import Config
@@ -65,3 +66,8 @@ def test_deepspeeds_muon_is_imported_without_the_compiler(monkeypatch: pytest.Mo
     import_muon()
     assert "deepspeed.runtime.zero.muon.original_muon" in sys.modules
     assert compiler.compile() is compiled  # for whoever compiles afterwards
+
+
+def test_deepspeed_adds_gradients_by_the_method_that_the_engine_replaces() -> None:
+    hook = BF16_Optimizer.accumulate_hp_grads_and_remove_lp
+    assert "_update_hp_grad" in hook.__code__.co_names
