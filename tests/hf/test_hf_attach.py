@@ -18,7 +18,6 @@ from tests.support.hf_models import (
     assert_same_bytes,
     folder_weights,
     relative_error,
-    run_without_us,
     tiny_llama,
 )
 from tests.support.launching import ROOT
@@ -42,24 +41,6 @@ def test_attached_model_is_the_same_inside_the_first_axis_and_folded_beyond() ->
     same = TensorLMForCausalLM(config).eval()
     same.load_state_dict(model.state_dict())
     assert torch.equal(same(tokens).logits, after)  # attached or built: one model
-
-
-@torch.no_grad()
-def test_attached_model_saves_a_folder_that_is_complete(tmp_path: Path) -> None:
-    model = tiny_llama().to(torch.bfloat16)
-    attach(model, fold=[4, 8], full_every=2, hop_bias_init=-1.0)
-    assert not hasattr(model.model.layers[1].self_attn, "hop_bias")  # stays full attention
-    model.save_pretrained(tmp_path / "saved")
-    tokens = torch.randint(512, (1, 60))
-    torch.save({"tokens": tokens, "logits": model(tokens).logits}, tmp_path / "wanted.pt")
-    check = """
-import torch
-from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True).eval()
-wanted = torch.load(sys.argv[2])
-assert torch.equal(model(wanted["tokens"]).logits, wanted["logits"])
-"""
-    run_without_us(check, tmp_path / "saved", tmp_path / "wanted.pt", cwd=tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -22,15 +22,12 @@ from tensorlm.hf.import_folder import import_weights
 from tensorlm.hf.llama_config import describe_unused
 from tensorlm.hf.load_folder import load_folder
 from tensorlm.hf.modeling_tensorlm import TensorLMForCausalLM
-from tests.hf.test_hf_export import LOAD, LOGITS_AND_TOKENS
 from tests.hf.test_hf_generate import ROUTE, CountReads, buffers, folded_model
 from tests.hf.test_hf_options import INPUTS
 from tests.support.hf_models import (
-    folder_weights,
     launcher_here,
     random_checkpoint,
     relative_error,
-    run_without_us,
     tiny_llama,
 )
 from tests.support.launching import ROOT
@@ -151,22 +148,6 @@ def test_fields_that_contradict_each_other_are_one_line(
 
 
 # ------------------------------------------------------------------------------- there and back
-
-
-def test_exported_folder_gives_our_logits_and_cached_tokens_without_this_project(
-    tmp_path: Path, config: Path
-) -> None:
-    checkpoint, settings, model = random_checkpoint(config, *ROUTED)
-    export_checkpoint(checkpoint, settings, tmp_path / "hf", "fp32", None)
-    assert not any("hop_bias" in name for name in folder_weights(tmp_path / "hf"))
-    prompt = torch.randint(3, 512, (2, 2 * settings.data.seq_len))
-    torch.save(prompt, tmp_path / "prompt.pt")
-    files = (tmp_path / "hf", tmp_path / "prompt.pt", tmp_path / "out.pt")
-    run_without_us(LOAD + LOGITS_AND_TOKENS, *files, cwd=tmp_path)
-    result = torch.load(tmp_path / "out.pt")
-    with torch.no_grad():
-        assert relative_error(result["logits"], model(prompt[:1])) < 1e-5
-    assert torch.equal(result["cached"], result["uncached"])
 
 
 def test_folder_brings_its_layers_and_its_weights_back(

@@ -1,7 +1,6 @@
-"""Tiny random models and checkpoints for the Hugging Face tests, and an interpreter without us."""
+"""Tiny random models and checkpoints for the Hugging Face tests."""
 
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,22 +16,6 @@ from tensorlm.checkpoint.publish import write_weights
 from tensorlm.config import Config, load_config
 from tensorlm.model import Llama
 from tests.support.launching import ROOT
-
-# An interpreter that cannot import this project: -I, and a finder that refuses its packages.
-WITHOUT_US = """
-import sys
-class Refuse:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("tensorlm", "tensor_attention", "fold_parallel"):
-            raise ImportError(name)
-sys.meta_path.insert(0, Refuse())
-"""
-
-
-def run_without_us(code: str, *arguments: str | Path, cwd: Path) -> None:
-    """Run `code` where neither tensorlm nor its kernels can be imported."""
-    command = [sys.executable, "-I", "-c", WITHOUT_US + code, *map(str, arguments)]
-    subprocess.run(command, check=True, cwd=cwd, timeout=300)
 
 
 def launcher_here(name: str, *arguments: str | Path) -> int:
