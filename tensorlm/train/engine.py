@@ -45,8 +45,9 @@ def init_distributed(launch: LaunchEnv) -> torch.device:
         for name in {"LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"} & os.environ.keys():
             os.environ[name] = str(device.index)
     else:
-        # Used only for inference, but DeepSpeed would compile it from source at the start.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # Used only for inference, but DeepSpeed would compile it from source at the start. Its own
+        # dictionary of operators is not read: that probes each of them, with the C compiler.
+        vars(deepspeed.ops).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
     return device
 

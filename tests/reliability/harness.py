@@ -32,7 +32,6 @@ from tests.support.launching import losses
 _PR_SET_PDEATHSIG = 1
 # What DeepSpeed and torch import late: seconds, in each rank, if they were not here already.
 _LATE_IMPORTS = (
-    "setuptools",
     "torch._dynamo",
     "torch.utils.tensorboard",
     "deepspeed.comm.mori",
@@ -53,8 +52,6 @@ def warm_up(accelerator: str = "cpu") -> None:
     for name in _LATE_IMPORTS:
         importlib.import_module(name)
     importlib.import_module("tensorlm.train.engine").import_muon()
-    ops = importlib.import_module("deepspeed.ops")
-    ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if accelerator == "cpu":
         peak_flops(torch.device("cpu"))
 
