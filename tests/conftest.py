@@ -39,9 +39,8 @@ settings.load_profile("tests")
 
 # Long files first, short ones last: all workers end at about the same time.
 LONG = (
-    "tests/slurm/", "tests/train/test_train.py", "tests/tensor_attention/test_triton.py",
-    "tests/tensor_attention/test_routed_triton.py", "tests/evaluation/test_solver.py",
-    "tests/plan/test_plan_memory.py", "tests/reliability/",
+    "tests/slurm/", "tests/evaluation/test_solver.py", "tests/plan/test_plan_memory.py",
+    "tests/train/", "tests/reliability/", "tests/hf/", "tests/tensor_attention/",
 )  # fmt: skip
 
 

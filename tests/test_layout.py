@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.launching import launch_environment
 from tests.support.rooms import FLOORS, PACKAGE, arrows, drawn_picture, picture
 
 ROOT = Path(__file__).parents[1]
@@ -72,19 +73,29 @@ def test_the_ground_needs_torch_and_tqdm_only() -> None:
     assert used <= allowed
 
 
-WITHOUT_DEEPSPEED = """
-import pkgutil, importlib, sys
+STARTS = """
+import importlib, pkgutil, sys
 
+# Transformers' models take seconds: only what uses them imports them.
+models = ("transformers.modeling_utils", "transformers.models.llama.modeling_llama", "deepspeed")
+for module in (
+    "evaluation.launch", "evaluation.compare",
+    "hf.import_folder", "hf.export_folder", "hf.write_config",
+):
+    importlib.import_module(f"tensorlm.{module}")
+    assert not [name for name in models if name in sys.modules], module
 for room in ("hf", "evaluation", "checkpoint", "data", "model", "plan"):
     package = importlib.import_module(f"tensorlm.{room}")
     for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
         importlib.import_module(module.name)
 assert "deepspeed" not in sys.modules
+# From the repository's root, where a folder could stand in for a package of theirs.
+from transformers import LlamaForCausalLM
 """
 
 
-def test_only_training_loads_deepspeed() -> None:
-    subprocess.run([sys.executable, "-c", WITHOUT_DEEPSPEED], cwd=ROOT, check=True)
+def test_rooms_import_neither_models_nor_deepspeed_before_they_use_them() -> None:
+    subprocess.run([sys.executable, "-c", STARTS], cwd=ROOT, env=launch_environment(), check=True)
 
 
 def test_only_the_engine_imports_deepspeed() -> None:
@@ -95,11 +106,6 @@ def test_only_the_engine_imports_deepspeed() -> None:
         if re.search(r"^\s*(import|from) deepspeed", path.read_text(), re.MULTILINE)
     ]
     assert users == ["tensorlm/train/engine.py"]
-
-
-def test_transformers_llama_imports_from_the_repository_root() -> None:
-    code = "from transformers import LlamaForCausalLM"
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 def test_files_that_the_readme_names_exist() -> None:
