@@ -19,6 +19,7 @@ from tensorlm.runtime.commit import git_commit
 from tensorlm.runtime.errors import UserError
 from tensorlm.train.dry_run import check_run
 from tensorlm.train.metrics import read_metrics
+from tests.reliability.harness import Job, warm_up
 from tests.support.launching import (
     ROOT,
     TrainRanks,
@@ -197,10 +198,25 @@ def test_bf16_moments_are_rounded_alike_on_any_ranks_and_at_any_zero_stage(
         torch.testing.assert_close(other, moments[0], rtol=2**-7, atol=1e-30)
 
 
-@pytest.mark.parametrize("request_stop", ["signal", "stop file"])
-def test_request_to_stop_saves_and_asks_to_be_requeued(
-    tmp_path: Path, config: Path, request_stop: str
-) -> None:
+def check_stopped(run: Path) -> None:
+    """The newest checkpoint is of the last step that was trained."""
+    found = newest_checkpoint(run)
+    assert found is not None
+    assert found.step == len(losses(run))
+
+
+def test_stop_file_saves_and_asks_to_be_requeued(tmp_path: Path, config: Path) -> None:
+    warm_up()
+    run = tmp_path / "run"
+    job = Job(load_config(config, ["train.steps=100000"]))
+    job.wait_for(run / "metrics.jsonl")
+    (run / "STOP").touch()
+    assert job.wait(30) == [75], job.output()
+    assert [p.name for p in run.glob("STOP*")] == ["STOPPED"]
+    check_stopped(run)
+
+
+def test_signal_saves_and_asks_to_be_requeued(tmp_path: Path, config: Path) -> None:
     run = tmp_path / "run"
     command = [*launch_command("python", 1), "--config", str(config), "train.steps=100000"]
     with subprocess.Popen(
@@ -211,15 +227,10 @@ def test_request_to_stop_saves_and_asks_to_be_requeued(
             assert process.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        if request_stop == "signal":
-            process.send_signal(signal.SIGUSR1)
-        else:
-            (run / "STOP").touch()
+        process.send_signal(signal.SIGUSR1)
         assert process.wait(timeout=30) == 75
-    assert [p.name for p in run.glob("STOP*")] == ["STOPPED"] * (request_stop == "stop file")
-    found = newest_checkpoint(run)
-    assert found is not None
-    assert found.step == len(losses(run))
+    assert not list(run.glob("STOP*"))
+    check_stopped(run)
 
 
 @pytest.mark.parametrize(
