@@ -107,7 +107,7 @@ COMMANDS = {
     ),
     "sp": Command(
         "time one layer whose rows are shared by the ranks of this job (under deepspeed, torchrun "
-        "or srun), and project the time to 8 ... 1,024 GPUs",
+        "or srun), and project the time to 2 ... 1,024 GPUs",
         {
             "--repeats N": Option(_REPEATS, 10),
             **JSON,

@@ -1,4 +1,4 @@
-"""Projected time of one layer with sequence parallelism on 8 to 1,024 GPUs.
+"""Projected time of one layer with sequence parallelism on 2 to 1,024 GPUs.
 
 docs/sequence_parallelism.md has the formula, and the measurements on two GPUs that give the rates
 inside a node. Projections for more GPUs have not been compared with measurements.
@@ -14,7 +14,7 @@ from fold_parallel import layer_traffic, routed_traffic
 from tensorlm.config import Config
 from tensorlm.model.flops import layer_pairs, linear_flops_per_token
 
-GPUS = (8, 16, 32, 64, 128, 256, 512, 1024)
+GPUS = (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
 
 @dataclass(frozen=True)

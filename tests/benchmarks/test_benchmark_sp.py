@@ -55,7 +55,7 @@ def test_projection_is_the_stated_formula() -> None:
     config = load_config(ROOT / "configs/llama8b_32k_fold.toml", ["data.seq_len=4096"])
     machine = Machine(8, nvlink=100e9, network=10e9, latency=1e-6, flops=1e14, overlap=0.75)
     projections = {p.gpus: p for p in project_all(config, machine)}
-    assert list(projections) == [8, 16, 32, 64, 128, 256, 512, 1024]
+    assert list(projections) == [2, 4, 8, 16, 32, 64, 128, 256, 512, 1024]
 
     p = projections[16]
     assert p.seq_len == 16 * 4096
@@ -93,7 +93,7 @@ def test_the_documented_projection_is_what_the_launcher_prints() -> None:
     settings = ["--config", "configs/llama8b_32k_fold.toml", "parallel.sp=8"]
     result = run_forked("benchmark.py", "sp", *settings, "--only-project")
     table = result.stdout[result.stdout.index("| GPUs = sp") :]
-    assert table.count("\n") == 10
+    assert table.count("\n") == 12
     assert table in (ROOT / "docs/sequence_parallelism.md").read_text()
 
 
@@ -105,6 +105,6 @@ def test_launcher_prints_measurement_and_projection(tmp_path: Path, config: Path
     numbers = json.loads(output.read_text())
     assert "1 x CPU" in numbers["measured"]["ranks"]
     assert numbers["measured"]["forward_bytes"] == 0
-    assert [p["gpus"] for p in numbers["projected"]] == [8, 16]
+    assert [p["gpus"] for p in numbers["projected"]] == [2, 4, 8, 16]
     for text in ("| decoder layer |", "1 TFLOP/s per GPU", "| 16 | 2,048 |"):
         assert text in result.stdout
