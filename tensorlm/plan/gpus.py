@@ -15,6 +15,7 @@ BANDWIDTH_SHARE = 0.80
 # Llama-8B's layers, 32,768 tokens (docs/performance.md).
 FLOAT8_SHARE = {"float8_tensorwise": 1.19, "float8_rowwise": 1.14}
 LINK_SHARE = 0.80
+ZERO_SHARE = 0.52  # of NVLink, for ZeRO's exchanges: two H200 (docs/performance.md)
 SWAP_SHARE = 0.44  # of NVLink, packing included: two H200 (docs/sequence_parallelism.md)
 
 # FLOP/s of tensorized attention, and of full attention by the same kernels, as shares of the peak:

@@ -31,6 +31,7 @@ from .gpus import (
     ROUTED_SHARE,
     SWAP_SHARE,
     WINDOW_SHARE,
+    ZERO_SHARE,
     Gpu,
 )
 from .job import FP32, Job
@@ -210,8 +211,10 @@ def _weight_exchange(job: Job, gpu: Gpu) -> float:
     per_micro_batch = {2: all_reduce, 3: FP32 + 2 * gather}.get(job.zero, 0)
     per_step = {0: all_reduce, 1: all_reduce + gather, 2: gather}.get(job.zero, 0)
     sent = (per_micro_batch * job.micro_batches + per_step) * job.parameters
-    between = gpu.network * gpu.per_node if job.gpus > gpu.per_node else gpu.nvlink
-    return sent * (job.gpus - 1) / job.gpus / (min(gpu.nvlink, between) * LINK_SHARE)
+    link = gpu.nvlink * ZERO_SHARE
+    if job.gpus > gpu.per_node:
+        link = min(link, gpu.network * gpu.per_node * LINK_SHARE)
+    return sent * (job.gpus - 1) / job.gpus / link
 
 
 def _row_exchange(job: Job, gpu: Gpu) -> float:

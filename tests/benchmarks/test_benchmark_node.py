@@ -20,6 +20,7 @@ from tensorlm.benchmarks.node.training import (
     Case,
     cases,
     describe_phase,
+    efficiency,
     share_out,
     split,
 )
@@ -102,15 +103,20 @@ def test_phases_are_described_apart() -> None:
 
     def record(speed: float, memory: float) -> dict[str, float]:
         return {"perf/tokens_per_second": speed, "perf/mfu": 0.5, "perf/memory_gib": memory,
-                "train/loss": speed}  # fmt: skip
+                "train/loss": speed, "data/labels": 20.0}  # fmt: skip
 
     records = [record(1.0, 7.0), record(10.0, 8.0), record(20.0, 8.0), record(2.0, 9.0)]
-    traced = describe_phase(case, 10, 4, records, Exchanges(0.1, 0.2, 0.3))
-    assert (traced["s/step"], traced["GiB"], traced["exposed"]) == (2 * 10 / 15.0, 9.0, 0.3)
-    other = describe_phase(case, 40, 4, records, None)
+    traced = describe_phase(case, 10, 4, records, is_traced=True)
+    assert (traced["s/step"], traced["GiB"], traced["tokens/s/GPU"]) == (1.5, 9.0, 7.5)
+    other = describe_phase(case, 40, 4, records, is_traced=False)
     assert (other["tokens/s/GPU"], other["steps"]) == (5.0, "4 of 4")
     assert other["loss"] == "1.000 -> 2.000"
-    assert describe_phase(case, 40, 4, [], None)["s/step"] is None
+    assert describe_phase(case, 40, 4, [], is_traced=False)["s/step"] is None
+
+
+def test_efficiency_compares_the_same_steps() -> None:
+    assert efficiency([4.0, 5.0, 1.0, 1.0], [6.0, 6.0]) == 6.0 / 4.5
+    assert efficiency([4.0], []) is None
 
 
 def test_longest_row_is_rejected_for_lack_of_memory(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from tensorlm.train.metrics import read_metrics
 
 from .host import Host
 from .launch import Ended, train
-from .trace import Exchanges, read_exchanges
+from .trace import read_exchanges
 
 Row = dict[str, Any]
 MOST_STEPS, MOST_ALONE = 20, 6  # of a phase, on several GPUs and on one
@@ -88,23 +88,44 @@ def cases(host: Host) -> list[Case]:
 
 
 def measure(host: Host) -> Iterator[Row]:
-    """Run every case for which time is left; its number of steps follows the time.
-
-    A row's efficiency is its speed per GPU, relative to one GPU with as many tokens.
-    """
+    """Run every case for which time is left; its number of steps follows the time."""
     todo = cases(host)
     seconds = [[row["predicted s"] or 0.0 for row in predict(host, case)] for case in todo]
-    alone: dict[float, float] = {}
+    alone: dict[int, list[float]] = {}  # step seconds on one GPU, by its tokens
     for number, case in enumerate(todo):
         steps = share_out(host.seconds_left, todo[number:], seconds[number:])[0]
         if not steps:
             yield {"run": case.words(case.lengths[-1]), "exit": "not run: too little time left"}
             continue
-        for tokens, row in zip(case.lengths, run_case(host, case, steps), strict=True):
-            speed, own = row["tokens/s/GPU"], tokens / case.sp
-            if case.ranks == 1 and speed:
-                alone[own] = speed
-            yield row | {"vs 1 GPU": speed / alone[own] if speed and own in alone else None}
+        rows = run_case(host, case, steps)
+        phases = split(read_metrics(host.folder / case.name), steps)
+        for index, (tokens, row) in enumerate(zip(case.lengths, rows, strict=True)):
+            own = [
+                step_seconds(record) for record in timed(phases[index], steps[index], index == 0)
+            ]
+            if case.ranks == 1:
+                alone[tokens] = own
+            yield row | {"vs 1 GPU": efficiency(own, alone.get(tokens // case.sp, []))}
+
+
+def efficiency(own: list[float], alone: list[float]) -> float | None:
+    """Seconds on one GPU per second here, of the same steps; None without such steps.
+
+    With fresh weights, neighboring tokens choose more similar blocks from step to step, so that
+    later steps of routed layers are faster.
+    """
+    shared = min(len(own), len(alone))
+    return statistics.median(alone[:shared]) / statistics.median(own[:shared]) if shared else None
+
+
+def timed(records: list[Row], steps: int, is_traced: bool) -> list[Row]:
+    """The records of a phase without its first step and, if its last one is traced, that."""
+    return records[1 : steps - 1 if is_traced else steps]
+
+
+def step_seconds(record: Row) -> float:
+    """Seconds of a step; its speed counts the tokens that are predicted."""
+    return float(record["data/labels"] / record["perf/tokens_per_second"])
 
 
 def run_case(host: Host, case: Case, steps: Sequence[int]) -> list[Row]:
@@ -160,17 +181,18 @@ def describe(host: Host, case: Case, ended: Ended, steps: Sequence[int]) -> list
     """
     records = read_metrics(host.folder / case.name)
     exchanges = read_exchanges(host.folder / case.name)
-    step_seconds = sum(
-        tokens * case.rows / record["perf/tokens_per_second"]
-        for tokens, phase in zip(case.lengths, split(records, steps), strict=True)
-        for record in phase
-    )
+    start = ended.seconds - sum(map(step_seconds, records))
+    phases = zip(case.lengths, steps, split(records, steps), strict=True)
     return [
-        describe_phase(case, tokens, number, phase, exchanges if index == 0 else None)
-        | {"start s": ended.seconds - step_seconds, "exit": ended.outcome}
-        for index, (tokens, number, phase) in enumerate(
-            zip(case.lengths, steps, split(records, steps), strict=True)
-        )
+        describe_phase(case, tokens, number, phase, index == 0)
+        | {
+            "exchanges: zero": exchanges.zero if exchanges and index == 0 else None,
+            "rows": exchanges.rows if exchanges and index == 0 else None,
+            "exposed": exchanges.exposed if exchanges and index == 0 else None,
+            "start s": start,
+            "exit": ended.outcome,
+        }
+        for index, (tokens, number, phase) in enumerate(phases)
     ]
 
 
@@ -180,13 +202,11 @@ def split(records: list[Row], steps: Sequence[int]) -> list[list[Row]]:
     return [records[end - number : end] for end, number in zip(ends, steps, strict=True)]
 
 
-def describe_phase(
-    case: Case, tokens: int, steps: int, records: list[Row], exchanges: Exchanges | None
-) -> Row:
+def describe_phase(case: Case, tokens: int, steps: int, records: list[Row], is_traced: bool) -> Row:
     """The part of a row that one phase's records tell."""
-    timed = records[1 : steps - 1 if exchanges else steps] or records[1:] or records
+    known = timed(records, steps, is_traced) or records
     speed, mfu = (
-        statistics.median(record[f"perf/{key}"] for record in timed) if timed else None
+        statistics.median(record[f"perf/{key}"] for record in known) if known else None
         for key in ("tokens_per_second", "mfu")
     )
     losses = [record["train/loss"] for record in records]
@@ -194,11 +214,8 @@ def describe_phase(
         "run": case.words(tokens),
         "steps": f"{len(records)} of {steps}",
         "loss": f"{losses[0]:.3f} -> {losses[-1]:.3f}" if losses else None,
-        "s/step": tokens * case.rows / speed if speed else None,
+        "s/step": statistics.median(map(step_seconds, known)) if known else None,
         "tokens/s/GPU": speed / case.ranks if speed else None,
         "MFU": mfu,
         "GiB": records[-1]["perf/memory_gib"] if records else None,
-        "exchanges: zero": exchanges and exchanges.zero,
-        "rows": exchanges and exchanges.rows,
-        "exposed": exchanges and exchanges.exposed,
     }
