@@ -44,10 +44,13 @@ adapt: .venv/.installed ## adapt a pretrained Llama to each kind of attention, a
 .PHONY: install
 install: .venv/.installed-dev ## install the project, editable, with everything for development
 
-.PHONY: check
-check: .venv/.installed-dev ## check lint, format and types
+.PHONY: lint
+lint: .venv/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+.PHONY: check
+check: lint ## check lint, format and types
 	$(BIN)/mypy tensorlm kernels parallel launcher tests
 
 .PHONY: fix
@@ -56,12 +59,15 @@ fix: .venv/.installed-dev ## format, and fix what ruff can fix
 	$(BIN)/ruff format .
 
 .PHONY: test
-test: check ## the whole suite, on the CPU
+test: lint ## lint, types and the whole suite, on the CPU
 	@# One worker more than cores: many tests wait for processes that they have started.
 	@# The processes that tests start read compiled modules, also where the shell keeps none.
-	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest \
-	  -m 'not gpu and not multi_gpu and not faults' -n $$(($$(nproc) + 1)) \
-	  --dist loadfile --no-loadscope-reorder
+	@# Types are checked meanwhile, on one core; what that finds is printed last.
+	@log=$$(mktemp); $(BIN)/mypy $(SOURCES) >"$$log" 2>&1 & types=$$!; \
+	  CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest \
+	    -m 'not gpu and not multi_gpu and not faults' -n $$(($$(nproc) + 1)) \
+	    --dist loadfile --no-loadscope-reorder; tests=$$?; \
+	  wait $$types; types=$$?; cat "$$log"; rm "$$log"; exit $$((tests + types))
 
 .PHONY: test-faults
 test-faults: .venv/.installed-dev ## run the long tier of fault injection (docs/reliability.md; an hour)
