@@ -68,7 +68,7 @@ def test_operator_on_shared_rows(
     monkeypatch.setattr(collectives, "OWN_MESSAGE", own_message)
     # Of these, hop 1 of [512] rotates q and k into copies, and hop 2 of [4] does.
     folds = ("[32]", "[512]", "[32, 8]", "[4]", "[]") if ranks == 2 else ("[512]", "[]")
-    row = {**LONG, "data__seq_len": 8192}
+    row = {**LONG, "data__seq_len": 4096}
     configs = [small(**row, model__fold=fold, parallel__sp=ranks) for fold in folds]
     configs.append(small(**row, model__fold="[32]", parallel__sp=ranks, train__micro_batch=2))
     counts = run_distributed(
