@@ -119,7 +119,7 @@ def efficiency(own: list[float], alone: list[float]) -> float | None:
 
 
 def timed(records: list[Row], steps: int, is_traced: bool) -> list[Row]:
-    """The records of a phase without its first step and, if its last one is traced, that."""
+    """The records of a phase without its first step, nor its last one if that is traced."""
     return records[1 : steps - 1 if is_traced else steps]
 
 
@@ -203,7 +203,7 @@ def split(records: list[Row], steps: Sequence[int]) -> list[list[Row]]:
 
 
 def describe_phase(case: Case, tokens: int, steps: int, records: list[Row], is_traced: bool) -> Row:
-    """The part of a row that one phase's records tell."""
+    """The part of a row that comes from one phase's records."""
     known = timed(records, steps, is_traced) or records
     speed, mfu = (
         statistics.median(record[f"perf/{key}"] for record in known) if known else None
