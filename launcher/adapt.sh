@@ -56,10 +56,13 @@ evaluate() {
 pending='' log=''
 finish() {
   [ -z "$pending" ] || wait "$pending" || {
-    tail -n 3 "$log" && exit 1
+    tail -n 3 "$log" || true
+    exit 1
   }
   pending=''
 }
+# Nothing is left on the GPU if the script ends early: the evaluation is a process group of its own.
+trap '[ -z "$pending" ] || kill -- "-$pending" 2>/dev/null || true' EXIT
 
 mkdir -p $out
 if [ -n "${MODEL:-}" ]; then
@@ -104,8 +107,10 @@ for seed in ${SEEDS:-0}; do
     # Generation leaves a GPU mostly idle, so the next variant is trained meanwhile if both fit.
     if [ "$gpu" -ge 40 ]; then
       log=$dir/evaluation.log
+      set -m
       evaluate >$log 2>&1 &
       pending=$!
+      set +m
       echo "evaluation in the background: $log"
     else
       evaluate
