@@ -62,7 +62,7 @@ COMMANDS = {
         },
     ),
     "train": Command(
-        "time forward and backward of a model against full attention and Hugging Face's Llama",
+        "time a model's training passes, and compare with full attention and Hugging Face's Llama",
         {
             "--lengths LIST": Option(
                 "lengths of the document in tokens, separated by commas", "32768,131072"
@@ -82,7 +82,7 @@ COMMANDS = {
         Settings("TOML file of the run, for its shape, fold, dtype and memory settings"),
     ),
     "decode": Command(
-        "time generated tokens after long prompts, and compare with Hugging Face's Llama",
+        "time generation after long prompts, and compare with Hugging Face's Llama",
         {
             "--lengths LIST": Option(
                 "prompt lengths in tokens, separated by commas", "32768,131072"
@@ -96,7 +96,7 @@ COMMANDS = {
         Settings("TOML file of the run, for its shape, layers and dtype"),
     ),
     "data": Command(
-        "time preparing, planning and serving data, with one process on any machine",
+        "measure how fast one process prepares, plans and serves data, on any machine",
         {
             "--documents N": Option("number of documents to plan into rows", 10_000_000),
             "--tokenizer DIR": Option(

@@ -45,7 +45,7 @@ class RouteConfig(Section):
     each token reads only its own choice)"""
     choice: Literal["content", "random"] = "content"
     """how blocks are chosen; random is a reference for experiments, needs open_tile = 1, and cannot
-    be exported or generate"""
+    be exported or generate text"""
 
     @model_validator(mode="after")
     def _random_blocks_are_not_shared(self) -> "RouteConfig":

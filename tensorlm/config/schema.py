@@ -82,7 +82,7 @@ class OptimConfig(Section):
     min_lr: NonNegativeFloat = 0.0
     """learning rate of the last step (schedules cosine and wsd)"""
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
-    """learning rate after the warm-up: cosine decay; wsd (constant, then linear decay over the last
+    """what follows the warm-up: cosine decay; wsd (constant, then linear decay over the last
     decay_steps); or constant"""
     warmup_steps: NonNegativeInt = 0
     """steps over which the learning rate grows from 0 to lr (0: no warm-up)"""
@@ -181,16 +181,16 @@ class ParallelConfig(Section):
     """How the ranks divide the work; dp = world size / sp."""
 
     sp: PositiveInt = 1
-    """sequence-parallel degree: ranks that share each row (context parallelism, CP, elsewhere); 1:
-    none"""
+    """sequence-parallel degree: ranks that share each row (called context parallelism, CP,
+    elsewhere); 1: rows are not shared"""
 
 
 class ZeroConfig(Section):
     """DeepSpeed ZeRO over all ranks."""
 
     stage: Literal[0, 1, 2, 3] = 2
-    """DeepSpeed ZeRO stage; ranks divide AdamW's state from 1, gradients from 2, weights at 3; 0:
-    nothing is divided"""
+    """DeepSpeed ZeRO stage; ranks divide AdamW's state from stage 1, gradients from 2, weights at
+    3; 0: nothing is divided"""
     offload_optimizer: bool = False
     """keep AdamW's state in host memory, and update there"""
 

@@ -16,7 +16,8 @@ def settings_table() -> str:
 
 def _section(name: str) -> Iterator[str]:
     section: Any = Config.model_fields[name].annotation
-    yield f"## [{name}]\n\n{section.__doc__}\n\n| setting | | default | |\n|---|---|---|---|"
+    yield f"## [{name}]\n\n{section.__doc__}\n"
+    yield "| setting | type or values | default | meaning |\n|---|---|---|---|"
     for key, info in section.model_fields.items():
         default = "" if info.is_required() else f"`{_toml(info.default)}`"
         yield f"| `{key}` | {_kind(info)} | {default} | {_text(info)} |"
