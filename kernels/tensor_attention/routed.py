@@ -74,10 +74,7 @@ def routed_attention(
     )  # fmt: skip
 
     def choose() -> Tensor:
-        return choose_blocks(
-            q, k, window=window, block=block, top_k=top_k, pool=pool, doc_start=doc_start,
-            ordered=False, backend=backend,
-        )  # fmt: skip
+        return _choice(q, k, window, block, top_k, pool, doc_start, backend)
 
     choice = choose() if keep is None else keep(choose)
     return routed_hop(
@@ -120,14 +117,7 @@ def choose_blocks(
     """
     validate_route(window, block, top_k, 1, 1, pool)
     doc_start = _checked_starts(q, k, k, doc_start, None, None, first)
-    backend = _routed_backend(backend, q, k, k, block, 1, pool)
-    if backend == "triton":
-        from .gpu.routed_op import choose_blocks as run
-    else:
-        run = (routed_dense if backend == "dense" else routed_blocked).choose_blocks
-    choice = run(
-        q, k, window=window, block=block, top_k=top_k, pool=pool, doc_start=doc_start, first=first
-    )
+    choice = _choice(q, k, window, block, top_k, pool, doc_start, backend, first)
     if not ordered:
         return choice
     nothing = torch.iinfo(torch.int32).max
@@ -174,6 +164,29 @@ def _checked_starts(
         return torch.zeros(k.shape[:2], dtype=torch.int32, device=q.device)
     position = torch.arange(k.shape[1], dtype=torch.int32, device=q.device)
     return position - document_reach(per_token("doc_start", doc_start, k), 1)
+
+
+@torch.no_grad()
+def _choice(
+    q: Tensor,
+    k: Tensor,
+    window: int,
+    block: int,
+    top_k: int,
+    pool: int,
+    doc_start: Tensor,
+    backend: Backend,
+    first: int = 0,
+) -> Tensor:
+    """`choose_blocks` in any order, as the hop takes it: the kernels need not sort."""
+    backend = _routed_backend(backend, q, k, k, block, 1, pool)
+    if backend == "triton":
+        from .gpu.routed_op import choose_blocks as run
+    else:
+        run = (routed_dense if backend == "dense" else routed_blocked).choose_blocks
+    return run(
+        q, k, window=window, block=block, top_k=top_k, pool=pool, doc_start=doc_start, first=first
+    )
 
 
 def routed_hop(

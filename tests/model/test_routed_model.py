@@ -119,13 +119,10 @@ def test_saving_memory_changes_no_gradient(
 @pytest.mark.parametrize("recompute", ["none", "block", "attention", "selective"])
 def test_a_layer_chooses_once_in_forward_and_backward(recompute: Recompute) -> None:
     model = build(KINDS["all four"], recompute=recompute)
-    with patch.object(routed, "choose_blocks", wraps=routed.choose_blocks) as choose:
+    with patch.object(routed, "_choice", wraps=routed._choice) as choose:
         for step in (1, 2):
             train_once(model)
             assert choose.call_count == step
-    with (
-        torch.no_grad(),
-        patch.object(routed, "choose_blocks", wraps=routed.choose_blocks) as choose,
-    ):
+    with torch.no_grad(), patch.object(routed, "_choice", wraps=routed._choice) as choose:
         model(torch.randint(97, (1, 20)))
         assert choose.call_count == 1
