@@ -1,6 +1,8 @@
 """The model that an engine is made of, divided while it is made; what it imports."""
 
 import sys
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +15,7 @@ from fold_parallel import Grid
 from tensorlm.config import Config
 from tensorlm.model import create_llama
 from tensorlm.runtime.launch_env import LaunchEnv
-from tensorlm.train.engine import create_model, import_muon, init_distributed
+from tensorlm.train.engine import Engine, create_model, import_muon, init_distributed
 from tensorlm.train.optim import parameter_groups
 from tests.support.counted import small
 from tests.support.distributed import run_distributed
@@ -71,3 +73,34 @@ def test_deepspeeds_muon_is_imported_without_the_compiler(monkeypatch: pytest.Mo
 def test_deepspeed_adds_gradients_by_the_method_that_the_engine_replaces() -> None:
     hook = BF16_Optimizer.accumulate_hp_grads_and_remove_lp
     assert "_update_hp_grad" in hook.__code__.co_names
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_gradients_are_added_to_the_bits_of_deepspeeds_method(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    before, grads = torch.randn(2, 15), torch.randn(2, 3, 5).to(dtype)
+
+    def added(by_us: bool) -> list[Any]:
+        sums = [before[0].clone(), before[1].clone()]
+        optimizer = SimpleNamespace(
+            fp32_groups_gradients=[sums],
+            fp32_groups_has_gradients=[[False, False]],
+            autoep_folding_tp_group=None,
+        )
+        engine: Any = object.__new__(Engine)
+        engine._optimizer = optimizer
+        add = engine._add_gradient if by_us else partial(BF16_Optimizer._update_hp_grad, optimizer)
+        parameter: Any = torch.nn.Parameter(torch.zeros(3, 5, dtype=dtype))
+        add(parameter, 0, 0, False)  # without a gradient
+        for grad in grads:
+            parameter.grad = grad.clone()
+            add(parameter, 0, 1, False)
+        assert parameter._hp_grad is sums[1]
+        assert torch.equal(parameter.grad, grads[1])  # the sum alone changes
+        return [*sums, optimizer.fp32_groups_has_gradients]
+
+    ours, theirs = added(True), added(False)
+    assert torch.equal(ours[0], theirs[0])
+    assert torch.equal(ours[1], theirs[1])
+    assert not torch.equal(ours[1], before[1])
+    assert ours[2] == theirs[2] == [[False, True]]
