@@ -23,8 +23,10 @@ ROOT = Path(__file__).parents[3]
 CONFIG = ROOT / "configs/llama8b_32k_1gpu.toml"  # its memory settings suit any number of GPUs
 _VOCABULARY = 4096
 _DOCUMENTS = (3_000, 48_000, 12_000, 192_000, 768_000)  # lengths in characters
+# Without a long warmup, a rate at which the loss of fresh weights falls from the first step.
 _COMMON = (
-    "optim.warmup_steps=1", "checkpoint.every=0", "data.verify=false",
+    "optim.lr=6e-6", "optim.min_lr=6e-7", "optim.warmup_steps=1", "checkpoint.every=0",
+    "data.verify=false",
 )  # fmt: skip
 _TINY = (
     "model.vocab_size=512", "model.hidden_size=64", "model.intermediate_size=192",
