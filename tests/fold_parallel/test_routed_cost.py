@@ -164,7 +164,7 @@ def test_ranks_read_equally_many_blocks_of_one_long_document(world_size: int, ba
 def test_kept_activations_fall_with_the_number_of_ranks_but_for_keys_and_values(
     world_size: int, backend: str
 ) -> None:
-    case, (alone,) = LONG.row, long_costs(1, "gloo")
+    case, (alone,) = LONG.row, long_costs(1, backend)
     # Keys and values of the row, and a copy of both, rotated and in the dtype of products.
     gathered = 4 * case.key_heads * HEAD_DIM * case.dtype.itemsize * case.seq_len
     share = (alone["kept"] - gathered) / world_size

@@ -7,9 +7,11 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch._dynamo  # torch.utils.checkpoint would import it in every forked rank: seconds
@@ -40,6 +42,9 @@ def run_distributed(
         # Asking a GPU whether it is there would make CUDA unusable in the server's children.
         os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
         context.set_forkserver_preload([__name__, "triton"])
+        # Other tests of this process may have told DeepSpeed to use the CPU.
+        with patch.dict(os.environ, DS_ACCELERATOR="cuda"):
+            forkserver.ensure_running()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         ranks: list[BaseProcess] = [
