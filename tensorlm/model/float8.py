@@ -148,6 +148,22 @@ def _products(
     ]
 
 
+def products_of_cast(x: Tensor, weights: Sequence[Scaled], linear: LinearFormat) -> list[Tensor]:
+    """`products`, bit by bit, with weights that `cast_weights` has cast."""
+    x8 = cast(x, linear == "float8_rowwise")
+    return [_multiply(x8, weight, is_fast=True) for weight in weights]
+
+
+def cast_weights(weights: Sequence[Tensor], linear: LinearFormat) -> list[Scaled]:
+    """Weights [N, K] for `products_of_cast`: N K bytes each."""
+    return [cast(weight, linear == "float8_rowwise") for weight in weights]
+
+
+def cast_weights_transposed(weights: Sequence[Tensor], linear: LinearFormat) -> list[Scaled]:
+    """Weights [N, K] for `gradients`: N K bytes each."""
+    return [cast_transposed(weight, linear == "float8_rowwise") for weight in weights]
+
+
 @_products.register_fake
 def _(x: Tensor, weights: list[Tensor], by_row: bool, scales: Tensor | None) -> list[Tensor]:
     return [x.new_empty(len(x), len(weight)) for weight in weights]
@@ -159,13 +175,14 @@ def _each(scales: Tensor | None, num_weights: int) -> Sequence[Tensor | None]:
 
 
 def gradients(
-    x: Tensor, weights: Sequence[Tensor], douts: Sequence[Tensor], linear: LinearFormat,
+    x: Tensor, weights: Sequence[Tensor | Scaled], douts: Sequence[Tensor], linear: LinearFormat,
     scales: Tensor | None = None,
 ) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
     """Gradients of `products`.
 
     Args:
-        x, weights, linear, scales: as in `products`.
+        x, linear, scales: as in `products`.
+        weights: as in `products`, or cast by `cast_weights_transposed`.
         douts: [T, N] for each weight.
 
     Returns:
@@ -178,7 +195,10 @@ def gradients(
     dweights = []
     for weight, scale, dout in zip(weights, of_weights, douts, strict=True):
         rows, transposed = cast_both(dout, by_row)
-        part = _multiply(rows, cast_transposed(weight, by_row, scale))
+        part = _multiply(
+            rows,
+            weight if isinstance(weight, Scaled) else cast_transposed(weight, by_row, scale),
+        )
         dx = part if dx is None else dx.add_(part)
         dweights.append(_multiply(transposed, columns))
         del rows, transposed, part

@@ -123,7 +123,7 @@ def mlp_peak(job: Job, operator: OperatorMemory, reduction: int) -> int:
     then four while that is reduced. Liger overwrites gate and up with gradients, so it needs fewer.
     At the end: the gradient of gate and two gradients of the input. In tiles: seven tensors of one
     tile (Liger: four) and float32 gradients of all three weights. Float8 adds what
-    `float8_peaks` lists.
+    `float8_peaks` lists, and in tiles the weights in float8: gate and up in both orders, and down.
     """
     norms = saved_by_first_norm(job) + saved_by_norm(job)
     waiting = norms + operator.saved + hidden_state(job)
@@ -132,7 +132,9 @@ def mlp_peak(job: Job, operator: OperatorMemory, reduction: int) -> int:
     if is_tiled(job):
         tile = (4 if job.runs_liger else 7) * mlp_width(job, job.config.train.mlp_chunk)
         sums = 3 * FP32 * weight
-        inside = sums + max(tile, 3 * matrix, *float8_peaks(job, job.config.train.mlp_chunk))
+        cast = 5 * weight if job.runs_float8 else 0
+        tiles = max([tile, *float8_peaks(job, job.config.train.mlp_chunk)])
+        inside = sums + max(cast + tiles, 3 * matrix)
         return waiting + hidden_state(job) + max(inside, 3 * matrix + reduction)
     width, most, beside = mlp_width(job, job.tokens), 6, 5
     if job.runs_liger:

@@ -10,6 +10,7 @@ from tensorlm.config import LinearFormat, load_config
 from tensorlm.model import Llama
 from tensorlm.model.float8 import apply_linears, check_linear
 from tensorlm.model.float8_cast import E4M3, E5M2, _round, _scale, cast, cast_both, cast_transposed
+from tensorlm.model.tiled_mlp import tiled_swiglu
 from tensorlm.runtime.errors import UserError
 from tests.model.test_memory import small
 from tests.support.launching import ROOT
@@ -190,6 +191,56 @@ def test_scales_of_whole_tensors_are_computed_once(
     inputs, weights = 4 * 4, 4 * 7  # four layers
     assert sum(dtype == E4M3 for dtype, _ in sizes) == times * (inputs + weights)
     assert sum(dtype == E5M2 for dtype, _ in sizes) == weights  # gradients of outputs
+
+
+@formats
+def test_tiles_give_the_bits_of_untiled_products_of_each_tile(linear: LinearFormat) -> None:
+    layers = [nn.Linear(64, 160, bias=False).bfloat16() for _ in range(2)]
+    layers.append(nn.Linear(160, 64, bias=False).bfloat16())
+    gate, up, down = weights = [layer.weight for layer in layers]
+    x, dout = values(128, 64).requires_grad_(), values(128, 64).flip(0)
+    out = tiled_swiglu(x, gate, up, down, 48, multiply, linear)
+    found = [out, *torch.autograd.grad(out, [x, *weights], dout)]
+
+    outs, dxs = [], []
+    sums = [torch.zeros_like(weight, dtype=torch.float32) for weight in weights]
+    for part, dpart in zip(x.detach().split(48), dout.split(48), strict=True):
+        part.requires_grad_()
+        (one,) = apply_linears(
+            multiply(*apply_linears(part, layers[:2], linear)), layers[2:], linear
+        )
+        dx, *dweights = torch.autograd.grad(one, [part, *weights], dpart)
+        outs.append(one)
+        dxs.append(dx)
+        for total, gradient in zip(sums, dweights, strict=True):
+            total += gradient
+    expected = [torch.cat(outs), torch.cat(dxs), *(total.bfloat16() for total in sums)]
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+
+
+def multiply(gate: Tensor, up: Tensor) -> Tensor:
+    return nn.functional.silu(gate) * up
+
+
+@formats
+@pytest.mark.parametrize("recompute", ["none", "block", "attention", "selective"])
+def test_tiles_cast_each_weight_once_in_each_pass(
+    linear: LinearFormat, recompute: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shapes: dict[str, list[torch.Size]] = {"cast": [], "cast_transposed": []}
+    for name, function in (("cast", cast), ("cast_transposed", cast_transposed)):
+
+        def count(x: Tensor, *arguments: Any, name: str = name, function: Any = function) -> Any:
+            shapes[name].append(x.shape)
+            return function(x, *arguments)
+
+        monkeypatch.setattr(f"tensorlm.model.float8.{name}", count)
+    gradients(linear, mlp_chunk=48, recompute=recompute)  # three tiles
+    up, down = torch.Size([160, 64]), torch.Size([64, 160])  # of gate too
+    assert shapes["cast"].count(up) == 4 * 2 * 2  # layers, weights, passes
+    assert shapes["cast"].count(down) == 4
+    assert shapes["cast_transposed"].count(up) == 4 * 2
+    assert shapes["cast_transposed"].count(down) == 4
 
 
 def test_a_device_without_float8_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
