@@ -90,6 +90,7 @@ def measure(
     doc_start: Tensor | None = None,
     full_limit: int = 0,
     union: float = MEASURED_UNION,
+    repeats: int = 10,
 ) -> list[Measurement]:
     """Measure every method at one length.
 
@@ -100,6 +101,7 @@ def measure(
         doc_start: [1, T] document starts for tensorized and routed attention (None: one document).
         full_limit: longest length at which full attention is measured, NaN beyond (0: no limit).
         union: number of blocks that 16 neighboring tokens open, relative to one token's choice.
+        repeats: number of timed repeats; full attention above 65,536 tokens has at most 3.
     """
     q, k, v = (
         torch.randn(1, length, h, HEAD_DIM, device="cuda", dtype=torch.bfloat16).requires_grad_()
@@ -116,18 +118,18 @@ def measure(
         forward_ms = both_ms = peak = math.nan
         is_full = name == "tensor []" or name.startswith(("SDPA", "flash-attn"))
         if not (is_full and full_limit and length > full_limit):
-            repeats = 3 if is_full and length > 65536 else 10
+            timed = min(3, repeats) if is_full and length > 65536 else repeats
 
             def both(run: Callable[..., Tensor] = run) -> None:
                 torch.autograd.grad(run(q, k, v), (q, k, v), cotangent)
 
             try:
                 with torch.no_grad():
-                    forward_ms = median_ms(lambda run=run: run(q, k, v), repeats)  # type: ignore[misc]
+                    forward_ms = median_ms(lambda run=run: run(q, k, v), timed)  # type: ignore[misc]
                 with _peak_memory() as peaks:
                     both()
                 peak = peaks[0]
-                both_ms = median_ms(both, repeats)
+                both_ms = median_ms(both, timed)
             except (RuntimeError, torch.OutOfMemoryError) as reason:
                 print(f"{name} at {length}: {str(reason).splitlines()[0]}", flush=True)
         rows.append(Measurement(name, length, forward_ms, both_ms, peak, flops, moved))

@@ -57,6 +57,9 @@ COMMANDS = {
             "--documents MEAN": Option(
                 "use packed documents of this mean length in tokens (default: one document)"
             ),
+            "--repeats N": Option(
+                "number of timed repeats (full attention above 65,536 tokens: at most 3)", 10
+            ),
             **JSON,
             "--plot FILE.png": Option("plot time against length into this file"),
         },

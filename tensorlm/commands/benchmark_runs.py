@@ -17,6 +17,7 @@ from tensorlm.runtime.launch_env import grow_memory_segments, read_launch_env
 
 def attention(args: argparse.Namespace) -> int:
     check_plot(args.plot)
+    check_positive(args, "repeats")
     lengths = parse_lengths(args.lengths)
     folds = _products("folds", args.folds, "1024;32x32;full")
     sizes = _products("routes", args.routes, "16x64;32x64", factors=2)
@@ -44,7 +45,9 @@ def attention(args: argparse.Namespace) -> int:
     rows = []
     for length in lengths:
         documents = bench.random_documents(length, args.documents) if args.documents else None
-        measured = bench.measure(length, folds, routes, documents, args.full_limit, args.union)
+        measured = bench.measure(
+            length, folds, routes, documents, args.full_limit, args.union, args.repeats
+        )
         rows += measured
         print(bench.format_table(measured, ceilings) + "\n", flush=True)
         write_json(args.json, [row._asdict() for row in rows])
