@@ -223,6 +223,11 @@ class RoutedLayer(FoldLayer):
         rows = (self.near_rows, self.pooled_rows, self.recent_rows, self.choice_rows)
         return [*super().all_rows(), *rows]
 
+    def has_dtype(self, dtype: torch.dtype) -> bool:
+        """Whether all keys, values and mean keys that were added have this dtype."""
+        rows = (self.key_rows, self.value_rows, self.near_rows, self.pooled_rows)
+        return all(row.buffer is None or row.buffer.dtype == dtype for row in rows)
+
     def num_settled(self, num_tokens: int) -> int:
         """Number of slots whose block `num_tokens` tokens complete, wherever its document begins.
 

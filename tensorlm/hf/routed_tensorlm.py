@@ -152,15 +152,23 @@ def _attend_one(
 def uses_decode_kernels(
     q: Tensor, k: Tensor, v: Tensor, documents: Documents, route: Route, memory: RoutedLayer
 ) -> bool:
-    """Whether kernels decode this token: on a GPU, if no gradient is needed."""
+    """Whether kernels decode this token: on a GPU, if no gradient is needed.
+
+    The cache must have the dtype of `q`. It has not if, for example, only the prompt was read
+    without autocast.
+    """
     return (
-        decode_token is not None
-        and q.is_cuda
-        and not torch.compiler.is_compiling()
+        runs_kernels(q)
+        and memory.has_dtype(q.dtype)
         and not any(x.requires_grad for x in (q, k, v))
         and not any(rows.requires_grad for rows in memory.all_rows())
         and supports(q, v, documents.step, route.top_k, route.block, route.pool)
     )
+
+
+def runs_kernels(q: Tensor) -> bool:
+    """Whether the decode kernels are installed, and run on the device of `q`."""
+    return decode_token is not None and q.is_cuda and not torch.compiler.is_compiling()
 
 
 def _decode(

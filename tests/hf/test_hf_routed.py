@@ -289,6 +289,33 @@ def test_kernels_decode_what_the_operations_do(monkeypatch: pytest.MonkeyPatch) 
 
 
 @torch.no_grad()
+def test_kernels_need_a_cache_of_the_dtype_of_the_query(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prompt read in float32 and continued under autocast is decoded by operations."""
+    pytest.importorskip("triton")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    route = {"block": 32, "top_k": 2, "stretch": 4, "open_tile": 16, "pool": 16}
+    model = folded_model(window=32, route=route, num_hidden_layers=1).to(device)
+    tokens = torch.randint(256, (1, 202), device=device)
+    used: list[bool] = []
+    decide = routed_tensorlm.uses_decode_kernels
+
+    def record(*arguments: Any) -> bool:
+        used.append(decide(*arguments))
+        return used[-1]
+
+    monkeypatch.setattr(routed_tensorlm, "runs_kernels", lambda q: True)
+    monkeypatch.setattr(routed_tensorlm, "uses_decode_kernels", record)
+    cache = FoldCache(model.config)
+    model(tokens[:, :200], past_key_values=cache)
+    model(tokens[:, 200:201], past_key_values=cache)
+    with torch.autocast(device, torch.bfloat16):
+        out = model(tokens[:, 201:], past_key_values=cache).logits
+        expected = model(tokens, use_cache=False).logits[:, -1:]
+    assert used == [True, False]
+    assert relative_error(out.float(), expected.float()) < 2e-2
+
+
+@torch.no_grad()
 def prompt_bytes(num_layers: int, length: int) -> tuple[int, int]:
     """Bytes of the cache of a prompt read at once, and what the pass needs beside it."""
     model = folded_model(window=8, route=ROUTE, num_hidden_layers=num_layers)
