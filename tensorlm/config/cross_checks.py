@@ -33,6 +33,11 @@ def _memory_problems(config: "Config") -> Iterator[str]:
             "train.activation_offload: needs train.recompute = block, attention or selective, got "
             "none"
         )
+    if train.recompute_interval > 1 and train.recompute != "block":
+        yield (
+            "train.recompute_interval: must be 1 unless train.recompute = block, got "
+            f"{train.recompute_interval} (set train.recompute = block)"
+        )
     if train.attention == "triton" and (reason := why_slow(config.model)):
         yield f"model.route: {reason} (or set train.attention = auto, which is slow)"
 

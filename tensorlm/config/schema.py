@@ -150,6 +150,9 @@ class TrainConfig(Section):
     attention and matrix products are kept); attention (everything but attention, in routed layers
     everything but the attention to chosen blocks); block (everything: only layers' inputs are
     kept); or auto (the first of these that fits the GPU by the plan's prediction)"""
+    recompute_interval: PositiveInt = 1
+    """with recompute = block, keep the input of every n-th layer only; the backward pass finds the
+    inputs between them by running n - 1 of n layers once more"""
     activation_offload: bool = False
     """keep the layers' inputs in host memory; needs recompute = selective, attention or block"""
     mlp_chunk: NonNegativeInt = 0

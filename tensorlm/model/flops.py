@@ -25,10 +25,16 @@ _OTHER_DEVICES = {"mig", "laptop", "d"}
 
 def linear_flops_per_token(config: ModelConfig) -> int:
     """Forward FLOPs of all matrix products with weights, for one token (2 per weight)."""
+    head = 2 * config.hidden_size * config.vocab_size
+    return config.num_layers * layer_flops_per_token(config) + head
+
+
+def layer_flops_per_token(config: ModelConfig) -> int:
+    """The part of `linear_flops_per_token` of one layer."""
     c, d = config.hidden_size, config.head_size
     attention = c * d * (2 * config.num_heads + 2 * config.num_kv_heads)
     mlp = 3 * c * config.intermediate_size
-    return 2 * (config.num_layers * (attention + mlp) + c * config.vocab_size)
+    return 2 * (attention + mlp)
 
 
 def attention_flops(config: ModelConfig, depth: Tensor) -> int:
@@ -104,14 +110,14 @@ def train_flops(config: ModelConfig, depth: Tensor) -> int:
 
 
 def recomputed_flops(
-    config: ModelConfig, depth: Tensor, recompute: Recompute, mlp_chunk: int = 0
+    config: ModelConfig, depth: Tensor, recompute: Recompute, mlp_chunk: int = 0, interval: int = 1
 ) -> int:
     """FLOPs of recomputation in the backward pass; other arguments as in `train_flops`.
 
     With "block", each layer is recomputed except for its last product and the choice of blocks,
     which is kept; tiling the MLP adds nothing. With "attention", of attention only the windows of
     routed layers are recomputed, if it runs on the GPU's kernels. Otherwise, only the first two
-    products of a tiled MLP are recomputed.
+    products of a tiled MLP are recomputed. `repeated_kinds` run once more.
     """
     is_tiled = 0 < mlp_chunk < depth.numel()
     linear = recomputed_linear_flops_per_token(config, recompute, is_tiled)
@@ -122,7 +128,20 @@ def recomputed_flops(
         pairs = layer_pairs(config, "window", depth)
         attention = 4 * config.num_heads * config.head_size * pairs
         attention *= config.layer_kinds.count("routed")
+    per_pair = 4 * config.num_heads * config.head_size
+    again = repeated_kinds(config, interval)
+    attention += sum(per_pair * layer_pairs(config, kind, depth) for kind in again)
+    linear += len(again) * layer_flops_per_token(config)
     return linear * depth.numel() + attention
+
+
+def repeated_kinds(config: ModelConfig, interval: int) -> list[LayerKind]:
+    """Kinds of the layers that run again, whole, to find the inputs of those after them.
+
+    Only every `interval`-th layer has kept its input: all but the last of its group run again.
+    """
+    kinds = config.layer_kinds[:-1]
+    return [kind for number, kind in enumerate(kinds, start=1) if number % interval]
 
 
 def recomputed_linear_flops_per_token(

@@ -5,7 +5,9 @@ Module names match Hugging Face's Llama, so weights move in both directions by n
 hidden size, V vocabulary size.
 """
 
+from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +22,7 @@ from .initial_weights import WeightInit
 from .layers import RMSNorm, SwiGLU, rotary_table
 from .offload import HostOffload
 from .output_head import OutputHead, Reduction
-from .recompute import run_block
+from .recompute import run_block, run_group
 
 
 def create_llama(
@@ -44,6 +46,7 @@ def create_llama(
                 grid,
                 attention=train.attention,
                 recompute=train.recompute,
+                recompute_interval=train.recompute_interval,
                 activation_offload=train.activation_offload,
                 loss_chunk=train.loss_chunk,
                 mlp_chunk=train.mlp_chunk,
@@ -99,6 +102,7 @@ class Llama(nn.Module):
         *,
         attention: Backend = "auto",
         recompute: Recompute = "none",
+        recompute_interval: int = 1,
         activation_offload: bool = False,
         loss_chunk: int = 2048,
         mlp_chunk: int = 0,
@@ -109,6 +113,7 @@ class Llama(nn.Module):
         self.config = config
         self.grid = grid
         self.recompute = recompute
+        self.recompute_interval = recompute_interval
         self.offload = HostOffload() if activation_offload else None
         self.loss_chunk = loss_chunk
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
@@ -146,16 +151,32 @@ class Llama(nn.Module):
         x = self.embed_tokens(tokens)
         recompute: Recompute = self.recompute if torch.is_grad_enabled() else "none"
         offload = self.offload if recompute != "none" else None
+        reached = offload.fetch_earlier if offload else lambda _: None
+        size = self.recompute_interval if recompute == "block" else 1
         with offload.saving() if offload else nullcontext():
-            for block in self.layers:
-                assert isinstance(block, Block)
-                x = run_block(
-                    block, recompute, block.kept_products(x), block.kind, x, doc_start, rotary
-                )
+            for start in range(0, len(self.layers), size):
+                group = [
+                    self._run_of(block, recompute, x, doc_start, rotary)
+                    for block in self.layers[start : start + size]
+                ]
+                x = run_group(group, x, reached)
         x = self.norm(x)
         if labels is None:
             return self.lm_head(x)
         return self.lm_head(x, labels, self.loss_chunk, reduction)
+
+    @staticmethod
+    def _run_of(
+        block: nn.Module, recompute: Recompute, x: Tensor, doc_start: Tensor, rotary: Rotary
+    ) -> Callable[[Tensor], Tensor]:
+        """`run_block` as a function of its input, which is like `x`."""
+        assert isinstance(block, Block)
+        # Without gradients, only the layer itself needs its choice.
+        kept = KeptChoice() if torch.is_grad_enabled() else None
+        return partial(
+            run_block, block, recompute, block.kept_products(x), block.kind,
+            doc_start=doc_start, rotary=rotary, kept=kept,
+        )  # fmt: skip
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:

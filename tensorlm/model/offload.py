@@ -1,9 +1,10 @@
 """Activation offload: checkpointed hidden states in host memory until backward needs them.
 
-A checkpointed block saves one large tensor, its input. It is copied to pinned memory during the
-block's forward pass and freed on the GPU when the next block begins. In backward, the input of
-block i - 1 is copied back while block i computes. All copies run in one separate stream, in order:
-none writes a buffer that another still reads.
+A checkpointed block, or group of blocks (`recompute.run_group`), saves one large tensor, its input.
+It is copied to pinned memory during the forward pass of the group and freed on the GPU when the
+next group begins. In backward, the input of group i - 1 is copied back while the first block of
+group i computes, when the inputs of its other blocks have been freed. All copies run in one
+separate stream, in order: none writes a buffer that another still reads.
 """
 
 import weakref
@@ -24,11 +25,17 @@ def host_buffer(tensor: Tensor) -> Tensor:
     if not tensor.is_cuda or tensor.nbytes < EXACT_FROM:
         return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
     buffer = torch.empty(tensor.shape, dtype=tensor.dtype)
-    runtime = torch.cuda.cudart()
-    torch.cuda.check_error(runtime.cudaHostRegister(buffer.data_ptr(), buffer.nbytes, 0))
-    release = weakref.finalize(buffer, runtime.cudaHostUnregister, buffer.data_ptr())
+    registered = torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), buffer.nbytes, 0)
+    torch.cuda.check_error(registered)
+    release = weakref.finalize(buffer, _unpin, buffer.data_ptr(), tensor.device)
     release.atexit = False
     return buffer
+
+
+def _unpin(address: int, device: torch.device) -> None:
+    """Release a buffer that is about to be freed, once no copy uses it."""
+    torch.cuda.synchronize(device)
+    torch.cuda.cudart().cudaHostUnregister(address)
 
 
 class _HiddenState:
@@ -38,7 +45,7 @@ class _HiddenState:
         self.on_device: Tensor | None = tensor.detach()
         self.device = tensor.device
         self.host = host
-        self.before = before  # the input of the previous block, which backward needs next
+        self.before = before  # the input of the previous group, which backward needs next
         self.copied: torch.cuda.Event | None = None  # the end of the last copy (GPU only)
 
 
@@ -58,6 +65,23 @@ class HostOffload:
         self._last = None
         return saved_tensors_hooks(self._pack, self._unpack)
 
+    def fetch_earlier(self, output: Tensor) -> None:
+        """Let backward fetch the last but one state once it has the gradient of `output`.
+
+        Args:
+            output: of the first block after the last state; a repeated forward pass has no states.
+        """
+        if self._last is None or self._last.before is None:
+            return
+        # A hook lives as long as the whole graph, which must not keep a buffer from being reused.
+        before = weakref.ref(self._last.before)
+
+        def fetch(_: Tensor) -> None:
+            if state := before():
+                self._fetch(state)
+
+        output.register_hook(fetch)
+
     def _pack(self, tensor: Tensor) -> Tensor | _HiddenState:
         if isinstance(tensor, nn.Parameter) or not tensor.is_floating_point() or not tensor.numel():
             return tensor  # weights, document starts
@@ -66,7 +90,7 @@ class HostOffload:
         with self._copying(state):
             state.host.copy_(tensor.detach(), non_blocking=True)
         if self._last is not None:
-            self._wait_for(self._last)  # its copy had the time of a whole block
+            self._wait_for(self._last)  # its copy had the time of a whole group
             self._last.on_device = None
         self._last = state
         return state
@@ -76,8 +100,6 @@ class HostOffload:
         if isinstance(saved, Tensor):
             return saved
         self._fetch(saved)
-        if saved.before is not None:
-            self._fetch(saved.before)
         self._wait_for(saved)
         tensor, saved.on_device = saved.on_device, None
         assert tensor is not None

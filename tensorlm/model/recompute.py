@@ -10,10 +10,13 @@
 
 "selective" and "attention" also keep the scales of tensors that are cast to float8.
 
+With "block", only every n-th block may keep its input (`run_group`).
+
 All give the same bits: recomputation repeats the same operations on the same inputs.
 """
 
 from collections import deque
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -38,9 +41,36 @@ SCALES = "tensorlm::float8_scales"
 Results = deque[Any]  # tensors, or tuples of them, in the order of their operators
 
 
+def run_group(
+    blocks: Sequence[Callable[[Tensor], Tensor]], x: Tensor, reached: Callable[[Tensor], None]
+) -> Tensor:
+    """Apply consecutive blocks to x [B, T, C]; only the first one's input is kept for backward.
+
+    Backward first runs all but the last block again, to find the inputs of the others. Then it
+    recomputes and differentiates one block at a time.
+
+    Args:
+        blocks: `run_block` of each block.
+        x: input of the first block.
+        reached: called with the output of the first block.
+    """
+
+    def run(x: Tensor) -> Tensor:
+        for index, block in enumerate(blocks):
+            x = block(x)
+            if index == 0:
+                reached(x)
+        return x
+
+    if len(blocks) == 1:
+        return run(x)
+    # Run again, this stops at the last tensor that it has saved: the input of the last block.
+    return recomputation.checkpoint(run, x, use_reentrant=False)
+
+
 def run_block(
     block: nn.Module, recompute: Recompute, kept_products: int, kind: LayerKind,
-    x: Tensor, doc_start: Tensor, rotary: Rotary,
+    x: Tensor, doc_start: Tensor, rotary: Rotary, kept: KeptChoice | None,
 ) -> Tensor:  # fmt: skip
     """Apply a `Block` to x [B, T, C], so that its backward recomputes what `recompute` says.
 
@@ -50,10 +80,10 @@ def run_block(
         kept_products: number of first products whose results "selective" keeps.
         kind: kind of its attention.
         x, doc_start, rotary: inputs of the block.
+        kept: where a routed layer keeps its choice.
     """
     match recompute:
         case "none":
-            kept = KeptChoice() if torch.is_grad_enabled() else None  # for benchmarks to read
             return block(x, doc_start, rotary, kept)
         case "block":
             contexts = recomputation.noop_context_fn
@@ -65,7 +95,7 @@ def run_block(
         case "auto":
             raise AssertionError("train.recompute = auto must be resolved before training")
     return recomputation.checkpoint(
-        block, x, doc_start, rotary, KeptChoice(), use_reentrant=False, context_fn=contexts
+        block, x, doc_start, rotary, kept, use_reentrant=False, context_fn=contexts
     )
 
 

@@ -89,12 +89,11 @@ def kept_scales(job: Job) -> int:
 def kept_by_block(job: Job, operator: OperatorMemory) -> int:
     """What a block keeps on the GPU until its backward.
 
-    With recomputation: its input unless that is offloaded, the choice of a routed layer, and
-    `kept_results`.
+    With recomputation: the choice of a routed layer and `kept_results`; its input is counted in
+    `kept_inputs`.
     """
     if job.recomputes:
-        on_gpu = 0 if job.offloads_activations else hidden_state(job)
-        return on_gpu + operator.kept + kept_results(job, operator)
+        return operator.kept + kept_results(job, operator)
     input_too = hidden_state(job) if keeps_own_input(job) else 0
     return input_too + saved_by_block(job, operator)
 
@@ -202,12 +201,30 @@ def block_peak(job: Job, operator: OperatorMemory, reduction: int = 0) -> int:
     )  # fmt: skip
 
 
-def saved_activations(job: Job, operators: dict[LayerKind, OperatorMemory], blocks: int) -> int:
-    """Bytes that the first `blocks` blocks keep for their backward."""
+def saved_activations(
+    job: Job, operators: dict[LayerKind, OperatorMemory], blocks: int, is_backward: bool = True
+) -> int:
+    """Bytes that the first `blocks` blocks keep for their backward.
+
+    In the backward pass, they include inputs that have been found again.
+    """
     kept = sum(kept_by_block(job, operators[kind]) for kind in job.kinds[:blocks])
-    if job.offloads_activations:
-        kept += min(blocks, OFFLOADS_IN_FLIGHT) * hidden_state(job)
+    if job.recomputes and blocks:
+        found = (blocks - 1) % job.interval if is_backward else 0
+        kept += kept_inputs(job, blocks, found) * hidden_state(job)
     return kept
+
+
+def kept_inputs(job: Job, blocks: int, found: int) -> int:
+    """Number of inputs of the first `blocks` blocks that are on the GPU.
+
+    Each group of blocks keeps one. If these are offloaded, the last one is there, and the one
+    before it unless backward has `found` others again.
+    """
+    groups = -(-blocks // job.interval)
+    if job.offloads_activations:
+        return max(min(groups, OFFLOADS_IN_FLIGHT), 1 + found)
+    return groups + found
 
 
 def head_peak(job: Job) -> int:

@@ -65,11 +65,11 @@ def offloaded_optimizer(job: Job) -> int:
 
 
 def offloaded_activations(job: Job) -> int:
-    """The hidden states that all blocks keep, pinned as in `model.offload.host_buffer`."""
+    """The hidden states that groups of blocks keep, pinned as in `model.offload.host_buffer`."""
     if not job.offloads_activations:
         return 0
     size = act.hidden_state(job)
-    return job.layers * (size if size >= EXACT_FROM else pinned(size))
+    return job.groups * (size if size >= EXACT_FROM else pinned(size))
 
 
 def checkpoint_copy(job: Job) -> int:

@@ -102,6 +102,16 @@ class Job:
         return self.recompute != "none"
 
     @property
+    def interval(self) -> int:
+        """Every how many layers one keeps its input."""
+        return self.config.train.recompute_interval
+
+    @property
+    def groups(self) -> int:
+        """Groups of layers, of which the first one keeps its input."""
+        return -(-self.layers // self.interval)
+
+    @property
     def runs_liger(self) -> bool:
         """Whether norms and SwiGLU run Liger's kernels; "auto" depends on this installation."""
         return runs_liger(self.config.train.fused_layers, self.platform.is_gpu)

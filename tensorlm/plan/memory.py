@@ -68,12 +68,13 @@ def gpu_memory(job: Job, operators: dict[LayerKind, OperatorMemory] | None = Non
     """
     operators = operators or act.operators_of(job)
     layers = job.layers
+    # The last block of a group has most inputs beside it.
+    whole_groups = layers - layers % job.interval
     snapshots = [
         Snapshot("start", {"initialisation": state.initialisation(job)}),
         _loss(job, operators),
         _head_gradient(job, operators),
-        _block(job, operators, layers),
-        _block(job, operators, 1),
+        *(_block(job, operators, left) for left in sorted({layers, whole_groups, 1})[::-1] if left),
         _embedding(job),
         _update(job),
     ]
@@ -154,7 +155,7 @@ def _loss(job: Job, operators: dict[LayerKind, OperatorMemory]) -> Snapshot:
         parts
         | {
             "gathered_weights": state.gathered_weights(job, job.table),
-            "saved_activations": act.saved_activations(job, operators, job.layers),
+            "saved_activations": act.saved_activations(job, operators, job.layers, False),
             "head_peak": act.head_peak(job),
         },
     )
@@ -170,7 +171,7 @@ def _head_gradient(job: Job, operators: dict[LayerKind, OperatorMemory]) -> Snap
         | _inputs(job)
         | {
             "gathered_weights": state.gathered_weights(job, job.table),
-            "saved_activations": act.saved_activations(job, operators, job.layers),
+            "saved_activations": act.saved_activations(job, operators, job.layers, False),
             "head_gradient": act.head_gradient(job, reduction),
         },
     )

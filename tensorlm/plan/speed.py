@@ -12,9 +12,11 @@ import torch
 from tensorlm.config import LayerKind, ModelConfig
 from tensorlm.model.flops import (
     choice_flops,
+    layer_flops_per_token,
     layer_pairs,
     linear_flops_per_token,
     recomputed_linear_flops_per_token,
+    repeated_kinds,
 )
 
 from . import activations as act
@@ -176,18 +178,26 @@ def _layer_traffic(job: Job) -> tuple[float, float]:
 def _recomputation(job: Job, gpu: Gpu) -> float:
     """Seconds of recomputation: products, attention and the rest of the forward pass."""
     model, tokens = job.config.model, job.micro_batches * job.tokens
+    again = repeated_kinds(model, job.interval)
     products = recomputed_linear_flops_per_token(model, job.recompute, act.is_tiled(job))
+    products += len(again) * layer_flops_per_token(model)
     seconds = products * tokens / (gpu.flops * _layer_share(job))
     if job.recomputes:
-        traffic = job.itemsize / 2 * model.num_layers * _layer_traffic(job)[0] * tokens
+        layers = model.num_layers + len(again)
+        traffic = job.itemsize / 2 * layers * _layer_traffic(job)[0] * tokens
         seconds += traffic / (gpu.bandwidth * BANDWIDTH_SHARE)
-    repeated: list[LayerKind] = []
+    repeated = again
     if job.recompute == "block":
-        repeated = list(job.kinds)
+        repeated = [*again, *job.kinds]
     elif job.recompute == "attention":
         repeated = ["window" for kind in job.kinds if kind == "routed"]
     seconds += sum(_attention_seconds(job, kind, gpu)[0] for kind in repeated)
     return seconds
+
+
+def _layers_again(job: Job) -> int:
+    """Number of layers that run once more in the backward pass, before recomputation."""
+    return len(repeated_kinds(job.config.model, job.interval))
 
 
 def _activation_transfers(job: Job, gpu: Gpu) -> float:
@@ -197,7 +207,7 @@ def _activation_transfers(job: Job, gpu: Gpu) -> float:
     linear = linear_flops_per_token(job.config.model) * job.tokens / job.layers
     one_way = act.hidden_state(job) / (gpu.host_link * LINK_SHARE)
     exposed = max(0.0, one_way - linear / (gpu.flops * MATMUL_SHARE))
-    return 2 * exposed * job.layers * job.micro_batches
+    return 2 * exposed * job.groups * job.micro_batches
 
 
 def _weight_exchange(job: Job, gpu: Gpu) -> float:
@@ -211,6 +221,8 @@ def _weight_exchange(job: Job, gpu: Gpu) -> float:
     per_micro_batch = {2: all_reduce, 3: FP32 + 2 * gather}.get(job.zero, 0)
     per_step = {0: all_reduce, 1: all_reduce + gather, 2: gather}.get(job.zero, 0)
     sent = (per_micro_batch * job.micro_batches + per_step) * job.parameters
+    if job.zero == 3:
+        sent += gather * job.block * _layers_again(job) * job.micro_batches
     link = gpu.nvlink * ZERO_SHARE
     if job.gpus > gpu.per_node:
         link = min(link, gpu.network * gpu.per_node * LINK_SHARE)
@@ -231,8 +243,9 @@ def _row_exchange(job: Job, gpu: Gpu) -> float:
     data = job.config.data.model_copy(update={"seq_len": job.phase.seq_len})
     config = job.config.model_copy(update={"data": data})
     layer = project(config, job.sp, machine).exposed_seconds
-    passes = 1.5 if job.recomputes else 1.0  # recomputation repeats the forward half
-    return layer * job.layers * job.phase.micro_batch * job.micro_batches * passes
+    # Recomputation repeats the forward half.
+    passes = job.layers * (1.5 if job.recomputes else 1.0) + 0.5 * _layers_again(job)
+    return layer * passes * job.phase.micro_batch * job.micro_batches
 
 
 def _update(job: Job, gpu: Gpu) -> float:

@@ -141,7 +141,9 @@ def count_over_ranks(run: Run, batches: list[Batch], must_stop: bool) -> Totals:
         sum(train_flops(model, batch.text_depth) for batch in batches),
         sum(
             train_flops(model, batch.depth)
-            + recomputed_flops(model, batch.depth, train.recompute, train.mlp_chunk)
+            + recomputed_flops(
+                model, batch.depth, train.recompute, train.mlp_chunk, train.recompute_interval
+            )
             for batch in batches
         ),
         must_stop,

@@ -123,6 +123,8 @@ def test_longest_row_is_rejected_for_lack_of_memory(tmp_path: Path) -> None:
     case = Case(2, 3, 2, (1_048_576,), ("train.activation_offload=true", "model.route.stretch=128"))
     assert why_not(host(tmp_path, 2), case) == "needs 264 GiB of host memory, of 256"
     assert why_not(host(tmp_path, 2, 300 * GIB), case) is None
+    halved = case._replace(more=(*case.more, "train.recompute_interval=2"))
+    assert why_not(host(tmp_path, 2, 140 * GIB), halved) is None
 
 
 def test_exchanges_are_told_apart_and_overlap_is_not_exposed() -> None:

@@ -72,6 +72,11 @@ def test_unknown_key_names_the_nearest_valid_one() -> None:
         ("train.profile=[5, 2]", "train.profile"),
         ("train.profile=[-1, 2]", "train.profile"),
         ("train.activation_offload=true", "train.activation_offload: needs train.recompute"),
+        (
+            "train.recompute_interval=2",
+            "train.recompute_interval: must be 1 unless train.recompute",
+        ),
+        ("train.recompute_interval=0", "train.recompute_interval"),
         ("train.mlp_chunk=-1", "train.mlp_chunk"),
         ("train.fused_layers=apex", "train.fused_layers"),
         ("nonsense", "nonsense"),

@@ -22,9 +22,9 @@ from tensorlm.model.flops import (
 TOKENS = 64
 
 
-def small(fold: tuple[int, ...], full_every: int = 0) -> ModelConfig:
+def small(fold: tuple[int, ...], full_every: int = 0, num_layers: int = 3) -> ModelConfig:
     return ModelConfig(
-        vocab_size=96, hidden_size=32, intermediate_size=80, num_layers=3, num_heads=4,
+        vocab_size=96, hidden_size=32, intermediate_size=80, num_layers=num_layers, num_heads=4,
         num_kv_heads=2, head_dim=8, fold=fold, full_every=full_every,
     )  # fmt: skip
 
@@ -91,24 +91,33 @@ def blocked_flops(config: ModelConfig) -> int:
 
 
 @pytest.mark.parametrize("mlp_chunk", [0, 24])
-@pytest.mark.parametrize("recompute", ["none", "block"])
+@pytest.mark.parametrize(("recompute", "interval"), [("none", 1), ("block", 1), ("block", 2)])
 @pytest.mark.parametrize(("fold", "full_every"), [((), 0), ((8,), 0), ((16,), 2)])
 def test_training_costs_what_pytorch_counts(
-    fold: tuple[int, ...], full_every: int, recompute: Recompute, mlp_chunk: int
+    fold: tuple[int, ...], full_every: int, recompute: Recompute, interval: int, mlp_chunk: int
 ) -> None:
     config = small(fold, full_every)
-    model = Llama(config, recompute=recompute, loss_chunk=16, mlp_chunk=mlp_chunk)
+    model = Llama(
+        config, recompute=recompute, recompute_interval=interval, loss_chunk=16,
+        mlp_chunk=mlp_chunk,
+    )  # fmt: skip
     model.init_weights(0)
     tokens = torch.randint(0, 96, (1, TOKENS))
     with FlopCounterMode(display=False) as counter:
         model(tokens, None, tokens).backward()
     depth = torch.arange(TOKENS)[None]
-    ours = train_flops(config, depth) + recomputed_flops(config, depth, recompute, mlp_chunk)
+    ours = train_flops(config, depth) + recomputed_flops(
+        config, depth, recompute, mlp_chunk, interval
+    )
     # What the blocked path computes in vain, in each pass over the layers.
     passes = 4 if recompute == "block" else 3
     masked = blocked_flops(config) - attention_flops(config, depth)
     assert masked > 0
-    assert counter.get_total_flops() == ours + passes * masked
+    once_more = 0
+    if interval == 2:  # of three layers, the first one runs once more
+        first = small(fold, full_every, num_layers=1)
+        once_more = blocked_flops(first) - attention_flops(first, depth)
+    assert counter.get_total_flops() == ours + passes * masked + once_more
     assert ours > 3 * linear_flops_per_token(config) * TOKENS
 
 

@@ -3,6 +3,8 @@
 import sys
 import threading
 import weakref
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +15,7 @@ from tensorlm.benchmarks.accounting import PeakMemory
 from tensorlm.config import ModelConfig
 from tensorlm.model import Llama
 from tensorlm.model.layers import SwiGLU
-from tensorlm.model.offload import EXACT_FROM
+from tensorlm.model.offload import EXACT_FROM, host_buffer
 from tensorlm.model.output_head import OutputHead
 
 LAYERS = 4
@@ -59,6 +61,9 @@ def train_twice(model: Llama) -> tuple[float, list[Tensor | None]]:
         {"recompute": "selective", "activation_offload": True, "mlp_chunk": 24},
         {"recompute": "block", "mlp_chunk": 24, "loss_chunk": 40},
         {"recompute": "block", "activation_offload": True, "mlp_chunk": 1},
+        {"recompute": "block", "recompute_interval": 2},
+        {"recompute": "block", "recompute_interval": 3, "activation_offload": True},
+        {"recompute": "block", "recompute_interval": 9, "mlp_chunk": 24},
     ],
     ids=lambda options: " ".join(options),
 )
@@ -72,30 +77,70 @@ def test_saving_memory_changes_no_gradient(options: dict[str, Any], tied: bool) 
         torch.testing.assert_close(ours, plain, rtol=1e-11, atol=1e-13)
 
 
+@pytest.mark.parametrize("interval", [1, 2, 3])
 @pytest.mark.parametrize("offload", [False, True])
-def test_hidden_states_leave_the_device_until_backward(offload: bool) -> None:
-    model = build(small(), recompute="block", activation_offload=offload)
+def test_hidden_states_leave_the_device_until_backward(offload: bool, interval: int) -> None:
+    model = build(
+        small(), recompute="block", recompute_interval=interval, activation_offload=offload
+    )
     inputs: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
     for block in model.layers:
         block.register_forward_pre_hook(lambda _, args: inputs.add(args[0].untyped_storage()))
     loss = model(*batch())
-    assert len(inputs) == (1 if offload else LAYERS)  # backward begins with the last one
+    groups = -(-LAYERS // interval)
+    assert len(inputs) == (1 if offload else groups)  # backward begins with the last one
+    most = 0
+
+    def count(*_: Any) -> None:
+        nonlocal most
+        most = max(most, len(inputs))
+
+    for module in model.modules():
+        if isinstance(module, SwiGLU):
+            module.register_forward_pre_hook(count)
     loss.backward()
+    # While a block is recomputed: what groups have kept, and what has been found again.
+    kept = [1 if offload else index // interval + 1 for index in range(LAYERS)]
+    assert most == max(kept[index] + index % interval for index in range(LAYERS))
     assert not inputs
 
 
-def test_host_buffers_are_used_again() -> None:
-    model = build(small(), recompute="block", activation_offload=True)
+@pytest.mark.parametrize("interval", [2, 3, 4])
+def test_an_interval_runs_all_but_the_last_block_of_a_group_again(interval: int) -> None:
+    gradients, runs = [], [0] * LAYERS
+
+    def count(index: int, *_: Any) -> None:
+        runs[index] += 1
+
+    for every in (1, interval):
+        model = Llama(small(), recompute="block", recompute_interval=every)
+        model.init_weights(seed=3)
+        for index, block in enumerate(model.layers):
+            block.register_forward_pre_hook(partial(count, index))
+        loss = model(*batch())
+        runs[:] = [0] * LAYERS
+        loss.backward()
+        gradients.append([loss.detach(), *(p.grad for p in model.parameters())])
+    last = [index for index in range(LAYERS) if (index + 1) % interval == 0 or index == LAYERS - 1]
+    assert runs == [1 if index in last else 2 for index in range(LAYERS)]
+    assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("interval", [1, 3])
+def test_host_buffers_are_used_again(interval: int) -> None:
+    groups = -(-LAYERS // interval)
+    model = build(small(), recompute="block", recompute_interval=interval, activation_offload=True)
     assert model.offload is not None
     free = model.offload.free_buffers
-    model(*batch()).backward()
+    loss = model(*batch())
+    loss.backward()  # a loss that is still there holds no buffer
     first = {buffer.data_ptr() for buffer in free}
-    assert len(first) == LAYERS
+    assert len(first) == groups
     model(*batch())  # its backward never comes
     model(*batch()).backward()
     assert {buffer.data_ptr() for buffer in free} == first
     model(*batch(32)).backward()  # rows of another phase
-    assert [buffer.shape for buffer in free] == [(2, 32, 48)] * LAYERS
+    assert [buffer.shape for buffer in free] == [(2, 32, 48)] * groups
 
 
 def peak_of(module: torch.nn.Module, *inputs: Any) -> int:
@@ -178,8 +223,10 @@ def test_offload_on_a_gpu_changes_the_peak_and_nothing_else() -> None:
     config = small(hidden_size=1024, num_heads=8, intermediate_size=1024, num_layers=12, fold=(64,))
     inputs = [torch.randint(97, (1, 32768), device="cuda") for _ in range(4)]
     gradients, peaks = [], []
-    for offload in (False, True):
-        model = Llama(config, recompute="block", activation_offload=offload)
+    for offload, interval in ((False, 1), (True, 1), (True, 3)):
+        model = Llama(
+            config, recompute="block", recompute_interval=interval, activation_offload=offload
+        )
         model.init_weights(seed=3)
         model = model.to("cuda", torch.bfloat16)
         torch.cuda.reset_peak_memory_stats()
@@ -188,9 +235,45 @@ def test_offload_on_a_gpu_changes_the_peak_and_nothing_else() -> None:
         gradients.append([p.grad.cpu() for p in model.parameters() if p.grad is not None])
         peaks.append(torch.cuda.max_memory_allocated())
         if model.offload:
-            assert len(model.offload.free_buffers) == 12
+            assert len(model.offload.free_buffers) == 12 // interval
         del model
-    assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))
+    for plain, *others in zip(*gradients, strict=True):
+        assert all(torch.equal(plain, other) for other in others)
     hidden_state = 32768 * 1024 * 2
     assert hidden_state >= EXACT_FROM
-    assert peaks[1] < peaks[0] - 8 * hidden_state
+    assert max(peaks[1:]) < peaks[0] - 8 * hidden_state
+
+
+def test_a_buffer_is_unpinned_after_its_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+
+    class Runtime:
+        def cudaHostRegister(self, *_: int) -> int:  # noqa: N802 (CUDA's name)
+            calls.append("pin")
+            return 0
+
+        def cudaHostUnregister(self, *_: int) -> None:  # noqa: N802
+            calls.append("unpin")
+
+    monkeypatch.setattr(torch.cuda, "cudart", Runtime)
+    monkeypatch.setattr(torch.cuda, "check_error", lambda _: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: calls.append(f"wait {device}"))
+    like: Any = SimpleNamespace(
+        is_cuda=True, nbytes=EXACT_FROM, shape=(EXACT_FROM,), dtype=torch.uint8, device="cuda:1"
+    )
+    buffer = host_buffer(like)
+    assert calls == ["pin"]
+    del buffer
+    assert calls == ["pin", "wait cuda:1", "unpin"]
+
+
+@pytest.mark.gpu
+def test_a_dropped_buffer_waits_for_its_copy() -> None:
+    x = torch.ones(EXACT_FROM, dtype=torch.uint8, device="cuda")
+    buffer = host_buffer(x)
+    torch.cuda._sleep(500_000_000)
+    buffer.copy_(x, non_blocking=True)
+    done = torch.cuda.current_stream().record_event()
+    assert not done.query()
+    del buffer
+    assert done.query()

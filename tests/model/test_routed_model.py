@@ -102,6 +102,7 @@ def train_once(model: Llama, length: int = 64) -> tuple[float, list[Tensor]]:
         {"recompute": "selective"},
         {"recompute": "block", "activation_offload": True},
         {"recompute": "block", "mlp_chunk": 24, "loss_chunk": 40},
+        {"recompute": "block", "recompute_interval": 3},
         {"recompute": "selective", "mlp_chunk": 24, "activation_offload": True},
     ],
     ids=lambda options: " ".join(options),
@@ -116,9 +117,12 @@ def test_saving_memory_changes_no_gradient(
         torch.testing.assert_close(ours, plain, rtol=1e-11, atol=1e-13)
 
 
-@pytest.mark.parametrize("recompute", ["none", "block", "attention", "selective"])
-def test_a_layer_chooses_once_in_forward_and_backward(recompute: Recompute) -> None:
-    model = build(KINDS["all four"], recompute=recompute)
+@pytest.mark.parametrize(
+    ("recompute", "interval"),
+    [("none", 1), ("block", 1), ("block", 4), ("attention", 1), ("selective", 1)],
+)
+def test_a_layer_chooses_once_in_forward_and_backward(recompute: Recompute, interval: int) -> None:
+    model = build(KINDS["all four"], recompute=recompute, recompute_interval=interval)
     with patch.object(routed, "_choice", wraps=routed._choice) as choose:
         for step in (1, 2):
             train_once(model)

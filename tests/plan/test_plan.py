@@ -231,6 +231,28 @@ def test_less_recomputation_takes_less_time() -> None:
     assert seconds[1] < step_time(tiled, GPUS["h100"]).parts["recomputation"] < seconds[2]
 
 
+def test_an_interval_takes_a_forward_pass_of_the_other_layers() -> None:
+    parts = {
+        every: step_time(
+            job(f"train.recompute_interval={every}", "zero.stage=3"), GPUS["h100"]
+        ).parts
+        for every in (1, 2, 4, 32)
+    }
+    again = {every: parts[every]["recomputation"] - parts[1]["recomputation"] for every in parts}
+    # 16, 24 and 31 of 32 layers
+    assert again[2] / 16 == pytest.approx(again[4] / 24) == pytest.approx(again[32] / 31)
+    assert 0.5 * parts[1]["recomputation"] < again[2] < 0.7 * parts[1]["recomputation"]
+    for part in ("products", "attention", "other_operations", "update"):
+        assert parts[1][part] == parts[2][part]
+    assert parts[1]["weight_exchange"] < parts[2]["weight_exchange"]
+    assert (
+        host.offloaded_activations(
+            job("train.activation_offload=true", "train.recompute_interval=3")
+        )
+        == 11 * 2**28
+    )
+
+
 def test_transfers_of_activations_hide_behind_a_block_where_the_link_is_fast() -> None:
     planned = job("train.activation_offload=true")
     slow = dataclasses.replace(GPUS["h100"], host_link=2e9)

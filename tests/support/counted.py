@@ -35,7 +35,7 @@ from tensorlm.config import Config, load_config
 from tensorlm.evaluation.model import EvaluatedModel
 from tensorlm.hf.cache_tensorlm import FoldCache
 from tensorlm.model import Block, create_llama, float8_cast, loss_kernel, output_head
-from tensorlm.model.attention import Attention
+from tensorlm.model.attention import Attention, KeptChoice
 from tensorlm.model.layers import RMSNorm, rotary_table
 from tensorlm.model.output_head import OutputHead
 from tensorlm.model.recompute import run_block
@@ -263,7 +263,9 @@ def block(config: Config) -> tuple[int, int]:
         x = _leaf(rows, config.data.seq_len, config.model.hidden_size, dtype=dtype)
         before = memory.live
         kept_products, kind = layer.kept_products(x), layer.kind
-        y = run_block(layer, train.recompute, kept_products, kind, x, doc_start, rotary)
+        choice = KeptChoice()
+        y = run_block(layer, train.recompute, kept_products, kind, x, doc_start, rotary, choice)
+        del choice
         kept = memory.live - before - y.nbytes
         total = _Sum.apply(y)
         del y

@@ -23,6 +23,8 @@ SAVING = {
     "selective": ["train.recompute=selective"],
     "selective, offloaded": ["train.recompute=selective", "train.activation_offload=true"],
     "auto": ["train.recompute=auto"],
+    "every second": ["train.recompute_interval=2"],
+    "every second, offloaded": ["train.recompute_interval=2", "train.activation_offload=true"],
     "tiled": ["train.activation_offload=true", "train.mlp_chunk=48"],
 }
 EVALUATION = ["eval.every=2", "eval.lengths=[64]", "eval.max_tokens=256"]

@@ -131,12 +131,15 @@ def step_seconds(record: Row) -> float:
     return float(record["data/labels"] / record["perf/tokens_per_second"])
 
 
-def run_case(host: Host, case: Case, steps: Sequence[int]) -> list[Row]:
-    """Train `steps` steps of each phase, and describe each; the first one's last is traced."""
+def run_case(host: Host, case: Case, steps: Sequence[int], launcher: str = "") -> list[Row]:
+    """Train `steps` steps of each phase, and describe each; the first one's last is traced.
+
+    Without `launcher`, `deepspeed` starts stage 3 and `torchrun` the others.
+    """
     settings = host.settings(case.name, *case.settings(steps))
     if steps[0] > 1:
         settings.append(f"train.profile=[{steps[0]},{steps[0] + 1}]")
-    launcher = "deepspeed" if case.stage == 3 else "torchrun"
+    launcher = launcher or ("deepspeed" if case.stage == 3 else "torchrun")
     ended = train(host, launcher, case.ranks, case.name, settings)
     rows = zip(describe(host, case, ended, steps), predict(host, case), strict=True)
     return [measured | predicted for measured, predicted in rows]
