@@ -52,17 +52,29 @@ evaluate() {
       "eval.text=$out/texts/${texts[-1]}/held_out.jsonl"
 }
 
-# Wait for the evaluation in the background; the script ends if it failed.
-pending='' log=''
-finish() {
-  [ -z "$pending" ] || wait "$pending" || {
-    tail -n 3 "$log" || true
-    exit 1
-  }
-  pending=''
+# On a GPU, run a command beside the next training: background LOG COMMAND ...
+jobs=() logs=()
+background() {
+  local log=$1
+  shift
+  set -m # a process group of its own
+  "$@" >"$log" 2>&1 &
+  jobs+=($!) logs+=("$log")
+  set +m
 }
-# Nothing is left on the GPU if the script ends early: the evaluation is a process group of its own.
-trap '[ -z "$pending" ] || kill -- "-$pending" 2>/dev/null || true' EXIT
+# Wait for these commands; the script ends if one failed.
+finish() {
+  local i
+  for i in "${!jobs[@]}"; do
+    wait "${jobs[i]}" || {
+      tail -n 3 "${logs[i]}" || true
+      exit 1
+    }
+  done
+  jobs=() logs=()
+}
+# Nothing is left on the GPU if the script ends early.
+trap 'for job in "${jobs[@]}"; do kill -- "-$job" 2>/dev/null || true; done' EXIT
 
 mkdir -p $out
 if [ -n "${MODEL:-}" ]; then
@@ -90,32 +102,51 @@ for text in "${texts[@]}"; do
 done
 sources="data.sources=[$(IFS=,; echo "${sources[*]}")]"
 
-runs=()
+# One run for each seed and variant, on the same rows.
+runs=() names=() seeds=()
 for seed in ${SEEDS:-0}; do
   for variant in $variants; do
-    config=configs/adapt/$variant.toml
     dir=$out/$variant
     [ "$seed" = 0 ] || dir+=-$seed
-    runs+=("$dir")
-    settings=("run.seed=$seed" "run.dir=$dir" "$sources" "${size[@]}")
-    grep -q '^window' $config && settings+=("${window[@]}")
-    grep -q '^.model.route' $config && settings+=("${route[@]}")
-    [ -e $dir/step-00000000 ] ||
-      run python launcher/convert.py import --config $config --hf "$model" "${settings[@]}"
+    runs+=("$dir") names+=("$variant") seeds+=("$seed")
+  done
+done
+
+# Set $config, $dir and $settings of run $1.
+choose() {
+  config=configs/adapt/${names[$1]}.toml dir=${runs[$1]}
+  settings=("run.seed=${seeds[$1]}" "run.dir=$dir" "$sources" "${size[@]}")
+  ! grep -q '^window' $config || settings+=("${window[@]}")
+  ! grep -q '^.model.route' $config || settings+=("${route[@]}")
+}
+
+import() {
+  choose "$1"
+  [ -e $dir/step-00000000 ] ||
+    run python launcher/convert.py import --config $config --hf "$model" "${settings[@]}"
+}
+
+minutes() { printf '%d min' $((($1 + 30) / 60)); }
+
+first=$SECONDS
+for i in "${!runs[@]}"; do
+  # Each run takes about as long as those before it.
+  left=''
+  [ $i = 0 ] || left=", about $(minutes $(((SECONDS - first) * (${#runs[@]} - i) / i))) left"
+  printf '\n\033[1mrun %d of %d: %s, seed %s (%s since the start%s)\033[0m\n' \
+    $((i + 1)) ${#runs[@]} "${names[i]}" "${seeds[i]}" "$(minutes $SECONDS)" "$left"
+  import "$i"
+  # Generation leaves a GPU mostly idle, so the next run is trained meanwhile if both fit.
+  if [ "$gpu" -ge 40 ]; then
+    [ $((i + 1)) = ${#runs[@]} ] || background $out/import.log import $((i + 1))
     run python launcher/train.py --config $config "${settings[@]}"
     finish
-    # Generation leaves a GPU mostly idle, so the next variant is trained meanwhile if both fit.
-    if [ "$gpu" -ge 40 ]; then
-      log=$dir/evaluation.log
-      set -m
-      evaluate >$log 2>&1 &
-      pending=$!
-      set +m
-      echo "evaluation in the background: $log"
-    else
-      evaluate
-    fi
-  done
+    echo "evaluation in the background: $dir/evaluation.log"
+    background $dir/evaluation.log evaluate
+  else
+    run python launcher/train.py --config $config "${settings[@]}"
+    evaluate
+  fi
 done
 finish
 
@@ -126,5 +157,5 @@ run python launcher/convert.py export --config "$config" --output $out/hf --dtyp
 run python launcher/generate.py --model $out/hf --max-new-tokens 24 \
   --prompt 'The pass key is 71432. Remember it. What is the pass key? The pass key is'
 
-printf '\n\033[1mresults\033[0m\n'
+printf '\n\033[1mresults after %s\033[0m\n' "$(minutes $SECONDS)"
 run python launcher/benchmark.py adaptation "${runs[@]}"

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 
 from tensorlm.config import SETTINGS, Config, ModelConfig, load_config
+from tensorlm.config.layer_words import attention_in_words
 from tensorlm.evaluation.results import Cell, Report, read_report
 from tensorlm.model.flops import attention_flops, choice_flops, layer_pairs
 from tensorlm.runtime.errors import UserError
@@ -42,12 +43,14 @@ class Seed(NamedTuple):
 class Variant(NamedTuple):
     """One kind of attention, with one or more adapted models.
 
+    words: the kind of attention in words.
     keys: number of tokens that a query reads in a layer, mean over queries and layers, by length.
     flops: FLOPs of attention and choice for Llama-8B's shape at 131,072 tokens, relative to full
     attention. seeds: results, by the run's seed.
     """
 
     name: str
+    words: str
     keys: dict[int, float]
     flops: float
     seeds: dict[int, Seed]
@@ -69,7 +72,8 @@ def read_variants(runs: Sequence[Path]) -> list[Variant]:
         if name not in variants:
             lengths = sorted({length for _, length in (*seed.losses, *seed.found)})
             keys = {length: _keys(config.model, length) for length in lengths}
-            variants[name] = Variant(name, keys, attention_share(config), {})
+            words = attention_in_words(config.model)
+            variants[name] = Variant(name, words, keys, attention_share(config), {})
         variants[name].seeds[config.run.seed] = seed
     if not variants:
         raise UserError(f"{runs[0]}: a run must be evaluated first (make adapt)")
@@ -154,6 +158,24 @@ def format_table(variants: Sequence[Variant], worst: str = "window", best: str =
             row.append(_cells(gaps, 0, 100, " %"))
         row += [_cells([[s.found.get((t, n)) for s in own] for n in lengths], 2) for t in tasks]
         lines.append(table_row(row))
+    return "\n".join(lines)
+
+
+def explain_table(variants: Sequence[Variant], worst: str = "window", best: str = "full") -> str:
+    """What the rows and columns of `format_table` mean, one line each."""
+    seeds = [seed for variant in variants for seed in variant.seeds.values()]
+    lines = [f"{variant.name}: {variant.words}" for variant in variants]
+    lines.append("keys: tokens that a query reads in a layer by its own choice (mean)")
+    lines.append("FLOPs at 128k: of attention, for Llama-8B's shape, relative to full attention")
+    if lengths := {length for seed in seeds for _, length in seed.losses}:
+        lines.append("loss: nats per token of held-out text, in the second half of each length")
+        if {worst, best} <= {variant.name for variant in variants}:
+            lines.append(
+                f"gap closed: difference in loss from {worst} at {min(lengths):,} tokens, as a "
+                f"fraction of that between {worst} and {best}"
+            )
+    tasks = sorted({task for seed in seeds for task, _ in seed.found})
+    lines += [f"{task}: fraction of prompts that were answered correctly" for task in tasks]
     return "\n".join(lines)
 
 

@@ -195,7 +195,8 @@ def node(args: argparse.Namespace) -> int:
 def adaptation(args: argparse.Namespace) -> int:
     from tensorlm.benchmarks import adaptation as bench
 
-    print(bench.format_table(bench.read_variants(args.runs)))
+    variants = bench.read_variants(args.runs)
+    print(bench.format_table(variants), bench.explain_table(variants), sep="\n\n")
     return 0
 
 

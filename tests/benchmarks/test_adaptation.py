@@ -5,7 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from tensorlm.benchmarks.adaptation import attention_share, format_table, read_variants
+from tensorlm.benchmarks.adaptation import (
+    attention_share,
+    explain_table,
+    format_table,
+    read_variants,
+)
 from tensorlm.config import Config, load_config
 from tensorlm.evaluation.results import Bucket, Cell, LengthResult, Mean, Report
 from tensorlm.runtime.errors import UserError
@@ -74,6 +79,11 @@ def test_table(tmp_path: Path) -> None:
     assert full.split(" | ")[1:5] == ["32 / 128", "1", "1.0000 / 2.0000", "100 %"]
     assert window.split(" | ")[3:] == ["2.0000 / 3.0000", "0 %", "- / - |"]
     assert mine.split(" | ")[3:] == ["1.2500 / 2.2500", "75 %", "0.60 / - |"]
+    lines = explain_table(read_variants(runs)).splitlines()
+    assert "mine: routed (window 32, 1 + 1 blocks of 8, stretch 1)" in lines
+    names = {line.split(" ")[0].rstrip(":") for line in lines[3:]}
+    assert names == {name.split(" ")[0].rstrip(",") for name in head[2:].split(" | ")[1:]}
+    assert any("at 64 tokens" in line for line in lines if line.startswith("gap closed"))
 
 
 def test_seeds_of_a_variant_share_a_row(tmp_path: Path) -> None:
