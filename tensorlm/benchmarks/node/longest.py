@@ -16,7 +16,10 @@ from .host import Host
 from .training import START_SECONDS, Case, Row, run_case
 
 LENGTHS = (1_048_576, 917_504, 786_432, 524_288, 262_144)
-_PINNING = 1.5e9  # bytes/s of one rank, measured (docs/performance.md)
+# Measured on two H200 (docs/performance.md): bytes/s of each of two ranks that pin memory at once;
+# and the seconds of a step with fresh weights and shared rows, by those that the plan predicts.
+_PINNING = 0.9e9
+_FRESH = 1.65
 
 
 def measure(host: Host) -> Iterator[Row]:
@@ -44,7 +47,7 @@ def why_not(host: Host, case: Case) -> str | None:
         return f"needs {needed / GIB:.0f} GiB on each GPU, of {sheet.memory / GIB:.0f}"
     if sheet:
         pinning = offloaded_activations(job) / _PINNING
-        seconds = START_SECONDS + pinning + step_time(job, sheet).seconds
+        seconds = START_SECONDS + pinning + _FRESH * step_time(job, sheet).seconds
         if seconds > host.seconds_left:
             return f"needs {seconds:.0f} s, of {host.seconds_left:.0f} left"
     return None
