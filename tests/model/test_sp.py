@@ -172,10 +172,10 @@ def test_a_model_exchanges_with_the_ranks_of_its_row_alone_and_gathers_nothing(
         assert events.count("alltoall_base_") == 2 * (3 + 2 + 3)
 
 
-def sent_by_a_routed_model(sp: int) -> tuple[list[str], list[str]]:
+def sent_by_a_routed_model(sp: int, interval: int) -> tuple[list[str], list[str]]:
     grid = create_grid(sp)
     name = "windows and routed layers"
-    model = build(name, grid, recompute="block").to(device())
+    model = build(name, grid, recompute="block", recompute_interval=interval).to(device())
     row = (x[:, grid.tokens(sum(DOCUMENTS))].to(device()) for x in make_row())
     with Log() as forward:
         loss = model(*row)
@@ -184,18 +184,21 @@ def sent_by_a_routed_model(sp: int) -> tuple[list[str], list[str]]:
     return forward.sent, backward.sent
 
 
+@pytest.mark.parametrize("interval", [1, 3])
 @ranks_and_backends(2)
 def test_a_recomputed_routed_layer_gathers_again_but_chooses_once(
-    world_size: int, backend: str
+    world_size: int, backend: str, interval: int
 ) -> None:
     halo, gather, back = "neighbour", "_allgather_base_", "alltoall_base_"
     for forward, backward in run_distributed(
-        sent_by_a_routed_model, world_size, world_size, backend=backend
+        sent_by_a_routed_model, world_size, world_size, interval, backend=backend
     ):
         routed, window = [halo, gather, halo], [halo]  # the last halo is that of the choice
         assert forward == window + routed + routed
         # Recomputed: the halo and the gather, then gradients of the gathered, and of the halo.
-        assert backward == [halo, gather, back, halo] * 2 + [halo] * 2
+        # Before that, an interval of 3 runs the first two of three layers again.
+        again = [] if interval == 1 else [halo, halo, gather]
+        assert backward == again + [halo, gather, back, halo] * 2 + [halo] * 2
 
 
 LONG = {"strided": 8192, "routed": 4096}  # tokens of a row
