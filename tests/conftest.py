@@ -1,6 +1,7 @@
 """For all tests: the interpreter where no GPU is, examples that repeat, a tiny data set and run."""
 
 import email
+import gc
 import os
 import subprocess
 from pathlib import Path
@@ -8,6 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import settings
+
+# Nothing that modules define is garbage: the collector looks at it neither during imports nor in
+# tests that collect, for which it took more than half a second each time.
+gc.disable()
 
 # Triton reads it when kernels, its own too, are defined: before anything below imports it.
 if not torch.cuda.is_available():
@@ -50,6 +55,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session")
