@@ -24,6 +24,7 @@ from tensorlm.data.prepare.files import find_files
 from tensorlm.data.prepare.inputs import read_documents
 from tensorlm.data.tokenizer.training import train_tokenizer
 from tests.reliability.harness import Job, warm_up
+from tests.support.huge_pages import use_huge_pages
 from tests.support.interpreter import speed_up_interpreter
 from tests.support.launching import (
     ROOT,
@@ -60,6 +61,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_collection_finish() -> None:
     gc.freeze()
     gc.enable()
+    use_huge_pages()
 
 
 @pytest.fixture(scope="session")

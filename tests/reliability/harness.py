@@ -11,11 +11,12 @@ import gc
 import importlib
 import os
 import random
+import select
 import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import torch
@@ -79,6 +80,7 @@ class Job:
             if pid == 0:
                 self._run_rank(rank, world, prepare, run, port)
             self.pids.append(pid)
+        self._ends = [os.pidfd_open(pid) for pid in self.pids]
         self._codes: dict[int, int] = {}
 
     def wait_for(self, *paths: Path, limit: float = 120.0) -> None:
@@ -105,29 +107,37 @@ class Job:
                 done, status = os.waitpid(pid, os.WNOHANG)
                 if done:
                     self._codes[rank] = os.waitstatus_to_exitcode(status)
+                    os.close(self._ends[rank])
         return [self._codes.get(rank) for rank in range(len(self.pids))]
 
     def wait(self, limit: float = 120.0) -> list[int | None]:
         """Exit codes of all ranks when all have ended; at the limit the rest is killed."""
         return self.wait_for_ranks(range(len(self.pids)), limit)
 
-    def wait_for_ranks(self, ranks: Iterable[int], limit: float = 120.0) -> list[int | None]:
+    def wait_for_ranks(self, ranks: Collection[int], limit: float = 120.0) -> list[int | None]:
         """Exit codes of all ranks when `ranks` have ended; then, or at the limit, kill the rest."""
-        deadline = time.monotonic() + limit
-        while any(self.poll()[r] is None for r in ranks) and time.monotonic() < deadline:
-            time.sleep(0.002)
+        self.watch(ranks, time.monotonic() + limit)
         self.end()
         return self.poll()
+
+    def watch(self, ranks: Collection[int], deadline: float) -> None:
+        """Wait until all of `ranks` have ended, or for the deadline (of time.monotonic())."""
+        while alive := [r for r, code in enumerate(self.poll()) if code is None and r in ranks]:
+            seconds = deadline - time.monotonic()
+            if seconds <= 0:
+                return
+            ends = select.poll()
+            for rank in alive:
+                ends.register(self._ends[rank], select.POLLIN)
+            ends.poll(seconds * 1000)
 
     def end(self) -> None:
         """Kill what is left, as a launcher does when a rank has failed."""
         for pid, code in zip(self.pids, self.poll(), strict=True):
             if code is None:
                 os.kill(pid, signal.SIGKILL)
-        deadline = time.monotonic() + 60
-        while None in self.poll():
-            assert time.monotonic() < deadline, f"SIGKILL does not end it\n{self.output()}"
-            time.sleep(0.001)
+        self.watch(range(len(self.pids)), time.monotonic() + 60)
+        assert None not in self.poll(), f"SIGKILL does not end it\n{self.output()}"
 
     def output(self) -> str:
         """What the ranks printed, and their errors."""
@@ -198,9 +208,7 @@ def kill_sweep(config: Config, world: int, num_kills: int, seed: int) -> int:
     shutil.rmtree(folder)
     while num_kills_left:
         job = Job(config, world)
-        kill_at = time.monotonic() + rng.uniform(0, seconds)
-        while None in job.poll() and time.monotonic() < kill_at:
-            time.sleep(0.001)
+        job.watch(range(world), time.monotonic() + rng.uniform(0, seconds))
         if None in job.poll():
             job.kill(rng.randrange(world))
             time.sleep(rng.uniform(0, 0.05) if world > 1 else 0)  # launchers need a while, too

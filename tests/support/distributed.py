@@ -8,6 +8,7 @@ import time
 import traceback
 from collections.abc import Callable
 from multiprocessing import forkserver
+from multiprocessing.connection import wait as wait_for_end
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -66,14 +67,15 @@ def run_distributed(
 
 def _wait(ranks: list[BaseProcess], folder: Path, deadline: float) -> None:
     """Return when all ranks have ended well; raise as soon as one has not, or at the deadline."""
-    while any(process.is_alive() for process in ranks):
+    while alive := [process for process in ranks if process.is_alive()]:
         # Ranks that wait for one that has failed would wait for ever.
         if any(process.exitcode not in (None, 0) for process in ranks):
             break
         if time.monotonic() > deadline:
-            alive = [rank for rank, process in enumerate(ranks) if process.is_alive()]
-            raise TimeoutError(f"ranks {alive} of {len(ranks)} did not end in time")
-        time.sleep(0.005)
+            numbers = [ranks.index(process) for process in alive]
+            raise TimeoutError(f"ranks {numbers} of {len(ranks)} did not end in time")
+        # A process that a rank has started may keep its sentinel open: look again now and then.
+        wait_for_end([process.sentinel for process in alive], 0.2)
     problems = []
     for rank, process in enumerate(ranks):
         report = folder / f"{rank}.error"
