@@ -1,6 +1,9 @@
 """Prepare data: `python launcher/prepare_data.py encode --input ... --output DATA`."""
 
-from tensorlm.commands.prepare import run
+from tensorlm.runtime.imports import without_collection
+
+with without_collection():
+    from tensorlm.commands.prepare import run
 
 if __name__ == "__main__":
     run()

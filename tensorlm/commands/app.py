@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from tensorlm import __version__
 from tensorlm.runtime.errors import EXIT_DONE, EXIT_USER_ERROR
+from tensorlm.runtime.imports import without_collection
 
 
 class Entry(NamedTuple):
@@ -81,7 +82,9 @@ def main() -> None:
     # A sub-command of the module adds its own name to the program's.
     sys.argv = ["tensorlm" if command.arguments == (name,) else f"tensorlm {name}"]
     sys.argv += [*command.arguments, *rest]
-    import_module(f"tensorlm.commands.{command.module}").run()
+    with without_collection():
+        module = import_module(f"tensorlm.commands.{command.module}")
+    module.run()
 
 
 def usage() -> str:

@@ -15,6 +15,7 @@ from tensorlm.config import load_config
 from tensorlm.runtime.arguments import LOCAL_RANK, Option, Settings, parse, parse_lengths
 from tensorlm.runtime.errors import UserError
 from tensorlm.runtime.exit import run_launcher
+from tensorlm.runtime.imports import without_collection
 
 MODELS = {
     "--checkpoint STEP": Option("step of the checkpoint to evaluate (default: the newest)"),
@@ -59,8 +60,9 @@ def main() -> int:
     overrides.append("eval.every=0")  # skip checks that only concern evaluation during training
     config = load_config(args.config, overrides)
 
-    from tensorlm.evaluation.launch import evaluate_on_ranks
-    from tensorlm.runtime.launch_env import read_launch_env
+    with without_collection():
+        from tensorlm.evaluation.launch import evaluate_on_ranks
+        from tensorlm.runtime.launch_env import read_launch_env
 
     return evaluate_on_ranks(
         config, read_launch_env(), args.checkpoint, args.hf, args.random_weights, args.output
@@ -71,7 +73,8 @@ def _compare(folders: list[Path], output: Path | None) -> int:
     if output is None:
         raise UserError("--output: missing (a folder for the joint report)")
 
-    from tensorlm.evaluation.compare import compare_reports
+    with without_collection():
+        from tensorlm.evaluation.compare import compare_reports
 
     print(compare_reports(folders, output))
     print(f"report: {output / 'report.html'}")

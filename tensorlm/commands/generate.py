@@ -12,6 +12,7 @@ import sys
 from tensorlm.runtime.arguments import Option, parse
 from tensorlm.runtime.errors import UserError
 from tensorlm.runtime.exit import run_launcher
+from tensorlm.runtime.imports import without_collection
 
 OPTIONS = {
     "--model DIR": Option("exported folder to load", required=True),
@@ -37,12 +38,13 @@ def main() -> int:
     check_arguments(args)
     prompt = read_prompt(args.prompt)
 
-    import torch
-    from transformers import TextStreamer
-    from transformers.utils import logging
+    with without_collection():
+        import torch
+        from transformers import TextStreamer
+        from transformers.utils import logging
 
-    from tensorlm.data.tokenizer.tokenizers import load_tokenizer
-    from tensorlm.hf.load_folder import load_folder
+        from tensorlm.data.tokenizer.tokenizers import load_tokenizer
+        from tensorlm.hf.load_folder import load_folder
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()

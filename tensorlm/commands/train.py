@@ -7,6 +7,7 @@ under deepspeed, torchrun, srun, mpirun and plain python.
 from tensorlm.runtime.arguments import LOCAL_RANK, Option, Settings, parse
 from tensorlm.runtime.errors import EXIT_DONE, EXIT_PREEMPTED
 from tensorlm.runtime.exit import run_launcher
+from tensorlm.runtime.imports import without_collection
 from tensorlm.runtime.preemption import StopRequest
 
 
@@ -23,20 +24,23 @@ def main(stop: StopRequest) -> int:
     }
     args = parse(__doc__, {**options, **LOCAL_RANK}, Settings())
     # Importing torch takes seconds, and signals must be handled before that.
-    from tensorlm.config import load_config
-    from tensorlm.runtime import launch_env
+    with without_collection():
+        from tensorlm.config import load_config
+        from tensorlm.runtime import launch_env
 
     ranks = launch_env.launched_world_size() if args.dry_run is None else args.dry_run
     config = load_config(args.config, args.overrides, ranks)
     if args.dry_run is not None:
-        from tensorlm.train.dry_run import check_run
+        with without_collection():
+            from tensorlm.train.dry_run import check_run
 
         print("\n".join(check_run(config, args.dry_run)))
         return 0
     launch = launch_env.read_launch_env()
 
-    from tensorlm.train.loop import train
-    from tensorlm.train.replay import replay
+    with without_collection():
+        from tensorlm.train.loop import train
+        from tensorlm.train.replay import replay
 
     if args.replay is not None:
         return replay(config, launch, args.replay)
