@@ -10,10 +10,6 @@ import pytest
 import torch
 from hypothesis import settings
 
-# Nothing that modules define is garbage: the collector looks at it neither during imports nor in
-# tests that collect, for which it took more than half a second each time.
-gc.disable()
-
 # Triton reads it when kernels, its own too, are defined: before anything below imports it.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -35,6 +31,10 @@ from tests.support.launching import (
     launch_environment,
 )
 
+# Nothing that modules define is garbage: the collector looks at it neither during imports nor in
+# tests that collect, for which it took more than half a second each time.
+gc.disable()
+
 if os.environ.get("TRITON_INTERPRET") == "1":
     speed_up_interpreter()
 
@@ -43,10 +43,12 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 settings.register_profile("tests", deadline=None, derandomize=True)
 settings.load_profile("tests")
 
-# Long files first, short ones last: all workers end at about the same time.
+# Long files first, short ones last: all workers end at about the same time. Slurm's tests mostly
+# wait: one file at a time, beside others that need the cores.
 LONG = (
-    "tests/slurm/", "tests/evaluation/test_solver.py", "tests/plan/test_plan_memory.py",
-    "tests/train/", "tests/reliability/", "tests/hf/", "tests/tensor_attention/",
+    "tests/slurm/test_train_job.py", "tests/plan/test_plan_memory.py",
+    "tests/evaluation/test_solver.py", "tests/train/", "tests/slurm/", "tests/reliability/",
+    "tests/hf/", "tests/tensor_attention/",
 )  # fmt: skip
 
 

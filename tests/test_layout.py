@@ -74,8 +74,9 @@ def test_the_ground_needs_torch_and_tqdm_only() -> None:
 
 
 STARTS = """
-import importlib, pkgutil, sys
+import gc, importlib, pkgutil, sys
 
+gc.disable()  # a quarter of the time
 # Transformers' models take seconds: only what uses them imports them.
 models = ("transformers.modeling_utils", "transformers.models.llama.modeling_llama", "deepspeed")
 for module in (
@@ -122,7 +123,11 @@ def test_demo_in_the_readme_is_that_of_the_configuration() -> None:
 
 
 def build_wheel(project: Path, folder: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--quiet", "-w", str(folder)]
+    # With the installed setuptools: a build of its own would download and install one more.
+    command = [
+        sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--quiet",
+        "-w", str(folder),
+    ]  # fmt: skip
     subprocess.run([*command, str(project)], check=True)
     (wheel,) = folder.glob("*.whl")
     return wheel

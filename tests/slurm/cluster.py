@@ -143,7 +143,7 @@ class Cluster:
             states.update(shown)
             return bool(shown) and states <= ENDED
 
-        self.wait_until(has_ended, f"job {job} has ended", limit=300)
+        self.wait_until(has_ended, f"job {job} has ended", limit=300, pause=0.5)
         return "+".join(sorted(states))
 
     def wait_for_restart(self, job: str, number: int) -> None:
@@ -161,7 +161,7 @@ class Cluster:
             has_started = state == "RUNNING" or state in ENDED
             return has_started and self.field(job, "Restarts") == str(number)
 
-        self.wait_until(has_restarted, f"restart {number} of job {job}")
+        self.wait_until(has_restarted, f"restart {number} of job {job}", pause=0.3)
 
     def wait_until(
         self, condition: Callable[[], object], what: str, limit: float = 120, pause: float = 0.1

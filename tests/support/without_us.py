@@ -23,9 +23,12 @@ class Refuse:
 
 sys.meta_path.insert(0, Refuse())
 
-import json, os, traceback
+import gc, json, os, traceback
+gc.disable()  # what is imported is no garbage, now or in a fork
 import torch.distributed
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationMixin, LlamaForCausalLM
+gc.freeze()
+gc.enable()
 
 answers = os.fdopen(os.dup(1), "w")
 os.dup2(2, 1)  # what code prints is no answer
