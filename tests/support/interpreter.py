@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import triton.language as tl
+from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
 
 _Change = tuple[object, str, object]
@@ -20,6 +21,8 @@ def speed_up_interpreter() -> None:
     interpreter.ReduceOps.apply_impl = _reduce_whole_arrays(interpreter.ReduceOps.apply_impl)
     tl.tensor.__init__ = _with_remembered_shape(tl.tensor.__init__)
     tl.block_type.__init__ = _remembered_type(tl.block_type.__init__)
+    broadcast = TritonSemantic.broadcast_impl_value
+    TritonSemantic.broadcast_impl_value = _only_to_another_shape(broadcast)
 
 
 def _remembered_patches(prepare: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -114,7 +117,19 @@ def _remembered_type(create: Callable[..., None]) -> Callable[..., None]:
         key = element.name, sizes
         if key not in known:
             create(self, element, shape)
-            known[key] = dict(vars(self))
+            known[key] = {**vars(self), "sizes": sizes}
         vars(self).update(known[key], element_ty=element)
 
     return create_type
+
+
+def _only_to_another_shape(broadcast: Callable[..., Any]) -> Callable[..., Any]:
+    """`broadcast_impl_value`, which compares two equal shapes size by size."""
+
+    def broadcast_pair(self: Any, left: Any, right: Any) -> Any:
+        first, second = (getattr(x.type, "sizes", None) for x in (left, right))
+        if first is not None and first == second:
+            return left, right
+        return broadcast(self, left, right)
+
+    return broadcast_pair
