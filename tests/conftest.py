@@ -66,6 +66,10 @@ def pytest_collection_finish() -> None:
     use_huge_pages()
 
 
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # Triton's bindings would report what is left at the end as leaked
+
+
 @pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Shards and tokenizer made of the standard library's email package."""

@@ -41,6 +41,16 @@ def test_collector_neither_scans_what_is_imported_nor_misses_other_garbage() -> 
     assert (result.stdout, result.returncode) == ("collected\n", 0), result.stderr
 
 
+def test_imported_bindings_report_no_leak_at_the_end() -> None:
+    script = "from tensorlm.runtime.imports import without_collection\n"
+    script += "with without_collection():\n    import triton"
+    result = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=ROOT, env=launch_environment(), capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert (result.stderr, result.returncode) == ("", 0)
+
+
 def test_collector_is_enabled_again_after_a_failed_import() -> None:
     from tensorlm.runtime.imports import without_collection
 
