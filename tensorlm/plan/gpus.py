@@ -23,12 +23,12 @@ SWAP_SHARE = 0.44  # of NVLink, packing included: two H200 (docs/sequence_parall
 FOLDED_SHARE = (0.30, 0.21)  # forward, backward
 FULL_SHARE = (0.46, 0.37)
 # The same for a window, a routed hop and the scores of a choice, measured on an H200 with 131,072
-# tokens, window 1,024 and 16 blocks of 64 (same section; 32,768 tokens agree within 4 %). For the
+# tokens, window 1,024 and 16 blocks of 64 (same section; 32,768 tokens agree within 5 %). For the
 # routed hop, FLOPs count the pairs of each token's own choice; the time is that of the union of a
 # tile's choices.
-WINDOW_SHARE = (0.40, 0.29)
-ROUTED_SHARE = (0.17, 0.12)
-CHOICE_SHARE = 0.077
+WINDOW_SHARE = (0.47, 0.31)
+ROUTED_SHARE = (0.18, 0.14)
+CHOICE_SHARE = 0.20
 
 # Bytes/s of PyTorch's AdamW on the CPU, on one rank's share of the cores. An assumption.
 HOST_BANDWIDTH = 20e9
