@@ -166,7 +166,9 @@ def explain_table(variants: Sequence[Variant], worst: str = "window", best: str 
     seeds = [seed for variant in variants for seed in variant.seeds.values()]
     lines = [f"{variant.name}: {variant.words}" for variant in variants]
     lines.append("keys: tokens that a query reads in a layer by its own choice (mean)")
-    lines.append("FLOPs at 128k: of attention, for Llama-8B's shape, relative to full attention")
+    lines.append(
+        "FLOPs at 128k: of attention and choice, for Llama-8B's shape, relative to full attention"
+    )
     if lengths := {length for seed in seeds for _, length in seed.losses}:
         lines.append("loss: nats per token of held-out text, in the second half of each length")
         if {worst, best} <= {variant.name for variant in variants}:

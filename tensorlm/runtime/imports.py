@@ -5,6 +5,9 @@ import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+# At the end, all of it can be freed: Triton's bindings report what is left as leaked.
+atexit.register(gc.unfreeze)
+
 
 @contextmanager
 def without_collection() -> Iterator[None]:
@@ -19,7 +22,5 @@ def without_collection() -> Iterator[None]:
         yield
     finally:
         gc.freeze()
-        # At the end, all of it can be freed: Triton's bindings report what is left as leaked.
-        atexit.register(gc.unfreeze)
         if was_enabled:
             gc.enable()
